@@ -1,10 +1,17 @@
 """The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
 
+import itertools
 from collections.abc import Callable
 
-import executorch.extension.llm.custom_ops.custom_ops
-import executorch.kernels.quantized  # noqa: F401  (registers quantized_decomposed.embedding_byte)
+import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers torch.ops.llama)
+import executorch.kernels.quantized  # noqa: F401  (the out variant of embedding_byte)
 import torch
+from executorch.exir import (
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -13,6 +20,8 @@ from models.cache import SlidingCache
 from sampler.greedy import greedy
 
 llama = torch.ops.llama
+# Any length but 0 and 1, which torch.export takes for constants.
+TRACED_LENGTH = 3
 
 
 class DelegatedMethod(nn.Module):
@@ -31,7 +40,7 @@ class DelegatedMethod(nn.Module):
     def run(self, tokens: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
         """Logits [1, V]; attend(cache, q, k, v) is the attention, and last(x) picks from
         [1, T, ...] the position whose logits are wanted."""
-        rope = {kind: self.rope[kind](positions) for kind in set(self.kinds)}
+        rope = {kind: self.rope[kind](positions) for kind in dict.fromkeys(self.kinds)}
         first, *middle, end = self.regions
         x, q, k, v = first(self.embed_tokens(tokens), *rope[self.kinds[0]])
         for cache, kind, region in zip(self.caches, self.kinds[1:], middle, strict=False):
@@ -99,29 +108,109 @@ def _append_and_attend(cache, q, k, v, write, newest, scale):
     return llama.custom_sdpa(q, cache.k, cache.v, newest, None, 0.0, True, scale)
 
 
+class PlainPrefill(nn.Module):
+    """The model's own prefill, for kernels that take ATen's operators as they are."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.network = model
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.network.prefill(tokens, positions)
+
+
+class PlainDecode(PlainPrefill):
+    """The model's own decode."""
+
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode(token, position)
+
+
 class Greedy(nn.Module):
-    """logits float32 [1, V] -> token int64 [1, 1]."""
+    """logits float32 [1, V] -> token int64 [1, 1]: sampler.greedy, at the cost of one argmax
+    unless there is a NaN, which argmax takes for the greatest."""
 
     def forward(self, logits: Tensor) -> Tensor:
-        return greedy(logits)
+        token = torch.argmax(logits, dim=-1, keepdim=True)
+        has_nan = torch.isnan(torch.gather(logits, 1, token))[0, 0]
+        token = torch.cond(has_nan, greedy, lambda _: token.clone(), (logits,))
+        # A branch's result lies in planned memory, which the next method overwrites; an operator's
+        # result outside the branches does not.
+        return token.clamp(min=0)
 
 
-def lower_regions(model: nn.Module, length: Dim, progress: Callable) -> list[nn.Module]:
+def build_program(
+    model: nn.Module,
+    backend: str,
+    max_prefill: int,
+    constants: dict[str, int | bool | list[int]],
+    progress: Callable[[str], None],
+) -> ExecutorchProgramManager:
+    """The multi-method program of a model whose weights are loaded and quantized.
+
+    `backend` is "xnnpack" (which changes modules of `model` in place) or "portable"; `constants`
+    become metadata methods; `progress` is called with what begins.
+    """
+    length = Dim("T", min=1, max=max(max_prefill, TRACED_LENGTH))
+    if backend == "xnnpack":
+        xnnpack.prepare(model)
+        regions = lower_regions(model, length, progress)
+        prefill, decode = Prefill(model, regions), Decode(model, regions)
+    else:
+        prefill, decode = PlainPrefill(model), PlainDecode(model)
+    progress("tracing the methods")
+    token, position = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    tokens = torch.zeros(1, TRACED_LENGTH, dtype=torch.int64)
+    positions = torch.arange(TRACED_LENGTH)
+    shapes = {1: length}, {0: length}
+    logits = torch.zeros(1, model.config.vocab_size)
+    methods = {
+        "prefill": torch.export.export(prefill, (tokens, positions), dynamic_shapes=shapes),
+        "decode": torch.export.export(decode, (token, position)),
+        "greedy": torch.export.export(Greedy(), (logits,)),
+    }
+    progress("converting the methods")
+    edge = to_edge_transform_and_lower(
+        methods, constant_methods=constants, compile_config=xnnpack.COMPILE_CONFIG
+    )
+    progress("planning memory")
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            # Outputs of their own outlive the next method's run; inputs are the caller's memory.
+            memory_planning_pass=MemoryPlanningPass(
+                alloc_graph_input=False, alloc_graph_output=False, share_mutable_buffers=True
+            )
+        )
+    )
+
+
+def lower_regions(
+    model: nn.Module, length: Dim, progress: Callable[[str], None]
+) -> list[nn.Module]:
     """The model's regions as delegate calls, for 1 to `length` tokens at once."""
     config, backbone = model.config, model.model
-    t = 3  # any size but 0 and 1, which torch.export takes for constants
+    t = TRACED_LENGTH
     x = torch.zeros(1, t, config.hidden_size)
     attended = torch.zeros(1, t, config.num_attention_heads, config.head_dim)
     # Two tensors: torch.export takes one that is passed twice for one argument.
     cos, sin = torch.zeros(t, 1, config.head_dim), torch.zeros(t, 1, config.head_dim)
-    layers = backbone.layers
+    progress("lowering the layers")
     first, last = xnnpack.FirstRegion(backbone), xnnpack.LastRegion(model)
-    middle = [xnnpack.MiddleRegion(a, b) for a, b in zip(layers, layers[1:])]
     lowered = [xnnpack.trace(first, (x, cos, sin), length).lower(first)]
-    if middle:
-        kind = xnnpack.trace(middle[0], (x, attended, cos, sin), length)
-        for region in middle:
-            lowered.append(kind.lower(region))
-            progress()
+    kind = None
+    for before, after in itertools.pairwise(backbone.layers):
+        region = xnnpack.MiddleRegion(before, after)
+        kind = kind or xnnpack.trace(region, (x, attended, cos, sin), length)
+        lowered.append(kind.lower(region))
+        progress("lowering the layers")
     lowered.append(xnnpack.trace(last, (x[:, :1], attended[:, :1]), None).lower(last))
     return lowered
+
+
+def state_entries(model: nn.Module) -> list[dict]:
+    """Name, shape and dtype of every buffer that outlives a method's run, for the manifest."""
+    return [
+        {"name": f"caches.{i}.{name}", "shape": list(buffer.shape), "dtype": "float32"}
+        for i, layer in enumerate(model.model.layers)
+        for name, buffer in layer.self_attn.cache.named_buffers()
+    ]

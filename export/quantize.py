@@ -39,13 +39,18 @@ EMBEDDING_GROUP_SIZE = 32
 
 
 def quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric quantization of weight float [N, K] -> int8 [N, K], scales float32 [N, K / G]."""
+    """Symmetric quantization of weight float [N, K] -> int8 [N, K], scales float32 [N, K / G].
+
+    Raises ValueError when K is not a multiple of the group size G.
+    """
+    if weight.shape[1] % group_size:
+        raise ValueError(f"rows of {weight.shape[1]} values are not whole groups of {group_size}")
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], weight.shape[1] // group_size)
     # In blocks, so that no second float copy of an embedding table is needed.
     for start in range(0, weight.shape[0], 16384):
-        block = weight[start : start + 16384].float().unflatten(1, (-1, group_size))
+        block = weight[start : start + 16384].detach().float().unflatten(1, (-1, group_size))
         # 4 bits: the code -8 has no positive twin, and using it costs less than leaving it.
         limit = high if bits == 8 else high + 0.5
         scale = (block.abs().amax(-1) / limit).clamp(min=torch.finfo(torch.float32).tiny)
@@ -60,6 +65,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int | None):
         super().__init__()
+        if linear.bias is not None:
+            raise ValueError("a linear layer with a bias cannot be quantized: none has one here")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = bits, group_size
         values, scales = quantize_rows(linear.weight, bits, group_size or self.in_features)

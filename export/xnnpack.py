@@ -43,6 +43,9 @@ from models.gemma3 import RMSNorm
 
 # With this key XnnpackBackend runs one of its 17 graph passes, the only one that our regions need.
 COMPILE_SPECS = [CompileSpec("dqlinear_partitioner", b"")]
+# The validity check refuses quantized_decomposed operators, and XNNPACK's partitioner does not
+# expect operators with dimension orders.
+COMPILE_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
 
 
 class DelegatedRMSNorm(nn.Module):
@@ -243,7 +246,7 @@ def trace(region: nn.Module, examples: Sequence[Tensor], length: Dim | None) -> 
     edge = to_edge_transform_and_lower(
         {"forward": program},
         partitioner=[RegionPartitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        compile_config=COMPILE_CONFIG,
     ).exported_program()
     calls = [n for n in edge.graph.nodes if n.op == "call_function"]
     delegates = [n for n in calls if n.target is executorch_call_delegate]

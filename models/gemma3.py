@@ -4,7 +4,7 @@ What a network is: embeddings, blocks, KV caches, logits. It does not know how i
 driven, nor how a token is chosen. Shapes: B rows, T tokens, D hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,21 @@ from torch import Tensor, nn
 from models.cache import FullCache, SlidingCache
 
 MODEL_TYPES = ("gemma3_text",)
+# transformers' Gemma3TextConfig; the 4B's config.json says nothing of what equals these.
+DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+}
 
 
 @dataclass(frozen=True)
@@ -46,37 +61,29 @@ class Gemma3Config:
         Raises ValueError naming the field when the config lacks one or asks for something that
         is not implemented.
         """
+        config = DEFAULTS | config
         for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention_bias"):
             if config.get(key):
                 raise ValueError(f"{key} = {config[key]} is not supported by models/gemma3.py")
         if config.get("use_bidirectional_attention"):
             raise ValueError("use_bidirectional_attention = true is not a text generator")
-        if config.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+        if not config["tie_word_embeddings"]:
+            raise ValueError("tie_word_embeddings = false: only a head tied to the embedding")
+        if config["hidden_activation"] != "gelu_pytorch_tanh":
             raise ValueError(
                 f"hidden_activation = {config['hidden_activation']!r}: only gelu_pytorch_tanh"
             )
-        plain = [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "rms_norm_eps",
-            "query_pre_attn_scalar",
-            "sliding_window",
-            "max_position_embeddings",
-        ]
+        plain = [field.name for field in fields(cls) if field.name not in ("layer_types", "rope")]
         missing = [key for key in (*plain, "num_hidden_layers") if config.get(key) is None]
         if missing:
             raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-        fields = {key: config[key] for key in plain}
-        if fields["num_attention_heads"] % fields["num_key_value_heads"]:
+        shape = {key: config[key] for key in plain}
+        if shape["num_attention_heads"] % shape["num_key_value_heads"]:
             raise ValueError(
-                f"num_attention_heads = {fields['num_attention_heads']} is not a multiple of "
-                f"num_key_value_heads = {fields['num_key_value_heads']}"
+                f"num_attention_heads = {shape['num_attention_heads']} is not a multiple of "
+                f"num_key_value_heads = {shape['num_key_value_heads']}"
             )
-        return cls(**fields, layer_types=_layer_types(config), rope=_rope(config))
+        return cls(**shape, layer_types=_layer_types(config), rope=_rope(config))
 
 
 def _layer_types(config: dict) -> tuple[str, ...]:
@@ -96,16 +103,18 @@ def _layer_types(config: dict) -> tuple[str, ...]:
 
 def _rope(config: dict) -> dict[str, RopeConfig]:
     nested = config.get("rope_parameters") or {}
-    full = {"rope_theta": config.get("rope_theta", 1_000_000.0)}
+    full = {"rope_theta": config["rope_theta"]}
     full |= config.get("rope_scaling") or {}
     full |= nested.get("full_attention") or {}
-    sliding = {"rope_theta": config.get("rope_local_base_freq", 10_000.0)}
+    sliding = {"rope_theta": config["rope_local_base_freq"]}
     sliding |= nested.get("sliding_attention") or {}
     rope = {}
     for kind, entry in (("full_attention", full), ("sliding_attention", sliding)):
         scaling = entry.get("rope_type", entry.get("type", "default"))
         if scaling not in ("default", "linear"):
             raise ValueError(f"rope_type = {scaling!r} is not supported: default or linear")
+        if scaling == "linear" and not entry.get("factor"):
+            raise ValueError(f"rope_type = 'linear' of {kind} lacks its factor")
         factor = entry["factor"] if scaling == "linear" else 1.0
         rope[kind] = RopeConfig(theta=entry["rope_theta"], factor=factor)
     return rope

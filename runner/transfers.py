@@ -1,0 +1,65 @@
+"""Every copy between host and device, or within the device, is made here and counted.
+
+On the CPU "the device" is memory that the runner owns: an upload still copies, so that the counts
+mean the same on every engine.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Copies:
+    """How many copies were made in one direction, and their bytes."""
+
+    count: int = 0
+    bytes: int = 0
+
+    def add(self, tensor: Tensor) -> None:
+        self.count += 1
+        self.bytes += tensor.nbytes
+
+    def since(self, earlier: "Copies") -> "Copies":
+        return Copies(self.count - earlier.count, self.bytes - earlier.bytes)
+
+
+@dataclass
+class Transfers:
+    """Makes copies and counts them by direction, since the program was loaded."""
+
+    host_to_device: Copies = field(default_factory=Copies)
+    device_to_device: Copies = field(default_factory=Copies)
+    device_to_host: Copies = field(default_factory=Copies)
+
+    def upload(self, values: Tensor) -> Tensor:
+        """A copy of `values` in device memory."""
+        self.host_to_device.add(values)
+        return values.clone()
+
+    def download(self, values: Tensor) -> list[int]:
+        """The numbers of an int64 tensor, of any shape, on the host."""
+        self.device_to_host.add(values)
+        return values.flatten().tolist()
+
+    def snapshot(self) -> "Transfers":
+        """The counts as they are now."""
+        return self.since(Transfers())
+
+    def since(self, earlier: "Transfers") -> "Transfers":
+        """The counts of what was copied after `earlier`, a snapshot."""
+        return Transfers(
+            self.host_to_device.since(earlier.host_to_device),
+            self.device_to_device.since(earlier.device_to_device),
+            self.device_to_host.since(earlier.device_to_host),
+        )
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """Counts and bytes by direction."""
+        return {name: vars(getattr(self, name)) for name in self.__dataclass_fields__}
+
+
+def position_table(length: int) -> Tensor:
+    """int64 [length]: 0, 1, 2 ... on the host."""
+    return torch.arange(length, dtype=torch.int64)

@@ -1,0 +1,251 @@
+"""Quantized weights: how far they may be from the weights, and what is computed with them."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from export.quantize import (
+    EMBEDDING_GROUP_SIZE,
+    RECIPES,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    quantize,
+    quantize_rows,
+)
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def linear(rows: int, columns: int, seed: int = 0) -> nn.Linear:
+    layer = nn.Linear(columns, rows, bias=False)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(layer.weight, std=0.1, generator=generator)
+    return layer
+
+
+def restored(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """codes * scale in float64 [N, K], each of which float32 and int8 give exactly."""
+    group_size = values.shape[1] // scales.shape[1]
+    return values.double() * scales.double().repeat_interleave(group_size, 1)
+
+
+def quantized_activations(x: torch.Tensor) -> torch.Tensor:
+    """Per token int8 with a zero point: 256 steps between the smallest and the largest, and 0 is
+    one of them."""
+    out = torch.empty(x.shape, dtype=torch.float64)
+    for token, result in zip(x.flatten(0, 1), out.flatten(0, 1), strict=True):
+        low, high = min(token.min().item(), 0.0), max(token.max().item(), 0.0)
+        scale = (high - low) / 255
+        zero_point = max(-128, min(127, round(-128 - low / scale)))
+        codes = (token.double() / scale).round() + zero_point
+        result.copy_((codes.clamp(-128, 127) - zero_point) * scale)
+    return out
+
+
+@st.composite
+def matrices(draw) -> tuple[torch.Tensor, int]:
+    """(weight [N, K], group size), with values of any size that float32 scales reach."""
+    group_size = draw(st.sampled_from([1, 2, 31, 32, 100]))
+    rows, groups = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = torch.randn(rows, groups * group_size, generator=generator)
+    return weight * 10.0 ** draw(st.integers(-44, 37)), group_size
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@given(matrix=matrices())
+def test_a_weight_is_off_by_no_more_than_half_a_step(bits, matrix):
+    weight, group_size = matrix
+    values, scales = quantize_rows(weight, bits, group_size)
+    step = scales.double().repeat_interleave(group_size, 1)
+    error = (restored(values, scales) - weight.double()).abs()
+    # A few float32 roundings of codes up to 128: of the scale, of the quotient.
+    assert (error <= step * (0.5 + 1e-4)).all()
+
+
+@pytest.mark.parametrize(("bits", "low", "high"), [(8, -127, 127), (4, -8, 7)])
+@given(matrix=matrices())
+def test_codes_are_int8_within_the_range_of_the_bits(bits, low, high, matrix):
+    weight, group_size = matrix
+    values, scales = quantize_rows(weight, bits, group_size)
+    assert (values.dtype, scales.dtype) == (torch.int8, torch.float32)
+    assert values.shape == weight.shape
+    assert scales.shape == (weight.shape[0], weight.shape[1] // group_size)
+    assert low <= values.min() <= values.max() <= high
+    assert (scales >= TINY).all()
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 127), (4, 7.5)])
+def test_the_largest_weight_of_a_group_lies_at_the_end_of_the_range(bits, limit):
+    weight = linear(3, 64).weight.detach()
+    values, scales = quantize_rows(weight, bits, 32)
+    assert torch.equal(scales, weight.unflatten(1, (2, 32)).abs().amax(-1) / limit)
+    assert (values.unflatten(1, (2, 32)).abs().amax(-1) >= int(limit)).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_group_of_zeros_stays_zero_and_does_not_touch_its_neighbours(bits):
+    weight = linear(4, 96).weight.detach().clone()
+    weight[1] = 0.0
+    weight[2, 32:64] = 0.0
+    values, scales = quantize_rows(weight, bits, 32)
+    assert not values[1].any()
+    assert not values[2, 32:64].any()
+    assert torch.isfinite(1.0 / scales).all()
+    alone = quantize_rows(weight[2:3, 64:], bits, 32)
+    assert torch.equal(values[2:3, 64:], alone[0])
+    assert torch.equal(scales[2:3, 2:], alone[1])
+
+
+@given(st.integers(0, 2**31), st.integers(-7, 2))
+def test_a_q8_0_tensor_comes_through_without_any_loss(seed, exponent):
+    """llama.cpp's Q8_0: d float16 times codes of which the largest is 127."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (3, 2, 32), generator=generator)
+    at = torch.randint(0, 32, (3, 2, 1), generator=generator)
+    sign = torch.randint(0, 2, (3, 2, 1), generator=generator) * 2 - 1
+    codes.scatter_(2, at, 127 * sign)
+    d = (torch.rand(3, 2, generator=generator) * 10.0**exponent).half().float()
+    weight = (d[..., None] * codes).flatten(1)
+    values, scales = quantize_rows(weight, 8, 32)
+    assert torch.equal(restored(values, scales), weight.double())
+    assert torch.equal(scales[d > 0], d[d > 0])
+
+
+@pytest.mark.parametrize("rows", [16384, 16385, 2 * 16384 + 3])
+def test_a_row_of_a_large_table_is_what_it_is_alone(rows):
+    weight = linear(rows, 8).weight.detach()
+    values, scales = quantize_rows(weight, 8, 4)
+    for row in (0, 16382, 16383, 16384, 32767, 32768, rows - 1):
+        if row < rows:
+            alone = quantize_rows(weight[row : row + 1], 8, 4)
+            assert torch.equal(values[row : row + 1], alone[0])
+            assert torch.equal(scales[row : row + 1], alone[1])
+    error = (restored(values, scales) - weight.double()).abs()
+    assert (error <= 0.5001 * scales.double().repeat_interleave(4, 1)).all()
+
+
+def test_rows_that_are_not_whole_groups_are_refused():
+    with pytest.raises(ValueError, match="rows of 40 values are not whole groups of 32"):
+        quantize_rows(torch.zeros(2, 40), 4, 32)
+
+
+def test_a_linear_layer_with_a_bias_is_refused():
+    with pytest.raises(ValueError, match="bias"):
+        QuantizedLinear(nn.Linear(32, 4), 8, None)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (5, 64), (37, 96), (64, 320)])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_linear_layer_multiplies_quantized_activations_with_quantized_weights(
+    bits, group_size, rows, columns, length
+):
+    layer = linear(rows, columns)
+    module = QuantizedLinear(layer, bits, group_size)
+    generator = torch.Generator().manual_seed(1)
+    x = 3.0 * torch.randn(1, length, columns, generator=generator) + 1.0
+    weight = restored(*quantize_rows(layer.weight, bits, group_size or columns))
+    assert torch.equal(module.dequantized(), weight.float())
+    expected = quantized_activations(x) @ weight.T
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
+    # Nearness to the float layer says that the steps above are small, not only consistent.
+    exact = layer(x).double()
+    assert (module(x) - exact).norm() / exact.norm() < {8: 0.02, 4: 0.15}[bits]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
+def test_each_token_has_its_own_activation_scale(bits, group_size):
+    module = QuantizedLinear(linear(8, 64), bits, group_size)
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.tensor([1e-3, 1.0, 1e3])[:, None]
+    x = torch.randn(1, 3, 64, generator=generator) * sizes
+    alone = torch.cat([module(x[:, i : i + 1]) for i in range(3)], 1)
+    torch.testing.assert_close(module(x) / sizes, alone / sizes, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
+def test_a_token_of_zeros_gives_zeros(bits, group_size):
+    module = QuantizedLinear(linear(8, 64), bits, group_size)
+    assert not module(torch.zeros(1, 2, 64)).any()
+
+
+@pytest.mark.parametrize("size", [32, 96, 33, 20])
+def test_an_embedding_gives_the_rows_of_its_table(size):
+    table = nn.Embedding(11, size)
+    module = QuantizedEmbedding(table)
+    group_size = EMBEDDING_GROUP_SIZE if size % EMBEDDING_GROUP_SIZE == 0 else size
+    expected = restored(*quantize_rows(table.weight, 8, group_size)).float()
+    tokens = torch.tensor([[0, 10, 3], [3, 3, 7]])
+    assert torch.equal(module(tokens), expected[tokens])
+    assert (module(tokens) - table(tokens)).abs().max() < 0.02
+
+
+def test_an_embedding_in_q8_0_comes_through_without_any_loss():
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(-126, 127, (9, 2, 32), generator=generator)
+    codes[..., 5] = 127
+    d = torch.rand(9, 2, 1, generator=generator).half().float()
+    table = nn.Embedding.from_pretrained((codes * d).flatten(1))
+    tokens = torch.arange(9)[None]
+    assert torch.equal(QuantizedEmbedding(table)(tokens), table(tokens))
+
+
+class TiedModel(nn.Module):
+    """An embedding, two linear layers at different depths, and a head tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(40, 64)
+        self.block = nn.ModuleDict({"up": linear(96, 64, 1), "down": linear(64, 96, 2)})
+        self.lm_head = nn.Linear(64, 40, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.block["down"](self.block["up"](self.embed_tokens(tokens))))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "group_size"), [("8da8w", 8, None), ("8da4w", 4, 32)]
+)
+def test_a_recipe_reaches_every_layer_and_keeps_the_head_in_8_bits(recipe, bits, group_size):
+    model = TiedModel()
+    quantize(model, RECIPES[recipe])
+    assert isinstance(model.embed_tokens, QuantizedEmbedding)
+    for layer in (model.block["up"], model.block["down"]):
+        assert isinstance(layer, QuantizedLinear)
+        assert (layer.bits, layer.group_size) == (bits, group_size)
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert (model.lm_head.bits, model.lm_head.group_size) == (8, None)
+    assert not list(model.parameters())
+
+
+@pytest.mark.parametrize(("recipe", "limit"), [("8da8w", 0.03), ("8da4w", 0.2)])
+def test_a_quantized_model_is_near_the_one_it_was_made_from(recipe, limit):
+    torch.manual_seed(4)
+    model = TiedModel()
+    tokens = torch.arange(40)[None]
+    exact = model(tokens)
+    quantize(model, RECIPES[recipe])
+    assert (model(tokens) - exact).norm() / exact.norm() < limit
+
+
+def test_fp32_leaves_the_model_as_it_is():
+    model = TiedModel()
+    before = copy.deepcopy(model)
+    quantize(model, RECIPES["fp32"])
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert torch.equal(model(torch.arange(40)[None]), before(torch.arange(40)[None]))
+
+
+def test_a_model_that_asks_for_gradients_can_be_quantized_and_copied():
+    model = TiedModel()
+    assert model.lm_head.weight.requires_grad
+    quantize(model, RECIPES["8da4w"])
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+    tokens = torch.arange(40)[None]
+    assert torch.equal(copy.deepcopy(model)(tokens), model(tokens))
