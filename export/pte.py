@@ -151,18 +151,19 @@ def build_program(
     `backend` is "xnnpack" (which changes modules of `model` in place) or "portable"; `constants`
     become metadata methods; `progress` is called with what begins.
     """
-    length = Dim("T", min=1, max=max(max_prefill, TRACED_LENGTH))
+    # One token at most is no dynamic size.
+    length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
+    traced = min(TRACED_LENGTH, max_prefill)
     if backend == "xnnpack":
         xnnpack.prepare(model)
-        regions = lower_regions(model, length, progress)
+        regions = lower_regions(model, traced, length, progress)
         prefill, decode = Prefill(model, regions), Decode(model, regions)
     else:
         prefill, decode = PlainPrefill(model), PlainDecode(model)
     progress("tracing the methods")
     token, position = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    tokens = torch.zeros(1, TRACED_LENGTH, dtype=torch.int64)
-    positions = torch.arange(TRACED_LENGTH)
-    shapes = {1: length}, {0: length}
+    tokens, positions = torch.zeros(1, traced, dtype=torch.int64), torch.arange(traced)
+    shapes = ({1: length}, {0: length}) if length is not None else None
     logits = torch.zeros(1, model.config.vocab_size)
     methods = {
         "prefill": torch.export.export(prefill, (tokens, positions), dynamic_shapes=shapes),
@@ -185,15 +186,15 @@ def build_program(
 
 
 def lower_regions(
-    model: nn.Module, length: Dim, progress: Callable[[str], None]
+    model: nn.Module, traced: int, length: Dim | None, progress: Callable[[str], None]
 ) -> list[nn.Module]:
-    """The model's regions as delegate calls, for 1 to `length` tokens at once."""
+    """The model's regions as delegate calls, traced with `traced` tokens: for 1 to `length` at
+    once, or without it for just as many."""
     config, backbone = model.config, model.model
-    t = TRACED_LENGTH
-    x = torch.zeros(1, t, config.hidden_size)
-    attended = torch.zeros(1, t, config.num_attention_heads, config.head_dim)
+    x = torch.zeros(1, traced, config.hidden_size)
+    attended = torch.zeros(1, traced, config.num_attention_heads, config.head_dim)
     # Two tensors: torch.export takes one that is passed twice for one argument.
-    cos, sin = torch.zeros(t, 1, config.head_dim), torch.zeros(t, 1, config.head_dim)
+    cos, sin = (torch.zeros(traced, 1, config.head_dim) for _ in range(2))
     progress("lowering the layers")
     first, last = xnnpack.FirstRegion(backbone), xnnpack.LastRegion(model)
     lowered = [xnnpack.trace(first, (x, cos, sin), length).lower(first)]

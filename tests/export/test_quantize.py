@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -57,6 +57,7 @@ def matrices(draw) -> tuple[torch.Tensor, int]:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@settings(deadline=None)
 @given(matrix=matrices())
 def test_a_weight_is_off_by_no_more_than_half_a_step(bits, matrix):
     weight, group_size = matrix
@@ -68,6 +69,7 @@ def test_a_weight_is_off_by_no_more_than_half_a_step(bits, matrix):
 
 
 @pytest.mark.parametrize(("bits", "low", "high"), [(8, -127, 127), (4, -8, 7)])
+@settings(deadline=None)
 @given(matrix=matrices())
 def test_codes_are_int8_within_the_range_of_the_bits(bits, low, high, matrix):
     weight, group_size = matrix
@@ -101,6 +103,7 @@ def test_a_group_of_zeros_stays_zero_and_does_not_touch_its_neighbours(bits):
     assert torch.equal(scales[2:3, 2:], alone[1])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(-7, 2))
 def test_a_q8_0_tensor_comes_through_without_any_loss(seed, exponent):
     """llama.cpp's Q8_0: d float16 times codes of which the largest is 127."""
@@ -209,9 +212,7 @@ class TiedModel(nn.Module):
         return self.lm_head(self.block["down"](self.block["up"](self.embed_tokens(tokens))))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "bits", "group_size"), [("8da8w", 8, None), ("8da4w", 4, 32)]
-)
+@pytest.mark.parametrize(("recipe", "bits", "group_size"), [("8da8w", 8, None), ("8da4w", 4, 32)])
 def test_a_recipe_reaches_every_layer_and_keeps_the_head_in_8_bits(recipe, bits, group_size):
     model = TiedModel()
     quantize(model, RECIPES[recipe])

@@ -1,7 +1,7 @@
 """KV caches against what they mean: the whole history, and a plain loop over it."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.cache import FullCache, SlidingCache
@@ -51,6 +51,7 @@ def chunkings(draw) -> tuple[int, int, list[int]]:
     return slots, sum(lengths) + draw(st.integers(0 if lengths else 1, 2 * slots)), lengths
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 40), st.data())
 def test_a_prefill_sees_exactly_the_last_positions_that_the_ring_and_the_chunk_hold(
     slots, start, data
@@ -70,6 +71,7 @@ def test_a_prefill_sees_exactly_the_last_positions_that_the_ring_and_the_chunk_h
     assert visible.tolist() == expected
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 40), st.data())
 def test_every_query_of_a_prefill_sees_as_many_keys_as_the_window_has(slots, start, data):
     length = data.draw(st.integers(1, slots))
@@ -78,6 +80,7 @@ def test_every_query_of_a_prefill_sees_as_many_keys_as_the_window_has(slots, sta
     assert visible.sum(1).tolist() == [min(p + 1, slots) for p in positions.tolist()]
 
 
+@settings(deadline=None)
 @given(chunkings())
 def test_a_ring_attends_over_the_last_slots_whatever_the_chunks(chunking):
     slots, count, lengths = chunking
@@ -87,6 +90,7 @@ def test_a_ring_attends_over_the_last_slots_whatever_the_chunks(chunking):
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(chunkings())
 def test_a_ring_holds_each_of_the_last_positions_in_its_own_slot(chunking):
     slots, count, lengths = chunking
@@ -100,6 +104,7 @@ def test_a_ring_holds_each_of_the_last_positions_in_its_own_slot(chunking):
     assert not cache.v[:, count:].any()
 
 
+@settings(deadline=None)
 @given(chunkings())
 def test_a_full_cache_attends_over_the_whole_history_whatever_the_chunks(chunking):
     _, count, lengths = chunking
@@ -114,6 +119,7 @@ def test_a_full_cache_attends_over_the_whole_history_whatever_the_chunks(chunkin
     assert not cache.v[:, count:].any()
 
 
+@settings(deadline=None)
 @given(st.sampled_from([SlidingCache, FullCache]), st.integers(0, 11), st.integers(1, 5))
 def test_a_sequence_from_position_0_sees_nothing_of_the_one_before(kind, length, prefilled):
     before, now = tokens(11, seed=1), tokens(max(length, prefilled), seed=2)

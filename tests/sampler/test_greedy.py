@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sampler.greedy import greedy
@@ -31,6 +31,7 @@ def batches(draw) -> list[list[float]]:
     )
 
 
+@settings(deadline=None)
 @given(batches(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_each_row_gives_the_lowest_id_of_its_largest_number(rows, dtype):
     logits = torch.tensor(rows).to(dtype)
@@ -38,6 +39,7 @@ def test_each_row_gives_the_lowest_id_of_its_largest_number(rows, dtype):
     assert greedy(logits).tolist() == expected
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 70))
 def test_the_token_is_an_int64_column(rows, size):
     token = greedy(torch.randn(rows, size))
@@ -72,6 +74,7 @@ def test_ties_of_a_whole_vocabulary_go_to_the_lowest_id(size):
     assert greedy(logits).flatten().tolist() == [0, size // 3, size - 2]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.sampled_from([1, 5, 63, 1001]), st.integers(0, 2**31))
 def test_a_row_of_a_batch_gives_what_it_gives_alone(rows, size, seed):
     generator = torch.Generator().manual_seed(seed)
