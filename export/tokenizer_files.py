@@ -19,7 +19,7 @@ from export.errors import ExportError
 
 TEMPLATE_FILE = "chat_template.jinja"
 # The number of a token type is the same in GGUF as in SentencePiece.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
 TOKEN_TYPES = range(1, 7)
 
 
@@ -167,13 +167,6 @@ def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> bytes:
         )
     # llama.cpp's converter turns <unk> into a control token; SentencePiece needs its own type.
     types[ids["unk"]] = UNKNOWN
-    # SentencePiece never finds a control token in text. What a chat template writes has to be
-    # found, so it becomes user-defined, as it is in Gemma's own tokenizer.model.
-    template = metadata.get("tokenizer.chat_template", "")
-    for token_id in np.flatnonzero(types == CONTROL).tolist():
-        if token_id != ids["bos"] and tokens[token_id] in template:
-            types[token_id] = USER_DEFINED
-
     model = model_pb2.ModelProto()
     for token, score, token_type in zip(tokens, scores.tolist(), types.tolist(), strict=True):
         # llama.cpp's converter writes spaces into user-defined tokens (Gemma's runs of spaces);

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, processors
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.errors import ExportError
 from export.tokenizer_files import sentencepiece_model, write_tokenizer
+from runner.tokenizer import Tokenizer as RunnerTokenizer
 
 # Prompt ids of transformers 5.23 for the real model, without bos.
 GOLDEN_IDS = {
@@ -120,17 +121,16 @@ def test_a_chat_template_is_written_and_its_markers_are_tokens(real, tmp_path):
     entry = write_tokenizer(chat, tmp_path)
     assert (tmp_path / entry["chat_template"]).read_text() == TEMPLATE
     assert entry["eos_token_ids"] == [1, 106]
-    processor = SentencePieceProcessor(model_file=str(tmp_path / entry["file"]))
-    assert processor.encode("<start_of_turn>user\nhi<end_of_turn>\n") == [
-        105, 2364, 107, 2202, 106, 107,
+    runner = RunnerTokenizer(tmp_path, entry)
+    assert runner.encode("<bos><start_of_turn>user\nhi<end_of_turn>\n") == [
+        2, 105, 2364, 107, 2202, 106, 107,
     ]  # fmt: skip
-    assert {text: processor.encode(text) for text in GOLDEN_IDS} == GOLDEN_IDS
+    assert runner.decode([2202, 106]) == "hi"  # the end of a turn is never shown
 
 
-def test_control_tokens_are_not_found_in_text_without_a_template():
-    assert encoder(small()).encode("<turn>")[0] != 9
-    assert encoder(small(chat_template="<turn>")).encode("<turn>") == [9]
-    assert encoder(small(chat_template="<s>")).encode("<s>")[0] != 1
+def test_control_tokens_stay_control_tokens_whatever_the_template():
+    assert encoder(small()).is_control(9)
+    assert encoder(small(chat_template="<turn>")).is_control(9)
 
 
 def test_the_unknown_token_is_the_only_one_of_its_type():
