@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -39,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="weights as float32, 8 bits per output channel, or 4 bits in groups of 32 with an "
         "8-bit head; both with int8 activations (default: 8da8w, for portable fp32)",
     )
-    parser.add_argument("--max-seq-len", type=int, default=2048, help="prompt and output tokens")
+    parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and output tokens")
     parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
     parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
@@ -164,6 +165,8 @@ def demo_model() -> Path:
 
 def main() -> int:
     options = parse_arguments()
+    # Being terminated cleans up like any other end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # torch, torchao and executorch warn about one another; none of it is the user's to mend.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -9,14 +9,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_script(script: str, *arguments, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """Run export/gemma.py or runner/run.py as a user does."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
+@pytest.fixture(scope="session")
+def run_script():
+    """A function that runs export/gemma.py or runner/run.py as a user does."""
+
+    def run(script: str, *arguments, cwd: Path, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        options = {"text": True, "encoding": "utf-8"} | options
+        return subprocess.run(command, cwd=cwd, capture_output=True, **options)
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def export_artifact(tmp_path_factory):
+def export_artifact(tmp_path_factory, run_script):
     """A function (name, *arguments) -> directory that exports at most once for each name."""
     root = tmp_path_factory.mktemp("artifacts")
 
@@ -43,8 +49,16 @@ def fp32_artifact(export_artifact) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_artifact(export_artifact, tiny_checkpoint) -> Path:
+    """The tiny checkpoint in float32, with a chunk that its window is no multiple of."""
+    arguments = ("--model", tiny_checkpoint, "--quant", "fp32")
+    return export_artifact("tiny", *arguments, "--max-seq-len", 200, "--max-prefill", 7)
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A small random Gemma 3 with a window of 16, written by transformers, with a tokenizer."""
+    """A small random Gemma 3 with a window of 16, written by transformers, with a tokenizer of
+    one id for each byte. Its greedy text does not settle down to repeating itself."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -70,8 +84,11 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
         bos_token_id=2,
     )
     model = Gemma3ForCausalLM(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    for name, parameter in model.named_parameters():
+        # The head is the embedding: a large one would see only the token it was given.
+        torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.2)
+        if "q_norm" in name:
+            parameter.data += 1.0
     model.save_pretrained(directory)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

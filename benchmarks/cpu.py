@@ -1,0 +1,264 @@
+"""How fast is an artifact on this processor, beside llama.cpp and transformers, and how fast
+could it be? `python benchmarks/cpu.py` prints the ceiling, the figures, and one JSON line.
+
+Every contender runs in a process of its own, so that loading is a new process's and peak memory
+its own. They alternate round by round; figures are medians over the rounds, with min and max.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.common import (
+    DEFAULT_TEXT,
+    ROOT,
+    THREADS,
+    WORKER,
+    BenchmarkError,
+    Contender,
+    add_arguments,
+    check_arguments,
+    finish,
+    llama_cpp_peers,
+    machine,
+    print_machine,
+    run,
+    tokenloop,
+    work,
+)
+
+PROMPT = "The capital of France is"
+# What each figure is, and whether more of it is better.
+FIGURES = {
+    "prefill_tok_s": ("prefill of 128 tokens, tok/s", True),
+    "prefill_512_tok_s": ("prefill of 512 tokens, tok/s", True),
+    "decode_tok_s": ("decode at context 128 to 256, tok/s", True),
+    "decode_ms_at_100": ("decode at context 100, ms per token", False),
+    "decode_ms_at_2000": ("decode at context 2,000, ms per token", False),
+    "ttft_s": ("prompt of 128 tokens to first token, s", False),
+    "start_to_first_token_s": ("process start to first token, s", False),
+    "load_s": ("load, s", False),
+    "peak_rss_mb": ("peak resident memory, MB", False),
+    "artifact_mb": ("on disk, MB", False),
+}
+DTYPES = ("float32", "bfloat16")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/cpu.py",
+        description="Measure an artifact on the CPU, side by side with its peers.",
+    )
+    add_arguments(parser)
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds (default: 5)")
+    parser.add_argument(
+        "--export", action="store_true", help="measure the export of such an artifact as well"
+    )
+    parser.add_argument(
+        "--transformers",
+        action="store_true",
+        help="measure transformers with the same weights in float32 and bfloat16 as well",
+    )
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; it must be at least 1")
+    check_arguments(parser, options)
+    if options.transformers and options.model is None:
+        parser.error("--transformers needs --model: the demo model is not installed")
+    return options
+
+
+def measure_round(contender: Contender, ids: list[int], prompt_ids: list[int]) -> dict:
+    """One contender's figures of one round, from two new processes."""
+    if contender.spec["engine"] == "tokenloop":
+        # The user's own command; the first byte comes with the first token.
+        script = ROOT / "runner" / "run.py"
+        flags = ["--artifact", contender.spec["path"], "--max-new-tokens", "8"]
+        command = [contender.python, script, *flags, PROMPT]
+    else:
+        spec = json.dumps({**contender.spec, "ids": prompt_ids})
+        command = [contender.python, WORKER, "start", spec]
+    started = run(command, contender.name)
+    figures, process = work(contender.python, "speed", contender.name, **contender.spec, ids=ids)
+    return {
+        **figures,
+        "start_to_first_token_s": started.first_byte_s,
+        "peak_rss_mb": process.peak_rss_mb,
+        "artifact_mb": contender.megabytes,
+    }
+
+
+def summarize(rounds: list[dict], bandwidth: float, weights_mb: float | None) -> dict:
+    """Medians of the rounds, their ranges, and the ceiling of decoding."""
+    summary, ranges = {}, {}
+    for key in FIGURES:
+        values = [figures[key] for figures in rounds if figures[key] is not None]
+        summary[key] = statistics.median(values) if values else None
+        ranges[key] = [min(values), max(values)] if values else None
+    weights_mb = weights_mb or rounds[0]["weights_mb"]
+    summary["export_s"] = None
+    summary["weights_mb_per_token"] = weights_mb
+    summary["ceiling_decode_tok_s"] = bandwidth * 1e3 / weights_mb if weights_mb else None
+    return rounded({**summary, "ranges": ranges})
+
+
+def rounded(value):
+    """Five significant digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def print_table(results: dict[str, dict]) -> None:
+    """For each figure a row of ours and one of each peer, with ours / peer."""
+    ours = next(iter(results.values()))
+    width = max(map(len, results))
+    for key, (title, more) in FIGURES.items():
+        print(f"\n{title} ({'more' if more else 'less'} is better)")
+        for name, result in results.items():
+            if result[key] is None:
+                print(f"  {name:<{width}} {'-':>10}")
+                continue
+            low, high = result["ranges"][key]
+            ratio = ""
+            if result is not ours and ours[key] is not None:
+                ratio = f"   ours / peer {ours[key] / result[key]:.2f}"
+            elif key == "decode_tok_s" and ours["ceiling_decode_tok_s"]:
+                ratio = f"   {ours[key] / ours['ceiling_decode_tok_s']:.0%} of the ceiling"
+            print(f"  {name:<{width}} {result[key]:>10.5g}  {low:>10.5g} .. {high:<10.5g}{ratio}")
+    print(flush=True)
+
+
+def measure_export(options: argparse.Namespace, manifest: dict, directory: Path) -> dict:
+    """Seconds and peak memory of exporting once more what the artifact is."""
+    command = [sys.executable, ROOT / "export" / "gemma.py", "--output", directory / "export"]
+    for key in ("backend", "quant", "max_seq_len", "max_prefill"):
+        command += ["--" + key.replace("_", "-"), manifest[key]]
+    if options.model is not None:
+        command += ["--model", options.model]
+    process = run(command, "export/gemma.py")
+    return {"export_s": process.wall_s, "export_rss_mb": process.peak_rss_mb}
+
+
+def transformers_peers(model: Path, directory: Path) -> list[Contender]:
+    """The checkpoint as transformers would load it, written to `directory` for the purpose."""
+    directories = {dtype: directory / dtype for dtype in DTYPES}
+    paths = {dtype: str(path) for dtype, path in directories.items()}
+    work(
+        sys.executable, "save_transformers", "transformers", model=str(model), directories=paths
+    )
+    return [
+        Contender(
+            f"transformers {dtype}",
+            sys.executable,
+            {"engine": "transformers", "path": paths[dtype]},
+            sum(file.stat().st_size for file in path.iterdir()) / 1e6,
+        )
+        for dtype, path in directories.items()
+    ]
+
+
+def benchmark(options: argparse.Namespace, directory: Path) -> dict:
+    # 1. The machine and its ceiling.
+    found = machine()
+    print_machine(found)
+    ours = tokenloop(options.artifact)
+    text, path = DEFAULT_TEXT.read_text(encoding="utf-8"), str(options.artifact)
+    read, _ = work(ours.python, "texts", "tokenloop", path=path, texts=[text, PROMPT])
+    manifest, (ids, prompt_ids) = read["manifest"], read["ids"]
+    limit, _ = work(
+        ours.python, "ceiling", "the ceiling", threads=THREADS, quant=manifest["quant"],
+        model=options.model and str(options.model), vocab_size=manifest["vocab_size"],
+    )  # fmt: skip
+    bandwidth, weights_mb = limit["bandwidth_gb_s"], None
+    print(f"bandwidth   {bandwidth:.1f} GB/s, plain reads of 1 GiB by {THREADS} threads")
+    if limit["embedding_mb"] is None:
+        print("ceiling     unknown: --model is not this artifact's checkpoint")
+    else:
+        program_mb = manifest["program"]["bytes"] / 1e6
+        weights_mb = program_mb - limit["embedding_mb"]
+        print(f"ceiling     {bandwidth * 1e3 / weights_mb:.0f} tok/s of decoding: each token reads")
+        print(f"            {weights_mb:.0f} MB of weights, the program's {program_mb:.0f} less the")
+        print(f"            embedding table's {limit['embedding_mb']:.0f}; the KV cache comes on top")
+
+    # 2. The contenders, one round after the other.
+    peers, line = llama_cpp_peers(options, manifest["max_seq_len"])
+    print(line, flush=True)
+    if options.transformers:
+        try:
+            peers += transformers_peers(options.model, directory)
+        except BenchmarkError as error:
+            print(f"no transformers: {error}", flush=True)
+    rounds: dict[str, list[dict]] = {contender.name: [] for contender in (ours, *peers)}
+    for n, contender in itertools.product(range(options.repeats), (ours, *peers)):
+        if contender.name not in rounds:
+            continue
+        show(f"round {n + 1} of {options.repeats}: {contender.name}")
+        try:
+            rounds[contender.name].append(measure_round(contender, ids[:2000], prompt_ids))
+        except BenchmarkError as error:
+            if contender is ours:
+                raise
+            print(f"without {contender.name}: {error}", flush=True)
+            del rounds[contender.name]
+    results = {
+        name: summarize(measured, bandwidth, weights_mb if name == ours.name else None)
+        for name, measured in rounds.items()
+    }
+    print_table(results)
+    result = results.pop(ours.name)
+    if options.export:
+        show("exporting")
+        result |= rounded(measure_export(options, manifest, directory))
+        print(f"export in {result['export_s']:.1f} s, peak {result['export_rss_mb']:.0f} MB\n")
+    for peer in results.values():
+        if peer["ceiling_decode_tok_s"]:
+            share = peer["decode_tok_s"] / peer["ceiling_decode_tok_s"]
+            peer["of_ceiling"] = rounded(share)
+    return {
+        **result,
+        "peers": results,
+        "ratios": rounded(
+            {
+                name: {key: result[key] / peer[key] for key in FIGURES if result[key] and peer[key]}
+                for name, peer in results.items()
+            }
+        ),
+        "repeats": options.repeats,
+        "bandwidth_gb_s": rounded(bandwidth),
+        "machine": found,
+        "llama_cpp": line,
+        "artifact": str(options.artifact),
+        "quant": manifest["quant"],
+    }
+
+
+def show(what: str) -> None:
+    """What is going on, on standard error."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    options = parse_arguments()
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            result = benchmark(options, Path(directory))
+        finish(result, options.save)
+    except BenchmarkError as error:
+        print(f"benchmarks/cpu.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
