@@ -51,9 +51,12 @@ def quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, T
     # In blocks, so that no second float copy of an embedding table is needed.
     for start in range(0, weight.shape[0], 16384):
         block = weight[start : start + 16384].detach().float().unflatten(1, (-1, group_size))
-        # 4 bits: the code -8 has no positive twin, and using it costs less than leaving it.
-        limit = high if bits == 8 else high + 0.5
-        scale = (block.abs().amax(-1) / limit).clamp(min=torch.finfo(torch.float32).tiny)
+        if bits == 8:
+            scale = block.abs().amax(-1) / high
+        else:
+            # With so few codes, half a step lost at either end costs less than a wider step.
+            scale = torch.maximum(block.amax(-1) / (high + 0.5), block.amin(-1) / (low - 0.5))
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         codes = (block / scale[..., None]).round_().clamp_(low, high)
         values[start : start + 16384] = codes.flatten(1)
         scales[start : start + 16384] = scale

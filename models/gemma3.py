@@ -103,6 +103,8 @@ def _layer_types(config: dict) -> tuple[str, ...]:
 
 def _rope(config: dict) -> dict[str, RopeConfig]:
     nested = config.get("rope_parameters") or {}
+    if "rope_theta" in nested or "rope_type" in nested:
+        raise ValueError("rope_parameters must have an entry for each kind of layer")
     full = {"rope_theta": config["rope_theta"]}
     full |= config.get("rope_scaling") or {}
     full |= nested.get("full_attention") or {}

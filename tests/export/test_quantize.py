@@ -81,12 +81,20 @@ def test_codes_are_int8_within_the_range_of_the_bits(bits, low, high, matrix):
     assert (scales >= TINY).all()
 
 
-@pytest.mark.parametrize(("bits", "limit"), [(8, 127), (4, 7.5)])
-def test_the_largest_weight_of_a_group_lies_at_the_end_of_the_range(bits, limit):
-    weight = linear(3, 64).weight.detach()
-    values, scales = quantize_rows(weight, bits, 32)
-    assert torch.equal(scales, weight.unflatten(1, (2, 32)).abs().amax(-1) / limit)
-    assert (values.unflatten(1, (2, 32)).abs().amax(-1) >= int(limit)).all()
+def test_the_largest_weight_of_a_group_has_the_last_code_of_8_bits():
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    values, scales = quantize_rows(weight, 8, 32)
+    assert torch.equal(scales, weight.unflatten(1, (2, 32)).abs().amax(-1) / 127)
+    assert (values.unflatten(1, (2, 32)).abs().amax(-1) == 127).all()
+
+
+def test_with_4_bits_the_extremes_of_a_group_lie_at_most_half_a_step_outside():
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    values, scales = quantize_rows(weight, 4, 32)
+    steps = weight.unflatten(1, (2, 32)) / scales[..., None]
+    assert steps.amax() <= 7.5 + 1e-5 and steps.amin() >= -8.5 - 1e-5
+    at_an_end = (steps.amax(-1) > 7.5 - 1e-5) | (steps.amin(-1) < -8.5 + 1e-5)
+    assert at_an_end.all() and values.min() == -8 and values.max() == 7
 
 
 @pytest.mark.parametrize("bits", [8, 4])

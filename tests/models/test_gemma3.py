@@ -293,6 +293,7 @@ def test_a_config_that_says_little_is_the_published_one():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
         ({"rope_parameters": {SLIDING: {"rope_type": "llama3"}}}, "rope_type = 'llama3'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "full_attention lacks its factor"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters must have an entry for each"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused_by_the_name_of_its_field(change, message):
