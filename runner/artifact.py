@@ -48,6 +48,8 @@ def open_artifact(directory: Path) -> Artifact:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunnerError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise RunnerError(f"{path} cannot be read: {error.strerror}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT_VERSION:
         raise RunnerError(
@@ -59,6 +61,8 @@ def open_artifact(directory: Path) -> Artifact:
             raise RunnerError(
                 f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"
             )
+    if not isinstance(manifest["program"].get("file"), str):
+        raise RunnerError(f"{path}: program is {manifest['program']}, but it must name a file")
     artifact = Artifact(directory, manifest)
     program, size = artifact.program_file, manifest["program"].get("bytes")
     if not program.is_file():

@@ -47,6 +47,14 @@ class ExecuTorchProgram:
                 "export with another --backend"
             )
         path = str(artifact.program_file)
+        with artifact.program_file.open("rb") as file:
+            identifier = file.read(8)[4:]
+        # ExecuTorch would log the identifier, and aborts the process if that is not UTF-8.
+        if identifier[:2] != b"ET" or not identifier[2:].isdigit():
+            raise RunnerError(
+                f"{path} is not a program that ExecuTorch can load (its identifier is "
+                f"{identifier}; one such as b'ET12' is right): export it again"
+            )
         with _native_stderr() as log:
             try:
                 # Kept: methods do not keep the program alive.
@@ -98,6 +106,14 @@ def _check_methods(program, artifact: Artifact) -> None:
     """The runner relies on these slots; a program with others must not get as far as a call."""
     manifest = artifact.manifest
     names = [program.get_method_name(i) for i in range(program.num_methods())]
+    if "get_max_context_len" not in names:
+        raise RunnerError(f"{artifact.program_file} has no get_max_context_len: export it again")
+    (positions,) = program.load_method("get_max_context_len").call([])
+    if positions != manifest["max_seq_len"]:
+        raise RunnerError(
+            f"{artifact.program_file}: its caches have {positions} positions; the manifest says "
+            f"max_seq_len {manifest['max_seq_len']}"
+        )
     logits = ("logits", FLOAT32, (1, manifest["vocab_size"]))
     chunk, one = manifest["max_prefill"], (1, 1)
     slots = {

@@ -134,6 +134,7 @@ class Generation:
 
     def _run(self) -> Iterator[Token]:
         loop, tokenizer = self._model.loop, self._model.tokenizer
+        self._check_latest()
         before = loop.transfers.snapshot()
         stream = tokenizer.stream()
         self._start = time.perf_counter()
@@ -148,17 +149,21 @@ class Generation:
             if len(self.token_ids) == self._limit:
                 break
             yield self._token(token_id, stream.push(token_id))
-            if self._model._latest is not self:
-                raise RunnerError(
-                    "another generation was started on this model, and its state is shared: "
-                    "finish one before you start the next"
-                )
+            self._check_latest()
         # The last token takes with it what was held back of an unfinished character.
         self.finish_reason = self.finish_reason or "length"
         if self.finish_reason == "length":
             yield self._token(token_id, stream.push(token_id) + stream.finish())
         elif rest := stream.finish():
             yield self._token(token_id, rest)
+
+    def _check_latest(self) -> None:
+        """The first step, too, would overwrite the state of the generation that is running."""
+        if self._model._latest is not self:
+            raise RunnerError(
+                "another generation was started on this model, and its state is shared: "
+                "finish one before you start the next"
+            )
 
     def _token(self, token_id: int, text: str) -> Token:
         self.text += text

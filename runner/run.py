@@ -120,7 +120,8 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             interrupted = True
             generation.finish_reason = "interrupted"
-        print(json.dumps(generation.as_dict(prompt), ensure_ascii=False) if options.json else "")
+        last = json.dumps(generation.as_dict(prompt), ensure_ascii=False) if options.json else ""
+        print(last, flush=True)
         if options.stats and generation.token_ids:
             print_stats(model, generation.stats)
         if interrupted:
@@ -130,6 +131,8 @@ def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     options = parse_arguments()
+    # As prompts are read, whatever the locale: a model's text is in no other encoding.
+    sys.stdout.reconfigure(encoding="utf-8")
     try:
         return run(options)
     except RunnerError as error:
@@ -137,10 +140,14 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has gone (| head). Python would complain once more when it flushes at exit.
+    except OSError as error:
+        # Python would complain once more when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141  # The reader has gone (| head).
+        where = error.filename or "standard output"
+        print(f"runner/run.py: error: {where}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

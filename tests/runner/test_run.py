@@ -1,0 +1,359 @@
+"""The command line: what is printed where, and that no ending is a traceback."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+ALICE = ROOT / "benchmarks/data/alice.txt"
+KEYS = ["prompt", "prompt_ids", "token_ids", "text", "finish_reason", "stats"]
+UNICODE = '日本語 🎉 naïve 👩‍👩‍👧 \u2028 \x1b \\ "'
+# A prompt after which the tiny model comes to its end token, in this many tokens.
+ENDING, ENDING_LENGTH = "abc", 95
+
+
+@pytest.fixture
+def run(run_script, tiny_artifact, tmp_path):
+    """A function that runs the tiny artifact from another directory than the project's."""
+
+    def run(*arguments, **options):
+        arguments = ("--artifact", os.path.relpath(tiny_artifact, tmp_path), *arguments)
+        return run_script("runner/run.py", *arguments, cwd=tmp_path, **options)
+
+    return run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts runner/run.py without waiting for its end."""
+    processes = []
+
+    def start(*arguments) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "runner/run.py", *map(str, arguments)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # Where the tests run in the background, the shell may have had it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def lines(done) -> list[dict]:
+    """The JSON lines of a run that ended well."""
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n")
+    return [json.loads(line) for line in done.stdout.removesuffix("\n").split("\n")]
+
+
+def assert_error(done, *words):
+    """One line on standard error, and nothing else."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("runner/run.py: error: ")
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+
+
+# Text
+
+
+def test_text_of_every_prompt_goes_to_standard_output_and_nothing_else_does(run):
+    prompts = ["one", "two", UNICODE]
+    objects = lines(run("--json", "--max-new-tokens", 30, *prompts))
+    done = run("--max-new-tokens", 30, *prompts)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(entry["text"] + "\n" for entry in objects)
+    assert len({entry["text"] for entry in objects}) == 3
+
+
+def test_text_comes_while_the_rest_is_still_generated(start, default_artifact):
+    process = start("--artifact", default_artifact, "--max-new-tokens", 1000, "Once upon a time")
+    first = os.read(process.stdout.fileno(), 1000)
+    assert first
+    assert process.poll() is None
+    second = os.read(process.stdout.fileno(), 1000)
+    assert (first + second).decode().startswith(", there was a")
+
+
+def test_the_default_prompt_is_used_when_there_is_none(run):
+    (entry,) = lines(run("--json", "--max-new-tokens", 1))
+    assert entry["prompt"] == "The capital of France is"
+
+
+def test_an_empty_prompt_is_the_bos_token_alone(run):
+    (entry,) = lines(run("--json", "--max-new-tokens", 5, ""))
+    assert (entry["prompt"], entry["prompt_ids"]) == ("", [2])
+    assert len(entry["token_ids"]) == 5
+
+
+def test_an_end_token_stops_the_text_and_is_not_shown(run):
+    (entry,) = lines(run("--json", ENDING))
+    assert entry["finish_reason"] == "stop"
+    assert len(entry["token_ids"]) == ENDING_LENGTH and 1 not in entry["token_ids"]
+
+
+def test_the_end_tokens_are_those_of_the_manifest(run, run_script, tiny_artifact, tmp_path):
+    (entry,) = lines(run("--json", "--max-new-tokens", 20, UNICODE))
+    ids = entry["token_ids"]
+    end = next(i for i in range(5, 20) if ids[i] not in ids[:i])
+    shutil.copytree(tiny_artifact, tmp_path / "copy")
+    manifest = json.loads((tmp_path / "copy/manifest.json").read_text(encoding="utf-8"))
+    manifest["tokenizer"]["eos_token_ids"].append(ids[end])
+    (tmp_path / "copy/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    done = run_script("runner/run.py", "--artifact", "copy", "--json", UNICODE, cwd=tmp_path)
+    (entry,) = lines(done)
+    assert (entry["finish_reason"], entry["token_ids"]) == ("stop", ids[:end])
+
+
+def test_chinese_and_emoji_of_the_real_model_arrive_whole(run_script, default_artifact, tmp_path):
+    arguments = ("--artifact", default_artifact, "--max-new-tokens", 40, "日本の首都は", "🎉🎊" * 4)
+    done = run_script("runner/run.py", *arguments, cwd=tmp_path, text=None, encoding=None)
+    text = done.stdout.decode("utf-8")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "年" in text and "\ufffd" not in text
+
+
+def test_output_is_utf8_in_every_locale(run):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run("--json", "--max-new-tokens", 3, UNICODE, env=environment)
+    assert lines(done)[0]["prompt"] == UNICODE
+
+
+# Prompts from elsewhere
+
+
+def test_a_dash_reads_a_prompt_from_standard_input(run):
+    done = run("--json", "--max-new-tokens", 1, "first", "-", "last", input=f"{UNICODE}\n\n")
+    # Only the final newline is the file's and not the prompt's.
+    assert [entry["prompt"] for entry in lines(done)] == ["first", f"{UNICODE}\n", "last"]
+
+
+def test_a_prompt_file_is_the_last_prompt(run, tmp_path):
+    (tmp_path / "prompt.txt").write_text(UNICODE + "\n", encoding="utf-8")
+    done = run("--json", "--max-new-tokens", 1, "--prompt-file", "prompt.txt", "first")
+    assert [entry["prompt"] for entry in lines(done)] == ["first", UNICODE]
+
+
+def test_a_file_of_3000_characters_is_a_prompt_for_the_real_model(
+    run_script, default_artifact, tmp_path
+):
+    text = ALICE.read_text(encoding="utf-8")[:3000]
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    arguments = ("--prompt-file", "prompt.txt", "--max-new-tokens", 8, "--json")
+    done = run_script("runner/run.py", "--artifact", default_artifact, *arguments, cwd=tmp_path)
+    (entry,) = lines(done)
+    assert entry["prompt"] == text.removesuffix("\n")
+    assert len(entry["prompt_ids"]) > 700 and len(entry["token_ids"]) == 8
+
+
+def test_a_prompt_longer_than_the_cache_names_both_numbers(run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("x" * 3000)
+    done = run("--prompt-file", "prompt.txt")
+    assert_error(done, "the prompt has 3001 tokens and the cache 200 positions", "--max-seq-len")
+
+
+@pytest.mark.parametrize("length, count", [(198, 1), (199, None)])
+def test_the_longest_prompt_leaves_one_position_for_the_output(run, length, count):
+    done = run("--json", "x" * length)
+    if count is None:
+        assert_error(done, "the prompt has 200 tokens and the cache 200 positions")
+    else:
+        (entry,) = lines(done)
+        assert (len(entry["token_ids"]), entry["finish_reason"]) == (count, "length")
+
+
+def test_a_prompt_file_that_cannot_be_read(run):
+    assert_error(run("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt", "No such file")
+    assert_error(run("--prompt-file", "."), "--prompt-file .", "directory")
+
+
+def test_input_that_is_not_utf8(run, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"abc\xff")
+    assert_error(run("--prompt-file", "prompt.txt"), "prompt.txt is not UTF-8 text: byte 3")
+    done = run("-", input=b"\xe6\x97", text=None, encoding=None)
+    assert b"standard input is not UTF-8 text: byte 0" in done.stderr
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+    assert_error(run(b"abc\xff".decode("utf-8", "surrogateescape")), "character 3", "UTF-8")
+
+
+# JSON and statistics
+
+
+def test_json_is_one_object_for_each_prompt_with_these_keys(run):
+    objects = lines(run("--json", "--max-new-tokens", 20, "one", UNICODE, "two\nlines", ENDING))
+    assert [entry["prompt"] for entry in objects] == ["one", UNICODE, "two\nlines", ENDING]
+    for entry in objects:
+        assert list(entry) == KEYS
+        assert len(entry["token_ids"]) == entry["stats"]["new_tokens"] == 20
+        assert len(entry["prompt_ids"]) == entry["stats"]["prompt_tokens"]
+        assert entry["finish_reason"] == "length"
+
+
+def test_the_text_is_that_of_the_ids_even_where_a_character_is_cut_off(run, tiny_artifact):
+    manifest = json.loads((tiny_artifact / "manifest.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer(tiny_artifact, manifest["tokenizer"])
+    prompts = [UNICODE[:n] for n in range(1, 16)]
+    for count in (1, 12):
+        objects = lines(run("--json", "--max-new-tokens", count, *prompts))
+        assert [entry["text"] for entry in objects] == [
+            tokenizer.decode(entry["token_ids"]) for entry in objects
+        ]
+        for prompt, entry in zip(prompts, objects, strict=True):
+            assert tokenizer.decode(entry["prompt_ids"]) == entry["prompt"] == prompt
+
+
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+def test_statistics_go_to_standard_error_only(run, json_flag):
+    def without_times(done):
+        if not json_flag:
+            return done.stdout
+        return [{**json.loads(line), "stats": None} for line in done.stdout.splitlines()]
+
+    arguments = (*json_flag, "--max-new-tokens", 9, "one", "another")
+    plain, done = run(*arguments), run(*arguments, "--stats")
+    assert (plain.stderr, done.returncode) == ("", 0)
+    assert without_times(done) == without_times(plain)
+    assert done.stderr.count("decode              9 tokens") == 2
+    assert done.stderr.count("host to device      1 copies, 32 bytes") == 1
+    assert done.stderr.count("device to host      9 copies, 72 bytes") == 2
+
+
+# Endings
+
+
+def test_ctrl_c_keeps_the_text_so_far(start, default_artifact):
+    process = start("--artifact", default_artifact, "--max-new-tokens", 3000, "Once upon a time")
+    first = os.read(process.stdout.fileno(), 1000)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, b"")
+    text = (first + rest).decode("utf-8")
+    assert text.startswith(", there was a") and text.endswith("\n")
+
+
+def test_ctrl_c_marks_the_json_as_interrupted(start, default_artifact):
+    arguments = ("--json", "--max-new-tokens", 100, "Once upon a time", "Alice was", "never begun")
+    process = start("--artifact", default_artifact, *arguments)
+    # The second prompt begins when the first one's line is there.
+    first = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, b"")
+    finished, (interrupted,) = json.loads(first), [json.loads(line) for line in rest.splitlines()]
+    assert (finished["finish_reason"], len(finished["token_ids"])) == ("length", 100)
+    assert list(interrupted) == KEYS
+    assert (interrupted["prompt"], interrupted["finish_reason"]) == ("Alice was", "interrupted")
+    assert len(interrupted["token_ids"]) < 100
+
+
+def test_ctrl_c_while_loading_ends_without_a_word(start, tiny_artifact):
+    process = start("--artifact", tiny_artifact, "-")
+    # Standard input is read first: who waits for it has not loaded anything yet.
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"")
+    assert process.returncode == 130
+
+
+def test_a_reader_that_goes_away_ends_the_run_without_a_word(start, default_artifact):
+    process = start("--artifact", default_artifact, "--max-new-tokens", 3000, "Once upon a time")
+    assert os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(30) == 141
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_reader_that_was_never_there_ends_the_run_without_a_word(start, tiny_artifact, flags):
+    process = start("--artifact", tiny_artifact, *flags, "hello")
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(30) == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line(tiny_artifact, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "runner/run.py", "--artifact", tiny_artifact, "hello"],
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "runner/run.py: error: standard output: No space left on device\n"
+
+
+# Flags
+
+
+def test_chat_with_a_base_model_is_refused(run):
+    assert_error(run("--chat", "hello"), "no chat template", "run without --chat")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--max-new-tokens", 0), "--max-new-tokens is 0; it must be at least 1"),
+        (("--max-new-tokens", -3), "--max-new-tokens is -3; it must be at least 1"),
+        (("--max-new-tokens", "many"), "invalid int value: 'many'"),
+        (("--feed", "carrier-pigeon"), "invalid choice: 'carrier-pigeon'"),
+        (("--positions", "alias"), "invalid choice: 'alias'"),
+        (("-", "-"), "- is given twice"),
+        (("--temprature", 1), "unrecognized arguments: --temprature"),
+        (("--prompt-file",), "expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_answered_with_usage_and_one_line(run, arguments, message):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    usage, error = done.stderr[:-1].rsplit("\n", 1)
+    assert usage.startswith("usage: runner/run.py")
+    assert error.startswith("runner/run.py: error: ") and message in error
+
+
+def test_every_variant_of_the_loop_prints_the_same_bytes(run):
+    variants = [(), ("--feed", "host"), ("--positions", "host"), ("--no-double-buffering",)]
+    outputs = [run(*flags, UNICODE, ENDING, "two") for flags in (*variants, sum(variants, ()))]
+    assert {(done.returncode, done.stderr) for done in outputs} == {(0, "")}
+    assert len({done.stdout for done in outputs}) == 1
+
+
+# The runner alone
+
+SHOW_IMPORTS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from runner.run import main
+assert main() == 0
+print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+
+def test_the_runner_imports_nothing_that_only_the_export_needs(tiny_artifact, tmp_path):
+    command = [sys.executable, "-c", SHOW_IMPORTS, ROOT, "--artifact", tiny_artifact, "hello"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    modules = done.stderr.split()
+    assert "runner.loop" in modules and "torch" in modules
+    rooms = {"models", "sampler", "export", "benchmarks", "torchao", "transformers"}
+    assert not rooms & {name.split(".")[0] for name in modules}
+    assert not [name for name in modules if name.startswith("executorch.exir")]
