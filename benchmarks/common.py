@@ -55,10 +55,15 @@ def run(command: list, what: str) -> Finished:
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, cwd=ROOT)
-        with process.stdout as pipe:
-            output = pipe.read(1)
-            first_byte_s = time.perf_counter() - start
-            output += pipe.read()
+        try:
+            with process.stdout as pipe:
+                output = pipe.read(1)
+                first_byte_s = time.perf_counter() - start
+                output += pipe.read()
+        except KeyboardInterrupt:
+            process.kill()
+            process.wait()
+            raise
         _, status, usage = os.wait4(process.pid, 0)
         wall_s = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -187,7 +192,9 @@ def print_machine(found: dict) -> None:
     lacks = [flag for flag, present in found["flags"].items() if not present]
     print(f"processor   {found['processor']}, {found['cores']} cores")
     print(f"it has      {' '.join(has) or '-'}; not {' '.join(lacks) or '-'}")
-    print(f"load        {found['load_average']} before the start", flush=True)
+    busy = ": the machine is busy, so these figures are worth little"
+    load = found["load_average"]
+    print(f"load        {load} before the start{busy if load > 0.5 else ''}", flush=True)
 
 
 def finish(result: dict, save: Path | None) -> None:

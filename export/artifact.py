@@ -20,34 +20,39 @@ MANIFEST = "manifest.json"
 def new_artifact(output: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `output` at the end; on any exception nothing is left.
 
-    An artifact that stands at `output` is replaced only then. Errors: ExportError where `output`
-    cannot be written, or holds something that is not an artifact.
+    An artifact that stands at `output` is replaced only then; a link is followed. Errors:
+    ExportError where `output` cannot be written, or holds something that is not an artifact.
     """
+    target = output.resolve()
     if output.exists() and not (output.is_dir() and (output / MANIFEST).is_file()):
         empty = output.is_dir() and not any(output.iterdir())
         if not empty:
             raise ExportError(f"{output} exists and is not an artifact; choose another --output")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise ExportError(
             f"cannot write {output}: {error.strerror}; choose a writable --output"
         ) from error
+    replaced = directory.with_name(f"{directory.name}-replaced")
     try:
         yield directory
         # mkdtemp keeps others out; an artifact is as readable as any new directory.
         umask = os.umask(0)
         os.umask(umask)
         directory.chmod(0o777 & ~umask)
-        if output.exists():
-            shutil.rmtree(output)
-        directory.rename(output)
+        if target.exists():
+            target.rename(replaced)
+        directory.rename(target)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         raise ExportError(f"cannot write {output}: {error.strerror}") from error
     finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -63,13 +63,12 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
 
     `progress` is called with what is being done. Errors: ExportError.
     """
-    # Heavy imports wait until the arguments are known to be right.
+    # Heavy imports wait until the arguments are known to be right, ExecuTorch's (seconds) until
+    # the checkpoint is, too.
     import torch
 
     from export.artifact import new_artifact, write_manifest
     from export.checkpoint import load_weights, open_checkpoint
-    from export.pte import build_program, state_entries
-    from export.quantize import RECIPES, quantize
     from export.tokenizer_files import write_tokenizer
     from models import gemma3
 
@@ -105,8 +104,17 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
             progress=lambda name: progress("reading weights"),
         )
         model.eval().requires_grad_(False)
+        progress("importing executorch")
+        from export.pte import build_program, state_entries
+        from export.quantize import RECIPES, quantize
+
         progress("quantizing")
-        quantize(model, RECIPES[options.quant])
+        try:
+            quantize(model, RECIPES[options.quant])
+        except ValueError as error:
+            raise ExportError(
+                f"--quant {options.quant} does not fit {checkpoint.path}: {error}"
+            ) from error
 
         # 3. The program.
         eos = tokenizer["eos_token_ids"]
@@ -174,7 +182,7 @@ def main() -> int:
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,
-        transient=True,
+        transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     try:
         with bar:

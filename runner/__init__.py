@@ -3,10 +3,24 @@
 Imports nothing from export/, models/ or sampler/: the artifact is all there is.
 """
 
-from runner.errors import RunnerError
-from runner.loop import LoopOptions
-from runner.model import Generation, Model, Stats, Token
+from importlib import import_module
 
-load = Model
+HOMES = {
+    "Generation": "model",
+    "LoopOptions": "loop",
+    "Model": "model",
+    "RunnerError": "errors",
+    "Stats": "model",
+    "Token": "model",
+}
 
 __all__ = ["Generation", "LoopOptions", "Model", "RunnerError", "Stats", "Token", "load"]
+
+
+def __getattr__(name: str):
+    """Import what is asked for: run.py answers wrong arguments before torch is there."""
+    if name == "load":
+        name = "Model"
+    if name not in HOMES:
+        raise AttributeError(f"module 'runner' has no attribute {name!r}")
+    return getattr(import_module(f"runner.{HOMES[name]}"), name)

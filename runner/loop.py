@@ -1,5 +1,6 @@
 """The loop: the token goes from method to method in place, and the host only reads it."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class Loop:
         self.program = program
         self.max_seq_len, self.max_prefill = max_seq_len, max_prefill
         self.transfers = Transfers()
+        # When the newest sequence's first token had been computed, by time.perf_counter.
+        self.prefilled_at = 0.0
         self._table = self.transfers.upload(position_table(max_seq_len))
 
     def tokens(self, prompt: Sequence[int], limit: int, options: LoopOptions) -> Iterator[int]:
@@ -50,6 +53,7 @@ class Loop:
             chunk = ids[:, start : start + self.max_prefill]
             logits = program.prefill(chunk, self._positions(start, chunk.shape[1], options))
         token = program.select(logits, 0)
+        self.prefilled_at = time.perf_counter()
 
         # 2. Step n feeds token n and gives token n + 1, in the other buffer.
         for n in range(limit):

@@ -27,8 +27,9 @@ class Token:
 class Stats:
     """Of one generation; times in seconds, rates in tokens per second, memory in megabytes (1e6).
 
-    `decode_tok_s` counts the tokens after the first over the time after the first. `transfers` are
-    the copies made for this generation alone.
+    `prefill_tok_s` is up to the first token, computed; `decode_tok_s` is of the tokens after it;
+    `time_to_first_token_s` also has the wait until the host has read it. `transfers` are the copies
+    made for this generation alone.
     """
 
     prompt_tokens: int
@@ -120,7 +121,7 @@ class Generation:
         self.finish_reason: str | None = None
         self._model, self._limit, self._options = model, limit, options
         self._transfers: Transfers | None = None
-        self._start = self._first = self._last = 0.0
+        self._start = self._prefilled = self._first = self._last = 0.0
         self._tokens = self._run()
 
     def __iter__(self) -> Iterator[Token]:
@@ -140,7 +141,8 @@ class Generation:
         self._start = time.perf_counter()
         for token_id in loop.tokens(self.prompt_ids, self._limit, self._options):
             self._last = time.perf_counter()
-            self._first = self._first or self._last
+            if not self._first:
+                self._first, self._prefilled = self._last, loop.prefilled_at
             self._transfers = loop.transfers.since(before)
             if token_id in tokenizer.eos_token_ids:
                 self.finish_reason = "stop"
@@ -174,14 +176,14 @@ class Generation:
         """Speed and copies so far."""
         if self._transfers is None:
             raise RunnerError("nothing has been generated yet: iterate over the generation first")
-        first, rest = self._first - self._start, self._last - self._first
+        prefill, decode = self._prefilled - self._start, self._last - self._prefilled
         count = len(self.token_ids) + (self.finish_reason == "stop")
         return Stats(
             prompt_tokens=len(self.prompt_ids),
             new_tokens=len(self.token_ids),
-            time_to_first_token_s=first,
-            prefill_tok_s=len(self.prompt_ids) / first,
-            decode_tok_s=(count - 1) / rest if rest > 0 else None,
+            time_to_first_token_s=self._first - self._start,
+            prefill_tok_s=len(self.prompt_ids) / prefill,
+            decode_tok_s=(count - 1) / decode if count > 1 else None,
             peak_rss_mb=peak_rss_mb(),
             transfers=self._transfers.as_dict(),
         )
@@ -200,6 +202,11 @@ class Generation:
 
 def peak_rss_mb() -> float:
     """The process's largest resident size so far, in megabytes (1e6 bytes)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss, which on Linux begins with the parent's.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Kibibytes, but bytes on macOS.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -11,12 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def run_script():
-    """A function that runs export/gemma.py or runner/run.py as a user does."""
+    """A function that runs export/gemma.py or runner/run.py as a user does; what they print must
+    be UTF-8."""
 
     def run(script: str, *arguments, cwd: Path, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        options = {"text": True, "encoding": "utf-8"} | options
-        return subprocess.run(command, cwd=cwd, capture_output=True, **options)
+        done = subprocess.run(command, cwd=cwd, capture_output=True, **options)
+        # Text mode would turn "\r" into "\n".
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        return done
 
     return run
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,16 @@ def lines(done) -> list[dict]:
     return [json.loads(line) for line in done.stdout.removesuffix("\n").split("\n")]
 
 
+def read(process, count: int) -> str:
+    """The first `count` bytes of standard output, as soon as they are there."""
+    data = b""
+    while len(data) < count:
+        byte = os.read(process.stdout.fileno(), 1)
+        assert byte, "the output ended"
+        data += byte
+    return data.decode()
+
+
 def assert_error(done, *words):
     """One line on standard error, and nothing else."""
     assert (done.returncode, done.stdout) == (2, "")
@@ -84,11 +95,8 @@ def test_text_of_every_prompt_goes_to_standard_output_and_nothing_else_does(run)
 
 def test_text_comes_while_the_rest_is_still_generated(start, default_artifact):
     process = start("--artifact", default_artifact, "--max-new-tokens", 1000, "Once upon a time")
-    first = os.read(process.stdout.fileno(), 1000)
-    assert first
+    assert read(process, 13) == ", there was a"
     assert process.poll() is None
-    second = os.read(process.stdout.fileno(), 1000)
-    assert (first + second).decode().startswith(", there was a")
 
 
 def test_the_default_prompt_is_used_when_there_is_none(run):
@@ -123,10 +131,9 @@ def test_the_end_tokens_are_those_of_the_manifest(run, run_script, tiny_artifact
 
 def test_chinese_and_emoji_of_the_real_model_arrive_whole(run_script, default_artifact, tmp_path):
     arguments = ("--artifact", default_artifact, "--max-new-tokens", 40, "日本の首都は", "🎉🎊" * 4)
-    done = run_script("runner/run.py", *arguments, cwd=tmp_path, text=None, encoding=None)
-    text = done.stdout.decode("utf-8")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert "年" in text and "\ufffd" not in text
+    done = run_script("runner/run.py", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "年" in done.stdout and "\ufffd" not in done.stdout
 
 
 def test_output_is_utf8_in_every_locale(run):
@@ -139,7 +146,9 @@ def test_output_is_utf8_in_every_locale(run):
 
 
 def test_a_dash_reads_a_prompt_from_standard_input(run):
-    done = run("--json", "--max-new-tokens", 1, "first", "-", "last", input=f"{UNICODE}\n\n")
+    done = run(
+        "--json", "--max-new-tokens", 1, "first", "-", "last", input=f"{UNICODE}\n\n".encode()
+    )
     # Only the final newline is the file's and not the prompt's.
     assert [entry["prompt"] for entry in lines(done)] == ["first", f"{UNICODE}\n", "last"]
 
@@ -159,7 +168,7 @@ def test_a_file_of_3000_characters_is_a_prompt_for_the_real_model(
     done = run_script("runner/run.py", "--artifact", default_artifact, *arguments, cwd=tmp_path)
     (entry,) = lines(done)
     assert entry["prompt"] == text.removesuffix("\n")
-    assert len(entry["prompt_ids"]) > 700 and len(entry["token_ids"]) == 8
+    assert len(entry["prompt_ids"]) > 600 and len(entry["token_ids"]) == 8
 
 
 def test_a_prompt_longer_than_the_cache_names_both_numbers(run, tmp_path):
@@ -186,9 +195,7 @@ def test_a_prompt_file_that_cannot_be_read(run):
 def test_input_that_is_not_utf8(run, tmp_path):
     (tmp_path / "prompt.txt").write_bytes(b"abc\xff")
     assert_error(run("--prompt-file", "prompt.txt"), "prompt.txt is not UTF-8 text: byte 3")
-    done = run("-", input=b"\xe6\x97", text=None, encoding=None)
-    assert b"standard input is not UTF-8 text: byte 0" in done.stderr
-    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+    assert_error(run("-", input=b"\xe6\x97"), "standard input is not UTF-8 text: byte 0")
     assert_error(run(b"abc\xff".decode("utf-8", "surrogateescape")), "character 3", "UTF-8")
 
 
@@ -223,7 +230,7 @@ def test_statistics_go_to_standard_error_only(run, json_flag):
     def without_times(done):
         if not json_flag:
             return done.stdout
-        return [{**json.loads(line), "stats": None} for line in done.stdout.splitlines()]
+        return [{**json.loads(line), "stats": None} for line in done.stdout[:-1].split("\n")]
 
     arguments = (*json_flag, "--max-new-tokens", 9, "one", "another")
     plain, done = run(*arguments), run(*arguments, "--stats")
@@ -239,19 +246,19 @@ def test_statistics_go_to_standard_error_only(run, json_flag):
 
 def test_ctrl_c_keeps_the_text_so_far(start, default_artifact):
     process = start("--artifact", default_artifact, "--max-new-tokens", 3000, "Once upon a time")
-    first = os.read(process.stdout.fileno(), 1000)
+    text = read(process, 13)
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, b"")
-    text = (first + rest).decode("utf-8")
-    assert text.startswith(", there was a") and text.endswith("\n")
+    assert text == ", there was a" and rest.decode().endswith("\n")
 
 
 def test_ctrl_c_marks_the_json_as_interrupted(start, default_artifact):
     arguments = ("--json", "--max-new-tokens", 100, "Once upon a time", "Alice was", "never begun")
     process = start("--artifact", default_artifact, *arguments)
-    # The second prompt begins when the first one's line is there.
+    # The second prompt begins when the first one's line is there, and takes seconds.
     first = process.stdout.readline()
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, b"")
@@ -259,14 +266,14 @@ def test_ctrl_c_marks_the_json_as_interrupted(start, default_artifact):
     assert (finished["finish_reason"], len(finished["token_ids"])) == ("length", 100)
     assert list(interrupted) == KEYS
     assert (interrupted["prompt"], interrupted["finish_reason"]) == ("Alice was", "interrupted")
-    assert len(interrupted["token_ids"]) < 100
+    assert 0 < len(interrupted["token_ids"]) < 100
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="cannot see what is loaded")
 def test_ctrl_c_while_loading_ends_without_a_word(start, tiny_artifact):
-    process = start("--artifact", tiny_artifact, "-")
-    # Standard input is read first: who waits for it has not loaded anything yet.
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
+    process = start("--artifact", tiny_artifact, "hello")
+    while b"libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == (b"", b"")
     assert process.returncode == 130
@@ -274,7 +281,7 @@ def test_ctrl_c_while_loading_ends_without_a_word(start, tiny_artifact):
 
 def test_a_reader_that_goes_away_ends_the_run_without_a_word(start, default_artifact):
     process = start("--artifact", default_artifact, "--max-new-tokens", 3000, "Once upon a time")
-    assert os.read(process.stdout.fileno(), 1)
+    assert read(process, 1) == ","
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(30) == 141
@@ -343,17 +350,29 @@ SHOW_IMPORTS = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 from runner.run import main
-assert main() == 0
-print(*sorted(sys.modules), file=sys.stderr)
+try:
+    sys.exit(main())
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
 """
 
 
+def imported(*arguments, cwd: Path) -> set[str]:
+    """The modules that a run with these arguments has imported when it ends."""
+    command = [sys.executable, "-c", SHOW_IMPORTS, ROOT, *arguments]
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return set(done.stderr.decode().splitlines()[-1].split())
+
+
 def test_the_runner_imports_nothing_that_only_the_export_needs(tiny_artifact, tmp_path):
-    command = [sys.executable, "-c", SHOW_IMPORTS, ROOT, "--artifact", tiny_artifact, "hello"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    modules = done.stderr.split()
-    assert "runner.loop" in modules and "torch" in modules
+    modules = imported("--artifact", tiny_artifact, "hello", cwd=tmp_path)
+    assert {"runner.loop", "torch", "executorch.extension.pybindings._C"} <= modules
     rooms = {"models", "sampler", "export", "benchmarks", "torchao", "transformers"}
     assert not rooms & {name.split(".")[0] for name in modules}
     assert not [name for name in modules if name.startswith("executorch.exir")]
+
+
+def test_wrong_arguments_are_answered_before_torch_is_imported(tmp_path):
+    for arguments in (("--max-new-tokens", "0"), ("--prompt-file", "nowhere.txt")):
+        modules = imported(*arguments, cwd=tmp_path)
+        assert "runner.run" in modules and "torch" not in modules

