@@ -50,10 +50,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.quant = "8da8w" if options.backend == "xnnpack" else "fp32"
     if options.backend == "portable" and options.quant != "fp32":
         parser.error(f"--quant {options.quant} needs --backend xnnpack: portable is fp32 only")
-    for name in ("max_seq_len", "max_prefill"):
-        if getattr(options, name) < 1:
+    # A token of the prompt and one of the output.
+    for name, least in (("max_seq_len", 2), ("max_prefill", 1)):
+        if getattr(options, name) < least:
             flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {getattr(options, name)}; it must be at least 1")
+            parser.error(f"{flag} is {getattr(options, name)}; it must be at least {least}")
     options.output = options.output or Path(DEFAULT_OUTPUT.format(backend=options.backend))
     return options
 

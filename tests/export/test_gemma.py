@@ -155,7 +155,7 @@ def test_a_cache_longer_than_the_models_positions(refuses, checkpoint):
     "flags, message",
     [
         (("--backend", "portable", "--quant", "8da8w"), "--quant 8da8w needs --backend xnnpack"),
-        (("--max-seq-len", 0), "--max-seq-len is 0; it must be at least"),
+        (("--max-seq-len", 1), "--max-seq-len is 1; it must be at least 2"),
         (("--max-prefill", -1), "--max-prefill is -1; it must be at least 1"),
         (("--quant", "int3"), "invalid choice: 'int3'"),
         (("--backend", "abacus"), "invalid choice: 'abacus'"),
