@@ -241,7 +241,7 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
         "bandwidth_gb_s": rounded(bandwidth),
         "machine": found,
         "llama_cpp": line,
-        "artifact": str(options.artifact),
+        "artifact": options.artifact.name,
         "quant": manifest["quant"],
     }
 

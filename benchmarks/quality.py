@@ -296,7 +296,7 @@ def benchmark(options: argparse.Namespace) -> dict:
         "text": options.text.name,
         "windows": len(windows),
         "seconds": round(time.perf_counter() - start, 1),
-        "artifact": str(options.artifact),
+        "artifact": options.artifact.name,
         "quant": manifest["quant"],
         "llama_cpp": line,
     }

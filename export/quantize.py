@@ -56,6 +56,9 @@ def quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, T
         else:
             # With so few codes, half a step lost at either end costs less than a wider step.
             scale = torch.maximum(block.amax(-1) / (high + 0.5), block.amin(-1) / (low - 0.5))
+            # XNNPACK keeps the scales of groups as bfloat16, so codes are made for such a scale:
+            # the next one up (half a unit of its last place is at most 2^-8 of it).
+            scale = (scale * (1 + 2**-8)).bfloat16().float()
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         codes = (block / scale[..., None]).round_().clamp_(low, high)
         values[start : start + 16384] = codes.flatten(1)

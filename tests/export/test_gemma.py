@@ -22,7 +22,7 @@ import export.artifact
 import runner
 import runner.artifact
 from export.checkpoint import load_weights, open_checkpoint
-from export.quantize import RECIPES, QuantizedLinear, quantize
+from export.quantize import RECIPES, quantize
 from models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
 from sampler.greedy import greedy
 
@@ -370,10 +370,6 @@ def test_a_4_bit_artifact_gives_the_tokens_of_the_quantized_model(export_artifac
         model = Gemma3(Gemma3Config.from_dict(checkpoint.config), 100)
     load_weights(model, checkpoint, checkpoint_name)
     quantize(model.eval(), RECIPES["8da4w"])
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear) and module.group_size is not None:
-            # XNNPACK keeps the scales of groups in bfloat16.
-            module.scales.copy_(module.scales.bfloat16())
     for prompt in PROMPTS:
         generated = loaded.generate(prompt, 16).run().token_ids
         with torch.no_grad():
