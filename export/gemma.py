@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from export.errors import ExportError
 
 DEFAULT_OUTPUT = "artifacts/gemma3-{backend}"
+DEFAULT_MAX_SEQ_LEN = 4096
 QUANTS = ("fp32", "8da8w", "8da4w")
 
 
@@ -40,7 +41,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="weights as float32, 8 bits per output channel, or 4 bits in groups of 32 with an "
         "8-bit head; both with int8 activations (default: 8da8w, for portable fp32)",
     )
-    parser.add_argument("--max-seq-len", type=int, default=4096, help="prompt and output tokens")
+    parser.add_argument(
+        "--max-seq-len",
+        type=int,
+        help=f"prompt and output tokens (default: {DEFAULT_MAX_SEQ_LEN}, or what the model has)",
+    )
     parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
     parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
@@ -52,9 +57,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--quant {options.quant} needs --backend xnnpack: portable is fp32 only")
     # A token of the prompt and one of the output.
     for name, least in (("max_seq_len", 2), ("max_prefill", 1)):
-        if getattr(options, name) < least:
+        value = getattr(options, name)
+        if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {getattr(options, name)}; it must be at least {least}")
+            parser.error(f"{flag} is {value}; it must be at least {least}")
     options.output = options.output or Path(DEFAULT_OUTPUT.format(backend=options.backend))
     return options
 
@@ -85,15 +91,16 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
         config = gemma3.Gemma3Config.from_dict(checkpoint.config)
     except ValueError as error:
         raise ExportError(f"{checkpoint.path}: {error}") from error
-    if options.max_seq_len > config.max_position_embeddings:
+    positions = config.max_position_embeddings
+    max_seq_len = options.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, positions)
+    if max_seq_len > positions:
         raise ExportError(
-            f"--max-seq-len {options.max_seq_len} is more than the model's "
-            f"{config.max_position_embeddings} positions"
+            f"--max-seq-len {max_seq_len} is more than the model's {positions} positions"
         )
     with new_artifact(options.output) as directory, torch.no_grad():
         tokenizer = write_tokenizer(checkpoint, directory)
         with torch.device("meta"):
-            model = gemma3.Gemma3(config, options.max_seq_len)
+            model = gemma3.Gemma3(config, max_seq_len)
         max_prefill = min(options.max_prefill, model.max_chunk)
 
         # 2. Weights, one tensor at a time.
@@ -128,7 +135,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
                 "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
                 "get_eos_ids": eos,
                 "get_max_seq_len": max_prefill,
-                "get_max_context_len": options.max_seq_len,
+                "get_max_context_len": max_seq_len,
                 "get_vocab_size": config.vocab_size,
                 "use_kv_cache": True,
                 "enable_dynamic_shape": True,
@@ -148,7 +155,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
                 "model_type": model_type,
                 "methods": ["prefill", "decode", "greedy"],
                 "batch": 1,
-                "max_seq_len": options.max_seq_len,
+                "max_seq_len": max_seq_len,
                 "max_prefill": max_prefill,
                 "vocab_size": config.vocab_size,
                 "dtype": "float32",

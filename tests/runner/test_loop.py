@@ -376,7 +376,7 @@ def reference(tiny_checkpoint):
     "name, arguments",
     [
         ("tiny", ()),
-        ("tiny-portable", ("--backend", "portable", "--max-seq-len", 100)),
+        ("tiny-portable", ("--backend", "portable")),
         ("tiny-single", ("--max-seq-len", 100, "--max-prefill", 1)),
     ],
 )
