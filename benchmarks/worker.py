@@ -245,7 +245,8 @@ def ceiling(spec: dict) -> dict:
     # 2. The table: a decode step reads one row of it, but the whole output head.
     if spec["model"] is not None:
         from export.checkpoint import open_checkpoint
-        from export.quantize import EMBEDDING_GROUP_SIZE, RECIPES
+        from export.quantize import EMBEDDING_GROUP_SIZE
+        from export.recipes import RECIPES
 
         shape = open_checkpoint(Path(spec["model"])).shapes()["model.embed_tokens.weight"]
         if shape[0] == spec["vocab_size"]:

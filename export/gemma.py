@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from export.errors import ExportError
+from export.recipes import RECIPES
 
 DEFAULT_OUTPUT = "artifacts/gemma3-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
-QUANTS = ("fp32", "8da8w", "8da4w")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("xnnpack", "portable"), default="xnnpack")
     parser.add_argument(
         "--quant",
-        choices=QUANTS,
+        choices=RECIPES,
         help="weights as float32, 8 bits per output channel, or 4 bits in groups of 32 with an "
         "8-bit head; both with int8 activations (default: 8da8w, for portable fp32)",
     )
@@ -104,17 +104,16 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
         max_prefill = min(options.max_prefill, model.max_chunk)
 
         # 2. Weights, one tensor at a time.
-        progress("reading weights")
         load_weights(
             model,
             checkpoint,
             gemma3.checkpoint_name,
-            progress=lambda name: progress("reading weights"),
+            progress=lambda name: progress(f"reading {name}"),
         )
         model.eval().requires_grad_(False)
         progress("importing executorch")
         from export.pte import build_program, state_entries
-        from export.quantize import RECIPES, quantize
+        from export.quantize import quantize
 
         progress("quantizing")
         try:
@@ -125,7 +124,6 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
             ) from error
 
         # 3. The program.
-        eos = tokenizer["eos_token_ids"]
         program = build_program(
             model,
             options.backend,
@@ -133,7 +131,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
             {
                 # The names that ExecuTorch's own runners ask for.
                 "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
-                "get_eos_ids": eos,
+                "get_eos_ids": tokenizer["eos_token_ids"],
                 "get_max_seq_len": max_prefill,
                 "get_max_context_len": max_seq_len,
                 "get_vocab_size": config.vocab_size,

@@ -195,15 +195,15 @@ def lower_regions(
     attended = torch.zeros(1, traced, config.num_attention_heads, config.head_dim)
     # Two tensors: torch.export takes one that is passed twice for one argument.
     cos, sin = (torch.zeros(traced, 1, config.head_dim) for _ in range(2))
-    progress("lowering the layers")
+    progress("lowering the first layer")
     first, last = xnnpack.FirstRegion(backbone), xnnpack.LastRegion(model)
     lowered = [xnnpack.trace(first, (x, cos, sin), length).lower(first)]
     kind = None
-    for before, after in itertools.pairwise(backbone.layers):
+    for i, (before, after) in enumerate(itertools.pairwise(backbone.layers), 2):
+        progress(f"lowering layer {i} of {len(backbone.layers)}")
         region = xnnpack.MiddleRegion(before, after)
         kind = kind or xnnpack.trace(region, (x, attended, cos, sin), length)
         lowered.append(kind.lower(region))
-        progress("lowering the layers")
     lowered.append(xnnpack.trace(last, (x[:, :1], attended[:, :1]), None).lower(last))
     return lowered
 

@@ -5,36 +5,18 @@ Linear layers multiply in integers: activations are quantized per token when the
 rows with a scale for each group of values.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 import torchao  # noqa: F401  (registers torch.ops.torchao)
 from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  (embedding_byte)
 from torch import Tensor, nn
 
+from export.recipes import Recipe
+
 torchao_ops = torch.ops.torchao
 decomposed = torch.ops.quantized_decomposed
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to store a model: bits of the blocks' linear weights, and of the output head.
-
-    `group_size` None means one scale per output channel. The embedding is int8 in groups of 32,
-    which loses nothing of a Q8_0 checkpoint.
-    """
-
-    bits: int
-    group_size: int | None
-    head_bits: int = 8
-
-
-RECIPES: dict[str, Recipe | None] = {
-    "fp32": None,
-    "8da8w": Recipe(bits=8, group_size=None),
-    "8da4w": Recipe(bits=4, group_size=32),
-}
 EMBEDDING_GROUP_SIZE = 32
 
 

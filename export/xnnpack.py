@@ -116,11 +116,8 @@ class LastRegion(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.before, self.norm, self.lm_head = (
-            model.model.layers[-1],
-            model.model.norm,
-            model.lm_head,
-        )
+        self.before, self.norm = model.model.layers[-1], model.model.norm
+        self.lm_head = model.lm_head
 
     def forward(self, x: Tensor, attended: Tensor):
         return (self.lm_head(self.norm(self.before.finish(x, attended))).view(1, -1),)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.executorch_program import ExecuTorchProgram
-from runner.transfers import Transfers, position_table
+from runner.transfers import Transfers
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Loop:
         self.transfers = Transfers()
         # When the newest sequence's first token had been computed, by time.perf_counter.
         self.prefilled_at = 0.0
-        self._table = self.transfers.upload(position_table(max_seq_len))
+        self._table = self.transfers.upload(torch.arange(max_seq_len))
 
     def tokens(self, prompt: Sequence[int], limit: int, options: LoopOptions) -> Iterator[int]:
         """The ids that follow `prompt` (at least one id), at most `limit`, greedily chosen.
@@ -75,6 +75,6 @@ class Loop:
 
     def _positions(self, start: int, count: int, options: LoopOptions):
         if options.positions == "host":
-            return self.transfers.upload(torch.arange(start, start + count, dtype=torch.int64))
+            return self.transfers.upload(torch.arange(start, start + count))
         # ExecuTorch's CPU kernels take a view of the table as it is: not even a copy.
         return self._table[start : start + count]

@@ -6,7 +6,6 @@ mean the same on every engine.
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -58,8 +57,3 @@ class Transfers:
     def as_dict(self) -> dict[str, dict[str, int]]:
         """Counts and bytes by direction."""
         return {name: vars(getattr(self, name)) for name in self.__dataclass_fields__}
-
-
-def position_table(length: int) -> Tensor:
-    """int64 [length]: 0, 1, 2 ... on the host."""
-    return torch.arange(length, dtype=torch.int64)

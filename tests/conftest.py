@@ -102,3 +102,14 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
         '{"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": true}'
     )
     return directory
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads gain nothing on small tensors, and a busy machine makes them wait long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -22,7 +22,8 @@ import export.artifact
 import runner
 import runner.artifact
 from export.checkpoint import load_weights, open_checkpoint
-from export.quantize import RECIPES, quantize
+from export.quantize import quantize
+from export.recipes import RECIPES
 from models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
 from sampler.greedy import greedy
 

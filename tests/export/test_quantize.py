@@ -10,12 +10,12 @@ from torch import nn
 
 from export.quantize import (
     EMBEDDING_GROUP_SIZE,
-    RECIPES,
     QuantizedEmbedding,
     QuantizedLinear,
     quantize,
     quantize_rows,
 )
+from export.recipes import RECIPES
 
 TINY = torch.finfo(torch.float32).tiny
 

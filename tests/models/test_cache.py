@@ -10,13 +10,7 @@ from models.cache import FullCache, SlidingCache
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads gain nothing on tensors this small, and a busy machine makes them wait long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokens(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
