@@ -89,6 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--artifact", type=Path, default=DEFAULT_ARTIFACT, help="(default: %(default)s)"
     )
     parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="ARTIFACT",
+        help="another artifact of the same checkpoint to measure beside it; may be repeated",
+    )
+    parser.add_argument(
         "--model", type=Path, help="the artifact's checkpoint (default: the installed demo model)"
     )
     parser.add_argument(
@@ -110,11 +118,12 @@ def check_paths(options: argparse.Namespace) -> None:
     """Make paths absolute, and give --model its default. Errors: BenchmarkError for what cannot
     be."""
     options.artifact = options.artifact.resolve()
-    if not (options.artifact / "manifest.json").is_file():
-        raise BenchmarkError(
-            f"{options.artifact} is not an artifact directory; make one with: "
-            "python export/gemma.py"
-        )
+    options.also = [path.resolve() for path in options.also]
+    for path in (options.artifact, *options.also):
+        if not (path / "manifest.json").is_file():
+            raise BenchmarkError(
+                f"{path} is not an artifact directory; make one with: python export/gemma.py"
+            )
     for path in (options.model, *(options.peer_model or [])):
         if path is not None and not path.exists():
             raise BenchmarkError(f"{path} does not exist; a .gguf file or a checkpoint is needed")
@@ -136,10 +145,21 @@ def demo_model() -> Path | None:
 
 
 def tokenloop(artifact: Path) -> Contender:
-    """The artifact, run by this interpreter."""
+    """The artifact, run by this interpreter; its name is that of its recipe."""
     size = sum(file.stat().st_size for file in artifact.iterdir()) / 1e6
     spec = {"engine": "tokenloop", "path": str(artifact)}
-    return Contender("tokenloop", sys.executable, spec, size)
+    quant = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["quant"]
+    return Contender(f"tokenloop {quant}", sys.executable, spec, size)
+
+
+def tokenloops(options: argparse.Namespace) -> list[Contender]:
+    """--artifact and what --also names. Errors: BenchmarkError for two with one recipe."""
+    found = [tokenloop(path) for path in (options.artifact, *options.also)]
+    names = [contender.name for contender in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise BenchmarkError(f"--also: two artifacts are {name}; one of each recipe is right")
+    return found
 
 
 def llama_cpp_peers(options: argparse.Namespace, context: int) -> tuple[list[Contender], str]:

@@ -6,6 +6,7 @@ its own. They alternate round by round; figures are medians over the rounds, wit
 """
 
 import argparse
+import datetime
 import itertools
 import json
 import statistics
@@ -31,7 +32,7 @@ from benchmarks.common import (
     machine,
     print_machine,
     run,
-    tokenloop,
+    tokenloops,
     work,
 )
 
@@ -139,6 +140,15 @@ def print_table(results: dict[str, dict]) -> None:
     print(flush=True)
 
 
+def weights_mb(contender: Contender) -> float:
+    """Megabytes of weights that an artifact's decode method reads for each token."""
+    directory = Path(contender.spec["path"])
+    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    program = directory / manifest["program"]["file"]
+    answer, _ = work(contender.python, "weights", "the weights", program=str(program))
+    return answer["weights_mb"]
+
+
 def measure_export(options: argparse.Namespace, manifest: dict, directory: Path) -> dict:
     """Seconds and peak memory of exporting once more what the artifact is."""
     command = [sys.executable, ROOT / "export" / "gemma.py", "--output", directory / "export"]
@@ -173,29 +183,22 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
     # 1. The machine and its ceiling.
     found = machine()
     print_machine(found)
-    ours = tokenloop(options.artifact)
+    ours, *others = tokenloops(options)
     text, path = DEFAULT_TEXT.read_text(encoding="utf-8"), str(options.artifact)
     read, _ = work(ours.python, "texts", "tokenloop", path=path, texts=[text, PROMPT])
     manifest, (ids, prompt_ids) = read["manifest"], read["ids"]
-    vocab_size, quant = manifest["vocab_size"], manifest["quant"]
-    model = options.model and str(options.model)
-    limit, _ = work(
-        ours.python, "ceiling", "the ceiling", threads=THREADS, model=model,
-        vocab_size=vocab_size, quant=quant,
-    )  # fmt: skip
-    bandwidth, weights_mb = limit["bandwidth_gb_s"], None
+    weights = {contender.name: weights_mb(contender) for contender in (ours, *others)}
+    limit, _ = work(ours.python, "ceiling", "the ceiling", threads=THREADS)
+    bandwidth = limit["bandwidth_gb_s"]
     print(f"bandwidth   {bandwidth:.1f} GB/s, plain reads of 1 GiB by {THREADS} threads")
-    if limit["embedding_mb"] is None:
-        print("ceiling     unknown: --model is not this artifact's checkpoint")
-    else:
-        program_mb = manifest["program"]["bytes"] / 1e6
-        weights_mb = program_mb - limit["embedding_mb"]
-        print(f"ceiling     {bandwidth * 1e3 / weights_mb:.0f} tok/s of decoding; each token reads")
-        print(f"            {weights_mb:.0f} MB: the program's {program_mb:.0f} less the embedding")
-        print(f"            table's {limit['embedding_mb']:.0f} (and the KV cache on top)")
+    read_mb = weights[ours.name]
+    print(f"ceiling     {bandwidth * 1e3 / read_mb:.0f} tok/s of decoding; each token reads")
+    print(f"            {read_mb:.0f} MB: the linear layers of the program's")
+    print(f"            {manifest['program']['bytes'] / 1e6:.0f} MB (the KV cache comes on top)")
 
     # 2. The contenders, one round after the other.
     peers, line = llama_cpp_peers(options, manifest["max_seq_len"])
+    peers = others + peers
     print(line, flush=True)
     if options.transformers:
         try:
@@ -215,12 +218,11 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
             print(f"without {error}", flush=True)
             del rounds[contender.name]
     # Other work on the machine can only have hidden some of the bandwidth.
-    again, _ = work(ours.python, "ceiling", "the ceiling", threads=THREADS, model=None)
+    again, _ = work(ours.python, "ceiling", "the ceiling", threads=THREADS)
     print(f"bandwidth   {again['bandwidth_gb_s']:.1f} GB/s after the rounds; the best counts")
     bandwidth = max(bandwidth, again["bandwidth_gb_s"])
     results = {
-        name: summarize(measured, bandwidth, weights_mb if name == ours.name else None)
-        for name, measured in rounds.items()
+        name: summarize(measured, bandwidth, weights.get(name)) for name, measured in rounds.items()
     }
     print_table(results)
     result = results.pop(ours.name)
@@ -240,6 +242,7 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
         "repeats": options.repeats,
         "bandwidth_gb_s": rounded(bandwidth),
         "machine": found,
+        "date": datetime.date.today().isoformat(),
         "llama_cpp": line,
         "artifact": options.artifact.name,
         "quant": manifest["quant"],

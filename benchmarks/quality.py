@@ -32,7 +32,7 @@ from benchmarks.common import (
     check_paths,
     finish,
     llama_cpp_peers,
-    tokenloop,
+    tokenloops,
 )
 
 WINDOW = 512
@@ -267,7 +267,7 @@ def benchmark(options: argparse.Namespace) -> dict:
         if reference.sha256 != manifest["checkpoint"]["sha256"]:
             print(f"note: {options.artifact} was exported from another file than {options.model}")
     start = time.perf_counter()
-    contenders = [tokenloop(options.artifact), *peers]
+    contenders = [*tokenloops(options), *peers]
     with ExitStack() as stack, torch.inference_mode():
         prompt = tokenizer.encode(PROMPT)
         sources = []

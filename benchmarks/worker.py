@@ -26,11 +26,11 @@ STEPS_AT_CONTEXT = 32
 
 class TokenLoop:
     def __init__(self, spec: dict):
-        import torch
+        import numpy
 
         from runner.model import Model
 
-        self.torch, self.weights_mb = torch, None
+        self.numpy, self.weights_mb = numpy, None
         start = time.perf_counter()
         self.model = Model(spec["path"])
         self.load_s = time.perf_counter() - start
@@ -42,14 +42,15 @@ class TokenLoop:
 
     def logits(self, window: list[int]) -> Iterator:
         program = self.model.loop.program
-        tokens = self.torch.tensor([window])
-        positions = self.torch.arange(len(window))
+        tokens = self.numpy.array([window], self.numpy.int64)
+        positions = self.numpy.arange(len(window), dtype=self.numpy.int64)
         for start in range(0, len(window), BLOCK):
-            block = self.torch.empty(min(BLOCK, len(window) - start), self.model.vocab_size)
+            shape = (min(BLOCK, len(window) - start), self.model.vocab_size)
+            block = self.numpy.empty(shape, self.numpy.float32)
             for row, n in zip(block, range(start, len(window))):
                 call = program.decode if n else program.prefill
-                row.copy_(call(tokens[:, n : n + 1], positions[n : n + 1])[0])
-            yield block.numpy()
+                row[:] = call(tokens[:, n : n + 1], positions[n : n + 1])[0]
+            yield block
 
 
 class LlamaCpp:
@@ -227,10 +228,10 @@ def texts(spec: dict) -> dict:
 
 
 def ceiling(spec: dict) -> dict:
-    """Plain read bandwidth in GB/s, and the embedding table's share of the program in MB."""
+    """Plain read bandwidth in GB/s, of sums and dot products of 1 GiB by all threads: the best
+    reading is the ceiling."""
     import torch
 
-    # 1. Bandwidth: sums and dot products of 1 GiB, all threads; the best reading is the ceiling.
     torch.set_num_threads(spec["threads"])
     buffer = torch.ones(1 << 28)
     half = buffer.numel() // 2
@@ -240,19 +241,23 @@ def ceiling(spec: dict) -> dict:
             begin = time.perf_counter()
             read()
             seconds.append(time.perf_counter() - begin)
-    answer = {"bandwidth_gb_s": buffer.nbytes / min(seconds) / 1e9, "embedding_mb": None}
+    return {"bandwidth_gb_s": buffer.nbytes / min(seconds) / 1e9}
 
-    # 2. The table: a decode step reads one row of it, but the whole output head.
-    if spec["model"] is not None:
-        from export.checkpoint import open_checkpoint
-        from export.quantize import EMBEDDING_GROUP_SIZE
-        from export.recipes import RECIPES
 
-        shape = open_checkpoint(Path(spec["model"])).shapes()["model.embed_tokens.weight"]
-        if shape[0] == spec["vocab_size"]:
-            each = 4 if RECIPES[spec["quant"]] is None else 1 + 4 / EMBEDDING_GROUP_SIZE
-            answer["embedding_mb"] = shape[0] * shape[1] * each / 1e6
-    return answer
+def weights(spec: dict) -> dict:
+    """The megabytes of a .pte's weights that every decoded token reads: those of XNNPACK's linear
+    layers with their scales, which are the file's named data. Of the constants beside them,
+    where the embedding table is, a token reads rows; but all of them where there is no XNNPACK.
+    """
+    from executorch.exir._serialize._program import _flatbuffer_to_program, _get_extended_header
+
+    with open(spec["program"], "rb") as file:
+        header = _get_extended_header(file.read(64))
+        file.seek(0)
+        program = _flatbuffer_to_program(file.read(header.program_size))
+    segments = [entry.segment_index for entry in program.named_data]
+    segments = segments or [program.constant_segment.segment_index]
+    return {"weights_mb": sum(program.segments[i].size for i in segments) / 1e6}
 
 
 def save_transformers(spec: dict) -> dict:
@@ -273,7 +278,7 @@ def save_transformers(spec: dict) -> dict:
     return {}
 
 
-TASKS = (start, speed, score, system_info, texts, ceiling, save_transformers)
+TASKS = (start, speed, score, system_info, texts, ceiling, weights, save_transformers)
 
 
 def main() -> int:

@@ -8,12 +8,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 from export.errors import ExportError
 
 # Raised when the runner of an older tokenloop could no longer drive the artifact.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+
+
+class SmallWrites:
+    """A binary file that is written in small pieces.
+
+    Linux keeps what one large write brought in pages of 2 MB where the file system can; of those,
+    a runner that looks up a few hundred rows of a table would soon have all in memory.
+    """
+
+    PIECE = 1 << 16
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), self.PIECE):
+            self._file.write(view[start : start + self.PIECE])
+        return len(view)
 
 
 @contextmanager

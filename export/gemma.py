@@ -74,9 +74,9 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
     # the checkpoint is, too.
     import torch
 
-    from export.artifact import new_artifact, write_manifest
+    from export.artifact import SmallWrites, new_artifact, write_manifest
     from export.checkpoint import load_weights, open_checkpoint
-    from export.tokenizer_files import write_tokenizer
+    from export.tokenizer_files import encode, write_tokenizer
     from models import gemma3
 
     # 1. The checkpoint and the network it describes.
@@ -112,12 +112,20 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
         )
         model.eval().requires_grad_(False)
         progress("importing executorch")
+        from export.calibrate import TEXT, input_means, smooth
         from export.pte import build_program, state_entries
         from export.quantize import quantize
 
+        recipe = RECIPES[options.quant]
+        means = None
+        if recipe is not None:
+            progress("looking at activations")
+            ids = encode(directory, tokenizer, TEXT.read_text(encoding="utf-8"))
+            smooth(model, ids)
+            means = input_means(model, ids)
         progress("quantizing")
         try:
-            quantize(model, RECIPES[options.quant])
+            quantize(model, recipe, means)
         except ValueError as error:
             raise ExportError(
                 f"--quant {options.quant} does not fit {checkpoint.path}: {error}"
@@ -142,7 +150,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
         )
         progress("writing")
         with (directory / "model.pte").open("wb") as file:
-            program.write_to_file(file)
+            program.write_to_file(SmallWrites(file))
         write_manifest(
             directory,
             "model.pte",

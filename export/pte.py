@@ -1,25 +1,25 @@
 """The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
 
-import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (registers torch.ops.llama)
 import executorch.kernels.quantized  # noqa: F401  (the out variant of embedding_byte)
 import torch
 from executorch.exir import (
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
-    to_edge_transform_and_lower,
+    to_edge,
 )
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 from torch.export import Dim
 
-from export import xnnpack
-from models.cache import SlidingCache
+from export import attention, xnnpack
+from export.attention import UNIT, BlockCache, Slots
+from export.quantize import Shortlist, ShortlistHead
+from export.xnnpack_graph import GraphBuilder, GraphDelegate
 from sampler.greedy import greedy
 
-llama = torch.ops.llama
 # Any length but 0 and 1, which torch.export takes for constants.
 TRACED_LENGTH = 3
 
@@ -27,52 +27,72 @@ TRACED_LENGTH = 3
 class DelegatedMethod(nn.Module):
     """What prefill and decode share: embedding, regions, and the caches between them."""
 
-    def __init__(self, model: nn.Module, regions: list[nn.Module]):
+    def __init__(self, model: nn.Module, lowered: "Lowered"):
         super().__init__()
+        config = model.config
         self.embed_tokens = model.model.embed_tokens
         self.rope = model.model.rope
-        self.regions = nn.ModuleList(regions)
-        # Methods share the buffers that have equal names.
-        self.caches = nn.ModuleList(layer.self_attn.cache for layer in model.model.layers)
         self.kinds = [layer.self_attn.kind for layer in model.model.layers]
-        self.scale = model.model.layers[0].self_attn.scale
+        self.embed_scale = model.model.embed_scale
+        self.before = nn.ModuleList(lowered.before)
+        self.after = nn.ModuleList(lowered.after)
+        self.lm_head = lowered.head
+        # Methods share the buffers that have equal names.
+        self.caches = nn.ModuleList(lowered.caches)
+        self.slots = nn.ModuleDict(lowered.slots)
+        self.shortlist, self.rescore = lowered.shortlist, lowered.rescore
+        self.kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // self.kv_heads
+        self.head_dim = config.head_dim
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [1, V]; attend(cache, q, k, v) is the attention, and last(x) picks from
+        """Logits [1, V]; attend(kind, cache, q, k, v) is the attention, and last(x) picks from
         [1, T, ...] the position whose logits are wanted."""
         rope = {kind: self.rope[kind](positions) for kind in dict.fromkeys(self.kinds)}
-        first, *middle, end = self.regions
-        x, q, k, v = first(self.embed_tokens(tokens), *rope[self.kinds[0]])
-        for cache, kind, region in zip(self.caches, self.kinds[1:], middle, strict=False):
-            x, q, k, v = region(x, attend(cache, q, k, v), *rope[kind])
-        (logits,) = end(last(x), last(attend(self.caches[-1], q, k, v)))
-        return logits
+        x = self.embed_tokens(tokens) * self.embed_scale
+        layers = list(zip(self.kinds, self.before, self.caches, self.after))
+        for kind, before, cache, after in layers:
+            attended = attend(kind, cache, *before(x, *rope[kind]))
+            if after is layers[-1][-1]:
+                x, attended = last(x), last(attended)
+            (x,) = after(x, attended)
+        logits, hidden = self.lm_head(x)
+        if self.shortlist is None:
+            return logits
+        return self.shortlist(logits, hidden, lambda *rows: self.rescore(*rows)[0])
 
 
 class Prefill(DelegatedMethod):
     """tokens int64 [1, T], positions int64 [T] -> logits float32 [1, V] after the last token."""
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        length = tokens.shape[1]
-        full = [c for c in self.caches if not isinstance(c, SlidingCache)]
-        rings = [c for c in self.caches if isinstance(c, SlidingCache)]
-        if full:
-            start = positions[0].item()
-            torch._check(start >= 0)
-            torch._check(start + length <= full[0].slots)
-        if rings:
-            # Finite, because a block of keys may be masked whole: exp(-inf - -inf) is NaN.
-            mask = torch.where(rings[0].visible_in_prefill(positions), 0.0, -1e30)
-            slots = (positions % rings[0].slots)[None]
+    def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
+        super().__init__(model, lowered)
+        shape = self.kv_heads, self.group, self.head_dim
+        self.attention = nn.ModuleDict(
+            {
+                kind: attention.PrefillAttention(slots, *shape, traced)
+                for kind, slots in self.slots.items()
+            }
+        )
 
-        def attend(cache, q, k, v):
-            if isinstance(cache, SlidingCache):
-                keys, values = torch.cat([cache.k, k], 1), torch.cat([cache.v, v], 1)
-                out = llama.custom_sdpa(q, keys, values, 0, mask, 0.0, False, self.scale)
-                llama.update_cache_with_indices(k, cache.k, 0, slots)
-                llama.update_cache_with_indices(v, cache.v, 0, slots)
-                return out
-            return _append_and_attend(cache, q, k, v, start, start, self.scale)
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        rows = (positions.float() * UNIT)[:, None]
+        newest = (rows + UNIT / 2).expand(-1, self.group).reshape(-1, 1)
+        shared, indices = {}, {}
+        for kind, slots in self.slots.items():
+            shared[kind] = attention.Chunk(
+                begin=positions[0],
+                positions=rows.view(1, -1),
+                newest=newest,
+                oldest=newest - slots.count * UNIT,
+                held=slots.held(positions),
+            )
+            indices[kind] = slots.indices(positions)
+
+        def attend(kind, cache, q, k, v):
+            attended = self.attention[kind](q, k, v, cache, shared[kind])
+            cache.store(k, v, indices[kind])
+            return attended
 
         return self.run(tokens, positions, attend, lambda x: x[:, -1:])
 
@@ -80,32 +100,22 @@ class Prefill(DelegatedMethod):
 class Decode(DelegatedMethod):
     """token int64 [1, 1], position int64 [1] -> logits float32 [1, V]."""
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        write_and_newest = {}
-        for cache in self.caches:
-            if cache.slots not in write_and_newest:
-                write, newest = position, position
-                if isinstance(cache, SlidingCache):
-                    # A full ring is attended whole: the order of its slots does not matter.
-                    write = position % cache.slots
-                    newest = position.clamp(max=cache.slots - 1)
-                write, newest = write[0].item(), newest[0].item()
-                for slot in (write, newest):
-                    torch._check(slot >= 0)
-                    torch._check(slot < cache.slots)
-                write_and_newest[cache.slots] = write, newest
+    def __init__(self, model: nn.Module, lowered: "Lowered"):
+        super().__init__(model, lowered)
+        shape = self.kv_heads, self.group, self.head_dim
+        self.attention = nn.ModuleDict(
+            {kind: attention.DecodeAttention(slots, *shape) for kind, slots in self.slots.items()}
+        )
 
-        def attend(cache, q, k, v):
-            return _append_and_attend(cache, q, k, v, *write_and_newest[cache.slots], self.scale)
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        newest = ((position.float() + 0.5) * UNIT)[:, None]
+        indices = {kind: slots.indices(position) for kind, slots in self.slots.items()}
+
+        def attend(kind, cache, q, k, v):
+            cache.store(k, v, indices[kind])
+            return self.attention[kind](q, cache, self.slots[kind], position[0], newest)
 
         return self.run(token, position, attend, lambda x: x)
-
-
-def _append_and_attend(cache, q, k, v, write, newest, scale):
-    """Store k, v from slot `write` on; attend causally, the first query seeing slots 0..newest."""
-    llama.update_cache(k, cache.k, write)
-    llama.update_cache(v, cache.v, write)
-    return llama.custom_sdpa(q, cache.k, cache.v, newest, None, 0.0, True, scale)
 
 
 class PlainPrefill(nn.Module):
@@ -156,8 +166,8 @@ def build_program(
     traced = min(TRACED_LENGTH, max_prefill)
     if backend == "xnnpack":
         xnnpack.prepare(model)
-        regions = lower_regions(model, traced, length, progress)
-        prefill, decode = Prefill(model, regions), Decode(model, regions)
+        lowered = lower(model, traced, length, progress)
+        prefill, decode = Prefill(model, lowered, traced), Decode(model, lowered)
     else:
         prefill, decode = PlainPrefill(model), PlainDecode(model)
     progress("tracing the methods")
@@ -171,41 +181,93 @@ def build_program(
         "greedy": torch.export.export(Greedy(), (logits,)),
     }
     progress("converting the methods")
-    edge = to_edge_transform_and_lower(
-        methods, constant_methods=constants, compile_config=xnnpack.COMPILE_CONFIG
-    )
+    edge = to_edge(methods, constant_methods=constants, compile_config=xnnpack.COMPILE_CONFIG)
     progress("planning memory")
     return edge.to_executorch(
         ExecutorchBackendConfig(
+            # Caches are written where they are.
+            run_reinplace_pass=True,
             # Outputs of their own outlive the next method's run; inputs are the caller's memory.
             memory_planning_pass=MemoryPlanningPass(
                 alloc_graph_input=False, alloc_graph_output=False, share_mutable_buffers=True
-            )
+            ),
         )
     )
 
 
-def lower_regions(
+@dataclass(frozen=True)
+class Lowered:
+    """What both methods of a model are made of; `slots` by kind of layer; `shortlist` and what it
+    scores with, or None."""
+
+    before: list[nn.Module]
+    after: list[nn.Module]
+    head: nn.Module
+    caches: list[BlockCache]
+    slots: dict[str, Slots]
+    shortlist: Shortlist | None
+    rescore: GraphDelegate | None
+
+
+def lower(
     model: nn.Module, traced: int, length: Dim | None, progress: Callable[[str], None]
-) -> list[nn.Module]:
+) -> Lowered:
     """The model's regions as delegate calls, traced with `traced` tokens: for 1 to `length` at
-    once, or without it for just as many."""
+    once, or without it for just as many; and the caches between them."""
     config, backbone = model.config, model.model
+    kv_heads, heads, size = (
+        config.num_key_value_heads,
+        config.num_attention_heads,
+        config.head_dim,
+    )
     x = torch.zeros(1, traced, config.hidden_size)
-    attended = torch.zeros(1, traced, config.num_attention_heads, config.head_dim)
+    attended = torch.zeros(kv_heads, traced, heads // kv_heads * size)
     # Two tensors: torch.export takes one that is passed twice for one argument.
-    cos, sin = (torch.zeros(traced, 1, config.head_dim) for _ in range(2))
-    progress("lowering the first layer")
-    first, last = xnnpack.FirstRegion(backbone), xnnpack.LastRegion(model)
-    lowered = [xnnpack.trace(first, (x, cos, sin), length).lower(first)]
-    kind = None
-    for i, (before, after) in enumerate(itertools.pairwise(backbone.layers), 2):
+    cos, sin = (torch.zeros(traced, 1, size) for _ in range(2))
+    wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
+
+    before, after = [], []
+    kinds = None
+    for i, layer in enumerate(backbone.layers, 1):
         progress(f"lowering layer {i} of {len(backbone.layers)}")
-        region = xnnpack.MiddleRegion(before, after)
-        kind = kind or xnnpack.trace(region, (x, attended, cos, sin), length)
-        lowered.append(kind.lower(region))
-    lowered.append(xnnpack.trace(last, (x[:, :1], attended[:, :1]), None).lower(last))
-    return lowered
+        regions = xnnpack.BeforeAttention(layer), xnnpack.AfterAttention(layer)
+        kinds = kinds or (
+            xnnpack.trace(regions[0], (x, cos, sin), (wide, tall, tall)),
+            xnnpack.trace(regions[1], (x, attended), (wide, wide)),
+        )
+        before.append(kinds[0].lower(regions[0]))
+        after.append(kinds[1].lower(regions[1]))
+    progress("lowering the head")
+    linear = model.lm_head
+    shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
+    head = xnnpack.Head(backbone.norm, linear.approximate if shortlist else linear)
+    head = xnnpack.trace(head, (x[:, :1],), None).lower(head)
+
+    layers = [layer.self_attn for layer in backbone.layers]
+    slots = {layer.kind: Slots(layer.cache) for layer in layers}
+    return Lowered(
+        before,
+        after,
+        head,
+        [BlockCache(layer.cache, slots[layer.kind]) for layer in layers],
+        slots,
+        shortlist,
+        rescore(shortlist) if shortlist else None,
+    )
+
+
+def rescore(shortlist: Shortlist) -> GraphDelegate:
+    """export.quantize.dot_products as one delegate call."""
+    count, (_, size) = shortlist.SIZE, shortlist.embedding.weight.shape
+    groups = shortlist.embedding.scales.shape[1]
+    graph = GraphBuilder()
+    codes, scales = graph.int8_input(count, size), graph.input(count, groups)
+    hidden = graph.input(1, 1, size)
+    codes = graph.reshape(codes, count, groups, size // groups)
+    rows = graph.multiply(codes, graph.reshape(scales, count, groups, 1))
+    scores = graph.matmul(hidden, graph.reshape(rows, 1, count, size), transpose_b=True)
+    binary = graph.serialize(graph.reshape(scores, 1, count))
+    return GraphDelegate(binary, lambda codes, *_: [torch.empty(1, len(codes))])
 
 
 def state_entries(model: nn.Module) -> list[dict]:

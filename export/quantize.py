@@ -5,6 +5,8 @@ Linear layers multiply in integers: activations are quantized per token when the
 rows with a scale for each group of values.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import torchao  # noqa: F401  (registers torch.ops.torchao)
@@ -49,9 +51,15 @@ def quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, T
 
 
 class QuantizedLinear(nn.Module):
-    """y = dequantize(quantize(x)) @ dequantize(weight)^T for x float32 [B, T, K]."""
+    """y = dequantize(quantize(x)) @ dequantize(weight)^T + bias for x float32 [B, T, K].
 
-    def __init__(self, linear: nn.Linear, bits: int, group_size: int | None):
+    The bias makes up for the rounding of the weights where x is `mean`, float32 [K], so that the
+    error left is that of the deviations from it. Without a mean there is none.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, bits: int, group_size: int | None, mean: Tensor | None = None
+    ):
         super().__init__()
         if linear.bias is not None:
             raise ValueError("a linear layer with a bias cannot be quantized: none has one here")
@@ -62,6 +70,18 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", scales if group_size else scales[:, 0].contiguous())
         zeros = torch.zeros(self.scales.shape, dtype=torch.int64)
         self.register_buffer("zero_points", zeros)
+        self.register_buffer("bias", None if mean is None else self._error(linear.weight, mean))
+
+    def _error(self, weight: Tensor, mean: Tensor) -> Tensor:
+        """What is missing of weight [N, K] @ mean [K]: float32 [N]."""
+        size = self.group_size or self.in_features
+        missing = []
+        for start in range(0, len(weight), 16384):
+            rows = slice(start, start + 16384)
+            codes = self.weight[rows].unflatten(1, (-1, size))
+            kept = codes * self.scales[rows].view(len(codes), -1, 1)
+            missing.append((weight[rows] - kept.flatten(1)).double() @ mean.double())
+        return torch.cat(missing).float()
 
     def forward(self, x: Tensor) -> Tensor:
         rows, kind = [1, 1, self.in_features], (torch.int8, -128, 127)
@@ -70,7 +90,7 @@ class QuantizedLinear(nn.Module):
         )
         x = torchao_ops.quantize_affine(x, rows, scale, zero_point, *kind)
         x = torchao_ops.dequantize_affine(x, rows, scale, zero_point, *kind)
-        return F.linear(x, self.dequantized())
+        return F.linear(x, self.dequantized(), self.bias)
 
     def dequantized(self) -> Tensor:
         """The weight as float32 [N, K]."""
@@ -99,15 +119,124 @@ class QuantizedEmbedding(nn.Module):
         return decomposed.embedding_byte(self.weight, self.scales, None, -128, 127, tokens)
 
 
-def quantize(model: nn.Module, recipe: Recipe | None) -> None:
-    """Replace, in place, the linear layers and the embedding of `model` as `recipe` says."""
+class ShortlistHead(nn.Module):
+    """The tied output head in two passes: logits of all tokens from 4-bit weights, then those of
+    the best of them once more from the embedding's own int8 rows.
+
+    Half of the vocabulary's bytes are read; the tokens that matter keep the logits of the 8-bit
+    weights, without even the activations' rounding.
+    """
+
+    GROUP_SIZE = 32
+
+    def __init__(
+        self, linear: nn.Linear, embedding: QuantizedEmbedding, mean: Tensor | None = None
+    ):
+        super().__init__()
+        self.approximate = QuantizedLinear(linear, 4, self.GROUP_SIZE, mean)
+        self.shortlist = Shortlist(embedding)
+
+    @classmethod
+    def fits(cls, linear: nn.Linear) -> bool:
+        """Whether the vocabulary is large enough, and both sizes come in whole groups."""
+        return (
+            linear.out_features >= Shortlist.TOKENS_PER_GROUP * Shortlist.SIZE
+            and linear.out_features % Shortlist.TOKENS_PER_GROUP == 0
+            and linear.in_features % cls.GROUP_SIZE == 0
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [1, 1, V] of hidden [1, 1, D]."""
+        logits = self.approximate(hidden).view(1, -1)
+        return self.shortlist(logits, hidden, dot_products)[:, None]
+
+
+class Shortlist(nn.Module):
+    """Replaces the largest of approximate logits by exact ones."""
+
+    SIZE = 256
+    TOKENS_PER_GROUP = 64
+
+    def __init__(self, embedding: QuantizedEmbedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(
+        self,
+        logits: Tensor,
+        hidden: Tensor,
+        score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """`logits` float32 [1, V] with the exact ones of hidden [1, 1, D] among them.
+
+        `score` is dot_products or its equal.
+        """
+        ids = self.largest(logits)
+        codes = F.embedding(ids, self.embedding.weight)
+        scales = F.embedding(ids, self.embedding.scales)
+        return logits.scatter(1, ids[None], score(codes, scales, hidden))
+
+    def largest(self, logits: Tensor) -> Tensor:
+        """int64 [SIZE]: the ids of the largest of `logits` [1, V].
+
+        In two steps, because a top-k of all is slow: they lie in the groups whose own largest are
+        the largest.
+        """
+        groups = logits.view(-1, self.TOKENS_PER_GROUP)
+        best = torch.topk(groups.amax(1), self.SIZE).indices
+        candidates = F.embedding(best, groups).view(-1)
+        chosen = torch.topk(candidates, self.SIZE).indices
+        group = torch.div(chosen, self.TOKENS_PER_GROUP, rounding_mode="floor")
+        first = best.index_select(0, group) * self.TOKENS_PER_GROUP
+        return first + chosen - group * self.TOKENS_PER_GROUP
+
+
+def dot_products(codes: Tensor, scales: Tensor, hidden: Tensor) -> Tensor:
+    """[1, N] of hidden float32 [1, 1, D] with N quantized rows: codes int8 [N, D], scales float32
+    [N, D / G]."""
+    rows = codes.float().view(*scales.shape, -1) * scales[..., None]
+    return hidden[0] @ rows.flatten(1).T
+
+
+def quantize(
+    model: nn.Module, recipe: Recipe | None, means: dict[nn.Module, Tensor] | None = None
+) -> None:
+    """Replace, in place, the linear layers and the embedding of `model` as `recipe` says.
+
+    `means` is export.calibrate.input_means of the model as it is now, if that is known. Raises
+    ValueError for a layer whose rows are not whole groups, and for what check_codes refuses.
+    """
     if recipe is None:
         return
-    for module in list(model.modules()):
+    means = means or {}
+    head: nn.Linear = model.lm_head
+    embedding = QuantizedEmbedding(model.model.embed_tokens)
+    model.model.embed_tokens = embedding
+    if recipe.head_bits == 4 and ShortlistHead.fits(head):
+        model.lm_head = ShortlistHead(head, embedding, means.get(head))
+    else:
+        model.lm_head = QuantizedLinear(head, 8, None, means.get(head))
+    for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name == "lm_head":
-                setattr(module, name, QuantizedLinear(child, recipe.head_bits, None))
-            elif isinstance(child, nn.Linear):
-                setattr(module, name, QuantizedLinear(child, recipe.bits, recipe.group_size))
-            elif isinstance(child, nn.Embedding):
-                setattr(module, name, QuantizedEmbedding(child))
+            if isinstance(child, nn.Linear):
+                quantized = QuantizedLinear(child, *recipe.of(name), means.get(child))
+                setattr(module, name, quantized)
+    check_codes(model)
+
+
+def check_codes(model: nn.Module) -> None:
+    """XNNPACK's weights cache tells packed weights apart by their codes alone, whatever their
+    scales. Raises ValueError for two layers that it would take for one."""
+    seen: dict[tuple, list[QuantizedLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            alike = seen.setdefault((module.weight.shape, int(module.weight[0].sum())), [])
+            for other in alike:
+                if torch.equal(other.weight, module.weight) and not torch.equal(
+                    other.scales, module.scales
+                ):
+                    raise ValueError(
+                        "two linear layers have equal quantized weights and different scales, "
+                        "which XNNPACK's weights cache would take for one: fp32 has none"
+                    )
+            alike.append(module)

@@ -7,17 +7,23 @@ from dataclasses import dataclass
 class Recipe:
     """How to store a model: bits of the blocks' linear weights, and of the output head.
 
-    `group_size` None means one scale per output channel. The embedding is int8 in groups of 32,
-    which loses nothing of a Q8_0 checkpoint.
+    `group_size` None means one scale per output channel. Layers named in `int8` are stored in 8
+    bits whatever `bits` says. A head of 4 bits is one whose best tokens are scored again with the
+    embedding's rows, which are int8 in groups of 32: that loses nothing of a Q8_0 checkpoint.
     """
 
     bits: int
     group_size: int | None
-    head_bits: int = 8
+    head_bits: int
+    int8: tuple[str, ...] = ()
+
+    def of(self, layer: str) -> tuple[int, int | None]:
+        """Bits and group size of the linear layers called `layer`."""
+        return (8, None) if layer in self.int8 else (self.bits, self.group_size)
 
 
 RECIPES: dict[str, Recipe | None] = {
     "fp32": None,
-    "8da8w": Recipe(bits=8, group_size=None),
-    "8da4w": Recipe(bits=4, group_size=32),
+    "8da8w": Recipe(bits=8, group_size=None, head_bits=4),
+    "8da4w": Recipe(bits=4, group_size=32, head_bits=4, int8=("v_proj", "o_proj", "down_proj")),
 }

@@ -46,6 +46,16 @@ def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     return entry | {"chat_template": TEMPLATE_FILE if template is not None else None}
 
 
+def encode(directory: Path, entry: dict[str, Any], text: str) -> list[int]:
+    """The ids of `text` with the tokenizer that was written, after the bos id if there is one."""
+    file = directory / entry["file"]
+    if file.suffix == ".model":
+        ids = _load_sentencepiece(file).encode(text)
+    else:
+        ids = _load_tokenizer_json(file).encode(text, add_special_tokens=False).ids
+    return [entry["bos_token_id"], *ids] if entry["add_bos"] else ids
+
+
 def _copy_files(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any], str | None]:
     source = checkpoint.path
     settings = _optional_json(source / "tokenizer_config.json")

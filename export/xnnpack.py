@@ -1,8 +1,7 @@
 """What runs inside XNNPACK: a network's regions between two attentions, each one delegate call.
 
-A network of L layers is L + 1 regions: embedding scale to the first queries, keys and values; from
-each attention's result to the next layer's queries; and from the last attention to the logits.
-The regions between are equal but for their weights, so one of each kind is traced and partitioned
+Every layer is two regions, one before and one after its attention, and the head is a third kind.
+Regions of a kind are equal but for their weights, so one of each kind is traced and partitioned
 and the others are serialized from it with their own weights. That, and nothing left outside for
 the partitioner to cut at, is what makes the export fast.
 """
@@ -30,15 +29,14 @@ from executorch.backends.xnnpack.xnnpack_preprocess import (
     generate_node_to_external_map,
 )
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-from executorch.exir import lowered_backend_module as exir_lowered
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
-from executorch.exir.backend.utils import tag_constant_data
+from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.delegate import executorch_call_delegate
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from export.xnnpack_graph import delegate
 from models.gemma3 import RMSNorm
 
 # With this key XnnpackBackend runs one of its 17 graph passes, the only one that our regions need.
@@ -51,15 +49,15 @@ COMPILE_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=Tru
 class DelegatedRMSNorm(nn.Module):
     """RMSNorm whose mean is a matrix product: XNNPACK has no mean over the last axis."""
 
-    def __init__(self, norm: RMSNorm):
+    def __init__(self, norm: RMSNorm, scale: float = 1.0):
         super().__init__()
         size = norm.weight.numel()
         self.register_buffer("average", torch.full((1, size), 1.0 / size))
         self.register_buffer("eps", torch.tensor([norm.eps]))
-        self.register_buffer("weight", 1.0 + norm.weight.detach().float())
+        self.register_buffer("weight", (1.0 + norm.weight.detach().float()) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(F.linear(x * x, self.average) + self.eps) * self.weight
+        return x * torch.rsqrt(F.linear(x * x, self.average, self.eps)) * self.weight
 
 
 class DelegatedGELU(nn.Module):
@@ -77,7 +75,11 @@ class DelegatedGELU(nn.Module):
 
 
 def prepare(model: nn.Module) -> None:
-    """Replace, in place, the modules that XNNPACK does not take as they are."""
+    """Replace, in place, the modules that XNNPACK does not take as they are, and scale queries
+    where they are normalised, so that attention need not."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
@@ -86,83 +88,58 @@ def prepare(model: nn.Module) -> None:
                 setattr(module, name, DelegatedGELU())
 
 
-class FirstRegion(nn.Module):
-    """embedding [1, T, D], cos and sin [T, 1, head_dim] -> x, q, k, v."""
+class BeforeAttention(nn.Module):
+    """x [1, T, D], cos and sin [T, 1, head_dim] -> a layer's q [K, T, G head_dim], k and v
+    [K, T, head_dim], for K key-value heads with G query heads each."""
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        self.register_buffer("scale", torch.tensor([backbone.embed_scale]))
-        self.after = backbone.layers[0]
+        self.layer = layer
 
-    def forward(self, embedding: Tensor, cos: Tensor, sin: Tensor):
-        x = embedding * self.scale
-        return x, *self.after.project(x, {self.after.self_attn.kind: (cos, sin)})
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.layer.project(x, {self.layer.self_attn.kind: (cos, sin)})
+        heads, size = k.shape[2:]
+        wide = q.shape[2] // heads * size
+        if heads == 1:
+            return q.reshape(1, -1, wide), k.reshape(1, -1, size), v.reshape(1, -1, size)
+        q, k, v = q.reshape(-1, heads, wide), k.view(-1, heads, size), v.view(-1, heads, size)
+        return q.permute(1, 0, 2), k.permute(1, 0, 2), v.permute(1, 0, 2)
 
 
-class MiddleRegion(nn.Module):
-    """x [1, T, D], attended [1, T, H, head_dim], cos, sin -> x, q, k, v of the next layer."""
+class AfterAttention(nn.Module):
+    """x [1, T, D], attended [K, T, G head_dim] -> (x after the layer,)."""
 
-    def __init__(self, before: nn.Module, after: nn.Module):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        self.before, self.after = before, after
+        self.layer = layer
 
-    def forward(self, x: Tensor, attended: Tensor, cos: Tensor, sin: Tensor):
-        x = self.before.finish(x, attended)
-        return x, *self.after.project(x, {self.after.self_attn.kind: (cos, sin)})
+    def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+        if attended.shape[0] > 1:
+            attended = attended.permute(1, 0, 2).contiguous()
+        attended = attended.view(1, -1, self.layer.self_attn.o_proj.in_features)
+        return (self.layer.finish(x, attended),)
 
 
-class LastRegion(nn.Module):
-    """x [1, 1, D], attended [1, 1, H, head_dim] -> (logits [1, V],): one position's."""
+class Head(nn.Module):
+    """x [1, 1, D] -> logits [1, V] of `linear`, and its input [1, 1, D]."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, norm: nn.Module, linear: nn.Module):
         super().__init__()
-        self.before, self.norm = model.model.layers[-1], model.model.norm
-        self.lm_head = model.lm_head
+        self.norm, self.linear = norm, linear
 
-    def forward(self, x: Tensor, attended: Tensor):
-        return (self.lm_head(self.norm(self.before.finish(x, attended))).view(1, -1),)
-
-
-class LoweredBackendModule(exir_lowered.LoweredBackendModule):
-    """A lowered region that costs nothing to trace: its outputs' shapes are known, so no pass of
-    the outer program has to run the region's graph again. (ExecuTorch goes by the class's name.)
-    """
-
-    def __deepcopy__(self, memo) -> "LoweredBackendModule":
-        return self
-
-
-@dataclass(frozen=True)
-class ShapesOf:
-    """Stands where ExecuTorch looks for a lowered module's original program."""
-
-    program: ExportedProgram
-
-    @property
-    def graph(self) -> torch.fx.Graph:
-        return self.program.graph
-
-    def module(self):
-        outputs = [node.meta["val"] for node in self.graph.output_node().args[0]]
-
-        def run(*inputs: Tensor) -> list[Tensor]:
-            # The one dynamic size is T, the second axis of x, which is one of the inputs.
-            length = next(x.shape[1] for x in inputs if x.dim() > 2 and x.shape[0] == 1)
-            return [
-                inputs[0].new_empty([s if isinstance(s, int) else length for s in out.shape])
-                for out in outputs
-            ]
-
-        return run
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.norm(x)
+        return self.linear(hidden).view(1, -1), hidden
 
 
 @dataclass(frozen=True)
 class RegionKind:
-    """One kind of region, traced and partitioned: the delegate's program, and how the region's
-    arguments and results are ordered for it."""
+    """One kind of region, traced and partitioned: the delegate's program, where its arguments come
+    from (a position among the region's, or the name of a buffer of it), and the order of its
+    results."""
 
     program: ExportedProgram
-    arguments: tuple[int, ...]
+    arguments: tuple[int | str, ...]
     results: tuple[int, ...]
 
     def lower(self, region: nn.Module) -> "LoweredRegion":
@@ -170,28 +147,41 @@ class RegionKind:
         program = self.program
         weights = dict(region.named_parameters(remove_duplicate=False))
         weights |= dict(region.named_buffers(remove_duplicate=False))
-        state = {name: weights[name] for name in program.state_dict}
-        constants = {name: weights.get(name, old) for name, old in program.constants.items()}
         with_weights = ExportedProgram(
             root=program.graph_module,
             graph=program.graph,
             graph_signature=program.graph_signature,
-            state_dict=state,
+            state_dict={name: weights[name] for name in program.state_dict},
             range_constraints=program.range_constraints,
             module_call_graph=program.module_call_graph,
-            constants=constants,
+            constants={name: weights.get(name, old) for name, old in program.constants.items()},
             verifiers=[program.verifier],
         )
         data = NamedDataStore()
-        lowered = LoweredBackendModule(
-            ShapesOf(program),
-            XnnpackBackend.__name__,
-            serialize(with_weights, data),
-            [],
-            data.get_named_data_store_output(),
+        binary = serialize(with_weights, data)
+        lowered = delegate(
+            binary, self._shapes(), len(self.results), data.get_named_data_store_output()
         )
-        lowered.meta = {"debug_handle_map": {}}
-        return LoweredRegion(lowered, self)
+        constants = {name: weights[name] for name in self.arguments if isinstance(name, str)}
+        return LoweredRegion(lowered, self, constants)
+
+    def _shapes(self):
+        """Makes tensors like the program's results from tensors like its arguments."""
+        values = [node.meta["val"] for node in self.program.graph.find_nodes(op="placeholder")]
+        names = [node.name for node in self.program.graph.find_nodes(op="placeholder")]
+        users = set(self.program.graph_signature.user_inputs)
+        inputs = [value for name, value in zip(names, values) if name in users]
+        outputs = [node.meta["val"] for node in self.program.graph.output_node().args[0]]
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            sizes = {
+                str(symbol): size
+                for value, tensor in zip(inputs, tensors)
+                for symbol, size in zip(value.shape, tensor.shape)
+            }
+            return [tensors[0].new_empty([sizes.get(str(n), n) for n in o.shape]) for o in outputs]
+
+        return run
 
 
 def serialize(program: ExportedProgram, data: NamedDataStore) -> bytes:
@@ -218,28 +208,37 @@ def serialize(program: ExportedProgram, data: NamedDataStore) -> bytes:
 
 
 class LoweredRegion(nn.Module):
-    """A region as a delegate call, to be traced into the program around it."""
+    """A region as a delegate call, to be traced into the program around it.
 
-    def __init__(self, lowered: LoweredBackendModule, kind: RegionKind):
+    Constants of elementwise operators are arguments of the delegate: XNNPACK packs the weights of
+    linear layers into its cache, where all methods share them, and then lets go of everything that
+    the delegate brought along.
+    """
+
+    def __init__(self, lowered, kind: RegionKind, constants: dict[str, Tensor]):
         super().__init__()
         self.lowered = lowered
         self.arguments, self.results = kind.arguments, kind.results
+        for name, tensor in constants.items():
+            self.register_buffer(name.replace(".", "_"), tensor)
 
     def forward(self, *args: Tensor) -> list[Tensor]:
-        outputs = executorch_call_delegate(self.lowered, *(args[i] for i in self.arguments))
+        inputs = (
+            args[i] if isinstance(i, int) else getattr(self, i.replace(".", "_"))
+            for i in self.arguments
+        )
+        outputs = executorch_call_delegate(self.lowered, *inputs)
         return [outputs[i] for i in self.results]
 
 
-def trace(region: nn.Module, examples: Sequence[Tensor], length: Dim | None) -> RegionKind:
-    """Trace and partition one region; `length` is the dynamic T of its arguments, if any.
+def trace(
+    region: nn.Module, examples: Sequence[Tensor], shapes: Sequence[dict[int, Dim]] | None
+) -> RegionKind:
+    """Trace and partition one region; `shapes` are the dynamic axes of its arguments, if any.
 
     Raises RuntimeError when XNNPACK does not take the whole region.
     """
-    shapes = None
-    if length is not None:
-        # cos and sin are [T, 1, head_dim]; everything else has T on its second axis.
-        shapes = tuple({1: length} if x.shape[0] == 1 else {0: length} for x in examples)
-    program = torch.export.export(region, tuple(examples), dynamic_shapes=shapes)
+    program = torch.export.export(region, tuple(examples), dynamic_shapes=shapes and tuple(shapes))
     edge = to_edge_transform_and_lower(
         {"forward": program},
         partitioner=[RegionPartitioner()],
@@ -254,11 +253,13 @@ def trace(region: nn.Module, examples: Sequence[Tensor], length: Dim | None) -> 
             f"{sorted({str(n.target) for n in left})} outside: change the region"
         )
     (call,) = delegates
-    inputs = list(edge.graph_signature.user_inputs)
+    signature = edge.graph_signature
+    origin: dict[str, int | str] = {name: i for i, name in enumerate(signature.user_inputs)}
+    origin |= signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
     lowered = getattr(edge.graph_module, call.args[0].target)
     return RegionKind(
         lowered.original_module,
-        tuple(inputs.index(node.name) for node in call.args[1:]),
+        tuple(origin[node.name] for node in call.args[1:]),
         tuple(node.args[1] for node in edge.graph.output_node().args[0]),
     )
 
@@ -291,14 +292,9 @@ class DynamicSlice(_SliceCopyVisitor):
 
 
 class RegionPartitioner(XnnpackPartitioner):
-    """Takes constants other than weights into the delegate as well."""
+    """Leaves constants other than linear layers' weights outside: see LoweredRegion."""
 
     def __init__(self):
         configs = [c for c in ALL_PARTITIONER_CONFIGS if c is not SliceCopyConfig]
         super().__init__(configs=[*configs, DynamicSliceConfig])
         self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, COMPILE_SPECS)
-
-    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
-        result = super().partition(exported_program)
-        tag_constant_data(exported_program)
-        return result

@@ -18,7 +18,7 @@ __all__ = ["Generation", "LoopOptions", "Model", "RunnerError", "Stats", "Token"
 
 
 def __getattr__(name: str):
-    """Import what is asked for: run.py answers wrong arguments before torch is there."""
+    """Import what is asked for: run.py answers wrong arguments before NumPy is there."""
     if name == "load":
         name = "Model"
     if name not in HOMES:

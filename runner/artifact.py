@@ -7,7 +7,7 @@ from pathlib import Path
 from runner.errors import RunnerError
 
 # The one manifest format that this runner drives; export/artifact.py writes it.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEYS = {
     "engine": str,
     "backend": str,

@@ -1,111 +1,97 @@
-"""An ExecuTorch program driven method by method, without copies between the methods.
-
-Only the extension itself is imported: executorch.runtime would pull in the whole export stack.
-"""
+"""An ExecuTorch program driven method by method, without copies between the methods."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from runner import executorch_runtime
 from runner.artifact import Artifact
 from runner.errors import RunnerError
+from runner.executorch_runtime import ExecuTorchError, Program
 
-# The kernels that artifacts use beside the runtime's own, as the wheel has them.
-KERNEL_LIBRARIES = (
-    "kernels/quantized/libquantized_ops_aot_lib.so",
-    "extension/llm/custom_ops/libcustom_ops_aot_lib.so",
-)
 BACKENDS = {"xnnpack": "XnnpackBackend", "portable": None, "cuda": "CudaBackend"}
-INT64 = 4  # ScalarType::Long in executorch/runtime/core/portable_type/scalar_type.h
-FLOAT32 = 6
+INT64 = np.dtype("int64")
+FLOAT32 = np.dtype("float32")
 
 
 class ExecuTorchProgram:
     """The loaded methods of a .pte. Every output is a view of memory that the method owns, valid
     until the same method runs again; an input's memory is used in place."""
 
-    def __init__(self, artifact: Artifact):
+    def __init__(self, artifact: Artifact, threads: int | None = None):
         """Load prefill, decode, and greedy twice: its two outputs are the two next_id buffers.
+
+        `threads` is how many the kernels use, by default as many as there are processors for them.
 
         Errors: RunnerError for a file that is no program, a backend that this ExecuTorch lacks,
         and a method whose inputs or outputs are not what the manifest says.
         """
-        extension = _load_extension()
         backend = artifact.manifest["backend"]
         if backend not in BACKENDS:
             raise RunnerError(f"backend {backend!r} is unknown: {', '.join(BACKENDS)} are known")
-        registered = extension._get_registered_backend_names()
-        if BACKENDS[backend] is not None and BACKENDS[backend] not in registered:
+        with _native_stderr() as log:
+            self._load(artifact, threads, log)
+
+    def _load(self, artifact: Artifact, threads: int | None, log) -> None:
+        registered = executorch_runtime.registered_backends()
+        backend = BACKENDS[artifact.manifest["backend"]]
+        if backend is not None and backend not in registered:
             raise RunnerError(
-                f"this ExecuTorch has no {BACKENDS[backend]}, which {artifact.directory} needs "
+                f"this ExecuTorch has no {backend}, which {artifact.directory} needs "
                 f"(it has {', '.join(sorted(registered))}): install a build that has it, or "
                 "export with another --backend"
             )
+        if backend == "XnnpackBackend":
+            # Weights are packed once for all methods, and not once for each.
+            executorch_runtime.set_backend_option(backend, "weight_cache_enabled", True)
+        # Before the methods: they keep the pool of threads that they were loaded with.
+        executorch_runtime.set_num_threads(threads)
         path = str(artifact.program_file)
         with artifact.program_file.open("rb") as file:
             identifier = file.read(8)[4:]
-        # ExecuTorch would log the identifier, and aborts the process if that is not UTF-8.
+        # ExecuTorch would log the identifier as it is, whatever a terminal makes of it.
         if identifier[:2] != b"ET" or not identifier[2:].isdigit():
             raise RunnerError(
                 f"{path} is not a program that ExecuTorch can load (its identifier is "
                 f"{identifier}; one such as b'ET12' is right): export it again"
             )
-        with _native_stderr() as log:
-            try:
-                # Kept: methods do not keep the program alive.
-                self._program = extension._load_program(
-                    path, program_verification=extension.Verification.InternalConsistency
-                )
-            except RuntimeError as error:
-                raise RunnerError(
-                    f"{path} is not a program that ExecuTorch can load "
-                    f"({_last_line(log, error)}): export it again"
-                ) from None
-            _check_methods(self._program, artifact)
-            try:
-                self._prefill, self._decode = map(self._program.load_method, ("prefill", "decode"))
-                self._select = [self._program.load_method("greedy") for _ in range(2)]
-            except RuntimeError as error:
-                raise RunnerError(
-                    f"{path}: a method cannot be loaded ({_last_line(log, error)}): export it "
-                    "again with this version of ExecuTorch"
-                ) from None
+        try:
+            program = Program(path)
+        except ExecuTorchError as error:
+            raise RunnerError(
+                f"{path} is not a program that ExecuTorch can load "
+                f"({_reason(log, error)}): export it again"
+            ) from None
+        try:
+            _check_methods(program, artifact)
+            self._prefill, self._decode = map(program.load_method, ("prefill", "decode"))
+            self._select = [program.load_method("greedy") for _ in range(2)]
+        except ExecuTorchError as error:
+            raise RunnerError(
+                f"{path}: a method cannot be loaded ({_reason(log, error)}): export it "
+                "again with this version of ExecuTorch"
+            ) from None
 
-    def prefill(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def prefill(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T]."""
-        return self._prefill.call([tokens, positions], False)[0]
+        return self._prefill.call([tokens, positions])[0]
 
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
+    def decode(self, token: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Logits float32 [1, V] after token int64 [1, 1] at position int64 [1]."""
-        return self._decode.call([token, position], False)[0]
+        return self._decode.call([token, position])[0]
 
-    def select(self, logits: Tensor, buffer: int) -> Tensor:
+    def select(self, logits: np.ndarray, buffer: int) -> np.ndarray:
         """The next token int64 [1, 1] of logits float32 [1, V], in next_id buffer 0 or 1."""
-        return self._select[buffer].call([logits], False)[0]
+        return self._select[buffer].call([logits])[0]
 
 
-def _load_extension():
-    try:
-        from executorch.extension.pybindings import _C
-    except ImportError as error:
-        raise RunnerError(
-            f"executorch cannot be imported ({error}): it must match torch {torch.__version__}"
-        ) from None
-    root = Path(_C.__file__).parents[2]
-    for library in KERNEL_LIBRARIES:
-        torch.ops.load_library(root / library)
-    return _C
-
-
-def _check_methods(program, artifact: Artifact) -> None:
+def _check_methods(program: Program, artifact: Artifact) -> None:
     """The runner relies on these slots; a program with others must not get as far as a call."""
     manifest = artifact.manifest
-    names = [program.get_method_name(i) for i in range(program.num_methods())]
+    names = program.method_names()
     if "get_max_context_len" not in names:
         raise RunnerError(f"{artifact.program_file} has no get_max_context_len: export it again")
     (positions,) = program.load_method("get_max_context_len").call([])
@@ -125,30 +111,33 @@ def _check_methods(program, artifact: Artifact) -> None:
         if name not in names:
             raise RunnerError(f"{artifact.program_file} has no method {name}: export it again")
         meta = program.method_meta(name)
-        if (meta.num_inputs(), meta.num_outputs()) != (len(inputs), 1):
+        if (len(meta.inputs), len(meta.outputs)) != (len(inputs), 1):
             raise RunnerError(
-                f"{artifact.program_file}: {name} has {meta.num_inputs()} inputs and "
-                f"{meta.num_outputs()} outputs; {len(inputs)} and 1 are right"
+                f"{artifact.program_file}: {name} has {len(meta.inputs)} inputs and "
+                f"{len(meta.outputs)} outputs; {len(inputs)} and 1 are right"
             )
-        if meta.output_tensor_meta(0).is_memory_planned():
+        for (slot, dtype, shape), tensor in zip((*inputs, output), meta.inputs + meta.outputs):
+            if tensor is None or (tensor.dtype, tensor.shape) != (dtype, shape):
+                found = f"{tensor.shape} of {tensor.dtype}" if tensor else "no tensor"
+                raise RunnerError(
+                    f"{artifact.program_file}: {name}'s {slot} is {found}; the manifest says "
+                    f"{shape} of {dtype}"
+                )
+        if meta.outputs[0].is_memory_planned:
             raise RunnerError(
                 f"{artifact.program_file}: {name}'s output lies in memory that the next method "
                 "overwrites; it must be exported with alloc_graph_output=False"
             )
-        found = [meta.input_tensor_meta(i) for i in range(len(inputs))]
-        found.append(meta.output_tensor_meta(0))
-        for (slot, dtype, shape), tensor in zip((*inputs, output), found):
-            if (tensor.dtype(), tuple(tensor.sizes())) != (dtype, shape):
-                raise RunnerError(
-                    f"{artifact.program_file}: {name}'s {slot} is {tuple(tensor.sizes())} of "
-                    f"scalar type {tensor.dtype()}; the manifest says {shape} of type {dtype}"
-                )
 
 
-def _last_line(log, error: Exception) -> str:
+def _reason(log, error: ExecuTorchError) -> str:
+    """The newest error that ExecuTorch logged, or an operator that it has no kernel for."""
     log.seek(0)
-    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return (lines or str(error).splitlines())[-1].strip()
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line[:2] == "E "]
+    # A line begins with the time and the place in the source.
+    reasons = [line.partition("] ")[2].strip() for line in lines]
+    missing = [reason for reason in reasons if reason.startswith("Missing operator")]
+    return (missing or reasons or [str(error)])[-1]
 
 
 @contextmanager

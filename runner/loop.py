@@ -4,8 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from runner.executorch_program import ExecuTorchProgram
 from runner.transfers import Transfers
 
@@ -14,7 +12,7 @@ from runner.transfers import Transfers
 class LoopOptions:
     """Variants of the loop, for comparison: all of them give the same tokens.
 
-    `feed`: "alias" hands a method's output tensor to the next method as its input, "host" uploads
+    `feed`: "alias" hands a method's output to the next method as its input, "host" uploads
     the token that the host has read. `positions`: "device" takes them from the table that went up
     when the program was loaded, "host" uploads one for each call. `double_buffering`: step n + 1
     is submitted before token n is read; impossible where the host feeds the token.
@@ -38,7 +36,7 @@ class Loop:
         self.transfers = Transfers()
         # When the newest sequence's first token had been computed, by time.perf_counter.
         self.prefilled_at = 0.0
-        self._table = self.transfers.upload(torch.arange(max_seq_len))
+        self._table = self.transfers.upload(range(max_seq_len))
 
     def tokens(self, prompt: Sequence[int], limit: int, options: LoopOptions) -> Iterator[int]:
         """The ids that follow `prompt` (at least one id), at most `limit`, greedily chosen.
@@ -48,7 +46,7 @@ class Loop:
         """
         transfers, program = self.transfers, self.program
         # 1. The prompt goes up once; chunks are views of it.
-        ids = transfers.upload(torch.tensor([prompt], dtype=torch.int64))
+        ids = transfers.upload([prompt])
         for start in range(0, len(prompt), self.max_prefill):
             chunk = ids[:, start : start + self.max_prefill]
             logits = program.prefill(chunk, self._positions(start, chunk.shape[1], options))
@@ -65,7 +63,7 @@ class Loop:
             yield read
             if more and following is None:
                 if options.feed == "host":
-                    token = transfers.upload(torch.tensor([[read]], dtype=torch.int64))
+                    token = transfers.upload([[read]])
                 following = self._step(token, position, n + 1, options)
             token = following
 
@@ -75,6 +73,6 @@ class Loop:
 
     def _positions(self, start: int, count: int, options: LoopOptions):
         if options.positions == "host":
-            return self.transfers.upload(torch.arange(start, start + count))
+            return self.transfers.upload(range(start, start + count))
         # ExecuTorch's CPU kernels take a view of the table as it is: not even a copy.
         return self._table[start : start + count]

@@ -44,8 +44,12 @@ class Stats:
 class Model:
     """A loaded artifact. `load_s` is the time that loading took; `vocab_size`, `max_seq_len`."""
 
-    def __init__(self, directory: str | Path):
-        """Load everything once. Errors: RunnerError, one line saying what does not fit."""
+    def __init__(self, directory: str | Path, threads: int | None = None):
+        """Load everything once. `threads` is how many compute, by default one for each processor
+        that this process may use; the models of a process share them.
+
+        Errors: RunnerError, one line saying what does not fit.
+        """
         start = time.perf_counter()
         artifact = open_artifact(Path(directory))
         manifest = artifact.manifest
@@ -62,7 +66,8 @@ class Model:
         self.vocab_size: int = manifest["vocab_size"]
         self.max_seq_len: int = manifest["max_seq_len"]
         self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"])
-        self.loop = Loop(ExecuTorchProgram(artifact), self.max_seq_len, manifest["max_prefill"])
+        program = ExecuTorchProgram(artifact, threads)
+        self.loop = Loop(program, self.max_seq_len, manifest["max_prefill"])
         self.load_s = time.perf_counter() - start
         self._latest: Generation | None = None
 

@@ -38,6 +38,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--chat", action="store_true", help="use the artifact's chat template")
+    parser.add_argument(
+        "--threads", type=int, metavar="N",
+        help="how many threads compute (default: the processors that this process may use)",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON line for each prompt")
     output.add_argument("--stats", action="store_true", help="speed and copies, on standard error")
@@ -57,6 +61,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}; it must be at least 1")
     if options.prompts.count("-") > 1:
         parser.error("- is given twice, and there is one standard input")
     return options
@@ -104,11 +110,11 @@ def print_stats(model, stats) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate for every prompt; the exit status. Errors: RunnerError."""
     prompts = read_prompts(options)
-    # torch is imported only now, so that wrong arguments are answered at once.
+    # What runs models is imported only now, so that wrong arguments are answered at once.
     from runner.loop import LoopOptions
     from runner.model import Model
 
-    model = Model(options.artifact)
+    model = Model(options.artifact, options.threads)
     loop = LoopOptions(options.feed, options.positions, options.double_buffering)
     for prompt in prompts:
         generation = model.generate(prompt, options.max_new_tokens, options.chat, loop)

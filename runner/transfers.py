@@ -1,12 +1,13 @@
 """Every copy between host and device, or within the device, is made here and counted.
 
-On the CPU "the device" is memory that the runner owns: an upload still copies, so that the counts
-mean the same on every engine.
+On the CPU "the device" is NumPy arrays that the runner owns: an upload still copies, so that the
+counts mean the same on every engine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import numpy as np
 
 
 @dataclass
@@ -16,9 +17,9 @@ class Copies:
     count: int = 0
     bytes: int = 0
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, array: np.ndarray) -> None:
         self.count += 1
-        self.bytes += tensor.nbytes
+        self.bytes += array.nbytes
 
     def since(self, earlier: "Copies") -> "Copies":
         return Copies(self.count - earlier.count, self.bytes - earlier.bytes)
@@ -32,15 +33,16 @@ class Transfers:
     device_to_device: Copies = field(default_factory=Copies)
     device_to_host: Copies = field(default_factory=Copies)
 
-    def upload(self, values: Tensor) -> Tensor:
-        """A copy of `values` in device memory."""
-        self.host_to_device.add(values)
-        return values.clone()
+    def upload(self, values: Sequence) -> np.ndarray:
+        """A copy of ints, nested or not, as int64 in device memory."""
+        array = np.array(values, np.int64)
+        self.host_to_device.add(array)
+        return array
 
-    def download(self, values: Tensor) -> list[int]:
-        """The numbers of an int64 tensor, of any shape, on the host."""
+    def download(self, values: np.ndarray) -> list[int]:
+        """The numbers of an int64 array, of any shape, on the host."""
         self.device_to_host.add(values)
-        return values.flatten().tolist()
+        return values.ravel().tolist()
 
     def snapshot(self) -> "Transfers":
         """The counts as they are now."""

@@ -59,49 +59,60 @@ def tiny_artifact(export_artifact, tiny_checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A small random Gemma 3 with a window of 16, written by transformers, with a tokenizer of
-    one id for each byte. Its greedy text does not settle down to repeating itself."""
+def tiny_checkpoint(make_checkpoint) -> Path:
+    """A small random Gemma 3 with a window of 16, whose greedy text does not settle down to
+    repeating itself."""
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory):
+    """A function (**config) -> directory of the tiny checkpoint, with other values in its config:
+    written by transformers, with a tokenizer of one id for each byte."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    directory = tmp_path_factory.mktemp("tiny")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", *alphabet])}
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        sliding_window=16,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    model = Gemma3ForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        # The head is the embedding: a large one would see only the token it was given.
-        torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.2)
-        if "q_norm" in name:
-            parameter.data += 1.0
-    model.save_pretrained(directory)
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(
-        '{"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": true}'
-    )
-    return directory
+    shape = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+
+    def make(**changes) -> Path:
+        directory = tmp_path_factory.mktemp("tiny")
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape | changes))
+        for name, parameter in model.named_parameters():
+            # The head is the embedding: a large one would see only the token it was given.
+            torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.2)
+            if "q_norm" in name:
+                parameter.data += 1.0
+        model.save_pretrained(directory)
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
+        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(
+            '{"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": true}'
+        )
+        return directory
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -21,15 +22,9 @@ from safetensors.torch import load_file, save_file
 import export.artifact
 import runner
 import runner.artifact
-from export.checkpoint import load_weights, open_checkpoint
-from export.quantize import quantize
-from export.recipes import RECIPES
-from models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
-from sampler.greedy import greedy
 
 ROOT = Path(__file__).resolve().parents[2]
 FITTING = ("--model", "tiny", "--quant", "fp32", "--max-seq-len", 64)
-PROMPTS = [[2], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
 
 
 @pytest.fixture
@@ -133,18 +128,10 @@ def test_a_missing_tokenizer(refuses, checkpoint):
     refuses("tiny has neither tokenizer.json nor tokenizer.model")
 
 
-def test_rows_that_are_no_whole_groups(refuses, checkpoint):
-    def narrow(weights):
-        for i in range(3):
-            name = f"model.layers.{i}.mlp."
-            for part in ("gate_proj", "up_proj"):
-                weights[f"{name}{part}.weight"] = weights[f"{name}{part}.weight"][:80].clone()
-            weights[f"{name}down_proj.weight"] = weights[f"{name}down_proj.weight"][:, :80].clone()
-
-    change_weights(checkpoint, narrow)
-    change_config(checkpoint, intermediate_size=80)
-    arguments = ("--model", "tiny", "--max-seq-len", 64, "--quant", "8da4w")
-    refuses("--quant 8da4w", "80 values are not whole groups of 32", arguments=arguments)
+def test_rows_that_are_no_whole_groups(refuses, make_checkpoint):
+    model = make_checkpoint(hidden_size=48, num_hidden_layers=1, layer_types=["full_attention"])
+    arguments = ("--model", model, "--max-seq-len", 64, "--quant", "8da4w")
+    refuses("--quant 8da4w", "48 values are not whole groups of 32", arguments=arguments)
 
 
 def test_a_cache_longer_than_the_models_positions(refuses, checkpoint):
@@ -305,7 +292,7 @@ def test_exporting_the_demo_model_twice_gives_the_same_bytes(
 ):
     done = run_script("export/gemma.py", cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "0"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("artifacts/gemma3-xnnpack: 4")
+    assert re.fullmatch(r"artifacts/gemma3-xnnpack: [1-9]\d* MB in \d+ s\n", done.stdout)
     assert contents(tmp_path / "artifacts/gemma3-xnnpack") == contents(default_artifact)
 
 
@@ -361,27 +348,3 @@ def test_a_chunk_is_no_longer_than_the_window_or_the_cache(export_artifact, tiny
     assert (manifest["max_prefill"], manifest["backend"]) == (16, "portable")
     # Where the model has fewer positions than the default, it has them all.
     assert manifest["max_seq_len"] == 512
-
-
-def test_a_4_bit_artifact_gives_the_tokens_of_the_quantized_model(export_artifact, tiny_checkpoint):
-    arguments = ("--model", tiny_checkpoint, "--quant", "8da4w", "--max-seq-len", 100)
-    loaded = runner.load(export_artifact("tiny-8da4w", *arguments))
-    checkpoint = open_checkpoint(tiny_checkpoint)
-    with torch.device("meta"):
-        model = Gemma3(Gemma3Config.from_dict(checkpoint.config), 100)
-    load_weights(model, checkpoint, checkpoint_name)
-    quantize(model.eval(), RECIPES["8da4w"])
-    for prompt in PROMPTS:
-        generated = loaded.generate(prompt, 16).run().token_ids
-        with torch.no_grad():
-            for start in range(0, len(prompt), 16):
-                chunk = prompt[start : start + 16]
-                positions = torch.arange(start, start + len(chunk))
-                token = greedy(model.prefill(torch.tensor([chunk]), positions))
-            ids = [token.item()]
-            while len(ids) < 16:
-                position = torch.tensor([len(prompt) + len(ids) - 1])
-                token = greedy(model.decode(token, position))
-                ids.append(token.item())
-        assert generated == ids
-        assert len(set(ids)) > 5

@@ -12,12 +12,17 @@ from export.quantize import (
     EMBEDDING_GROUP_SIZE,
     QuantizedEmbedding,
     QuantizedLinear,
+    Shortlist,
+    ShortlistHead,
+    check_codes,
+    dot_products,
     quantize,
     quantize_rows,
 )
-from export.recipes import RECIPES
+from export.recipes import RECIPES, Recipe
 
 TINY = torch.finfo(torch.float32).tiny
+SMALLEST_VOCABULARY = 64 * 256  # that a shortlist fits
 
 
 def linear(rows: int, columns: int, seed: int = 0) -> nn.Linear:
@@ -25,6 +30,10 @@ def linear(rows: int, columns: int, seed: int = 0) -> nn.Linear:
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(layer.weight, std=0.1, generator=generator)
     return layer
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def restored(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -188,6 +197,28 @@ def test_a_token_of_zeros_gives_zeros(bits, group_size):
     assert not module(torch.zeros(1, 2, 64)).any()
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
+def test_a_bias_makes_up_for_the_weights_rounding_at_the_mean(bits, group_size):
+    layer, mean = linear(37, 96), random(96) + 1.0
+    module = QuantizedLinear(layer, bits, group_size, mean)
+    exact = layer.weight.detach() @ mean
+    rounded = module.dequantized() @ mean
+    torch.testing.assert_close(rounded + module.bias, exact, rtol=1e-5, atol=1e-5)
+    assert (rounded - exact).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
+def test_a_bias_is_added_to_the_product(bits, group_size):
+    layer, x = linear(37, 96), random(1, 3, 96)
+    with_bias = QuantizedLinear(layer, bits, group_size, random(96, seed=1))
+    without = QuantizedLinear(layer, bits, group_size)
+    torch.testing.assert_close(with_bias(x), without(x) + with_bias.bias)
+
+
+def test_a_mean_of_zeros_needs_no_bias():
+    assert not QuantizedLinear(linear(37, 96), 8, None, torch.zeros(96)).bias.any()
+
+
 @pytest.mark.parametrize("size", [32, 96, 33, 20])
 def test_an_embedding_gives_the_rows_of_its_table(size):
     table = nn.Embedding(11, size)
@@ -209,31 +240,202 @@ def test_an_embedding_in_q8_0_comes_through_without_any_loss():
     assert torch.equal(QuantizedEmbedding(table)(tokens), table(tokens))
 
 
+# The output head
+
+
+def largest(logits: torch.Tensor) -> list[int]:
+    """Shortlist.largest of logits float32 [V], sorted."""
+    ids = Shortlist(QuantizedEmbedding(nn.Embedding(1, 32))).largest(logits[None])
+    assert (ids.dtype, ids.shape) == (torch.int64, (256,))
+    return ids.sort().values.tolist()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.sampled_from([256, 257, 1000, 4097]))
+def test_the_shortlist_has_the_largest_of_all(seed, groups):
+    logits = random(64 * groups, seed=seed)
+    assert largest(logits) == torch.topk(logits, 256).indices.sort().values.tolist()
+
+
+def test_the_shortlist_has_the_largest_though_one_group_has_most_of_them():
+    logits = random(64 * 300)
+    logits[64 * 17 : 64 * 18] += 100.0
+    assert largest(logits) == torch.topk(logits, 256).indices.sort().values.tolist()
+    assert set(range(64 * 17, 64 * 18)) <= set(largest(logits))
+
+
+def test_the_shortlist_has_the_largest_though_they_fill_a_few_groups():
+    logits = random(64 * 300)
+    places = torch.tensor([299, 0, 150, 151])[:, None] * 64 + torch.arange(64)
+    logits[places] += 100.0
+    assert largest(logits) == places.flatten().sort().values.tolist()
+
+
+def test_the_shortlist_has_the_largest_though_no_two_share_a_group():
+    logits = random(64 * 300)
+    places = torch.arange(256) * 64 + torch.arange(256) % 64
+    logits[places] += 100.0
+    assert largest(logits) == places.tolist()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(0, 40))
+def test_of_equal_logits_the_shortlist_has_as_many_as_fit_and_none_twice(seed, kinds):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, kinds + 1, (64 * 260,), generator=generator).float()
+    ids = largest(logits)
+    assert len(set(ids)) == 256
+    assert torch.equal(logits[ids].sort().values, torch.topk(logits, 256).values.sort().values)
+
+
+def test_dot_products_are_those_of_the_dequantized_rows():
+    values, scales = quantize_rows(random(7, 96), 8, 32)
+    hidden = random(1, 1, 96, seed=1)
+    expected = hidden[0].double() @ restored(values, scales).T
+    actual = dot_products(values, scales, hidden)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def head_of(table: torch.Tensor) -> tuple[ShortlistHead, QuantizedEmbedding]:
+    """The head of a vocabulary's weights float32 [V, D], and the embedding that it scores with."""
+    embedding = QuantizedEmbedding(nn.Embedding.from_pretrained(table))
+    layer = nn.Linear(table.shape[1], table.shape[0], bias=False)
+    layer.weight = nn.Parameter(table)
+    return ShortlistHead(layer, embedding), embedding
+
+
+@pytest.mark.parametrize("rows", [SMALLEST_VOCABULARY, SMALLEST_VOCABULARY + 64])
+def test_shortlisted_logits_are_those_of_the_embeddings_own_rows(rows):
+    head, embedding = head_of(0.1 * random(rows, 64))
+    hidden = random(1, 1, 64, seed=1)
+    ids = torch.topk(head.approximate(hidden)[0, 0], 256).indices
+    expected = restored(embedding.weight, embedding.scales)[ids] @ hidden[0, 0].double()
+    actual = head(hidden)[0, 0, ids]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_that_are_not_shortlisted_are_those_of_the_4_bit_weights():
+    head, _ = head_of(0.1 * random(SMALLEST_VOCABULARY, 64))
+    hidden = random(1, 1, 64, seed=1)
+    logits, approximate = head(hidden), head.approximate(hidden)
+    assert logits.shape == (1, 1, SMALLEST_VOCABULARY)
+    rest = approximate[0, 0].argsort(descending=True)[256:]
+    assert torch.equal(logits[0, 0, rest], approximate[0, 0, rest])
+
+
+def test_the_best_token_of_a_q8_0_table_has_its_exact_logit():
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(-126, 127, (SMALLEST_VOCABULARY, 2, 32), generator=generator)
+    codes[..., 5] = 127
+    d = (0.01 * torch.rand(SMALLEST_VOCABULARY, 2, 1, generator=generator)).half().float()
+    table = (codes * d).flatten(1)
+    head, _ = head_of(table)
+    for seed in range(10):
+        hidden = random(1, 1, 64, seed=seed)
+        best, exact = head(hidden)[0, 0].max(0), (hidden[0, 0] @ table.T).max(0)
+        assert best.indices == exact.indices
+        torch.testing.assert_close(best.values, exact.values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "fits"),
+    [
+        (64, SMALLEST_VOCABULARY, True), (32, SMALLEST_VOCABULARY + 64, True),
+        (64, SMALLEST_VOCABULARY - 64, False), (64, SMALLEST_VOCABULARY + 32, False),
+        (48, SMALLEST_VOCABULARY, False), (2560, 262_208, True),
+    ],
+)  # fmt: skip
+def test_a_shortlist_fits_a_large_vocabulary_in_whole_groups(columns, rows, fits):
+    with torch.device("meta"):
+        assert ShortlistHead.fits(nn.Linear(columns, rows, bias=False)) is fits
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "v_proj", "down_proj"])
+def test_a_recipe_of_8_bits_has_no_exceptions(layer):
+    assert RECIPES["8da8w"].of(layer) == (8, None)
+
+
+def test_a_recipe_keeps_the_layers_that_it_names_in_8_bits():
+    recipe = Recipe(bits=4, group_size=32, head_bits=4, int8=("down_proj",))
+    assert recipe.of("down_proj") == (8, None)
+    assert recipe.of("up_proj") == recipe.of("proj") == (4, 32)
+
+
+def test_the_4_bit_recipe_keeps_in_8_bits_what_is_added_to_the_stream_and_what_is_attended_to():
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    bits = [RECIPES["8da4w"].of(layer)[0] for layer in layers]
+    assert bits == [4, 4, 8, 8, 4, 4, 8]
+
+
 class TiedModel(nn.Module):
     """An embedding, two linear layers at different depths, and a head tied to the embedding."""
 
-    def __init__(self):
+    def __init__(self, vocabulary: int = 40):
         super().__init__()
-        self.embed_tokens = nn.Embedding(40, 64)
-        self.block = nn.ModuleDict({"up": linear(96, 64, 1), "down": linear(64, 96, 2)})
-        self.lm_head = nn.Linear(64, 40, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocabulary, 64)
+        self.model.up_proj = linear(96, 64, 1)
+        self.model.mlp = nn.ModuleDict({"down_proj": linear(64, 96, 2)})
+        self.lm_head = nn.Linear(64, vocabulary, bias=False)
+        self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(self.block["down"](self.block["up"](self.embed_tokens(tokens))))
+        hidden = self.model.up_proj(self.model.embed_tokens(tokens))
+        return self.lm_head(self.model.mlp["down_proj"](hidden))
 
 
-@pytest.mark.parametrize(("recipe", "bits", "group_size"), [("8da8w", 8, None), ("8da4w", 4, 32)])
-def test_a_recipe_reaches_every_layer_and_keeps_the_head_in_8_bits(recipe, bits, group_size):
-    model = TiedModel()
-    quantize(model, RECIPES[recipe])
-    assert isinstance(model.embed_tokens, QuantizedEmbedding)
-    for layer in (model.block["up"], model.block["down"]):
+@pytest.mark.parametrize("name", ["8da8w", "8da4w"])
+def test_a_recipe_reaches_every_layer(name):
+    model, recipe = TiedModel(), RECIPES[name]
+    quantize(model, recipe)
+    assert isinstance(model.model.embed_tokens, QuantizedEmbedding)
+    layers = {"up_proj": model.model.up_proj, "down_proj": model.model.mlp["down_proj"]}
+    for name, layer in layers.items():
         assert isinstance(layer, QuantizedLinear)
-        assert (layer.bits, layer.group_size) == (bits, group_size)
+        assert (layer.bits, layer.group_size) == recipe.of(name)
+    assert not list(model.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["8da8w", "8da4w"])
+def test_a_head_that_no_shortlist_fits_is_kept_in_8_bits(recipe):
+    model = TiedModel(SMALLEST_VOCABULARY - 1)
+    quantize(model, RECIPES[recipe])
     assert isinstance(model.lm_head, QuantizedLinear)
     assert (model.lm_head.bits, model.lm_head.group_size) == (8, None)
-    assert not list(model.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["8da8w", "8da4w"])
+def test_a_shortlist_scores_with_the_embedding_itself(recipe):
+    model = TiedModel(SMALLEST_VOCABULARY)
+    quantize(model, RECIPES[recipe])
+    assert isinstance(model.lm_head, ShortlistHead)
+    assert model.lm_head.shortlist.embedding is model.model.embed_tokens
+    assert (model.lm_head.approximate.bits, model.lm_head.approximate.group_size) == (4, 32)
+
+
+def test_a_recipe_with_a_head_of_8_bits_makes_no_shortlist():
+    model = TiedModel(SMALLEST_VOCABULARY)
+    quantize(model, Recipe(bits=8, group_size=None, head_bits=8))
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert model.lm_head.bits == 8
+
+
+def test_layers_of_equal_codes_and_different_scales_are_refused():
+    model = TiedModel()
+    model.model.gate_proj = linear(96, 64, 1)
+    model.model.gate_proj.weight.data *= 2.0
+    with pytest.raises(ValueError, match="equal quantized weights and different scales"):
+        quantize(model, RECIPES["8da8w"])
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_layers_of_equal_codes_and_scales_are_not_refused(factor):
+    layer = linear(96, 64, 1)
+    layer.weight.data *= factor
+    check_codes(nn.ModuleList(QuantizedLinear(layer, 8, None) for _ in range(2)))
 
 
 @pytest.mark.parametrize(("recipe", "limit"), [("8da8w", 0.03), ("8da4w", 0.2)])
@@ -250,7 +452,7 @@ def test_fp32_leaves_the_model_as_it_is():
     model = TiedModel()
     before = copy.deepcopy(model)
     quantize(model, RECIPES["fp32"])
-    assert model.lm_head.weight is model.embed_tokens.weight
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model(torch.arange(40)[None]), before(torch.arange(40)[None]))
 
 

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from runner.artifact import FORMAT_VERSION
+
 
 @pytest.fixture
 def altered(tiny_artifact, tmp_path):
@@ -86,10 +88,10 @@ def test_a_manifest_that_is_not_json(altered, refuses, data):
     refuses("copy/manifest.json is not valid JSON")
 
 
-@pytest.mark.parametrize("data, found", [(b"[]", None), (b"{}", None), (b'{"format": 99}', 99)])
+@pytest.mark.parametrize("data, found", [(b"[]", None), (b"{}", None), (b'{"format": 1}', 1)])
 def test_a_manifest_of_another_format(altered, refuses, data, found):
     (altered() / "manifest.json").write_bytes(data)
-    refuses(f"has the format {found}", "runs format 1", "export it again")
+    refuses(f"has the format {found}", f"runs format {FORMAT_VERSION}", "export it again")
 
 
 @pytest.mark.parametrize("key, value", [("max_prefill", None), ("vocab_size", "many")])
@@ -128,6 +130,14 @@ def test_a_cut_program_whose_manifest_agrees(altered, refuses):
     directory = altered(**{"program.bytes": 30_000})
     os.truncate(directory / "model.pte", 30_000)
     refuses("copy/model.pte")
+
+
+def test_an_operator_that_this_executorch_lacks(altered, refuses):
+    program = altered() / "model.pte"
+    data = program.read_bytes()
+    assert b"aten::argmax" in data
+    program.write_bytes(data.replace(b"aten::argmax", b"aten::argmux"))
+    refuses("copy/model.pte: a method cannot be loaded (Missing operator: [", "] aten::argmux")
 
 
 def test_a_backend_that_this_executorch_lacks(altered, refuses):

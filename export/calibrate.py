@@ -1,0 +1,113 @@
+"""What a short text shows of a model's activations, so that less is lost when it is quantized.
+
+Two things follow from it. Channels are evened out (SmoothQuant, arXiv:2211.10438): eight bits for a
+whole row of activations are few where some channels are forty times as large as others. Dividing a
+channel by s and multiplying the weights that read it by s changes nothing; every s is a power of
+two, and the divisions go into what produces the channels, so they cost nothing when the model runs.
+And the mean of what a linear layer reads is what its quantized weights' errors can be made up for
+with (bias correction, arXiv:1906.04721): export.quantize takes it.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+TEXT = Path(__file__).with_name("calibration.txt")
+TOKENS = 512
+TINY = 1e-5
+
+
+def smooth(model: nn.Module, ids: Sequence[int]) -> None:
+    """Rescale, in place, the channels that the blocks' linear layers read.
+
+    `ids` are a text's, beginning as the model's texts do; the first TOKENS are run in float32.
+    """
+    mean_square = observe(model, ids, lambda rows: rows.square())
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        _divide_norm(layer.input_layernorm, _rescale(inputs, mean_square))
+        inputs = [mlp.gate_proj, mlp.up_proj]
+        _divide_norm(layer.pre_feedforward_layernorm, _rescale(inputs, mean_square))
+        _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], mean_square))
+        # Heads that share a value head share its channels.
+        heads = attention.v_proj.out_features // attention.head_dim, -1, attention.head_dim
+        _divide_rows(attention.v_proj, _rescale([attention.o_proj], mean_square, heads))
+
+
+def input_means(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
+    """For every linear layer the mean float32 [K] of what it reads, from the text `ids`.
+
+    In no more digits than they are good for, so that another processor's come out the same.
+    """
+    means = observe(model, ids, lambda rows: rows)
+    return {linear: mean.bfloat16().float() for linear, mean in means.items()}
+
+
+def observe(
+    model: nn.Module, ids: Sequence[int], function: Callable[[Tensor], Tensor]
+) -> dict[nn.Module, Tensor]:
+    """For every linear layer the mean over tokens, float32 [K], of `function` of its input [N, K].
+
+    Without the text's first token, whose activations are like no other's.
+    """
+    count = min(len(ids), TOKENS, model.max_seq_len)
+    sums: dict[nn.Module, Tensor] = {}
+
+    def add(linear: nn.Module, x: Tensor) -> None:
+        rows = x.flatten(0, -2).float()
+        if linear in sums:
+            sums[linear] += function(rows).sum(0)
+        else:
+            sums[linear] = function(rows[1:]).sum(0)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda linear, arguments: add(linear, arguments[0]))
+        for module in model.model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        tokens, positions = torch.tensor([list(ids[:count])]), torch.arange(count)
+        for start in range(0, count, model.max_chunk):
+            chunk = slice(start, start + model.max_chunk)
+            hidden = model.model(tokens[:, chunk], positions[chunk], decoding=False)
+            # The head itself would make a row of the vocabulary's size of every token.
+            add(model.lm_head, model.model.norm(hidden))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {linear: total / max(count - 1, 1) for linear, total in sums.items()}
+
+
+def _rescale(
+    readers: Sequence[nn.Linear],
+    mean_square: dict[nn.Module, Tensor],
+    shape: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """Multiply the columns of the readers' weights by s [K] and return it: it makes activations
+    and weights equally uneven (the paper's alpha of one half). With `shape` [A, B, C] for [K], s is
+    the same along B, and what is returned is [A C]."""
+    size = mean_square[readers[0]]
+    weight = torch.cat([reader.weight for reader in readers]).float().square().mean(0)
+    if shape is not None:
+        size, weight = (x.view(shape).mean(1).flatten() for x in (size, weight))
+    # Both are squares: halved once for their roots and once for alpha.
+    ratio = (size.clamp(min=TINY**2) / weight.clamp(min=TINY**2)).log2() / 4
+    scale = torch.exp2((ratio - ratio.mean()).round())
+    columns = scale
+    if shape is not None:
+        columns = scale.view(shape[0], 1, shape[2]).expand(len(scale) // shape[2], -1, -1)
+        columns = columns.expand(-1, readers[0].in_features // len(scale), -1).flatten()
+    for reader in readers:
+        reader.weight *= columns
+    return scale
+
+
+def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
+    norm.weight.copy_((1.0 + norm.weight) / scale - 1.0)
+
+
+def _divide_rows(linear: nn.Linear, scale: Tensor) -> None:
+    linear.weight /= scale[:, None]
