@@ -47,7 +47,8 @@ FIGURES = {
     "ttft_s": ("prompt of 128 tokens to first token, s", False),
     "start_to_first_token_s": ("process start to first token, s", False),
     "load_s": ("load, s", False),
-    "peak_rss_mb": ("peak resident memory, MB", False),
+    "peak_rss_mb": ("peak resident memory, 128 + 128 tokens, MB", False),
+    "peak_rss_long_mb": ("peak resident memory, up to 2,034 tokens, MB", False),
     "artifact_mb": ("on disk, MB", False),
 }
 DTYPES = ("float32", "bfloat16")
@@ -74,22 +75,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def measure_round(contender: Contender, ids: list[int], prompt_ids: list[int]) -> dict:
-    """One contender's figures of one round, from two new processes."""
-    if contender.spec["engine"] == "tokenloop":
+def measure_round(contender: Contender, ids: list[int], prompt_ids: list[int], text: str) -> dict:
+    """One contender's figures of one round, from three new processes; `text` is that of the first
+    128 of `ids`."""
+    spec = contender.spec
+    if spec["engine"] == "tokenloop":
         # The user's own command; the first byte comes with the first token.
-        script = ROOT / "runner" / "run.py"
-        flags = ["--artifact", contender.spec["path"], "--max-new-tokens", "8"]
-        command = [contender.python, script, *flags, PROMPT]
+        script = [contender.python, ROOT / "runner" / "run.py", "--artifact", spec["path"]]
+        start = [*script, "--max-new-tokens", "8", PROMPT]
+        generate = [*script, "--max-new-tokens", "128", text]
     else:
-        spec = json.dumps({**contender.spec, "ids": prompt_ids})
-        command = [contender.python, WORKER, "start", spec]
-    started = run(command, contender.name)
-    figures, process = work(contender.python, "speed", contender.name, **contender.spec, ids=ids)
+        worker = [contender.python, WORKER]
+        start = [*worker, "start", json.dumps({**spec, "ids": prompt_ids})]
+        generate = [*worker, "generate", json.dumps({**spec, "ids": ids[:128], "limit": 128})]
+    started, generated = run(start, contender.name), run(generate, contender.name)
+    figures, process = work(contender.python, "speed", contender.name, **spec, ids=ids)
     return {
         **figures,
         "start_to_first_token_s": started.first_byte_s,
-        "peak_rss_mb": process.peak_rss_mb,
+        "peak_rss_mb": generated.peak_rss_mb,
+        "peak_rss_long_mb": process.peak_rss_mb,
         "artifact_mb": contender.megabytes,
     }
 
@@ -186,7 +191,7 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
     ours, *others = tokenloops(options)
     text, path = DEFAULT_TEXT.read_text(encoding="utf-8"), str(options.artifact)
     read, _ = work(ours.python, "texts", "tokenloop", path=path, texts=[text, PROMPT])
-    manifest, (ids, prompt_ids) = read["manifest"], read["ids"]
+    manifest, (ids, prompt_ids), prompt = read["manifest"], read["ids"], read["prompt"]
     weights = {contender.name: weights_mb(contender) for contender in (ours, *others)}
     limit, _ = work(ours.python, "ceiling", "the ceiling", threads=THREADS)
     bandwidth = limit["bandwidth_gb_s"]
@@ -211,7 +216,7 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
             continue
         show(f"round {n + 1} of {options.repeats}: {contender.name}")
         try:
-            rounds[contender.name].append(measure_round(contender, ids[:2000], prompt_ids))
+            rounds[contender.name].append(measure_round(contender, ids[:2000], prompt_ids, prompt))
         except BenchmarkError as error:
             if contender is ours:
                 raise

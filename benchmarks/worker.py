@@ -153,6 +153,12 @@ def start(spec: dict) -> None:
     print(next(engine.tokens(spec["ids"], 1)), flush=True)
 
 
+def generate(spec: dict) -> dict:
+    """So many tokens after the ids, and nothing else: what a process needs for it."""
+    engine = ENGINES[spec["engine"]](spec)
+    return {"tokens": len(list(engine.tokens(spec["ids"], spec["limit"])))}
+
+
 def speed(spec: dict) -> dict:
     """Prefill, first token and decode of the ids in `spec`; None for what does not fit."""
     engine, ids = ENGINES[spec["engine"]](spec), spec["ids"]
@@ -218,13 +224,14 @@ def system_info(spec: dict) -> dict:
 
 
 def texts(spec: dict) -> dict:
-    """The artifact's limits, and the ids of each text."""
+    """The artifact's manifest, the ids of each text, and the first text's beginning of 128 ids."""
     from runner.artifact import open_artifact
     from runner.tokenizer import Tokenizer
 
     manifest = open_artifact(Path(spec["path"])).manifest
     tokenizer = Tokenizer(Path(spec["path"]), manifest["tokenizer"])
-    return {"manifest": manifest, "ids": [tokenizer.encode(text) for text in spec["texts"]]}
+    ids = [tokenizer.encode(text) for text in spec["texts"]]
+    return {"manifest": manifest, "ids": ids, "prompt": tokenizer.decode(ids[0][:128])}
 
 
 def ceiling(spec: dict) -> dict:
@@ -278,7 +285,7 @@ def save_transformers(spec: dict) -> dict:
     return {}
 
 
-TASKS = (start, speed, score, system_info, texts, ceiling, weights, save_transformers)
+TASKS = (start, generate, speed, score, system_info, texts, ceiling, weights, save_transformers)
 
 
 def main() -> int:

@@ -8,7 +8,8 @@ And the mean of what a linear layer reads is what its quantized weights' errors 
 with (bias correction, arXiv:1906.04721): export.quantize takes it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,49 +20,52 @@ TOKENS = 512
 TINY = 1e-5
 
 
-def smooth(model: nn.Module, ids: Sequence[int]) -> None:
-    """Rescale, in place, the channels that the blocks' linear layers read.
+def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
+    """Rescale, in place, the channels that the blocks' linear layers read, and return for every
+    linear layer the mean float32 [K] of what it then reads.
 
     `ids` are a text's, beginning as the model's texts do; the first TOKENS are run in float32.
+    The means have no more digits than they are good for, so that another processor's come out
+    the same.
     """
-    mean_square = observe(model, ids, lambda rows: rows.square())
+    seen = observe(model, ids)
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        _divide_norm(layer.input_layernorm, _rescale(inputs, mean_square))
+        _divide_norm(layer.input_layernorm, _rescale(inputs, seen))
         inputs = [mlp.gate_proj, mlp.up_proj]
-        _divide_norm(layer.pre_feedforward_layernorm, _rescale(inputs, mean_square))
-        _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], mean_square))
+        _divide_norm(layer.pre_feedforward_layernorm, _rescale(inputs, seen))
+        _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
         # Heads that share a value head share its channels.
         heads = attention.v_proj.out_features // attention.head_dim, -1, attention.head_dim
-        _divide_rows(attention.v_proj, _rescale([attention.o_proj], mean_square, heads))
+        _divide_rows(attention.v_proj, _rescale([attention.o_proj], seen, heads))
+    return {linear: moments.mean.bfloat16().float() for linear, moments in seen.items()}
 
 
-def input_means(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
-    """For every linear layer the mean float32 [K] of what it reads, from the text `ids`.
+@dataclass
+class Moments:
+    """Of a linear layer's input over the tokens: the mean and the mean square, float32 [K]."""
 
-    In no more digits than they are good for, so that another processor's come out the same.
-    """
-    means = observe(model, ids, lambda rows: rows)
-    return {linear: mean.bfloat16().float() for linear, mean in means.items()}
+    mean: Tensor
+    square: Tensor
 
 
-def observe(
-    model: nn.Module, ids: Sequence[int], function: Callable[[Tensor], Tensor]
-) -> dict[nn.Module, Tensor]:
-    """For every linear layer the mean over tokens, float32 [K], of `function` of its input [N, K].
+def observe(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Moments]:
+    """What every linear layer reads while the model sees the text.
 
     Without the text's first token, whose activations are like no other's.
     """
     count = min(len(ids), TOKENS, model.max_seq_len)
-    sums: dict[nn.Module, Tensor] = {}
+    seen: dict[nn.Module, Moments] = {}
 
     def add(linear: nn.Module, x: Tensor) -> None:
         rows = x.flatten(0, -2).float()
-        if linear in sums:
-            sums[linear] += function(rows).sum(0)
-        else:
-            sums[linear] = function(rows[1:]).sum(0)
+        if linear not in seen:
+            rows = rows[1:]
+            seen[linear] = Moments(*(torch.zeros(rows.shape[1]) for _ in range(2)))
+        weight = 1 / max(count - 1, 1)
+        seen[linear].mean += rows.sum(0) * weight
+        seen[linear].square += rows.square().sum(0) * weight
 
     hooks = [
         module.register_forward_pre_hook(lambda linear, arguments: add(linear, arguments[0]))
@@ -78,18 +82,18 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
-    return {linear: total / max(count - 1, 1) for linear, total in sums.items()}
+    return seen
 
 
 def _rescale(
     readers: Sequence[nn.Linear],
-    mean_square: dict[nn.Module, Tensor],
+    seen: dict[nn.Module, Moments],
     shape: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """Multiply the columns of the readers' weights by s [K] and return it: it makes activations
     and weights equally uneven (the paper's alpha of one half). With `shape` [A, B, C] for [K], s is
     the same along B, and what is returned is [A C]."""
-    size = mean_square[readers[0]]
+    size = seen[readers[0]].square
     weight = torch.cat([reader.weight for reader in readers]).float().square().mean(0)
     if shape is not None:
         size, weight = (x.view(shape).mean(1).flatten() for x in (size, weight))
@@ -102,6 +106,7 @@ def _rescale(
         columns = columns.expand(-1, readers[0].in_features // len(scale), -1).flatten()
     for reader in readers:
         reader.weight *= columns
+        seen[reader].mean /= columns
     return scale
 
 

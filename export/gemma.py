@@ -112,7 +112,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
         )
         model.eval().requires_grad_(False)
         progress("importing executorch")
-        from export.calibrate import TEXT, input_means, smooth
+        from export.calibrate import TEXT, calibrate
         from export.pte import build_program, state_entries
         from export.quantize import quantize
 
@@ -121,8 +121,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
         if recipe is not None:
             progress("looking at activations")
             ids = encode(directory, tokenizer, TEXT.read_text(encoding="utf-8"))
-            smooth(model, ids)
-            means = input_means(model, ids)
+            means = calibrate(model, ids)
         progress("quantizing")
         try:
             quantize(model, recipe, means)

@@ -22,10 +22,13 @@ decomposed = torch.ops.quantized_decomposed
 EMBEDDING_GROUP_SIZE = 32
 
 
-def quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    weight: Tensor, bits: int, group_size: int, half: bool = False
+) -> tuple[Tensor, Tensor]:
     """Symmetric quantization of weight float [N, K] -> int8 [N, K], scales float32 [N, K / G].
 
-    Raises ValueError when K is not a multiple of the group size G.
+    With `half` the scales are float16's, and the codes made for them. Raises ValueError when K is
+    not a multiple of the group size G.
     """
     if weight.shape[1] % group_size:
         raise ValueError(f"rows of {weight.shape[1]} values are not whole groups of {group_size}")
@@ -43,6 +46,8 @@ def quantize_rows(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, T
             # XNNPACK keeps the scales of groups as bfloat16, so codes are made for such a scale:
             # the next one up (half a unit of its last place is at most 2^-8 of it).
             scale = (scale * (1 + 2**-8)).bfloat16().float()
+        if half:
+            scale = scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half().float()
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         codes = (block / scale[..., None]).round_().clamp_(low, high)
         values[start : start + 16384] = codes.flatten(1)
@@ -105,18 +110,21 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """Rows of int8 [V, D] with a scale for each group of 32: tokens int64 -> float32 [..., D]."""
+    """Rows of int8 [V, D] with a float16 scale for each group of 32, as in llama.cpp's Q8_0:
+    tokens int64 -> float32 [..., D]."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
         size = embedding.embedding_dim
         group_size = EMBEDDING_GROUP_SIZE if size % EMBEDDING_GROUP_SIZE == 0 else size
-        values, scales = quantize_rows(embedding.weight, 8, group_size)
+        values, scales = quantize_rows(embedding.weight, 8, group_size, half=True)
         self.register_buffer("weight", values)
-        self.register_buffer("scales", scales)
+        self.register_buffer("scales", scales.half())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return decomposed.embedding_byte(self.weight, self.scales, None, -128, 127, tokens)
+        return decomposed.embedding_byte.dtype(
+            self.weight, self.scales, None, -128, 127, tokens, dtype=torch.float32
+        )
 
 
 class ShortlistHead(nn.Module):
@@ -173,7 +181,7 @@ class Shortlist(nn.Module):
         """
         ids = self.largest(logits)
         codes = F.embedding(ids, self.embedding.weight)
-        scales = F.embedding(ids, self.embedding.scales)
+        scales = F.embedding(ids, self.embedding.scales).float()
         return logits.scatter(1, ids[None], score(codes, scales, hidden))
 
     def largest(self, logits: Tensor) -> Tensor:
@@ -203,23 +211,23 @@ def quantize(
 ) -> None:
     """Replace, in place, the linear layers and the embedding of `model` as `recipe` says.
 
-    `means` is export.calibrate.input_means of the model as it is now, if that is known. Raises
+    `means` is what export.calibrate.calibrate returned, if that is known; it is used up. Raises
     ValueError for a layer whose rows are not whole groups, and for what check_codes refuses.
     """
     if recipe is None:
         return
-    means = means or {}
+    means = means if means is not None else {}
     head: nn.Linear = model.lm_head
     embedding = QuantizedEmbedding(model.model.embed_tokens)
     model.model.embed_tokens = embedding
     if recipe.head_bits == 4 and ShortlistHead.fits(head):
-        model.lm_head = ShortlistHead(head, embedding, means.get(head))
+        model.lm_head = ShortlistHead(head, embedding, means.pop(head, None))
     else:
-        model.lm_head = QuantizedLinear(head, 8, None, means.get(head))
+        model.lm_head = QuantizedLinear(head, 8, None, means.pop(head, None))
     for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                quantized = QuantizedLinear(child, *recipe.of(name), means.get(child))
+                quantized = QuantizedLinear(child, *recipe.of(name), means.pop(child, None))
                 setattr(module, name, quantized)
     check_codes(model)
 

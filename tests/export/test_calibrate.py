@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from export.calibrate import TEXT, TOKENS, input_means, observe, smooth
+from export.calibrate import TEXT, TOKENS, calibrate, observe
 from export.checkpoint import load_weights, open_checkpoint
 from export.gemma import parse_arguments
 from export.quantize import QuantizedLinear
@@ -38,7 +38,7 @@ def unevenness(values):
 def test_smoothing_changes_nothing_in_float32(model):
     before = logits(model)
     weights = model.model.layers[0].mlp.down_proj.weight.clone()
-    smooth(model, IDS)
+    calibrate(model, IDS)
     assert not torch.equal(model.model.layers[0].mlp.down_proj.weight, weights)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-6)
 
@@ -47,7 +47,7 @@ def test_every_factor_is_a_power_of_two(model):
     layers = model.model.layers
     before = [layer.mlp.up_proj.weight.clone() for layer in layers]
     o_proj = [layer.self_attn.o_proj.weight.clone() for layer in layers]
-    smooth(model, IDS)
+    calibrate(model, IDS)
     ratios = [
         *(old / layer.mlp.up_proj.weight for old, layer in zip(before, layers)),
         *(old / layer.self_attn.o_proj.weight for old, layer in zip(o_proj, layers)),
@@ -61,21 +61,21 @@ def test_a_channel_that_was_large_is_no_longer(model):
     layer = model.model.layers[1]
     layer.mlp.up_proj.weight[5] *= 64
     layer.input_layernorm.weight[3] = 40.0
-    before = observe(model, IDS, lambda rows: rows.square())
-    smooth(model, IDS)
-    after = observe(model, IDS, lambda rows: rows.square())
+    before = observe(model, IDS)
+    calibrate(model, IDS)
+    after = observe(model, IDS)
     for linear in (layer.mlp.down_proj, layer.self_attn.q_proj):
-        assert unevenness(after[linear].sqrt()) < unevenness(before[linear].sqrt()) / 3
+        assert unevenness(after[linear].square) < unevenness(before[linear].square) / 9
 
 
 def test_the_means_are_those_of_what_each_layer_reads_after_the_first_token(model):
+    means = calibrate(model, IDS[:16])
     seen = {}
     down = model.model.layers[2].mlp.down_proj
     hook = down.register_forward_pre_hook(lambda module, x: seen.setdefault("x", x[0]))
     ids = IDS[:16]  # one chunk
     hidden = model.model(torch.tensor([ids]), torch.arange(16), decoding=False)
     hook.remove()
-    means = input_means(model, ids)
     expected = {
         down: seen["x"][0, 1:].mean(0),
         model.lm_head: model.model.norm(hidden)[0, 1:].mean(0),
@@ -86,14 +86,13 @@ def test_the_means_are_those_of_what_each_layer_reads_after_the_first_token(mode
 
 
 def test_no_hook_stays_behind(model):
-    input_means(model, IDS)
+    calibrate(model, IDS)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("ids", [[2], [2, 5], IDS, IDS * 12], ids=["1", "2", "61", "732"])
 def test_texts_of_any_length_will_do(model, ids):
-    smooth(model, ids)
-    assert all(mean.isfinite().all() for mean in input_means(model, ids).values())
+    assert all(mean.isfinite().all() for mean in calibrate(model, ids).values())
     assert logits(model).isfinite().all()
 
 
