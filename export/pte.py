@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import executorch.kernels.quantized  # noqa: F401  (the out variant of embedding_byte)
 import torch
 from executorch.exir import (
     ExecutorchBackendConfig,

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 import torchao  # noqa: F401  (registers torch.ops.torchao)
-from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401  (embedding_byte)
 from torch import Tensor, nn
 
 from export.recipes import Recipe
@@ -122,9 +121,9 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("scales", scales.half())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return decomposed.embedding_byte.dtype(
-            self.weight, self.scales, None, -128, 127, tokens, dtype=torch.float32
-        )
+        codes, scales = F.embedding(tokens, self.weight), F.embedding(tokens, self.scales).float()
+        rows = codes.float().unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]
+        return rows.flatten(-2)
 
 
 class ShortlistHead(nn.Module):
