@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -111,9 +112,14 @@ def run(options: argparse.Namespace) -> int:
     """Generate for every prompt; the exit status. Errors: RunnerError."""
     prompts = read_prompts(options)
     # What runs models is imported only now, so that wrong arguments are answered at once.
+    # NumPy makes an error of its own of an interrupt while it is imported.
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from runner.loop import LoopOptions
     from runner.model import Model
 
+    signal.signal(signal.SIGINT, previous)
     model = Model(options.artifact, options.threads)
     loop = LoopOptions(options.feed, options.positions, options.double_buffering)
     for prompt in prompts:
