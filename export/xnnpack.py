@@ -9,6 +9,7 @@ the partitioner to cut at, is what makes the export fast.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import Sl
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     ConstantDataOffset,
+    XNNFullyConnected,
     XNNGraph,
+    XNNQuantizedTensorValue,
 )
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
     serialize_xnnpack_binary,
@@ -29,7 +32,7 @@ from executorch.backends.xnnpack.xnnpack_preprocess import (
     generate_node_to_external_map,
 )
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.delegate import executorch_call_delegate
@@ -157,11 +160,8 @@ class RegionKind:
             constants={name: weights.get(name, old) for name, old in program.constants.items()},
             verifiers=[program.verifier],
         )
-        data = NamedDataStore()
-        binary = serialize(with_weights, data)
-        lowered = delegate(
-            binary, self._shapes(), len(self.results), data.get_named_data_store_output()
-        )
+        binary, data = serialize(with_weights)
+        lowered = delegate(binary, self._shapes(), len(self.results), data)
         constants = {name: weights[name] for name in self.arguments if isinstance(name, str)}
         return LoweredRegion(lowered, self, constants)
 
@@ -184,11 +184,12 @@ class RegionKind:
         return run
 
 
-def serialize(program: ExportedProgram, data: NamedDataStore) -> bytes:
-    """The delegate's bytes for a partitioned program; its weights go to `data`.
+def serialize(program: ExportedProgram) -> tuple[bytes, NamedDataStoreOutput]:
+    """The delegate's bytes for a partitioned program, and its weights.
 
     XnnpackBackend.preprocess without its graph passes, which would run again for every region.
     """
+    data = NamedDataStore()
     external = generate_node_to_external_map(program, program.graph_module)
     graph = XNNGraph(
         version="0",
@@ -204,7 +205,35 @@ def serialize(program: ExportedProgram, data: NamedDataStore) -> bytes:
     for node in program.graph.nodes:
         if node.op == "call_function":
             visitors[node.target.__name__].define_node(node, graph, ids, DEFAULT_DEBUG_HANDLE)
-    return serialize_xnnpack_binary(graph, bytearray())
+    weights = data.get_named_data_store_output()
+    rename(graph, weights)
+    return serialize_xnnpack_binary(graph, bytearray()), weights
+
+
+def rename(graph: XNNGraph, weights: NamedDataStoreOutput) -> None:
+    """Name linear layers' weights by all that is packed with them: ExecuTorch names data by a hash
+    of its bytes, and XNNPACK's cache would take layers of equal bytes for one, whatever their
+    shapes, scales and biases."""
+    values = [value.xvalue_union for value in graph.xvalues]
+    tensors = [getattr(value, "tensor_value", value) for value in values]
+    by_id = {tensor.id_out: (tensor, value) for tensor, value in zip(tensors, values)}
+    layers = [node.xnode_union for node in graph.xnodes]
+    for layer in layers:
+        if not isinstance(layer, XNNFullyConnected):
+            continue
+        weight, value = by_id[layer.filter_id]
+        stored = [weight.constant_buffer_idx]
+        if isinstance(value, XNNQuantizedTensorValue):
+            stored.append(value.quant_params.scale_buffer_idx)
+        if layer.bias_id in by_id:
+            stored.append(by_id[layer.bias_id][0].constant_buffer_idx)
+        codes, *others = (graph.constant_data[i] for i in stored)
+        parts = codes.named_key, *weight.dims, *(other.named_key for other in others)
+        entry = weights.pte_data[codes.named_key]
+        codes.named_key = sha256(" ".join(map(str, parts)).encode()).hexdigest()
+        weights.pte_data[codes.named_key] = entry
+    used = {constant.named_key for constant in graph.constant_data}
+    weights.pte_data = {name: entry for name, entry in weights.pte_data.items() if name in used}
 
 
 class LoweredRegion(nn.Module):
@@ -282,7 +311,7 @@ _SliceCopyVisitor = node_visitor._node_visitor_dict["aten.slice_copy.Tensor"]
 @node_visitor.register_node_visitor
 class DynamicSlice(_SliceCopyVisitor):
     """A slice that leaves the other axes whole, whatever their size: for xnn_define_static_slice
-    the size 0 means "to the end"."""
+    the size 0 means the whole axis."""
 
     def define_node(self, node, xnn_graph, vals_to_ids, debug_handle) -> None:
         super().define_node(node, xnn_graph, vals_to_ids, debug_handle)

@@ -14,7 +14,6 @@ from export.quantize import (
     QuantizedLinear,
     Shortlist,
     ShortlistHead,
-    check_codes,
     dot_products,
     quantize,
     quantize_rows,
@@ -413,7 +412,15 @@ def test_a_shortlist_scores_with_the_embedding_itself(recipe):
     quantize(model, RECIPES[recipe])
     assert isinstance(model.lm_head, ShortlistHead)
     assert model.lm_head.shortlist.embedding is model.model.embed_tokens
-    assert (model.lm_head.approximate.bits, model.lm_head.approximate.group_size) == (4, 32)
+    assert (model.lm_head.approximate.bits, model.lm_head.approximate.group_size) == (4, 64)
+
+
+@pytest.mark.parametrize(("size", "group_size"), [(640, 128), (192, 64), (96, 32)])
+def test_a_shortlist_head_takes_the_largest_groups_that_fit(size, group_size):
+    head = linear(SMALLEST_VOCABULARY, size)
+    embedding = QuantizedEmbedding(nn.Embedding(SMALLEST_VOCABULARY, size))
+    assert ShortlistHead.fits(head)
+    assert ShortlistHead(head, embedding).approximate.group_size == group_size
 
 
 def test_a_recipe_with_a_head_of_8_bits_makes_no_shortlist():
@@ -421,21 +428,6 @@ def test_a_recipe_with_a_head_of_8_bits_makes_no_shortlist():
     quantize(model, Recipe(bits=8, group_size=None, head_bits=8))
     assert isinstance(model.lm_head, QuantizedLinear)
     assert model.lm_head.bits == 8
-
-
-def test_layers_of_equal_codes_and_different_scales_are_refused():
-    model = TiedModel()
-    model.model.gate_proj = linear(96, 64, 1)
-    model.model.gate_proj.weight.data *= 2.0
-    with pytest.raises(ValueError, match="equal quantized weights and different scales"):
-        quantize(model, RECIPES["8da8w"])
-
-
-@pytest.mark.parametrize("factor", [0.0, 1.0])
-def test_layers_of_equal_codes_and_scales_are_not_refused(factor):
-    layer = linear(96, 64, 1)
-    layer.weight.data *= factor
-    check_codes(nn.ModuleList(QuantizedLinear(layer, 8, None) for _ in range(2)))
 
 
 @pytest.mark.parametrize(("recipe", "limit"), [("8da8w", 0.03), ("8da4w", 0.2)])

@@ -102,11 +102,6 @@ def test_a_region_that_xnnpack_does_not_take_is_refused():
 # The weight cache
 
 
-# XNNPACK's cache goes by names, and ExecuTorch's names are hashes of the weights' bytes alone.
-# (export.quantize.check_codes refuses layers that differ in their scales.)
-by_bytes_alone = pytest.mark.xfail(strict=True, reason="the weight cache takes one for the other")
-
-
 def run_both(as_method, a: nn.Module, b: nn.Module, x, y) -> None:
     region = Both(a, b)
     lowered = trace(region, (x, y), None).lower(region)
@@ -120,7 +115,6 @@ def test_layers_of_equal_weights_are_the_same(as_method, bits, group_size):
     run_both(as_method, a, b, random(1, 1, 64, seed=1), random(1, 1, 64, seed=2))
 
 
-@by_bytes_alone
 @pytest.mark.parametrize("bits, group_size", [(8, None), (4, 32)])
 def test_layers_of_equal_codes_keep_their_own_scales(as_method, bits, group_size):
     a, b = (QuantizedLinear(linear(64, 32, 1, f), bits, group_size) for f in (1.0, 4.0))
@@ -128,7 +122,6 @@ def test_layers_of_equal_codes_keep_their_own_scales(as_method, bits, group_size
     run_both(as_method, a, b, random(1, 1, 64), random(1, 1, 64))
 
 
-@by_bytes_alone
 def test_layers_of_equal_weights_keep_their_own_biases(as_method):
     # As of a block that a merged model has twice, where it reads other activations.
     layer, means = linear(64, 32, 1), (5.0, -5.0)
@@ -136,7 +129,6 @@ def test_layers_of_equal_weights_keep_their_own_biases(as_method):
     run_both(as_method, a, b, random(1, 1, 64), random(1, 1, 64))
 
 
-@by_bytes_alone
 def test_layers_of_equal_bytes_keep_their_own_shapes(as_method):
     a, b = linear(64, 32, 1), linear(32, 64, 1)
     for layer in (a, b):
