@@ -48,6 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"prompt and output tokens (default: {DEFAULT_MAX_SEQ_LEN}, or what the model has)",
     )
     parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
     parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
     )
@@ -57,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.backend == "portable" and options.quant != "fp32":
         parser.error(f"--quant {options.quant} needs --backend xnnpack: portable is fp32 only")
     # A token of the prompt and one of the output.
-    for name, least in (("max_seq_len", 2), ("max_prefill", 1)):
+    for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
@@ -101,7 +102,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
     with new_artifact(options.output) as directory, torch.no_grad():
         tokenizer = write_tokenizer(checkpoint, directory)
         with torch.device("meta"):
-            model = gemma3.Gemma3(config, max_seq_len)
+            model = gemma3.Gemma3(config, max_seq_len, options.batch)
         max_prefill = min(options.max_prefill, model.max_chunk)
 
         # 2. Weights, one tensor at a time.
@@ -131,23 +132,17 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
                 f"--quant {options.quant} does not fit {checkpoint.path}: {error}"
             ) from error
 
-        # 3. The program.
-        program = build_program(
-            model,
-            options.backend,
-            max_prefill,
-            {
-                # The names that ExecuTorch's own runners ask for.
-                "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
-                "get_eos_ids": tokenizer["eos_token_ids"],
-                "get_max_seq_len": max_prefill,
-                "get_max_context_len": max_seq_len,
-                "get_vocab_size": config.vocab_size,
-                "use_kv_cache": True,
-                "enable_dynamic_shape": True,
-            },
-            progress,
-        )
+        # 3. The program. These are the names that ExecuTorch's own runners ask for.
+        metadata = {
+            "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
+            "get_eos_ids": tokenizer["eos_token_ids"],
+            "get_max_seq_len": max_prefill,
+            "get_max_context_len": max_seq_len,
+            "get_vocab_size": config.vocab_size,
+            "use_kv_cache": True,
+            "enable_dynamic_shape": True,
+        }
+        program = build_program(model, options.backend, max_prefill, metadata, progress)
         progress("writing")
         with (directory / "model.pte").open("wb") as file:
             program.write_to_file(SmallWrites(file))
@@ -159,8 +154,8 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
                 "backend": options.backend,
                 "device": "cpu",
                 "model_type": model_type,
-                "methods": ["prefill", "decode", "greedy"],
-                "batch": 1,
+                "methods": sorted(program.methods - metadata.keys()),
+                "batch": options.batch,
                 "max_seq_len": max_seq_len,
                 "max_prefill": max_prefill,
                 "vocab_size": config.vocab_size,

@@ -11,13 +11,13 @@ from executorch.exir import (
 )
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from export import attention, xnnpack
 from export.attention import UNIT, BlockCache, Slots
 from export.quantize import Shortlist, ShortlistHead
+from export.selection import selection_methods
 from export.xnnpack_graph import GraphBuilder, GraphDelegate
-from sampler.greedy import greedy
 
 # Any length but 0 and 1, which torch.export takes for constants.
 TRACED_LENGTH = 3
@@ -43,10 +43,11 @@ class DelegatedMethod(nn.Module):
         self.kv_heads = config.num_key_value_heads
         self.group = config.num_attention_heads // self.kv_heads
         self.head_dim = config.head_dim
+        self.rows = model.batch
 
     def run(self, tokens: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [1, V]; attend(kind, cache, q, k, v) is the attention, and last(x) picks from
-        [1, T, ...] the position whose logits are wanted."""
+        """Logits [N, V] of tokens [1, T]; attend(kind, cache, q, k, v) is the attention, and
+        last(x) picks from [1, T, ...] the N positions whose logits are wanted."""
         rope = {kind: self.rope[kind](positions) for kind in dict.fromkeys(self.kinds)}
         x = self.embed_tokens(tokens) * self.embed_scale
         layers = list(zip(self.kinds, self.before, self.caches, self.after))
@@ -58,11 +59,15 @@ class DelegatedMethod(nn.Module):
         logits, hidden = self.lm_head(x)
         if self.shortlist is None:
             return logits
-        return self.shortlist(logits, hidden, lambda *rows: self.rescore(*rows)[0])
+        size = hidden.shape[-1]
+        return self.shortlist(
+            logits, hidden.view(-1, 1, size), lambda *rows: self.rescore[len(logits)](*rows)[0]
+        )
 
 
 class Prefill(DelegatedMethod):
-    """tokens int64 [1, T], positions int64 [T] -> logits float32 [1, V] after the last token."""
+    """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
+    logits float32 [1, V] after the last token."""
 
     def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
         super().__init__(model, lowered)
@@ -74,47 +79,58 @@ class Prefill(DelegatedMethod):
             }
         )
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        rows = (positions.float() * UNIT)[:, None]
-        newest = (rows + UNIT / 2).expand(-1, self.group).reshape(-1, 1)
-        shared, indices = {}, {}
+    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        column = (positions.float() * UNIT)[:, None]
+        newest = (column + UNIT / 2).expand(-1, self.group).reshape(-1, 1)
+        shared, places = {}, {}
+        first = {kind: self.caches[self.kinds.index(kind)] for kind in self.slots}
         for kind, slots in self.slots.items():
             shared[kind] = attention.Chunk(
                 begin=positions[0],
-                positions=rows.view(1, -1),
+                positions=column.view(1, -1),
                 newest=newest,
                 oldest=newest - slots.count * UNIT,
                 held=slots.held(positions),
+                row=row,
             )
-            indices[kind] = slots.indices(positions)
+            # Layers of a kind have equal caches.
+            one = row if row is not None else torch.zeros(1, dtype=torch.int64)
+            places[kind] = first[kind].places(slots.indices(positions), one)
 
         def attend(kind, cache, q, k, v):
             attended = self.attention[kind](q, k, v, cache, shared[kind])
-            cache.store(k, v, indices[kind])
+            cache.store(k, v, places[kind])
             return attended
 
         return self.run(tokens, positions, attend, lambda x: x[:, -1:])
 
 
 class Decode(DelegatedMethod):
-    """token int64 [1, 1], position int64 [1] -> logits float32 [1, V]."""
+    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
 
     def __init__(self, model: nn.Module, lowered: "Lowered"):
         super().__init__(model, lowered)
-        shape = self.kv_heads, self.group, self.head_dim
+        shape = self.kv_heads, self.group, self.head_dim, self.rows
         self.attention = nn.ModuleDict(
             {kind: attention.DecodeAttention(slots, *shape) for kind, slots in self.slots.items()}
         )
 
     def forward(self, token: Tensor, position: Tensor) -> Tensor:
         newest = ((position.float() + 0.5) * UNIT)[:, None]
-        indices = {kind: slots.indices(position) for kind, slots in self.slots.items()}
+        if self.rows > 1:
+            newest = newest[None].expand(self.kv_heads, -1, -1).reshape(-1, 1, 1)
+        furthest = position.amax()
+        first = {kind: self.caches[self.kinds.index(kind)] for kind in self.slots}
+        places = {
+            kind: first[kind].places(slots.indices(position)) for kind, slots in self.slots.items()
+        }
 
         def attend(kind, cache, q, k, v):
-            cache.store(k, v, indices[kind])
-            return self.attention[kind](q, cache, self.slots[kind], position[0], newest)
+            cache.store(k, v, places[kind])
+            return self.attention[kind](q, cache, self.slots[kind], furthest, newest)
 
-        return self.run(token, position, attend, lambda x: x)
+        # To the regions rows are what tokens are to a chunk.
+        return self.run(token.view(1, -1), position, attend, lambda x: x)
 
 
 class PlainPrefill(nn.Module):
@@ -124,8 +140,8 @@ class PlainPrefill(nn.Module):
         super().__init__()
         self.network = model
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.network.prefill(tokens, positions)
+    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        return self.network.prefill(tokens, positions, row)
 
 
 class PlainDecode(PlainPrefill):
@@ -133,19 +149,6 @@ class PlainDecode(PlainPrefill):
 
     def forward(self, token: Tensor, position: Tensor) -> Tensor:
         return self.network.decode(token, position)
-
-
-class Greedy(nn.Module):
-    """logits float32 [1, V] -> token int64 [1, 1]: sampler.greedy, at the cost of one argmax
-    unless there is a NaN, which argmax takes for the greatest."""
-
-    def forward(self, logits: Tensor) -> Tensor:
-        token = torch.argmax(logits, dim=-1, keepdim=True)
-        has_nan = torch.isnan(torch.gather(logits, 1, token))[0, 0]
-        token = torch.cond(has_nan, greedy, lambda _: token.clone(), (logits,))
-        # A branch's result lies in planned memory, which the next method overwrites; an operator's
-        # result outside the branches does not.
-        return token.clamp(min=0)
 
 
 def build_program(
@@ -170,22 +173,37 @@ def build_program(
     else:
         prefill, decode = PlainPrefill(model), PlainDecode(model)
     progress("tracing the methods")
-    token, position = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    tokens, positions = torch.zeros(1, traced, dtype=torch.int64), torch.arange(traced)
-    shapes = ({1: length}, {0: length}) if length is not None else None
-    logits = torch.zeros(1, model.config.vocab_size)
+    batch = model.batch
+    token, position = (torch.zeros(*shape, dtype=torch.int64) for shape in ((batch, 1), (batch,)))
+    chunk = torch.zeros(1, traced, dtype=torch.int64), torch.arange(traced)
+    shapes = [{1: length}, {0: length}]
+    if batch > 1:
+        chunk, shapes = (*chunk, torch.zeros(1, dtype=torch.int64)), [*shapes, None]
     methods = {
-        "prefill": torch.export.export(prefill, (tokens, positions), dynamic_shapes=shapes),
+        "prefill": torch.export.export(
+            prefill, chunk, dynamic_shapes=shapes if length is not None else None
+        ),
         "decode": torch.export.export(decode, (token, position)),
-        "greedy": torch.export.export(Greedy(), (logits,)),
+        **selection_methods(batch, model.config.vocab_size, delegates=backend == "xnnpack"),
     }
+    # (The kernel that writes in place takes one index at most; the network's own caches need two.)
+    return to_program(methods, constants, backend == "xnnpack", progress)
+
+
+def to_program(
+    methods: dict[str, ExportedProgram],
+    constants: dict[str, int | bool | list[int]],
+    in_place: bool,
+    progress: Callable[[str], None],
+) -> ExecutorchProgramManager:
+    """One program of `methods`, and of `constants` as metadata methods."""
     progress("converting the methods")
     edge = to_edge(methods, constant_methods=constants, compile_config=xnnpack.COMPILE_CONFIG)
     progress("planning memory")
     return edge.to_executorch(
         ExecutorchBackendConfig(
             # Caches are written where they are.
-            run_reinplace_pass=True,
+            run_reinplace_pass=in_place,
             # Outputs of their own outlive the next method's run; inputs are the caller's memory.
             memory_planning_pass=MemoryPlanningPass(
                 alloc_graph_input=False, alloc_graph_output=False, share_mutable_buffers=True
@@ -196,8 +214,8 @@ def build_program(
 
 @dataclass(frozen=True)
 class Lowered:
-    """What both methods of a model are made of; `slots` by kind of layer; `shortlist` and what it
-    scores with, or None."""
+    """What both methods of a model are made of; `slots` by kind of layer; `shortlist`, if there is
+    one, and what it scores with, by the number of rows."""
 
     before: list[nn.Module]
     after: list[nn.Module]
@@ -205,7 +223,7 @@ class Lowered:
     caches: list[BlockCache]
     slots: dict[str, Slots]
     shortlist: Shortlist | None
-    rescore: GraphDelegate | None
+    rescore: dict[int, GraphDelegate]
 
 
 def lower(
@@ -240,7 +258,10 @@ def lower(
     linear = model.lm_head
     shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
     head = xnnpack.Head(backbone.norm, linear.approximate if shortlist else linear)
-    head = xnnpack.trace(head, (x[:, :1],), None).lower(head)
+    # The last of a prompt's tokens, or one of each row.
+    rows = Dim("N", min=1, max=model.batch) if model.batch > 1 else None
+    x = torch.zeros(1, model.batch, config.hidden_size)
+    head = xnnpack.trace(head, (x,), ({1: rows},) if rows is not None else None).lower(head)
 
     layers = [layer.self_attn for layer in backbone.layers]
     slots = {layer.kind: Slots(layer.cache) for layer in layers}
@@ -251,22 +272,22 @@ def lower(
         [BlockCache(layer.cache, slots[layer.kind]) for layer in layers],
         slots,
         shortlist,
-        rescore(shortlist) if shortlist else None,
+        {n: rescore(shortlist, n) for n in (1, model.batch)} if shortlist else {},
     )
 
 
-def rescore(shortlist: Shortlist) -> GraphDelegate:
-    """export.quantize.dot_products as one delegate call."""
+def rescore(shortlist: Shortlist, rows: int) -> GraphDelegate:
+    """export.quantize.dot_products for so many rows as one delegate call."""
     count, (_, size) = shortlist.SIZE, shortlist.embedding.weight.shape
     groups = shortlist.embedding.scales.shape[1]
     graph = GraphBuilder()
-    codes, scales = graph.int8_input(count, size), graph.input(count, groups)
-    hidden = graph.input(1, 1, size)
-    codes = graph.reshape(codes, count, groups, size // groups)
-    rows = graph.multiply(codes, graph.reshape(scales, count, groups, 1))
-    scores = graph.matmul(hidden, graph.reshape(rows, 1, count, size), transpose_b=True)
-    binary = graph.serialize(graph.reshape(scores, 1, count))
-    return GraphDelegate(binary, lambda codes, *_: [torch.empty(1, len(codes))])
+    codes, scales = graph.int8_input(rows, count, size), graph.input(rows, count, groups)
+    hidden = graph.input(rows, 1, size)
+    codes = graph.reshape(codes, rows * count, groups, size // groups)
+    values = graph.multiply(codes, graph.reshape(scales, rows * count, groups, 1))
+    scores = graph.matmul(hidden, graph.reshape(values, rows, count, size), transpose_b=True)
+    binary = graph.serialize(graph.reshape(scores, rows, count))
+    return GraphDelegate(binary, lambda *_: [torch.empty(rows, count)])
 
 
 def state_entries(model: nn.Module) -> list[dict]:

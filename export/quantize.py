@@ -19,6 +19,8 @@ decomposed = torch.ops.quantized_decomposed
 
 
 EMBEDDING_GROUP_SIZE = 32
+# Large tables are worked on in parts, so that no second float copy of them is needed.
+ROWS_AT_ONCE = 16384
 
 
 def quantize_rows(
@@ -34,9 +36,9 @@ def quantize_rows(
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     values = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], weight.shape[1] // group_size)
-    # In blocks, so that no second float copy of an embedding table is needed.
-    for start in range(0, weight.shape[0], 16384):
-        block = weight[start : start + 16384].detach().float().unflatten(1, (-1, group_size))
+    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        block = weight[rows].detach().float().unflatten(1, (-1, group_size))
         if bits == 8:
             scale = block.abs().amax(-1) / high
         else:
@@ -49,9 +51,15 @@ def quantize_rows(
             scale = scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half().float()
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         codes = (block / scale[..., None]).round_().clamp_(low, high)
-        values[start : start + 16384] = codes.flatten(1)
-        scales[start : start + 16384] = scale
+        values[rows] = codes.flatten(1)
+        scales[rows] = scale
     return values, scales
+
+
+def restore(codes: Tensor, scales: Tensor) -> Tensor:
+    """float32 [..., K] of codes int8 [..., K] and the scales [..., K / G] of their groups."""
+    groups = codes.float().unflatten(-1, (scales.shape[-1], -1))
+    return (groups * scales.float()[..., None]).flatten(-2)
 
 
 class QuantizedLinear(nn.Module):
@@ -78,13 +86,12 @@ class QuantizedLinear(nn.Module):
 
     def _error(self, weight: Tensor, mean: Tensor) -> Tensor:
         """What is missing of weight [N, K] @ mean [K]: float32 [N]."""
-        size = self.group_size or self.in_features
         missing = []
-        for start in range(0, len(weight), 16384):
-            rows = slice(start, start + 16384)
-            codes = self.weight[rows].unflatten(1, (-1, size))
-            kept = codes * self.scales[rows].view(len(codes), -1, 1)
-            missing.append((weight[rows] - kept.flatten(1)).double() @ mean.double())
+        for start in range(0, len(weight), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            codes = self.weight[rows]
+            kept = restore(codes, self.scales[rows].view(len(codes), -1))
+            missing.append((weight[rows] - kept).double() @ mean.double())
         return torch.cat(missing).float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,10 +127,12 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("weight", values)
         self.register_buffer("scales", scales.half())
 
+    def lookup(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes int8 [..., D] and scales float32 [..., D / G] of tokens int64 [...]."""
+        return F.embedding(tokens, self.weight), F.embedding(tokens, self.scales).float()
+
     def forward(self, tokens: Tensor) -> Tensor:
-        codes, scales = F.embedding(tokens, self.weight), F.embedding(tokens, self.scales).float()
-        rows = codes.float().unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]
-        return rows.flatten(-2)
+        return restore(*self.lookup(tokens))
 
 
 class ShortlistHead(nn.Module):
@@ -155,8 +164,8 @@ class ShortlistHead(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [1, 1, V] of hidden [1, 1, D]."""
-        logits = self.approximate(hidden).view(1, -1)
+        """Logits float32 [N, 1, V] of hidden [N, 1, D]."""
+        logits = self.approximate(hidden)[:, 0]
         return self.shortlist(logits, hidden, dot_products)[:, None]
 
 
@@ -176,35 +185,34 @@ class Shortlist(nn.Module):
         hidden: Tensor,
         score: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """`logits` float32 [1, V] with the exact ones of hidden [1, 1, D] among them.
+        """`logits` float32 [N, V] with the exact ones of hidden [N, 1, D] among them.
 
         `score` is dot_products or its equal.
         """
         ids = self.largest(logits)
-        codes = F.embedding(ids, self.embedding.weight)
-        scales = F.embedding(ids, self.embedding.scales).float()
-        return logits.scatter(1, ids[None], score(codes, scales, hidden))
+        return logits.scatter(1, ids, score(*self.embedding.lookup(ids), hidden))
 
     def largest(self, logits: Tensor) -> Tensor:
-        """int64 [SIZE]: the ids of the largest of `logits` [1, V].
+        """int64 [N, SIZE]: the ids of the largest of `logits` [N, V].
 
         In two steps, because a top-k of all is slow: they lie in the groups whose own largest are
         the largest.
         """
-        groups = logits.view(-1, self.TOKENS_PER_GROUP)
-        best = torch.topk(groups.amax(1), self.SIZE).indices
-        candidates = F.embedding(best, groups).view(-1)
+        rows, count = logits.shape[0], logits.shape[1] // self.TOKENS_PER_GROUP
+        groups = logits.view(rows, count, self.TOKENS_PER_GROUP)
+        best = torch.topk(groups.amax(2), self.SIZE).indices
+        of_all = best + torch.arange(rows)[:, None] * count
+        candidates = F.embedding(of_all, groups.view(-1, self.TOKENS_PER_GROUP)).flatten(1)
         chosen = torch.topk(candidates, self.SIZE).indices
         group = torch.div(chosen, self.TOKENS_PER_GROUP, rounding_mode="floor")
-        first = best.index_select(0, group) * self.TOKENS_PER_GROUP
+        first = best.gather(1, group) * self.TOKENS_PER_GROUP
         return first + chosen - group * self.TOKENS_PER_GROUP
 
 
 def dot_products(codes: Tensor, scales: Tensor, hidden: Tensor) -> Tensor:
-    """[1, N] of hidden float32 [1, 1, D] with N quantized rows: codes int8 [N, D], scales float32
-    [N, D / G]."""
-    rows = codes.float().view(*scales.shape, -1) * scales[..., None]
-    return hidden[0] @ rows.flatten(1).T
+    """[N, M] of each hidden float32 [N, 1, D] with M quantized rows of its own: codes int8
+    [N, M, D], scales float32 [N, M, D / G]."""
+    return (hidden @ restore(codes, scales).transpose(1, 2))[:, 0]
 
 
 def quantize(

@@ -124,7 +124,7 @@ class AfterAttention(nn.Module):
 
 
 class Head(nn.Module):
-    """x [1, 1, D] -> logits [1, V] of `linear`, and its input [1, 1, D]."""
+    """x [1, N, D] -> logits [N, V] of `linear`, and its input [1, N, D]."""
 
     def __init__(self, norm: nn.Module, linear: nn.Module):
         super().__init__()
@@ -132,7 +132,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.norm(x)
-        return self.linear(hidden).view(1, -1), hidden
+        return self.linear(hidden).view(-1, self.linear.out_features), hidden
 
 
 @dataclass(frozen=True)
@@ -327,3 +327,8 @@ class RegionPartitioner(XnnpackPartitioner):
         configs = [c for c in ALL_PARTITIONER_CONFIGS if c is not SliceCopyConfig]
         super().__init__(configs=[*configs, DynamicSliceConfig])
         self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, COMPILE_SPECS)
+
+    def ops_to_not_decompose(self, program: ExportedProgram):
+        """Without the filter, which would have the region traced twice more."""
+        operators, _ = super().ops_to_not_decompose(program)
+        return operators, None

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Softmax attention of q [B, T, H, D] over k, v [B, S, K, D] where `visible` [T, S] is true."""
+    """Softmax attention of q [B, T, H, D] over k, v [B, S, K, D] where `visible` [1 or B, T, S] is
+    true."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=visible,
+        attn_mask=visible[:, None],
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
@@ -24,7 +25,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
 
 
 class KVCache(nn.Module):
-    """Slots for keys and values: k, v float [B, S, K, D], zero until written."""
+    """Slots for keys and values: k, v float [B, S, K, D], zero until written.
+
+    A chunk belongs to one row, `row` int64 [1]; without it there is only one.
+    """
 
     def __init__(self, batch: int, slots: int, kv_heads: int, head_dim: int):
         super().__init__()
@@ -33,42 +37,81 @@ class KVCache(nn.Module):
             buffer = torch.zeros(batch, slots, kv_heads, head_dim)
             self.register_buffer(name, buffer, persistent=False)
 
+    def of(self, row: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The row's keys and values [1, S, K, D]."""
+        if row is None:
+            return self.k, self.v
+        return self.k.index_select(0, row), self.v.index_select(0, row)
+
+    def store_chunk(self, k: Tensor, v: Tensor, slots: Tensor, row: Tensor | None) -> None:
+        """Write k, v [1, T, K, D] to `slots` int64 [T] of the row."""
+        if row is None:
+            self.k.index_copy_(1, slots, k)
+            self.v.index_copy_(1, slots, v)
+        else:
+            rows = row.expand(slots.shape[0])
+            self.k.index_put_((rows, slots), k[0])
+            self.v.index_put_((rows, slots), v[0])
+
+    def store_step(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Write k, v [B, 1, K, D], of each row to its own one of `slots` int64 [B]."""
+        rows = torch.arange(slots.shape[0], device=slots.device)
+        self.k.index_put_((rows, slots), k[:, 0])
+        self.v.index_put_((rows, slots), v[:, 0])
+
+    def filled(self, positions: Tensor) -> Tensor:
+        """bool [N, S]: which slots come up to each of `positions` int64 [N]."""
+        return torch.arange(self.slots, device=positions.device) <= positions[:, None]
+
 
 class FullCache(KVCache):
     """Slot i holds position i; a query sees every position up to its own."""
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """Store k, v [B, T, K, D] at `positions` int64 [T] and attend with q [B, T, H, D]."""
-        self.k.index_copy_(1, positions, k)
-        self.v.index_copy_(1, positions, v)
-        slots = torch.arange(self.slots, device=positions.device)
-        return attend(q, self.k, self.v, slots <= positions[:, None], scale)
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        scale: float,
+        row: Tensor | None = None,
+    ) -> Tensor:
+        """Store k, v [1, T, K, D] at `positions` int64 [T] and attend with q [1, T, H, D]."""
+        self.store_chunk(k, v, positions, row)
+        return attend(q, *self.of(row), self.filled(positions)[None], scale)
 
-    decode = prefill
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
+        self.store_step(k, v, positions)
+        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale)
 
 
 class SlidingCache(KVCache):
     """A ring: position p lives in slot p mod S, and a query sees the last S positions, itself
     included. A chunk may not be longer than the ring."""
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """Attend with q [B, T, H, D] over the ring and k, v [B, T, K, D]; then store k, v at
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        scale: float,
+        row: Tensor | None = None,
+    ) -> Tensor:
+        """Attend with q [1, T, H, D] over the ring and k, v [1, T, K, D]; then store k, v at
         `positions` int64 [T], which are consecutive."""
-        visible = self.visible_in_prefill(positions)
-        out = attend(q, torch.cat([self.k, k], 1), torch.cat([self.v, v], 1), visible, scale)
-        slots = positions % self.slots
-        self.k.index_copy_(1, slots, k)
-        self.v.index_copy_(1, slots, v)
+        keys, values = self.of(row)
+        visible = self.visible_in_prefill(positions)[None]
+        out = attend(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), visible, scale)
+        self.store_chunk(k, v, positions % self.slots, row)
         return out
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """Store k, v [B, 1, K, D] at `positions` int64 [1], then attend with q [B, 1, H, D]."""
-        slot = positions % self.slots
-        self.k.index_copy_(1, slot, k)
-        self.v.index_copy_(1, slot, v)
+        """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
+        self.store_step(k, v, positions % self.slots)
         # Before the ring is full the slots up to the position are filled; afterwards all are.
-        visible = torch.arange(self.slots, device=positions.device) <= positions[:, None]
-        return attend(q, self.k, self.v, visible, scale)
+        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale)
 
     def visible_in_prefill(self, positions: Tensor) -> Tensor:
         """bool [T, S + T]: what queries at `positions` see of the ring followed by the chunk."""

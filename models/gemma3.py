@@ -270,14 +270,23 @@ class Backbone(nn.Module):
         """For each kind of layer cos and sin [T, 1, head_dim] at positions int64 [T]."""
         return {kind: rope(positions) for kind, rope in self.rope.items()}
 
-    def forward(self, tokens: Tensor, positions: Tensor, decoding: bool) -> Tensor:
-        x = self.embed(tokens)
-        rope = self.rotations(positions)
+    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None) -> Tensor:
+        """Hidden states [1, T, D] of a chunk: tokens int64 [1, T] at positions int64 [T]."""
+        x, rope = self.embed(tokens), self.rotations(positions)
         for layer in self.layers:
-            attention = layer.self_attn
-            attend = attention.cache.decode if decoding else attention.cache.prefill
-            attended = attend(*layer.project(x, rope), positions, attention.scale)
+            cache, scale = layer.self_attn.cache, layer.self_attn.scale
+            attended = cache.prefill(*layer.project(x, rope), positions, scale, row)
             x = layer.finish(x, attended)
+        return x
+
+    def decode(self, token: Tensor, position: Tensor) -> Tensor:
+        """Hidden states [B, 1, D] of a step: token int64 [B, 1] at position int64 [B]."""
+        x, rope = self.embed(token), self.rotations(position)
+        # Rows, not tokens, are at positions of their own.
+        rope = {kind: (cos[:, None], sin[:, None]) for kind, (cos, sin) in rope.items()}
+        for layer in self.layers:
+            cache, scale = layer.self_attn.cache, layer.self_attn.scale
+            x = layer.finish(x, cache.decode(*layer.project(x, rope), position, scale))
         return x
 
 
@@ -290,7 +299,7 @@ class Gemma3(nn.Module):
     def __init__(self, config: Gemma3Config, max_seq_len: int, batch: int = 1):
         super().__init__()
         self.config = config
-        self.max_seq_len = max_seq_len
+        self.batch, self.max_seq_len = batch, max_seq_len
         self.max_chunk = min(config.sliding_window, max_seq_len)
         self.model = Backbone(config, batch, max_seq_len)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -304,11 +313,11 @@ class Gemma3(nn.Module):
         """float32 [B, V] of hidden states [B, 1, D] before the final norm."""
         return self.lm_head(self.model.norm(hidden)).float()[:, 0]
 
-    def prefill(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits [1, V] after the last of tokens int64 [1, T] at positions int64 [T]."""
-        hidden = self.model(tokens, positions, decoding=False)
-        return self.logits(hidden[:, -1:])
+    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        """Logits [1, V] after the last of tokens int64 [1, T] at positions int64 [T] of one row,
+        `row` int64 [1]; a model of one row takes none."""
+        return self.logits(self.model.prefill(tokens, positions, row)[:, -1:])
 
     def decode(self, token: Tensor, position: Tensor) -> Tensor:
         """Logits [B, V] after token int64 [B, 1] at position int64 [B]."""
-        return self.logits(self.model(token, position, decoding=True))
+        return self.logits(self.model.decode(token, position))

@@ -6,15 +6,31 @@ Imports nothing from export/, models/ or sampler/: the artifact is all there is.
 from importlib import import_module
 
 HOMES = {
-    "Generation": "model",
+    "BatchGeneration": "generation",
+    "BatchStats": "generation",
+    "Generation": "generation",
     "LoopOptions": "loop",
     "Model": "model",
+    "Request": "request",
+    "Result": "result",
     "RunnerError": "errors",
-    "Stats": "model",
-    "Token": "model",
+    "Stats": "generation",
+    "Token": "result",
 }
 
-__all__ = ["Generation", "LoopOptions", "Model", "RunnerError", "Stats", "Token", "load"]
+__all__ = [
+    "BatchGeneration",
+    "BatchStats",
+    "Generation",
+    "LoopOptions",
+    "Model",
+    "Request",
+    "Result",
+    "RunnerError",
+    "Stats",
+    "Token",
+    "load",
+]
 
 
 def __getattr__(name: str):

@@ -10,9 +10,10 @@ import numpy as np
 from runner import executorch_runtime
 from runner.artifact import Artifact
 from runner.errors import RunnerError
-from runner.executorch_runtime import ExecuTorchError, Program
+from runner.executorch_runtime import ExecuTorchError, Method, Program
 
 BACKENDS = {"xnnpack": "XnnpackBackend", "portable": None, "cuda": "CudaBackend"}
+WITH_THIS_VERSION = "export it again with this version of ExecuTorch"
 INT64 = np.dtype("int64")
 FLOAT32 = np.dtype("float32")
 
@@ -22,7 +23,8 @@ class ExecuTorchProgram:
     until the same method runs again; an input's memory is used in place."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
-        """Load prefill, decode, and greedy twice: its two outputs are the two next_id buffers.
+        """Load prefill, decode, and greedy twice: its two outputs are the two next_id buffers. What
+        samples is loaded when it is first needed, so that greedy users pay nothing for it.
 
         `threads` is how many the kernels use, by default as many as there are processors for them.
 
@@ -32,10 +34,19 @@ class ExecuTorchProgram:
         backend = artifact.manifest["backend"]
         if backend not in BACKENDS:
             raise RunnerError(f"backend {backend!r} is unknown: {', '.join(BACKENDS)} are known")
-        with _native_stderr() as log:
-            self._load(artifact, threads, log)
+        self._artifact = artifact
+        with _native_stderr():
+            self._open(threads)
+        greedy_row = ["greedy_row"] if artifact.manifest["batch"] > 1 else []
+        self._prefill, self._decode, *methods = self._load(
+            "prefill", "decode", "greedy", "greedy", *greedy_row
+        )
+        self._greedy, self._greedy_row = methods[:2], methods[2:]
+        self._sample: list[Method] = []
+        self._sample_row: list[Method] = []
 
-    def _load(self, artifact: Artifact, threads: int | None, log) -> None:
+    def _open(self, threads: int | None) -> None:
+        artifact, path = self._artifact, self._artifact.program_file
         registered = executorch_runtime.registered_backends()
         backend = BACKENDS[artifact.manifest["backend"]]
         if backend is not None and backend not in registered:
@@ -49,8 +60,7 @@ class ExecuTorchProgram:
             executorch_runtime.set_backend_option(backend, "weight_cache_enabled", True)
         # Before the methods: they keep the pool of threads that they were loaded with.
         executorch_runtime.set_num_threads(threads)
-        path = str(artifact.program_file)
-        with artifact.program_file.open("rb") as file:
+        with path.open("rb") as file:
             identifier = file.read(8)[4:]
         # ExecuTorch would log the identifier as it is, whatever a terminal makes of it.
         if identifier[:2] != b"ET" or not identifier[2:].isdigit():
@@ -58,34 +68,58 @@ class ExecuTorchProgram:
                 f"{path} is not a program that ExecuTorch can load (its identifier is "
                 f"{identifier}; one such as b'ET12' is right): export it again"
             )
-        try:
-            program = Program(path)
-        except ExecuTorchError as error:
-            raise RunnerError(
-                f"{path} is not a program that ExecuTorch can load "
-                f"({_reason(log, error)}): export it again"
-            ) from None
-        try:
-            _check_methods(program, artifact)
-            self._prefill, self._decode = map(program.load_method, ("prefill", "decode"))
-            self._select = [program.load_method("greedy") for _ in range(2)]
-        except ExecuTorchError as error:
-            raise RunnerError(
-                f"{path}: a method cannot be loaded ({_reason(log, error)}): export it "
-                "again with this version of ExecuTorch"
-            ) from None
+        with _explained(f"{path} is not a program that ExecuTorch can load", "export it again"):
+            self._program = Program(path)
+        with _explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
+            _check_methods(self._program, artifact)
 
-    def prefill(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T]."""
-        return self._prefill.call([tokens, positions])[0]
+    def _load(self, *names: str) -> list[Method]:
+        path = self._artifact.program_file
+        with _explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
+            return [self._program.load_method(name) for name in names]
+
+    def load_sampling(self) -> None:
+        """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
+        if self._sample:
+            return
+        names = ["sample", "sample", *(["sample_row"] if self._greedy_row else [])]
+        if missing := set(names) - set(self._program.method_names()):
+            raise RunnerError(
+                f"{self._artifact.directory} has no method {' or '.join(sorted(missing))}, and so "
+                "only temperature 0 is possible: export it again"
+            )
+        methods = self._load(*names)
+        self._sample, self._sample_row = methods[:2], methods[2:]
+
+    def prefill(
+        self, tokens: np.ndarray, positions: np.ndarray, row: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], in the row
+        int64 [1] of a batch of several."""
+        inputs = [tokens, positions] if row is None else [tokens, positions, row]
+        return self._prefill.call(inputs)[0]
 
     def decode(self, token: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Logits float32 [1, V] after token int64 [1, 1] at position int64 [1]."""
+        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B]."""
         return self._decode.call([token, position])[0]
 
-    def select(self, logits: np.ndarray, buffer: int) -> np.ndarray:
-        """The next token int64 [1, 1] of logits float32 [1, V], in next_id buffer 0 or 1."""
-        return self._select[buffer].call([logits])[0]
+    def select(self, logits: np.ndarray, buffer: int, *sampling: np.ndarray) -> np.ndarray:
+        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1.
+
+        `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
+        top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
+        """
+        methods = self._sample if sampling else self._greedy
+        return methods[buffer].call([logits, *sampling])[0]
+
+    def select_row(self, logits: np.ndarray, *sampling: np.ndarray) -> np.ndarray:
+        """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
+        (method,) = self._sample_row if sampling else self._greedy_row
+        return method.call([logits, *sampling])[0]
+
+    def next_id(self, buffer: int) -> np.ndarray:
+        """The next_id buffer int64 [B, 1] that greedy selection writes, and anyone may."""
+        return self._greedy[buffer].outputs()[0]
 
 
 def _check_methods(program: Program, artifact: Artifact) -> None:
@@ -100,15 +134,10 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
             f"{artifact.program_file}: its caches have {positions} positions; the manifest says "
             f"max_seq_len {manifest['max_seq_len']}"
         )
-    logits = ("logits", FLOAT32, (1, manifest["vocab_size"]))
-    chunk, one = manifest["max_prefill"], (1, 1)
-    slots = {
-        "prefill": (("tokens", INT64, (1, chunk)), ("positions", INT64, (chunk,)), logits),
-        "decode": (("token", INT64, one), ("position", INT64, (1,)), logits),
-        "greedy": (logits, ("token", INT64, one)),
-    }
-    for name, (*inputs, output) in slots.items():
+    for name, (*inputs, output) in _slots(manifest).items():
         if name not in names:
+            if name in ("sample", "sample_row"):
+                continue
             raise RunnerError(f"{artifact.program_file} has no method {name}: export it again")
         meta = program.method_meta(name)
         if (len(meta.inputs), len(meta.outputs)) != (len(inputs), 1):
@@ -130,6 +159,34 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
             )
 
 
+def _slots(manifest: dict) -> dict[str, tuple]:
+    """Name, type and largest shape of each method's inputs and, last, its output."""
+    batch, chunk = manifest["batch"], manifest["max_prefill"]
+
+    def logits(rows):
+        return "logits", FLOAT32, (rows, manifest["vocab_size"])
+
+    def token(rows):
+        return "token", INT64, (rows, 1)
+
+    def sampling(rows):
+        types = {"temperature": FLOAT32, "top_k": INT64, "top_p": FLOAT32, "seed": INT64}
+        types["position"] = INT64
+        return [(name, dtype, (rows,)) for name, dtype in types.items()]
+
+    prompt = ("tokens", INT64, (1, chunk)), ("positions", INT64, (chunk,))
+    slots = {
+        "prefill": (*prompt, *([("row", INT64, (1,))] if batch > 1 else []), logits(1)),
+        "decode": (token(batch), ("position", INT64, (batch,)), logits(batch)),
+        "greedy": (logits(batch), token(batch)),
+        "sample": (logits(batch), *sampling(batch), token(batch)),
+    }
+    if batch > 1:
+        slots["greedy_row"] = logits(1), token(1)
+        slots["sample_row"] = logits(1), *sampling(1), token(1)
+    return slots
+
+
 def _reason(log, error: ExecuTorchError) -> str:
     """The newest error that ExecuTorch logged, or an operator that it has no kernel for."""
     log.seek(0)
@@ -138,6 +195,16 @@ def _reason(log, error: ExecuTorchError) -> str:
     reasons = [line.partition("] ")[2].strip() for line in lines]
     missing = [reason for reason in reasons if reason.startswith("Missing operator")]
     return (missing or reasons or [str(error)])[-1]
+
+
+@contextmanager
+def _explained(fault: str, advice: str) -> Iterator[None]:
+    """Make one line of an error of ExecuTorch's, with the reason that it logged."""
+    with _native_stderr() as log:
+        try:
+            yield
+        except ExecuTorchError as error:
+            raise RunnerError(f"{fault} ({_reason(log, error)}): {advice}") from None
 
 
 @contextmanager

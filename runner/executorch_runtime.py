@@ -240,6 +240,10 @@ class Method:
         error = self._execute(self._this)
         if error:
             raise ExecuTorchError(self.name, error)
+        return self.outputs()
+
+    def outputs(self) -> list:
+        """What `call` gave last. Before any call, of an output that is not planned: its memory."""
         return [slot.read() for slot in self._outputs]
 
 

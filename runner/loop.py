@@ -1,10 +1,13 @@
-"""The loop: the token goes from method to method in place, and the host only reads it."""
+"""The loop: tokens go from method to method in place, and the host only reads them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from runner.executorch_program import ExecuTorchProgram
+from runner.rows import Rows, Sequence
 from runner.transfers import Transfers
 
 
@@ -13,9 +16,9 @@ class LoopOptions:
     """Variants of the loop, for comparison: all of them give the same tokens.
 
     `feed`: "alias" hands a method's output to the next method as its input, "host" uploads
-    the token that the host has read. `positions`: "device" takes them from the table that went up
-    when the program was loaded, "host" uploads one for each call. `double_buffering`: step n + 1
-    is submitted before token n is read; impossible where the host feeds the token.
+    the tokens that the host has read. `positions`: "device" takes them from what went up when the
+    program was loaded or a sequence joined, "host" uploads them for each call. `double_buffering`:
+    step n + 1 is submitted before token n is read; impossible where the host feeds the token.
     """
 
     feed: str = "alias"
@@ -24,55 +27,101 @@ class LoopOptions:
 
 
 class Loop:
-    """Drives one program: one sequence at a time, from position 0 on.
+    """Drives one program of `batch` rows: in each one sequence at a time, from position 0 on.
 
-    Nothing has to be reset between sequences: a method sees only what was written at the
-    positions before its own.
+    Nothing has to be reset between sequences: a method sees only what was written in its row at
+    the positions before its own.
     """
 
-    def __init__(self, program: ExecuTorchProgram, max_seq_len: int, max_prefill: int):
-        self.program = program
+    def __init__(self, program: ExecuTorchProgram, batch: int, max_seq_len: int, max_prefill: int):
+        self.program, self.batch = program, batch
         self.max_seq_len, self.max_prefill = max_seq_len, max_prefill
         self.transfers = Transfers()
-        # When the newest sequence's first token had been computed, by time.perf_counter.
+        # Since the program was loaded: decode steps, and seconds until first tokens were computed.
+        self.steps, self.prefill_s = 0, 0.0
+        # When the newest first token had been computed, by time.perf_counter.
         self.prefilled_at = 0.0
-        self._table = self.transfers.upload(range(max_seq_len))
+        # The rows' numbers, for `prefill`, are taken from it as well.
+        self._table = self.transfers.upload(range(max(max_seq_len, batch)))
 
-    def tokens(self, prompt: Sequence[int], limit: int, options: LoopOptions) -> Iterator[int]:
-        """The ids that follow `prompt` (at least one id), at most `limit`, greedily chosen.
+    def tokens(
+        self, sequences: Iterable[Sequence], used: int, options: LoopOptions
+    ) -> Iterator[tuple[Sequence, int]]:
+        """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
-        The caller keeps len(prompt) + limit within max_seq_len, and stops reading at an end token;
-        with double buffering a surplus step may by then have run.
+        A sequence is taken when a row is free for it, and leaves when `limit` ids have come or it
+        has a `finish_reason`; with double buffering a surplus step may by then have run, whose
+        result is dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being
+        at least 1.
         """
-        transfers, program = self.transfers, self.program
-        # 1. The prompt goes up once; chunks are views of it.
-        ids = transfers.upload([prompt])
-        for start in range(0, len(prompt), self.max_prefill):
-            chunk = ids[:, start : start + self.max_prefill]
-            logits = program.prefill(chunk, self._positions(start, chunk.shape[1], options))
-        token = program.select(logits, 0)
-        self.prefilled_at = time.perf_counter()
-
-        # 2. Step n feeds token n and gives token n + 1, in the other buffer.
-        for n in range(limit):
-            position, more = len(prompt) + n, n + 1 < limit
-            following = None
-            if more and options.double_buffering and options.feed == "alias":
-                following = self._step(token, position, n + 1, options)
-            (read,) = transfers.download(token)
-            yield read
-            if more and following is None:
+        transfers, waiting = self.transfers, iter(sequences)
+        ahead = options.double_buffering and options.feed == "alias"
+        rows = Rows(self.batch, used, self._table, transfers, options.positions == "host")
+        token, buffer, read = None, 0, [0] * self.batch
+        while True:
+            # 1. Sequences join: their first tokens lie beside the others' newest ones.
+            for row, sequence in rows.join(waiting):
+                start, read[row] = time.perf_counter(), 0
+                logits, position = self._prefill(row, sequence.prompt_ids, options)
+                sampling = rows.first_step(row, position)
+                token = self._first(row, logits, sampling, token, buffer)
+                self.prefilled_at = time.perf_counter()
+                self.prefill_s += self.prefilled_at - start
+            if not rows.occupied():
+                return
+            # 2. The next step is submitted, and then the tokens that it was fed are read.
+            buffer, following = 1 - buffer, None
+            if ahead and rows.need_a_step():
+                following = self._step(rows, token, buffer)
+            ids = transfers.download(token)
+            # 3. Sequences that are finished leave.
+            for row, sequence in rows.occupied():
+                read[row] += 1
+                if sequence.finish_reason is None:
+                    yield sequence, ids[row]
+                if sequence.finish_reason is not None or read[row] == sequence.limit:
+                    rows.leave(row)
+            if not ahead and rows.need_a_step():
                 if options.feed == "host":
-                    token = transfers.upload([[read]])
-                following = self._step(token, position, n + 1, options)
+                    token = transfers.upload([[i] for i in ids])
+                following = self._step(rows, token, buffer)
             token = following
 
-    def _step(self, token, position: int, n: int, options: LoopOptions):
-        logits = self.program.decode(token, self._positions(position, 1, options))
-        return self.program.select(logits, n % 2)
+    def _prefill(
+        self, row: int, prompt_ids: list[int], options: LoopOptions
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits float32 [1, V] after the prompt, and its last position int64 [1]."""
+        # The prompt goes up once; chunks are views of it.
+        ids = self.transfers.upload([prompt_ids])
+        where = (self._table[row : row + 1],) if self.batch > 1 else ()
+        for start in range(0, ids.shape[1], self.max_prefill):
+            chunk = ids[:, start : start + self.max_prefill]
+            positions = self._table[start : start + chunk.shape[1]]
+            if options.positions == "host":
+                positions = self.transfers.upload(range(start, start + chunk.shape[1]))
+            logits = self.program.prefill(chunk, positions, *where)
+        return logits, positions[-1:]
 
-    def _positions(self, start: int, count: int, options: LoopOptions):
-        if options.positions == "host":
-            return self.transfers.upload(range(start, start + count))
-        # ExecuTorch's CPU kernels take a view of the table as it is: not even a copy.
-        return self._table[start : start + count]
+    def _first(
+        self,
+        row: int,
+        logits: np.ndarray,
+        sampling: tuple[np.ndarray, ...],
+        token: np.ndarray | None,
+        buffer: int,
+    ) -> np.ndarray:
+        """`token` int64 [B, 1] with the row's first token: a next_id buffer, that one if there is
+        none yet. Of one row it is what selection gives, without a copy."""
+        if self.batch == 1:
+            return self.program.select(logits, buffer, *sampling)
+        if token is None:
+            token = self.program.next_id(buffer)
+        self.transfers.copy(self.program.select_row(logits, *sampling), token[row : row + 1])
+        return token
+
+    def _step(self, rows: Rows, token: np.ndarray, buffer: int) -> np.ndarray:
+        """One more token of each row, in that next_id buffer."""
+        positions, sampling = rows.next_step()
+        self.steps += 1
+        logits = self.program.decode(token, positions)
+        return self.program.select(logits, buffer, *sampling)

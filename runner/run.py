@@ -12,9 +12,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from runner.errors import RunnerError
+from runner.prompts import DEFAULT_PROMPT, read_requests
+from runner.request import RULES, Request, fault_of
 
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
-DEFAULT_PROMPT = "The capital of France is"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,13 +36,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--prompt-file",
         type=Path,
         metavar="FILE",
-        help="one more prompt: the file's whole text, without a final newline",
+        help="one more prompt: the file's whole text, without a final newline; with --batch a "
+        "prompt for each line, in a .jsonl file as an object with what differs from the flags",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--batch", type=int, metavar="N",
+        help="generate for N prompts at a time; each text is printed when it is complete",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=Request.max_new_tokens, metavar="N")
     parser.add_argument("--chat", action="store_true", help="use the artifact's chat template")
     parser.add_argument(
         "--threads", type=int, metavar="N",
         help="how many threads compute (default: the processors that this process may use)",
+    )  # fmt: skip
+    choice = parser.add_argument_group("how tokens are chosen")
+    choice.add_argument(
+        "--temperature", type=float, default=Request.temperature, metavar="T",
+        help="0 takes the most likely token",
+    )  # fmt: skip
+    choice.add_argument(
+        "--top-k", type=int, default=Request.top_k, metavar="K",
+        help="sample from the K most likely tokens only; 0 for all",
+    )  # fmt: skip
+    choice.add_argument(
+        "--top-p", type=float, default=Request.top_p, metavar="P",
+        help="sample from the most likely tokens that together have this probability",
+    )  # fmt: skip
+    choice.add_argument("--seed", type=int, default=Request.seed, help="of the sampling")
+    choice.add_argument(
+        "--stop", action="append", default=[], metavar="STR",
+        help="a text before which the output ends; may be given several times",
     )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON line for each prompt")
@@ -60,43 +84,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="submit step n + 1 before token n is read (never with --feed host)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 1")
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads is {options.threads}; it must be at least 1")
+    for name in RULES:
+        if fault := fault_of(name, getattr(options, name)):
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; {fault}")
+    for name in ("threads", "batch"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
     if options.prompts.count("-") > 1:
         parser.error("- is given twice, and there is one standard input")
     return options
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts' texts, in the order of the command line, the file's last."""
-    prompts = []
-    for prompt in options.prompts:
-        text = prompt
-        if prompt == "-":
-            text = decode_utf8(sys.stdin.buffer.read(), "standard input")
-        prompts.append(text)
-    if options.prompt_file is not None:
-        try:
-            data = options.prompt_file.read_bytes()
-        except OSError as error:
-            raise RunnerError(f"--prompt-file {options.prompt_file}: {error.strerror}") from None
-        prompts.append(decode_utf8(data, str(options.prompt_file)))
-    return prompts or [DEFAULT_PROMPT]
-
-
-def decode_utf8(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise RunnerError(f"{source} is not UTF-8 text: byte {error.start} is wrong") from None
-
-
-def print_stats(model, stats) -> None:
+def print_stats(model, stats, *own_lines: str) -> None:
     lines = [
         f"load                {model.load_s:.2f} s",
-        f"time to first token {stats.time_to_first_token_s:.3f} s",
+        *own_lines,
         f"prefill             {stats.prompt_tokens} tokens, {stats.prefill_tok_s:.1f} tok/s",
         f"decode              {stats.new_tokens} tokens"
         + (f", {stats.decode_tok_s:.1f} tok/s" if stats.decode_tok_s else ""),
@@ -110,7 +112,7 @@ def print_stats(model, stats) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generate for every prompt; the exit status. Errors: RunnerError."""
-    prompts = read_prompts(options)
+    requests = read_requests(options)
     # What runs models is imported only now, so that wrong arguments are answered at once.
     # NumPy makes an error of its own of an interrupt while it is imported.
     previous = signal.getsignal(signal.SIGINT)
@@ -122,8 +124,10 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, previous)
     model = Model(options.artifact, options.threads)
     loop = LoopOptions(options.feed, options.positions, options.double_buffering)
-    for prompt in prompts:
-        generation = model.generate(prompt, options.max_new_tokens, options.chat, loop)
+    if options.batch is not None:
+        return run_batch(model, requests, loop, options)
+    for request in requests:
+        generation = model.generate(**vars(request), options=loop)
         interrupted = False
         try:
             for token in generation:
@@ -132,19 +136,65 @@ def run(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             interrupted = True
             generation.finish_reason = "interrupted"
-        last = json.dumps(generation.as_dict(prompt), ensure_ascii=False) if options.json else ""
-        print(last, flush=True)
+        print_line(generation, options.json, "")
         if options.stats and generation.token_ids:
-            print_stats(model, generation.stats)
+            stats = generation.stats
+            first = f"time to first token {stats.time_to_first_token_s:.3f} s"
+            print_stats(model, stats, first)
         if interrupted:
             return 130
     return 0
 
 
+def run_batch(model, requests: list[Request], loop, options: argparse.Namespace) -> int:
+    """Generate for all prompts, several at a time, and print what comes of each when it and all
+    before it are there; the exit status. Errors: RunnerError."""
+    from runner.progress import progress
+
+    batch, printed, status = model.generate_batch(requests, loop, options.batch), 0, 0
+
+    def print_finished() -> None:
+        nonlocal printed, status
+        for result in batch.results[printed:]:
+            if result.finish_reason is None:
+                return
+            hide_progress()
+            printed += 1
+            if result.error is not None:
+                print(f"runner/run.py: error: {result.error}", file=sys.stderr, flush=True)
+                status = 2
+            if options.json or result.error is None:
+                print_line(result, options.json, result.text)
+
+    with progress(len(requests)) as (show_progress, hide_progress):
+        try:
+            for _ in batch:
+                print_finished()
+                show_progress(batch)
+            print_finished()
+        except KeyboardInterrupt:
+            for result in batch.results:
+                result.finish_reason = result.finish_reason or "interrupted"
+            print_finished()
+            status = 130
+    stats = batch.stats
+    if options.stats and stats.requests:
+        counts = f"requests            {stats.requests}", f"steps               {stats.steps}"
+        print_stats(model, stats, *counts)
+    return status
+
+
+def print_line(result, as_json: bool, text: str) -> None:
+    """The line for a result: all of it as JSON, or the text that is not printed yet."""
+    line = json.dumps(result.as_dict(), ensure_ascii=False) if as_json else text
+    print(line, flush=True)
+
+
 def main() -> int:
     options = parse_arguments()
     # As prompts are read, whatever the locale: a model's text is in no other encoding.
-    sys.stdout.reconfigure(encoding="utf-8")
+    # Half a surrogate pair, of a prompt that is refused, is in JSON's own notation then.
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return run(options)
     except RunnerError as error:

@@ -33,11 +33,16 @@ class Transfers:
     device_to_device: Copies = field(default_factory=Copies)
     device_to_host: Copies = field(default_factory=Copies)
 
-    def upload(self, values: Sequence) -> np.ndarray:
-        """A copy of ints, nested or not, as int64 in device memory."""
-        array = np.array(values, np.int64)
+    def upload(self, values: Sequence | np.ndarray, dtype: type = np.int64) -> np.ndarray:
+        """A copy of numbers, nested or not, as int64 or another type in device memory."""
+        array = np.array(values, dtype)
         self.host_to_device.add(array)
         return array
+
+    def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
+        """Copy within device memory, between arrays of one shape and type."""
+        destination[...] = source
+        self.device_to_device.add(source)
 
     def download(self, values: np.ndarray) -> list[int]:
         """The numbers of an int64 array, of any shape, on the host."""

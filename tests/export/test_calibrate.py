@@ -74,7 +74,7 @@ def test_the_means_are_those_of_what_each_layer_reads_after_the_first_token(mode
     down = model.model.layers[2].mlp.down_proj
     hook = down.register_forward_pre_hook(lambda module, x: seen.setdefault("x", x[0]))
     ids = IDS[:16]  # one chunk
-    hidden = model.model(torch.tensor([ids]), torch.arange(16), decoding=False)
+    hidden = model.model.prefill(torch.tensor([ids]), torch.arange(16), None)
     hook.remove()
     expected = {
         down: seen["x"][0, 1:].mean(0),

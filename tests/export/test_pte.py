@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import warnings
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 import export.attention
 import export.gemma
 import export.pte
-from export.pte import Greedy, rescore
+from export.pte import rescore
 from export.quantize import QuantizedEmbedding, Shortlist, dot_products, quantize_rows
+from export.selection import Greedy
 from runner.artifact import open_artifact
 from runner.executorch_program import ExecuTorchProgram
 from sampler.greedy import greedy
@@ -25,13 +27,37 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 ONE_HEAD = {"num_key_value_heads": 1, "num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}
 ONE_LAYER = {"num_key_value_heads": 1, "num_hidden_layers": 1, "layer_types": [FULL]}
 LARGE = {"vocab_size": 16384, "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
-# What the config says, the recipe, FIRST_BLOCK, --max-seq-len and --max-prefill. The window is 16.
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an artifact is made of: what the config says, the recipe, the size of the first block,
+    and flags. The window is 16."""
+
+    config: dict
+    quant: str
+    first_block: int
+    max_seq_len: int
+    max_prefill: int
+    backend: str = "xnnpack"
+    batch: int = 1
+
+
 ARTIFACTS = {
-    "two key heads": ({}, "fp32", 4, 200, 16),  # blocks of 4, 12, 48 and 136 slots
-    "one key head": (ONE_HEAD, "fp32", 8, 200, 7),  # blocks of 8, 24, 96 and 72 slots
-    "8da8w, shortlist": (LARGE, "8da8w", 8, 60, 7),  # blocks of 8, 24 and 28 slots
-    "8da4w": (ONE_HEAD, "8da4w", 8, 60, 7),
-    "one layer, no chunks": (ONE_LAYER, "fp32", 8, 60, 1),
+    # Blocks of 4, 12, 48 and 136 slots.
+    "two key heads": Made({}, "fp32", 4, 200, 16),
+    # Blocks of 8, 24, 96 and 72 slots.
+    "one key head": Made(ONE_HEAD, "fp32", 8, 200, 7),
+    # Blocks of 8, 24 and 28 slots.
+    "8da8w, shortlist": Made(LARGE, "8da8w", 8, 60, 7),
+    "8da4w": Made(ONE_HEAD, "8da4w", 8, 60, 7),
+    "one layer, no chunks": Made(ONE_LAYER, "fp32", 8, 60, 1),
+}
+BATCHES = {
+    "rows, two key heads": Made({}, "fp32", 4, 200, 16, batch=3),
+    "rows, 8da8w, shortlist": Made(LARGE, "8da8w", 8, 60, 7, batch=3),
+    "rows, 8da4w, no chunks": Made(ONE_HEAD, "8da4w", 8, 60, 1, batch=2),
+    "rows, portable": Made(ONE_HEAD, "fp32", 8, 60, 7, "portable", batch=3),
 }
 NAN, INF = float("nan"), float("inf")
 EXACT = ["two key heads", "one key head", "one layer, no chunks"]
@@ -47,12 +73,13 @@ def export_of(make_checkpoint, tmp_path_factory):
 
     @functools.cache
     def make(name: str):
-        config, quant, first_block, max_seq_len, max_prefill = ARTIFACTS[name]
+        made = (ARTIFACTS | BATCHES)[name]
         directory = tmp_path_factory.mktemp("exported") / "artifact"
         options = export.gemma.parse_arguments(
             [
-                *("--model", str(make_checkpoint(**config)), "--quant", quant),
-                *("--max-seq-len", str(max_seq_len), "--max-prefill", str(max_prefill)),
+                *("--model", str(make_checkpoint(**made.config)), "--quant", made.quant),
+                *("--max-seq-len", str(made.max_seq_len), "--max-prefill", str(made.max_prefill)),
+                *("--backend", made.backend, "--batch", str(made.batch)),
                 *("--output", str(directory)),
             ]
         )
@@ -65,12 +92,23 @@ def export_of(make_checkpoint, tmp_path_factory):
         build = export.pte.build_program
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patch.setattr(export.attention, "FIRST_BLOCK", first_block)
+            patch.setattr(export.attention, "FIRST_BLOCK", made.first_block)
+            patch.setattr(export.attention, "FIRST_BLOCK_OF_ROWS", made.first_block)
             patch.setattr(export.pte, "build_program", build_program)
+            patch.setattr(export.pte, "selection_methods", greedy_methods)
             export.gemma.export(options, lambda _: None)
         return directory, *networks
 
     return make
+
+
+def greedy_methods(batch: int, vocab_size: int) -> dict:
+    """What of export.pte.selection_methods these tests need: `sample` takes long to export."""
+    rows = {"greedy": batch} if batch == 1 else {"greedy": batch, "greedy_row": 1}
+    return {
+        name: torch.export.export(Greedy(), (torch.zeros(count, vocab_size),))
+        for name, count in rows.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +159,19 @@ def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
     assert np.array_equal(actual.argmax(1), expected.argmax(1))
 
 
+def assert_near_of_quantized(actual: np.ndarray, expected: np.ndarray) -> None:
+    """The same logits but for codes that lie between two: they may be rounded up here and down
+    there, which shows from then on, but little. Everything before is the same."""
+    error = np.abs(actual - expected).max(1)
+    assert error.max() < 0.02
+    assert np.quantile(error, 0.2) < 1e-5
+
+
 # Against the eager network
 
 
 @pytest.mark.parametrize(
-    "name, chunk", [(name, i) for name in EXACT for i in range(1, ARTIFACTS[name][4] + 1)]
+    "name, chunk", [(name, i) for name in EXACT for i in range(1, ARTIFACTS[name].max_prefill + 1)]
 )
 def test_chunks_of_every_size_give_the_eager_networks_logits(load, text_of, name, chunk):
     ids, expected = text_of(name)
@@ -146,10 +192,10 @@ def test_chunks_of_any_sizes_and_decoding_after_them_give_the_eager_networks_log
     load, text_of, data, name
 ):
     ids, expected = text_of(name)
-    *_, max_seq_len, max_prefill = ARTIFACTS[name]
-    chunks = data.draw(st.lists(st.integers(1, max_prefill), max_size=20))
-    chunks = [n for n, end in zip(chunks, accumulate(chunks)) if end <= max_seq_len]
-    decoded = data.draw(st.integers(0, min(20, max_seq_len - sum(chunks))))
+    made = ARTIFACTS[name]
+    chunks = data.draw(st.lists(st.integers(1, made.max_prefill), max_size=20))
+    chunks = [n for n, end in zip(chunks, accumulate(chunks)) if end <= made.max_seq_len]
+    decoded = data.draw(st.integers(0, min(20, made.max_seq_len - sum(chunks))))
     ends = [*accumulate(chunks), *range(sum(chunks) + 1, sum(chunks) + decoded + 1)]
     if ends:
         assert_near(feed(load(name), ids, chunks, decoded), expected[np.array(ends) - 1])
@@ -158,15 +204,10 @@ def test_chunks_of_any_sizes_and_decoding_after_them_give_the_eager_networks_log
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_program_gives_the_quantized_networks_logits(load, text_of, name):
     ids, expected = text_of(name)
-    *_, max_seq_len, max_prefill = ARTIFACTS[name]
-    chunks = even(30, max_prefill)
-    ends = [*accumulate(chunks), *range(31, max_seq_len + 1)]
+    chunks = even(30, ARTIFACTS[name].max_prefill)
+    ends = [*accumulate(chunks), *range(31, ARTIFACTS[name].max_seq_len + 1)]
     actual, expected = feed(load(name), ids, chunks, 30), expected[np.array(ends) - 1]
-    error = np.abs(actual - expected).max(1)
-    # A code that lies between two may be rounded up here and down there: that shows from then on,
-    # but little. Everything before is the same.
-    assert error.max() < 0.02
-    assert np.quantile(error, 0.2) < 1e-5
+    assert_near_of_quantized(actual, expected)
 
 
 def test_logits_of_the_4_bit_weights_alone_would_be_noticed(export_of, text_of):
@@ -188,11 +229,174 @@ def test_logits_of_the_4_bit_weights_alone_would_be_noticed(export_of, text_of):
 @pytest.mark.parametrize("length", [1, 4, 5, 17, 33])
 def test_a_sequence_gives_exactly_what_it_gives_in_a_fresh_program(load, text_of, name, length):
     ids, _ = text_of(name)
-    chunks = even(length, ARTIFACTS[name][4])
+    chunks = even(length, ARTIFACTS[name].max_prefill)
     used = load(name)
-    feed(used, ids[:, ::-1].copy(), even(40, ARTIFACTS[name][4]), ids.shape[1] - 40)
+    feed(used, ids[:, ::-1].copy(), even(40, ARTIFACTS[name].max_prefill), ids.shape[1] - 40)
     expected = feed(load(name), ids, chunks, 20)
     assert np.array_equal(feed(used, ids, chunks, 20), expected)
+
+
+# Rows of a batch
+
+
+class Eager:
+    """The network that a program was made of, as the program is called."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = copy.deepcopy(model)
+
+    def prefill(self, *arguments: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self._model.prefill(*map(torch.from_numpy, arguments)).numpy()
+
+    def decode(self, *arguments: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self._model.decode(*map(torch.from_numpy, arguments)).numpy()
+
+
+class Rows:
+    """Texts in the rows of a program; a row without one computes along at position 0.
+
+    `logits` has for each row those after each call since its text began, [V] each.
+    """
+
+    def __init__(self, program, made: Made):
+        self.program, self.made = program, made
+        self.texts: list[np.ndarray | None] = [None] * made.batch
+        self.ends = [0] * made.batch
+        self.logits: list[list[np.ndarray]] = [[] for _ in range(made.batch)]
+
+    def begin(self, row: int, seed: int, length: int) -> None:
+        """A text of its own for each seed; its first ids in chunks."""
+        text = np.random.default_rng(seed).integers(3, 259, (1, self.made.max_seq_len))
+        self.texts[row], self.ends[row], self.logits[row] = text, 0, []
+        for count in even(length, self.made.max_prefill):
+            positions = np.arange(self.ends[row], self.ends[row] + count)
+            of = [np.array([row])] if self.made.batch > 1 else []
+            logits = self.program.prefill(text[:, positions], positions, *of)
+            self.logits[row].append(logits[0].copy())
+            self.ends[row] += count
+
+    def end(self, row: int) -> None:
+        self.texts[row], self.ends[row] = None, 0
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            for row, end in enumerate(self.ends):
+                if end == self.made.max_seq_len:
+                    self.end(row)
+            token = [
+                0 if text is None else text[0, end] for text, end in zip(self.texts, self.ends)
+            ]
+            logits = self.program.decode(np.array(token)[:, None], np.array(self.ends))
+            for row, text in enumerate(self.texts):
+                if text is not None:
+                    self.logits[row].append(logits[row].copy())
+                    self.ends[row] += 1
+
+
+def join_and_begin_again(rows: Rows) -> np.ndarray:
+    """Ragged prompts, rows that join the others and begin anew, in all blocks: the logits after
+    each call for one of them, [N, V]."""
+    kept, last, most = [], rows.made.batch - 1, rows.made.max_seq_len
+    rows.begin(last, 1, 2)
+    rows.step(5)
+    rows.begin(0, 2, most // 2)
+    rows.step(2)
+    kept += rows.logits[last]
+    rows.begin(last, 3, 30)
+    rows.begin(1, 4, 9)
+    rows.step(most // 4)
+    kept += rows.logits[1]
+    rows.begin(1, 5, 1)
+    rows.step(most // 4 - 2)
+    for logits in rows.logits:
+        kept += logits
+    rows.end(0)
+    rows.begin(last, 6, 13)
+    rows.step(12)
+    for logits in rows.logits[1:]:
+        kept += logits
+    return np.array(kept)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_rows_that_join_and_begin_anew_give_the_eager_networks_logits(load, export_of, name):
+    made = BATCHES[name]
+    actual = join_and_begin_again(Rows(load(name), made))
+    expected = join_and_begin_again(Rows(Eager(export_of(name)[1]), made))
+    near = assert_near if made.quant == "fp32" else assert_near_of_quantized
+    near(actual, expected)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    calls=st.lists(
+        st.one_of(
+            st.tuples(st.integers(0, 2), st.integers(0, 99), st.integers(1, 150)),
+            st.integers(1, 15),
+        ),
+        max_size=8,
+    )
+)
+def test_rows_give_the_eager_networks_logits_whatever_joins_when(load, export_of, calls):
+    name = "rows, two key heads"
+    results = []
+    for program in (load(name), Eager(export_of(name)[1])):
+        rows, kept = Rows(program, BATCHES[name]), []
+        for call in calls:
+            if isinstance(call, int):
+                rows.step(call)
+            else:
+                kept += rows.logits[call[0]]
+                rows.begin(*call)
+        results.append(np.array([logits for part in (kept, *rows.logits) for logits in part]))
+    if len(results[0]):
+        assert_near(*results)
+
+
+def idle(rows: Rows, others: list[int]) -> None:
+    """Nothing happens in the other rows."""
+
+
+def far_ahead(rows: Rows, others: list[int]) -> None:
+    """Others read all blocks from the first step on."""
+    for row in others:
+        if rows.texts[row] is None:
+            rows.begin(row, 10 + row, rows.made.max_seq_len - 32)
+
+
+def come_and_go(rows: Rows, others: list[int]) -> None:
+    """Before every step others are prefilled anew, some of them into other blocks."""
+    for row in others:
+        rows.begin(row, 20 + row, 1 + (rows.ends[row] * 7 + 5) % (rows.made.max_seq_len - 2))
+
+
+def text_among_others(program, made: Made, row: int, do) -> np.ndarray:
+    """One text's logits while others do something before its prompt and before every step."""
+    rows, others = Rows(program, made), [i for i in range(made.batch) if i != row]
+    do(rows, others)
+    rows.begin(row, 0, 11)
+    for _ in range(30):
+        do(rows, others)
+        rows.step()
+    return np.array(rows.logits[row])
+
+
+@pytest.mark.parametrize("do", [idle, far_ahead, come_and_go])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_row_gives_the_same_bits_whatever_the_others_do(load, name, do):
+    made = BATCHES[name]
+    expected = text_among_others(load(name), made, 0, idle)
+    for row in range(made.batch):
+        assert np.array_equal(text_among_others(load(name), made, row, do), expected)
+
+
+@pytest.mark.parametrize("name", ["two key heads", "8da8w, shortlist"])
+def test_a_row_gives_the_same_bits_as_a_program_of_one_row(load, name):
+    alone = text_among_others(load(name), ARTIFACTS[name], 0, idle)
+    rows = "rows, " + name
+    assert np.array_equal(text_among_others(load(rows), BATCHES[rows], 1, far_ahead), alone)
 
 
 # Programs beside one another
@@ -205,7 +409,7 @@ def test_a_program_gives_the_same_while_others_come_and_go(load, text_of, other)
     program = load(name)
     expected = feed(program, ids, [16, 3], 30)
     others_ids, _ = text_of(other)
-    chunks = even(12, ARTIFACTS[other][4])
+    chunks = even(12, ARTIFACTS[other].max_prefill)
     another = load(other)
     others_expected = feed(another, others_ids, chunks, 20)
     assert np.array_equal(feed(program, ids, [16, 3], 30), expected)
@@ -242,16 +446,18 @@ def test_a_program_can_be_loaded_and_dropped_again_and_again(load, text_of, name
 # Parts
 
 
-def test_a_shortlist_is_rescored_as_in_the_eager_network(as_method):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_shortlist_is_rescored_as_in_the_eager_network(as_method, rows):
     generator = torch.Generator().manual_seed(0)
     shortlist = Shortlist(QuantizedEmbedding(torch.nn.Embedding(1, 96)))
     count = shortlist.SIZE
-    values, scales = quantize_rows(torch.randn(count, 96, generator=generator), 8, 32)
-    call = rescore(shortlist)
-    examples = torch.zeros_like(values), torch.zeros_like(scales), torch.zeros(1, 1, 96)
+    values, scales = quantize_rows(torch.randn(rows * count, 96, generator=generator), 8, 32)
+    values, scales = values.view(rows, count, 96), scales.view(rows, count, 3)
+    call = rescore(shortlist, rows)
+    examples = torch.zeros_like(values), torch.zeros_like(scales), torch.zeros(rows, 1, 96)
     run = as_method(lambda *rows: call(*rows)[0], examples)
     for _ in range(3):
-        hidden = torch.randn(1, 1, 96, generator=generator)
+        hidden = torch.randn(rows, 1, 96, generator=generator)
         expected = dot_products(values, scales, hidden)
         torch.testing.assert_close(run(values, scales, hidden)[0], expected, rtol=1e-5, atol=1e-5)
 

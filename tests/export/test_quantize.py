@@ -17,6 +17,7 @@ from export.quantize import (
     dot_products,
     quantize,
     quantize_rows,
+    restore,
 )
 from export.recipes import RECIPES, Recipe
 
@@ -151,6 +152,17 @@ def test_a_row_of_a_large_table_is_what_it_is_alone(rows):
     assert (error <= 0.5001 * scales.double().repeat_interleave(4, 1)).all()
 
 
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (3, 5, 64)])
+@pytest.mark.parametrize("groups", [1, 2, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_codes_times_their_groups_scales_are_restored_on_the_last_axis(shape, groups, dtype):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+    scales = torch.rand(*shape[:-1], groups, generator=generator).to(dtype)
+    expected = codes.float() * scales.float().repeat_interleave(64 // groups, -1)
+    assert torch.equal(restore(codes, scales), expected)
+
+
 def test_rows_that_are_not_whole_groups_are_refused():
     with pytest.raises(ValueError, match="rows of 40 values are not whole groups of 32"):
         quantize_rows(torch.zeros(2, 40), 4, 32)
@@ -229,6 +241,16 @@ def test_an_embedding_gives_the_rows_of_its_table(size):
     assert (module(tokens) - table(tokens)).abs().max() < 0.02
 
 
+def test_what_an_embedding_looks_up_is_the_tokens_codes_and_scales():
+    module = QuantizedEmbedding(nn.Embedding(11, 96))
+    tokens = torch.tensor([[0, 10, 3], [3, 3, 7]])
+    codes, scales = module.lookup(tokens)
+    assert (codes.dtype, codes.shape) == (torch.int8, (2, 3, 96))
+    assert (scales.dtype, scales.shape) == (torch.float32, (2, 3, 3))
+    assert torch.equal(codes, module.weight[tokens])
+    assert torch.equal(scales, module.scales[tokens].float())
+
+
 def test_an_embedding_in_q8_0_comes_through_without_any_loss():
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(-126, 127, (9, 2, 32), generator=generator)
@@ -242,11 +264,16 @@ def test_an_embedding_in_q8_0_comes_through_without_any_loss():
 # The output head
 
 
+def largest_ids(logits: torch.Tensor) -> torch.Tensor:
+    """Shortlist.largest of logits float32 [N, V]."""
+    ids = Shortlist(QuantizedEmbedding(nn.Embedding(1, 32))).largest(logits)
+    assert (ids.dtype, ids.shape) == (torch.int64, (len(logits), 256))
+    return ids
+
+
 def largest(logits: torch.Tensor) -> list[int]:
-    """Shortlist.largest of logits float32 [V], sorted."""
-    ids = Shortlist(QuantizedEmbedding(nn.Embedding(1, 32))).largest(logits[None])
-    assert (ids.dtype, ids.shape) == (torch.int64, (256,))
-    return ids.sort().values.tolist()
+    """The same of logits [V], sorted."""
+    return largest_ids(logits[None])[0].sort().values.tolist()
 
 
 @settings(deadline=None, max_examples=30)
@@ -287,12 +314,29 @@ def test_of_equal_logits_the_shortlist_has_as_many_as_fit_and_none_twice(seed, k
     assert torch.equal(logits[ids].sort().values, torch.topk(logits, 256).values.sort().values)
 
 
-def test_dot_products_are_those_of_the_dequantized_rows():
-    values, scales = quantize_rows(random(7, 96), 8, 32)
-    hidden = random(1, 1, 96, seed=1)
-    expected = hidden[0].double() @ restored(values, scales).T
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**31), st.integers(2, 5), st.sampled_from([1, 1000]))
+def test_each_row_has_the_shortlist_that_it_has_alone(seed, rows, kinds):
+    # With few kinds of logits there are many equal ones.
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, kinds + 1, (rows, 64 * 270), generator=generator).float()
+    # Of rows so different in size a mixture would show.
+    logits *= torch.randint(1, 100, (rows, 1), generator=generator)
+    together = largest_ids(logits)
+    for row in range(rows):
+        assert torch.equal(together[row : row + 1], largest_ids(logits[row : row + 1]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_dot_products_are_those_of_the_dequantized_rows(rows):
+    values, scales = quantize_rows(random(rows * 7, 96), 8, 32)
+    values, scales = values.view(rows, 7, 96), scales.view(rows, 7, 3)
+    hidden = random(rows, 1, 96, seed=1)
     actual = dot_products(values, scales, hidden)
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    assert actual.shape == (rows, 7)
+    for row in range(rows):
+        expected = restored(values[row], scales[row]) @ hidden[row, 0].double()
+        torch.testing.assert_close(actual[row].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def head_of(table: torch.Tensor) -> tuple[ShortlistHead, QuantizedEmbedding]:
@@ -303,23 +347,38 @@ def head_of(table: torch.Tensor) -> tuple[ShortlistHead, QuantizedEmbedding]:
     return ShortlistHead(layer, embedding), embedding
 
 
-@pytest.mark.parametrize("rows", [SMALLEST_VOCABULARY, SMALLEST_VOCABULARY + 64])
-def test_shortlisted_logits_are_those_of_the_embeddings_own_rows(rows):
-    head, embedding = head_of(0.1 * random(rows, 64))
-    hidden = random(1, 1, 64, seed=1)
-    ids = torch.topk(head.approximate(hidden)[0, 0], 256).indices
-    expected = restored(embedding.weight, embedding.scales)[ids] @ hidden[0, 0].double()
-    actual = head(hidden)[0, 0, ids]
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_logits_that_are_not_shortlisted_are_those_of_the_4_bit_weights():
-    head, _ = head_of(0.1 * random(SMALLEST_VOCABULARY, 64))
-    hidden = random(1, 1, 64, seed=1)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [SMALLEST_VOCABULARY, SMALLEST_VOCABULARY + 64])
+def test_shortlisted_logits_are_those_of_the_embeddings_own_rows(size, batch):
+    head, embedding = head_of(0.1 * random(size, 64))
+    hidden = random(batch, 1, 64, seed=1)
     logits, approximate = head(hidden), head.approximate(hidden)
-    assert logits.shape == (1, 1, SMALLEST_VOCABULARY)
-    rest = approximate[0, 0].argsort(descending=True)[256:]
-    assert torch.equal(logits[0, 0, rest], approximate[0, 0, rest])
+    for row in range(batch):
+        ids = torch.topk(approximate[row, 0], 256).indices
+        expected = restored(embedding.weight, embedding.scales)[ids] @ hidden[row, 0].double()
+        torch.testing.assert_close(logits[row, 0, ids].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_that_are_not_shortlisted_are_those_of_the_4_bit_weights(batch):
+    head, _ = head_of(0.1 * random(SMALLEST_VOCABULARY, 64))
+    hidden = random(batch, 1, 64, seed=1)
+    logits, approximate = head(hidden), head.approximate(hidden)
+    assert logits.shape == (batch, 1, SMALLEST_VOCABULARY)
+    for row in range(batch):
+        rest = approximate[row, 0].argsort(descending=True)[256:]
+        assert torch.equal(logits[row, 0, rest], approximate[row, 0, rest])
+
+
+def test_a_shortlist_gives_each_row_the_same_bits_as_it_alone():
+    head, _ = head_of(0.1 * random(SMALLEST_VOCABULARY, 64))
+    hidden = random(4, 1, 64, seed=1)
+    logits = head.approximate(hidden)[:, 0]
+    together = head.shortlist(logits, hidden, dot_products)
+    for row in range(4):
+        alone = head.shortlist(logits[[row]], hidden[[row]], dot_products)
+        assert torch.equal(together[[row]], alone)
+        assert not torch.equal(alone, logits[[row]])
 
 
 def test_the_best_token_of_a_q8_0_table_has_its_exact_logit():

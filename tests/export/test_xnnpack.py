@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from export.quantize import QuantizedLinear
-from export.xnnpack import DelegatedGELU, DelegatedRMSNorm, trace
+from export.xnnpack import DelegatedGELU, DelegatedRMSNorm, Head, trace
 from models.gemma3 import RMSNorm
 from runner.executorch_runtime import set_backend_option
 
@@ -88,6 +88,22 @@ def test_one_kind_of_region_serves_other_weights(as_method):
         run = as_method(kind.lower(region), (x,))
         for actual, expected in zip(run(x), region(x), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits, group_size", [(None, None), (8, None), (4, 32)])
+def test_a_head_gives_each_row_the_bits_that_it_has_alone(as_method, bits, group_size):
+    layer = linear(64, 300, 1)
+    if bits:
+        layer = QuantizedLinear(layer, bits, group_size)
+    head, x = Head(DelegatedRMSNorm(norm(64, 1e-6)), layer), random(1, 5, 64)
+    shapes = ({1: torch.export.Dim("N", min=1, max=5)},)
+    run = as_method(trace(head, (x,), shapes).lower(head), (x,), shapes)
+    logits, hidden = run(x)
+    assert (logits.shape, hidden.shape) == ((5, 300), (1, 5, 64))
+    torch.testing.assert_close(logits, head(x)[0], rtol=1e-4, atol=1e-4)
+    for row in range(5):
+        alone = run(x[:, [row]])
+        assert torch.equal(alone[0], logits[[row]]) and torch.equal(alone[1], hidden[:, [row]])
 
 
 def test_a_region_that_xnnpack_does_not_take_is_refused():

@@ -1,5 +1,7 @@
 """KV caches against what they mean: the whole history, and a plain loop over it."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,12 @@ from hypothesis import strategies as st
 from models.cache import FullCache, SlidingCache
 
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
+KINDS = [SlidingCache, FullCache]
+ROWS, WINDOW, POSITIONS = 3, 5, 30
+# A chunk of one row (which one, whether from position 0 on, how many tokens), or None for a step of
+# all rows.
+CHUNKS = st.tuples(st.integers(0, ROWS - 1), st.booleans(), st.integers(1, WINDOW))
+CALLS = st.lists(st.one_of(CHUNKS, st.none()), max_size=25)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,10 +140,66 @@ def test_a_sequence_from_position_0_sees_nothing_of_the_one_before(kind, length,
     assert torch.equal(feed(used, *now, [prefilled]), feed(fresh, *now, [prefilled]))
 
 
+@settings(deadline=None)
+@given(st.sampled_from(KINDS), CALLS)
+def test_a_row_of_a_batch_attends_to_and_holds_what_it_would_alone(kind, calls):
+    # Rows are ahead of one another, and any of them may begin anew while others go on.
+    slots = WINDOW if kind is SlidingCache else POSITIONS
+    together = kind(ROWS, slots, KV_HEADS, SIZE)
+    alone = [kind(1, slots, KV_HEADS, SIZE) for _ in range(ROWS)]
+    ends = [0] * ROWS
+    for seed, call in enumerate(calls):
+        if call is None:
+            ends = [end if end < POSITIONS else 0 for end in ends]
+            given = [tokens(1, seed=ROWS * seed + row) for row in range(ROWS)]
+            joined = (torch.cat(parts) for parts in zip(*given))
+            actual = together.decode(*joined, torch.tensor(ends), SCALE)
+            expected = torch.cat(
+                [
+                    cache.decode(*one, torch.tensor([end]), SCALE)
+                    for cache, one, end in zip(alone, given, ends, strict=True)
+                ]
+            )
+            ends = [end + 1 for end in ends]
+        else:
+            row, anew, length = call
+            start = 0 if anew or ends[row] + length > POSITIONS else ends[row]
+            ends[row] = start + length
+            given, positions = tokens(length, seed=seed), torch.arange(start, ends[row])
+            actual = together.prefill(*given, positions, SCALE, torch.tensor([row]))
+            expected = alone[row].prefill(*given, positions, SCALE)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(together.k, torch.cat([cache.k for cache in alone]))
+    assert torch.equal(together.v, torch.cat([cache.v for cache in alone]))
+
+
+@pytest.mark.parametrize("row", range(ROWS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefill_of_a_row_leaves_the_others_as_they_were(kind, row):
+    cache = kind(ROWS, 9, KV_HEADS, SIZE)
+    for buffer in (cache.k, cache.v):
+        torch.nn.init.normal_(buffer, generator=torch.Generator().manual_seed(row))
+    before = copy.deepcopy(cache)
+    cache.prefill(*tokens(9), torch.arange(9), SCALE, torch.tensor([row]))
+    others = [other for other in range(ROWS) if other != row]
+    assert torch.equal(cache.k[others], before.k[others])
+    assert torch.equal(cache.v[others], before.v[others])
+    assert torch.equal(cache.k[[row]], tokens(9)[1]) and torch.equal(cache.v[[row]], tokens(9)[2])
+
+
 def test_a_cache_is_updated_in_place():
     for cache in (SlidingCache(1, 4, KV_HEADS, SIZE), FullCache(1, 9, KV_HEADS, SIZE)):
         before = cache.k.data_ptr(), cache.v.data_ptr()
         feed(cache, *tokens(9), [4, 2])
+        assert (cache.k.data_ptr(), cache.v.data_ptr()) == before
+
+
+def test_a_row_is_updated_in_place():
+    for cache in (SlidingCache(2, 4, KV_HEADS, SIZE), FullCache(2, 9, KV_HEADS, SIZE)):
+        before = cache.k.data_ptr(), cache.v.data_ptr()
+        cache.prefill(*tokens(4), torch.arange(4), SCALE, torch.tensor([1]))
+        step = (torch.cat([one, one]) for one in tokens(1))
+        cache.decode(*step, torch.tensor([0, 4]), SCALE)
         assert (cache.k.data_ptr(), cache.v.data_ptr()) == before
 
 

@@ -1,5 +1,6 @@
 """The eager float32 model against transformers, on random checkpoints of a few thousand weights."""
 
+import copy
 import functools
 from itertools import pairwise
 
@@ -69,9 +70,9 @@ def reference(case: str) -> Gemma3ForCausalLM:
     return model
 
 
-def ours(case: str, max_seq_len: int = MAX_SEQ_LEN) -> Gemma3:
+def ours(case: str, max_seq_len: int = MAX_SEQ_LEN, batch: int = 1) -> Gemma3:
     hf = reference(case)
-    model = Gemma3(Gemma3Config.from_dict(hf.config.to_dict()), max_seq_len)
+    model = Gemma3(Gemma3Config.from_dict(hf.config.to_dict()), max_seq_len, batch)
     model.load_state_dict(hf.state_dict())
     return model.eval()
 
@@ -89,11 +90,14 @@ def logits_of_one_pass(case: str) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens, reference(case)(tokens).logits[0]
 
 
-def prefill(model: Gemma3, tokens: torch.Tensor, ends: list[int]) -> list[torch.Tensor]:
+def prefill(
+    model: Gemma3, tokens: torch.Tensor, ends: list[int], row: int | None = None
+) -> list[torch.Tensor]:
     """Logits after each chunk of a prompt from position 0, in chunks that end at `ends`."""
+    rows = [] if row is None else [torch.tensor([row])]
     with torch.no_grad():
         return [
-            model.prefill(tokens[:, start:end], torch.arange(start, end))
+            model.prefill(tokens[:, start:end], torch.arange(start, end), *rows)
             for start, end in pairwise([0, *ends])
         ]
 
@@ -112,6 +116,45 @@ def generate(model: Gemma3, tokens: torch.Tensor, steps: int) -> tuple[list[int]
             rows.append(model.decode(torch.tensor([[ids[-1]]]), torch.tensor([position])))
             ids.append(rows[-1].argmax().item())
     return ids, torch.cat(rows)
+
+
+class Batch:
+    """A model of three rows, driven greedily: every row's text, and the logits [1, V] that its ids
+    after the prompt were chosen from."""
+
+    def __init__(self, case: str):
+        self.case, self.model = case, ours(case, batch=3)
+        self.texts: list[list[int]] = [[] for _ in range(3)]
+        self.logits: list[list[torch.Tensor]] = [[] for _ in range(3)]
+
+    def begin(self, row: int, tokens: torch.Tensor) -> None:
+        """A prompt int64 [1, T] in a row, whatever was there."""
+        ends = even_ends(tokens.shape[1], self.model.max_chunk)
+        self.texts[row], self.logits[row] = tokens[0].tolist(), []
+        self._choose(row, prefill(self.model, tokens, ends, row)[-1])
+
+    def step(self, count: int = 1) -> None:
+        """An id more in every row; a row without a text computes along at position 0."""
+        for _ in range(count):
+            token = torch.tensor([text[-1:] or [0] for text in self.texts])
+            position = torch.tensor([max(len(text) - 1, 0) for text in self.texts])
+            with torch.no_grad():
+                logits = self.model.decode(token, position)
+            for row, text in enumerate(self.texts):
+                if text:
+                    self._choose(row, logits[row : row + 1])
+
+    def check(self, row: int) -> None:
+        """That the row's ids and logits are those of transformers, given this row's text alone."""
+        text, logits = self.texts[row], self.logits[row]
+        with torch.no_grad():
+            expected = reference(self.case)(torch.tensor([text])).logits[0, -len(logits) - 1 : -1]
+        assert text[-len(logits) :] == expected.argmax(-1).tolist()
+        assert_near(torch.cat(logits), expected)
+
+    def _choose(self, row: int, logits: torch.Tensor) -> None:
+        self.logits[row].append(logits)
+        self.texts[row].append(logits.argmax().item())
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -200,6 +243,62 @@ def test_a_second_prompt_gives_exactly_what_a_fresh_model_gives(case, length):
     fresh_ids, fresh_logits = generate(ours(case), tokens, 20)
     assert ids == fresh_ids
     assert torch.equal(logits, fresh_logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_a_batch_are_transformers_texts_of_ragged_prompts(case):
+    batch = Batch(case)
+    for row, length in enumerate((23, 1, 9)):
+        batch.begin(row, prompt(case, length))
+    batch.step(30)
+    for row in range(3):
+        batch.check(row)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_join_and_are_used_again_are_transformers_texts_as_well(case):
+    batch = Batch(case)
+    batch.begin(1, prompt(case, 12))
+    batch.step(5)
+    batch.begin(2, prompt(case, 30))
+    batch.step(9)
+    batch.check(1)
+    # Shorter than what was there, and longer.
+    batch.begin(1, prompt(case, 2))
+    batch.begin(0, prompt(case, 17))
+    batch.step(11)
+    batch.check(0)
+    batch.begin(0, prompt(case, 33))
+    batch.step(12)
+    for row in range(3):
+        batch.check(row)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_of_a_batch_gives_the_logits_of_a_model_of_one_row(case):
+    batch = Batch(case)
+    for row, length in enumerate((40, 2, 8)):
+        batch.begin(row, prompt(case, length))
+    batch.step(15)
+    for row, length in enumerate((40, 2, 8)):
+        ids, logits = generate(ours(case), prompt(case, length), 16)
+        assert batch.texts[row][length:] == ids
+        assert_near(torch.cat(batch.logits[row]), logits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_prefill_of_a_row_leaves_the_state_of_the_others_as_it_was(case):
+    batch = Batch(case)
+    for row, length in enumerate((20, 5, 11)):
+        batch.begin(row, prompt(case, length))
+    batch.step(3)
+    caches = [layer.self_attn.cache for layer in batch.model.model.layers]
+    before = copy.deepcopy(caches)
+    batch.begin(1, prompt(case, 31))
+    for now, then in zip(caches, before, strict=True):
+        for buffer, old in ((now.k, then.k), (now.v, then.v)):
+            assert torch.equal(buffer[[0, 2]], old[[0, 2]])
+            assert not torch.equal(buffer[1], old[1])
 
 
 @pytest.mark.parametrize("case", CASES)

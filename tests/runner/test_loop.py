@@ -56,8 +56,8 @@ class Spy:
         for name in ("prefill", "decode"):
             run[name] = getattr(program, name)
 
-            def forward(tokens, positions, name=name):
-                logits = run[name](tokens, positions)
+            def forward(tokens, positions, *row, name=name):
+                logits = run[name](tokens, positions, *row)
                 # What is kept cannot be freed, and so no address can be given out twice.
                 self.kept += [tokens, positions, logits]
                 where = [x.ctypes.data for x in (tokens, positions, logits)]
@@ -66,8 +66,8 @@ class Spy:
 
             monkeypatch.setattr(program, name, forward)
 
-        def spied_select(logits, buffer):
-            token = select(logits, buffer)
+        def spied_select(logits, buffer, *sampling):
+            token = select(logits, buffer, *sampling)
             self.kept += [logits, token]
             self.events.append(("select", logits.ctypes.data, buffer, token.ctypes.data))
             return token

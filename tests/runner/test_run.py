@@ -326,6 +326,13 @@ def test_chat_with_a_base_model_is_refused(run):
         (("--threads", 0), "--threads is 0; it must be at least 1"),
         (("--threads", -2), "--threads is -2; it must be at least 1"),
         (("--threads", "all"), "invalid int value: 'all'"),
+        (("--batch", 0), "--batch is 0; it must be at least 1"),
+        (("--temperature", -0.5), "--temperature is -0.5; it must be a finite number"),
+        (("--temperature", "nan"), "--temperature is nan; it must be a finite number"),
+        (("--top-k", -1), "--top-k is -1; it must be an integer, 0 (off) or more"),
+        (("--top-p", 0), "--top-p is 0.0; it must be above 0 and at most 1"),
+        (("--seed", 2**63), "--seed is 9223372036854775808; it must be an integer of 64 bits"),
+        (("--stop", ""), "each must be a text of at least one character"),
         (("--feed", "carrier-pigeon"), "invalid choice: 'carrier-pigeon'"),
         (("--positions", "alias"), "invalid choice: 'alias'"),
         (("-", "-"), "- is given twice"),
@@ -355,6 +362,207 @@ def test_every_variant_of_the_loop_prints_the_same_bytes(run):
     assert len({done.stdout for done in outputs}) == 1
 
 
+# How tokens are chosen
+
+
+def test_a_seed_repeats_the_text_and_another_one_gives_another(run):
+    flags = ("--max-new-tokens", 40, "--temperature", 1.2, "--top-p", 0.95, "--top-k", 200)
+    first, second, other = (run(*flags, "--seed", seed, "one", "two") for seed in (3, 3, 4))
+    assert {done.returncode for done in (first, second, other)} == {0}
+    assert first.stdout == second.stdout != other.stdout
+    greedy = run("--max-new-tokens", 40, "one", "two")
+    assert run(*flags[:2], "--top-k", 3, "--seed", 5, "one", "two").stdout == greedy.stdout
+    # One token to choose from, too, is the most likely one.
+    assert run(*flags[:4], "--top-k", 1, "one", "two").stdout == greedy.stdout
+
+
+def test_every_variant_of_the_loop_samples_the_same_bytes(run):
+    variants = [(), ("--feed", "host"), ("--positions", "host"), ("--no-double-buffering",)]
+    flags = ("--temperature", 1.0, "--seed", 11, UNICODE, "two")
+    outputs = [run(*flags, *variant) for variant in variants]
+    assert {(done.returncode, done.stderr) for done in outputs} == {(0, "")}
+    assert len({done.stdout for done in outputs}) == 1
+
+
+def test_text_ends_before_the_first_of_the_stop_strings(run):
+    (entry,) = lines(run("--json", ENDING))
+    text = entry["text"]
+    early, late = text[9:12], text[30:33]
+    (stopped,) = lines(run("--json", "--stop", late, "--stop", early, ENDING))
+    assert stopped["text"] == text[: min(text.index(early), text.index(late))]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["token_ids"] == entry["token_ids"][: len(stopped["token_ids"])]
+    assert run("--stop", late, "--stop", early, ENDING).stdout == stopped["text"] + "\n"
+
+
+# Batches
+
+BATCH_KEYS = KEYS[:-1]
+
+
+@pytest.fixture
+def run_batch(run_script, batch_artifact, tmp_path):
+    """As `run`, with an artifact of three rows and the text of its prompt file."""
+
+    def run(text: str, *arguments, name="prompts.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        arguments = ("--artifact", batch_artifact, "--prompt-file", name, *arguments)
+        return run_script("runner/run.py", *arguments, cwd=tmp_path)
+
+    return run
+
+
+def test_each_line_of_a_batchs_prompt_file_is_a_prompt(run, run_batch):
+    prompts = ["one", UNICODE, ENDING, "  two  ", "three\ttimes", "four"]
+    flags = ("--max-new-tokens", 30, "--json")
+    expected = [{**entry, "stats": None} for entry in lines(run(*flags, *prompts))]
+    text = "one\n\n" + UNICODE + "\r\n \t\n" + "\n".join([ENDING, *prompts[3:]])
+    for batch in (1, 2, 3):
+        entries = lines(run_batch(text, *flags, "--batch", batch))
+        assert [list(entry) for entry in entries] == [BATCH_KEYS] * len(prompts)
+        assert [{**entry, "stats": None} for entry in entries] == expected
+    # Prompts of the command line come first, and the texts are whole lines in the same order.
+    done = run_batch(text, "--max-new-tokens", 30, "--batch", 3, "zero")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("\n" + "".join(entry["text"] + "\n" for entry in expected))
+
+
+def test_each_line_of_a_jsonl_file_overrides_the_flags(run, run_batch):
+    flags = ("--json", "--max-new-tokens", 20, "--seed", 5)
+    objects = [
+        {"prompt": "one"},
+        {"prompt": "two", "max_new_tokens": 35, "temperature": 1.1, "top_k": 50, "top_p": 0.9},
+        {"prompt": UNICODE, "seed": 9, "temperature": 0.7, "stop": ["a", "b"]},
+        {"prompt": [2, 70, 71], "stop": "e"},
+    ]
+    text = "".join(json.dumps(entry) + "\n\n" for entry in objects)
+    found = lines(run_batch(text, *flags, "--batch", 3, name="prompts.jsonl"))
+    assert [entry["prompt"] for entry in found] == [entry["prompt"] for entry in objects]
+    sampled = (*flags, "--max-new-tokens", 35, "--temperature", 1.1, "--top-k", 50, "--top-p", 0.9)
+    expected = [
+        *lines(run(*flags, "one")),
+        *lines(run(*sampled, "two")),
+        *lines(
+            run(*flags, "--seed", 9, "--temperature", 0.7, "--stop", "a", "--stop", "b", UNICODE)
+        ),
+    ]
+    for entry, alone in zip(found, expected):
+        assert {**entry, "stats": alone["stats"]} == alone
+
+
+def test_an_empty_file_of_prompts_gives_nothing(run_batch):
+    done = run_batch("\n \n", "--batch", 2)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"prompt": "x", "temprature": 1}', "has the key 'temprature'; the keys are prompt, max"),
+        ('{"prompt": "x"', "is not JSON: "),
+        ('["x"]', 'is ["x"]; it must be an object with a prompt'),
+        ('{"top_k": 3}', 'is {"top_k": 3}; it must be an object with a prompt'),
+    ],
+)
+def test_a_wrong_line_of_a_jsonl_file_is_named(run_batch, line, words):
+    text = '{"prompt": "good"}\n\n' + line + "\n"
+    done = run_batch(text, "--batch", 2, name="prompts.jsonl")
+    assert_error(done, f"--prompt-file prompts.jsonl: line 3 {words}")
+
+
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+def test_a_refused_request_is_an_error_of_its_own_and_the_others_finish(run_batch, json_flag):
+    objects = [
+        {"prompt": "one"},
+        {"prompt": "x", "temperature": -1},
+        {"prompt": "y" * 300},
+        {"prompt": "\ud800"},
+        {"prompt": "two"},
+    ]
+    text = "\n".join(map(json.dumps, objects))
+    flags = ("--batch", 3, "--max-new-tokens", 9, *json_flag)
+    done = run_batch(text, *flags, name="prompts.jsonl")
+    good = run_batch("one\ntwo", *flags)
+    assert (done.returncode, good.returncode, good.stderr) == (2, 0, "")
+    errors = [
+        "request 2: temperature is -1; it must be a finite number, 0 (greedy) or more",
+        "request 3: the prompt has 301 tokens and the cache 200 positions, one of which is for the "
+        "output: shorten it, or export with a larger --max-seq-len",
+        "request 4: the text has the lone surrogate U+D800 at character 0: it must be valid "
+        "Unicode (UTF-8 input)",
+    ]
+    assert done.stderr == "".join(f"runner/run.py: error: {error}\n" for error in errors)
+    if not json_flag:
+        assert done.stdout == good.stdout
+        return
+    entries = [json.loads(line) for line in done.stdout[:-1].split("\n")]
+    assert [entry.pop("error", None) for entry in entries] == [None, *errors, None]
+    assert [entry["prompt"] for entry in entries] == [entry["prompt"] for entry in objects]
+    assert [entry["finish_reason"] for entry in entries] == ["length", *["error"] * 3, "length"]
+    assert [entries[0], entries[4]] == [json.loads(line) for line in good.stdout[:-1].split("\n")]
+
+
+def test_more_rows_than_the_artifact_has_are_refused(run, run_batch):
+    assert_error(run_batch("one", "--batch", 4), "4 rows are asked for", "has 3", "--batch 4")
+    assert_error(run("--batch", 2, "one"), "2 rows are asked for", "has 1", "--batch 2")
+
+
+def test_a_batchs_statistics_are_its_totals(run_batch):
+    done = run_batch("one\ntwo\nhey", "--batch", 3, "--max-new-tokens", 9, "--stats")
+    assert done.returncode == 0
+    names = [line[:19].strip() for line in done.stderr.splitlines()]
+    assert names == [
+        "load", "requests", "steps", "prefill", "decode", "peak memory",
+        "host to device", "device to device", "device to host",
+    ]  # fmt: skip
+    assert (
+        "requests            3\nsteps               8\nprefill             12 tokens, "
+        in done.stderr
+    )
+    assert "decode              27 tokens, " in done.stderr
+    # Three prompts of 4 tokens, and 8 steps of 3 positions.
+    assert "host to device      4 copies, 288 bytes\n" in done.stderr
+    assert "device to device    3 copies, 24 bytes\n" in done.stderr
+    assert "device to host      9 copies, 216 bytes\n" in done.stderr
+
+
+def test_ctrl_c_prints_what_a_batch_has_so_far(start, default_artifact):
+    arguments = ("--json", "--max-new-tokens", 100, "--batch", 1)
+    prompts = ("Once upon a time", "Alice was", "never begun")
+    process = start("--artifact", default_artifact, *arguments, *prompts)
+    first = json.loads(process.stdout.readline())
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, b"")
+    (interrupted,) = [json.loads(line) for line in rest.splitlines()]
+    assert (first["finish_reason"], len(first["token_ids"])) == ("length", 100)
+    assert list(interrupted) == BATCH_KEYS
+    assert (interrupted["prompt"], interrupted["finish_reason"]) == ("Alice was", "interrupted")
+    assert 0 < len(interrupted["token_ids"]) < 100
+
+
+def test_progress_is_shown_on_a_terminal_and_leaves_the_output_alone(batch_artifact, tmp_path):
+    pty = pytest.importorskip("pty")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
+    command = [sys.executable, ROOT / "runner/run.py", "--artifact", batch_artifact]
+    command += ["--batch", "2", "--prompt-file", "prompts.txt"]
+    plain = subprocess.run(command, cwd=tmp_path, capture_output=True)
+    terminal, stderr = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    try:
+        options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE}
+        done = subprocess.run(command, stderr=stderr, **options)
+        shown = os.read(terminal, 100_000).decode()
+    finally:
+        os.close(terminal)
+        os.close(stderr)
+    assert (done.returncode, done.stdout) == (0, plain.stdout)
+    assert "0/4 requests" in shown
+    # The line is erased in the end.
+    assert shown.rstrip().endswith("\x1b[2K") and plain.stderr == b""
+
+
 # The runner alone
 
 SHOW_IMPORTS = """
@@ -381,6 +589,9 @@ def test_the_runner_imports_nothing_that_only_the_export_needs(tiny_artifact, tm
     others = {"models", "sampler", "export", "benchmarks", "torch", "torchao", "transformers"}
     # Not even the package: only its libraries are loaded.
     assert not (others | {"executorch"}) & {name.split(".")[0] for name in modules}
+    # Nobody sees how far a batch is where standard error is no terminal.
+    batch = imported("--artifact", tiny_artifact, "--batch", "1", "hello", cwd=tmp_path)
+    assert "runner.generation" in batch and "rich" not in modules | batch
 
 
 def test_wrong_arguments_are_answered_before_numpy_is_imported(tmp_path):

@@ -1,0 +1,310 @@
+"""How fast is the sampler on a CUDA GPU, beside torch's own ways, and how fast could it be?
+`python benchmarks/sampler_cuda.py` prints the ceiling, the figures, and one JSON line.
+(benchmarks/sampler.py asks the same of ExecuTorch's CPU kernels.)
+
+Kernel time is of CUDA graphs of many calls, between events. The time of a step is a clock's, from
+the launch until the tokens are read on the host. Figures are medians. Every token is compared with
+the reference's on the CPU.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# As a script, the project's root must be importable.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from sampler import cuda
+from sampler.greedy import greedy
+from sampler.sample import sample
+
+VOCABULARIES = 151_936, 262_144
+BATCHES = 1, 4, 16, 32
+TEMPERATURE = 0.8
+# Of each case: top_k, top_p, which rows are greedy (all, none, or every other), and the logits.
+CASES = {
+    "greedy": (0, 1.0, "all", "zipf"),
+    "sampled": (0, 1.0, "none", "zipf"),
+    "half greedy, half sampled": (0, 1.0, "half", "zipf"),
+    "top-p 0.95": (0, 0.95, "none", "zipf"),
+    "top-k 40, top-p 0.95": (40, 0.95, "none", "zipf"),
+    "half greedy, half top-k": (40, 0.95, "half", "zipf"),
+    "top-p 0.95, flat logits": (0, 0.95, "none", "flat"),
+}
+# Probabilities like those of words, 1 / rank^1.2 at temperature 1, or thousands much alike.
+EXPONENT, FLAT_SPREAD = 1.2, 4.0
+CALLS = 20
+COLD_BYTES = 256e6  # several times the largest L2
+HEADER = (
+    f"{'case':<26}{'V':>8}{'B':>4}{'floor':>8}{'ours':>8}{'torch':>9}"
+    f"{'step: ours':>12}{'torch':>9}{'loop':>10}{'launches':>15}{'copies':>10}{'wrong':>7}"
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Logits of one case on the GPU, several sets of them, and the rows' parameters."""
+
+    sets: list[Tensor]
+    parameters: tuple[Tensor, ...]
+    top_k: int
+    top_p: float
+    greedy_rows: list[bool]
+
+
+def make_work(case: str, vocabulary: int, batch: int, cold: bool) -> Work:
+    top_k, top_p, rows, kind = CASES[case]
+    size = batch * vocabulary * 4
+    count = int(COLD_BYTES // size) + 1 if cold else 1
+    generator = torch.Generator("cuda").manual_seed(vocabulary + batch)
+    ranks = torch.arange(1, vocabulary + 1, device="cuda")
+    sets = []
+    for _ in range(count):
+        logits = torch.randn(batch, vocabulary, generator=generator, device="cuda") * FLAT_SPREAD
+        if kind == "zipf":
+            logits = -EXPONENT * ranks.log()[logits.argsort(-1).argsort(-1)]
+        sets.append(logits)
+    greedy_rows = [rows == "all" or (rows == "half" and i % 2 == 1) for i in range(batch)]
+    temperature = [0.0 if is_greedy else TEMPERATURE for is_greedy in greedy_rows]
+    integers = {"dtype": torch.int64, "device": "cuda"}
+    parameters = (
+        torch.tensor(temperature, device="cuda"),
+        torch.full((batch,), top_k, **integers),
+        torch.full((batch,), top_p, device="cuda"),
+        torch.arange(batch, **integers) * 7919,
+        torch.full((batch,), 100, **integers),
+    )
+    return Work(sets, parameters, top_k, top_p, greedy_rows)
+
+
+def torch_sample(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """torch's usual sampling, with the steps of transformers' warpers."""
+    logits = logits / TEMPERATURE
+    if top_k:
+        kth = torch.topk(logits, top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ascending, order = torch.sort(logits, descending=False)
+        removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        removed[:, -1:] = False
+        logits = logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1)
+
+
+def ways(work: Work) -> dict[str, Callable[[Tensor], Tensor | list[int]]]:
+    """Of each way its function from logits to tokens, on the GPU or already on the host. torch
+    has no batched one where rows differ."""
+
+    def ours(logits: Tensor) -> Tensor:
+        if all(work.greedy_rows):
+            return cuda.greedy(logits)
+        restricted = work.top_k > 0 or work.top_p < 1
+        return cuda.sample(logits, *work.parameters, restricted=restricted)
+
+    def loop(logits: Tensor) -> list[int]:
+        return [
+            int(
+                torch.argmax(logits[i])
+                if is_greedy
+                else torch_sample(logits[i : i + 1], work.top_k, work.top_p)
+            )
+            for i, is_greedy in enumerate(work.greedy_rows)
+        ]
+
+    functions = {"ours": ours, "loop": loop}
+    if all(work.greedy_rows):
+        functions["torch"] = lambda logits: torch.argmax(logits, -1, keepdim=True)
+    elif not any(work.greedy_rows):
+        functions["torch"] = lambda logits: torch_sample(logits, work.top_k, work.top_p)
+    return functions
+
+
+def capture(function: Callable[[Tensor], Tensor], sets: list[Tensor], calls: int):
+    """(a graph of so many calls, the last call's tokens)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(sets[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            token = function(sets[i % len(sets)])
+    return graph, token
+
+
+def device_us(action: Callable[[], object], calls: int, repeats: int) -> list[float]:
+    """Microseconds of each call between events around `action`, which makes `calls`."""
+    times = []
+    for i in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        action()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end) * 1e3 / calls)
+    return times
+
+
+def wall_us(step: Callable[[], object], repeats: int) -> list[float]:
+    """Microseconds of each step, which ends with tokens on the host."""
+    times = []
+    for i in range(repeats + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        if i >= 3:
+            times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def count_events(step: Callable[[], object]) -> tuple[int, int]:
+    """(kernel launches, copies from the device) of one step."""
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    names = [
+        event.name
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    kernels = [name for name in names if not name.startswith(("Memcpy", "Memset"))]
+    return len(kernels), sum(name.startswith("Memcpy DtoH") for name in names)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second read and written by a copy within the device."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    median = statistics.median(device_us(lambda: target.copy_(source), 1, 20))
+    return 2 * source.nbytes / (median * 1e-6)
+
+
+def mismatches(work: Work) -> int:
+    """Tokens that are not the CPU reference's."""
+    logits = work.sets[0]
+    got = ways(work)["ours"](logits).cpu()
+    if all(work.greedy_rows):
+        return int((got != greedy(logits.cpu())).sum())
+    expected = sample(logits.cpu(), *(x.cpu() for x in work.parameters))
+    return int((got != expected).sum())
+
+
+def measure(work: Work, repeats: int) -> dict:
+    """A case's figures, those of each way by its name."""
+    result = {"wrong": mismatches(work)}
+    for name, function in ways(work).items():
+
+        def step(function=function):
+            tokens = function(work.sets[0])
+            return tokens if isinstance(tokens, list) else tokens.tolist()
+
+        launches, copies = count_events(step)
+        figures = {"launches": launches, "copies": copies}
+        # torch.multinomial is timed as it is called; the others can be captured.
+        if name == "ours" or (name == "torch" and all(work.greedy_rows)):
+            calls = max(CALLS, len(work.sets))
+            graph, _ = capture(function, work.sets, calls)
+            figures["device_us"] = device_us(graph.replay, calls, repeats)
+            graph, token = capture(function, work.sets, 1)
+
+            def step(graph=graph, token=token):
+                graph.replay()
+                return token.tolist()
+
+        elif name == "torch":
+
+            def calls_of_torch(function=function):
+                for i in range(CALLS):
+                    function(work.sets[i % len(work.sets)])
+
+            figures["device_us"] = device_us(calls_of_torch, CALLS, repeats)
+        figures["step_us"] = wall_us(step, repeats)
+        result[name] = {
+            key: statistics.median(value) if isinstance(value, list) else value
+            for key, value in figures.items()
+        }
+    return result
+
+
+def print_row(case: str, vocabulary: int, batch: int, floor_us: float, result: dict) -> None:
+    names = ("ours", "torch", "loop")
+
+    def figure(name: str, key: str, width: int) -> str:
+        value = result.get(name, {}).get(key)
+        text = "-" if value is None else f"{value:,.1f}" if isinstance(value, float) else str(value)
+        return f"{text:>{width}}"
+
+    print(
+        f"{case:<26}{vocabulary:>8}{batch:>4}{floor_us:>8.1f}"
+        f"{figure('ours', 'device_us', 8)}{figure('torch', 'device_us', 9)}"
+        f"{figure('ours', 'step_us', 12)}{figure('torch', 'step_us', 9)}"
+        f"{figure('loop', 'step_us', 10)}"
+        f"{'/'.join(figure(name, 'launches', 0) for name in names):>15}"
+        f"{'/'.join(figure(name, 'copies', 0) for name in names):>10}{result['wrong']:>7}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks/sampler_cuda.py", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="(default: 20)")
+    parser.add_argument(
+        "--cold", action="store_true", help="rotate among logits that no cache can hold"
+    )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there as well")
+    options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; it must be at least 1")
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU")
+
+    bandwidth = copy_bandwidth()
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}; a copy moves {bandwidth / 1e12:.2f} TB/s")
+    print("microseconds a call on the device, and a step with its tokens read; ours/torch/loop")
+    print(HEADER)
+    count_events(lambda: torch.zeros(1, device="cuda").item())  # starts the profiler
+    rows = []
+    for vocabulary in VOCABULARIES:
+        for case in CASES:
+            for batch in BATCHES:
+                work = make_work(case, vocabulary, batch, options.cold)
+                floor_us = batch * vocabulary * 4 / bandwidth * 1e6
+                result = measure(work, options.repeats)
+                print_row(case, vocabulary, batch, floor_us, result)
+                shape = {"case": case, "vocabulary": vocabulary, "batch": batch}
+                rows.append(shape | {"floor_us": floor_us} | result)
+    answer = {
+        "benchmark": "sampler_cuda",
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "torch": torch.__version__,
+        "copy_tb_s": bandwidth / 1e12,
+        "cold": options.cold,
+        "repeats": options.repeats,
+        "rows": rows,
+    }
+    text = json.dumps(answer)
+    if options.save is not None:
+        options.save.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

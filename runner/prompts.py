@@ -1,0 +1,81 @@
+"""The command line's prompts and requests: from its arguments, standard input and files.
+
+Imports no NumPy, so that run.py can answer a wrong file at once.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from runner.errors import RunnerError
+from runner.request import Request
+
+DEFAULT_PROMPT = "The capital of France is"
+KEYS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+
+
+def read_requests(options: Namespace) -> list[Request]:
+    """The requests, in the order of the command line, the file's last. With --batch the file has
+    one on each line. Errors: RunnerError for what cannot be read."""
+    # Only prompt and limits can differ from request to request.
+    flags = Request("", chat=options.chat, **{key: getattr(options, key) for key in KEYS[1:]})
+    requests = [replace(flags, prompt=text) for text in read_arguments(options.prompts)]
+    path = options.prompt_file
+    if path is not None:
+        text = read_file(path)
+        if options.batch is None:
+            requests.append(replace(flags, prompt=text))
+        elif path.suffix == ".jsonl":
+            requests += [
+                replace(flags, **entry(f"--prompt-file {path}: line {n}", line))
+                for n, line in lines(text)
+            ]
+        else:
+            requests += [replace(flags, prompt=line) for _, line in lines(text)]
+    elif not requests:
+        requests = [replace(flags, prompt=DEFAULT_PROMPT)]
+    return requests
+
+
+def read_arguments(prompts: list[str]) -> list[str]:
+    return [
+        decode_utf8(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
+        for prompt in prompts
+    ]
+
+
+def read_file(path: Path) -> str:
+    try:
+        return decode_utf8(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RunnerError(f"--prompt-file {path}: {error.strerror}") from None
+
+
+def decode_utf8(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RunnerError(f"{source} is not UTF-8 text: byte {error.start} is wrong") from None
+
+
+def lines(text: str) -> list[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1 on."""
+    # Not splitlines: a prompt may well hold U+2028.
+    numbered = enumerate(text.split("\n"), 1)
+    return [(n, line.removesuffix("\r")) for n, line in numbered if line.strip()]
+
+
+def entry(where: str, line: str) -> dict:
+    """A line of a .jsonl file. What its values should be is the request's own concern."""
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise RunnerError(f"{where} is not JSON: {error}") from None
+    if not isinstance(found, dict) or "prompt" not in found:
+        raise RunnerError(f"{where} is {line.strip()}; it must be an object with a prompt")
+    for key in found:
+        if key not in KEYS:
+            raise RunnerError(f"{where} has the key {key!r}; the keys are {', '.join(KEYS)}")
+    return found

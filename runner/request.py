@@ -1,0 +1,84 @@
+"""What is asked for: a prompt, its limits, and how its tokens are chosen.
+
+Imports no NumPy, so that run.py can answer a wrong flag at once.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from runner.errors import RunnerError
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, as text or token ids, and what to do with it.
+
+    Output ends at an end token, after `max_new_tokens`, when prompt and output fill the cache, or
+    before the first of the texts `stop` (one text, or several). With `chat` a prompt of text is a
+    user's message, put through the artifact's chat template.
+
+    `temperature` 0 always takes the most likely token. Above 0 a token is drawn from
+    softmax(logits / temperature), restricted to the `top_k` most likely (0: to none) and, of
+    these, to the most likely that together have the probability `top_p` (1: to none). A draw is
+    determined by `seed` (int64), the position and the token id, and by nothing else.
+    """
+
+    prompt: str | list[int]
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.stop, (str, list)):
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            object.__setattr__(self, "stop", stop)
+
+    def check(self) -> None:
+        """Errors: RunnerError for a parameter outside its range, with its value."""
+        for name in RULES:
+            if fault := fault_of(name, getattr(self, name)):
+                raise RunnerError(f"{name} is {getattr(self, name)!r}; {fault}")
+
+
+def fault_of(name: str, value: Any) -> str | None:
+    """What the parameter `name` of a Request must be, if `value` is not that."""
+    holds, rule = RULES[name]
+    return None if holds(value) else rule
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+RULES = {
+    "max_new_tokens": (lambda x: is_integer(x) and x >= 1, "it must be at least 1"),
+    "temperature": (
+        lambda x: is_number(x) and 0 <= x <= FLOAT32_MAX,
+        "it must be a finite number, 0 (greedy) or more",
+    ),
+    "top_k": (
+        lambda x: is_integer(x) and 0 <= x < 2**63,
+        "it must be an integer, 0 (off) or more, below 2**63",
+    ),
+    "top_p": (lambda x: is_number(x) and 0 < x <= 1, "it must be above 0 and at most 1 (off)"),
+    "seed": (
+        lambda x: is_integer(x) and -(2**63) <= x < 2**63,
+        "it must be an integer of 64 bits, -2**63 to 2**63 - 1",
+    ),
+    "stop": (
+        lambda x: isinstance(x, (tuple, list)) and all(isinstance(s, str) and s for s in x),
+        "each must be a text of at least one character",
+    ),
+}

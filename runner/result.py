@@ -1,0 +1,128 @@
+"""What comes of a request: ids as they are generated, and the text that is certain."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner.request import Request
+from runner.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token: its id, and the text that became certain with it (maybe none)."""
+
+    id: int
+    text: str
+
+
+class Result:
+    """One request's output as it grows.
+
+    `finish_reason` is "stop" after an end token (which is not among `token_ids`) or a stop string
+    (whose tokens are, though `text` ends before it), "length", "cancelled", "error" for a request
+    that was refused with `error`, or None while it is not finished. `error` is one line with the
+    request's number, from 1 on, though `index` begins at 0.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        limit: int,
+        index: int = 0,
+    ):
+        """`limit` is how many tokens can come at most, `index` the request's place in a batch."""
+        self.request, self.index = request, index
+        self.prompt_ids = prompt_ids
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.limit = limit
+        # With the end token.
+        self.taken = 0
+        self._end_ids = tokenizer.eos_token_ids
+        self._stream = StopStream(tokenizer.stream(), request.stop)
+
+    def cancel(self) -> None:
+        """End the output here; the row of the batch goes to another request."""
+        if self.finish_reason is None:
+            self.finish_reason = "cancelled"
+
+    def refuse(self, error: str) -> None:
+        """End the output with a reason, one line."""
+        self.finish_reason, self.error = "error", error
+
+    def take(self, token_id: int) -> Token | None:
+        """Add the next token. Gives what is to be shown: nothing of an end token, unless it ends a
+        text that was held back."""
+        self.taken += 1
+        if token_id in self._end_ids:
+            text = self._stream.finish()
+            self.finish_reason = "stop"
+        else:
+            self.token_ids.append(token_id)
+            text = self._stream.push(token_id)
+            if len(self.token_ids) == self.limit and not self._stream.stopped:
+                # The last token takes with it what was held back.
+                text += self._stream.finish()
+                self.finish_reason = "length"
+            if self._stream.stopped:
+                self.finish_reason = "stop"
+        self.text += text
+        return Token(token_id, text) if text or token_id not in self._end_ids else None
+
+    def as_dict(self) -> dict:
+        """What `run.py --json` prints of it."""
+        entry = {
+            "prompt": self.request.prompt,
+            "prompt_ids": self.prompt_ids,
+            "token_ids": self.token_ids,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+        }
+        return entry | ({} if self.error is None else {"error": self.error})
+
+
+class StopStream:
+    """A stream of ids that ends before the first of some texts.
+
+    The first is the one that is complete first, and of those complete with the same character the
+    longest: so that it does not matter how the text is divided into tokens. What may be the
+    beginning of such a text is held back.
+    """
+
+    def __init__(self, stream, stops: Sequence[str]):
+        self._stream, self._stops = stream, stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` makes certain: possibly none, never to be revoked."""
+        return self._pass(self._stream.push(token_id))
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        text = self._pass(self._stream.finish())
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _pass(self, text: str) -> str:
+        if not self._stops:
+            return text
+        text = self._held + text
+        found = [(start + len(s), start) for s in self._stops if (start := text.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)[1]]
+        certain = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[certain:]
+        return text[:certain]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` could be the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,593 @@
+"""Batches: each request gives what it gives alone, whoever comes and goes beside it, and every copy
+is counted. The program is an oracle in NumPy, so that thousands of steps cost little."""
+
+import itertools
+import json
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import runner
+import runner.model
+from runner import LoopOptions, Request, RunnerError
+from runner.loop import Loop
+
+VARIANTS = [
+    LoopOptions(*variant)
+    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+EOS, BOS, A, B, C = 1, 2, *(ALPHABET.index(letter) + 3 for letter in "abc")
+VOCABULARY = 259
+
+
+class Oracle:
+    """A program whose logits depend on all tokens of a row's sequence, in order, and on nothing
+    else: a row, state, position or buffer that is mixed up changes the ids. Only EOS, A, B and
+    C are ever chosen."""
+
+    def __init__(self, batch: int, max_seq_len: int, max_prefill: int, can_sample: bool = True):
+        self.batch, self.max_prefill, self.can_sample = batch, max_prefill, can_sample
+        self.state = np.full((batch, max_seq_len), -1)
+        self.decode_logits = np.zeros((batch, VOCABULARY), np.float32)
+        self.prefill_logits = np.zeros((1, VOCABULARY), np.float32)
+        self.next_ids = {way: np.zeros((2, batch, 1), np.int64) for way in ("greedy", "sample")}
+        self.row_id = np.zeros((1, 1), np.int64)
+        self.positions = []
+
+    def load_sampling(self):
+        if not self.can_sample:
+            raise RunnerError("no method sample: export it again")
+
+    def prefill(self, tokens, positions, *row):
+        assert (tokens.dtype, positions.dtype, len(tokens)) == (np.int64, np.int64, 1)
+        assert 1 <= tokens.size == positions.size <= self.max_prefill
+        assert len(row) == (self.batch > 1)
+        (where,) = row[0] if row else [0]
+        self.state[where, positions] = tokens[0]
+        self.prefill_logits[0] = logits_of(self.state[where, : positions[-1] + 1])
+        return self.prefill_logits
+
+    def decode(self, token, position):
+        assert (token.shape, token.dtype) == ((self.batch, 1), np.int64)
+        assert (position.shape, position.dtype) == ((self.batch,), np.int64)
+        self.positions.append(position.tolist())
+        for row, (fed, at) in enumerate(zip(token[:, 0], position)):
+            self.state[row, at] = fed
+            self.decode_logits[row] = logits_of(self.state[row, : at + 1])
+        return self.decode_logits
+
+    def select(self, logits, buffer, *sampling):
+        out = self.next_ids["sample" if sampling else "greedy"][buffer]
+        return self._choose(out, logits, sampling)
+
+    def select_row(self, logits, *sampling):
+        return self._choose(self.row_id, logits, sampling)
+
+    def next_id(self, buffer):
+        return self.next_ids["greedy"][buffer]
+
+    def _choose(self, out, logits, sampling):
+        assert len(logits) == len(out)
+        types = [np.float32, np.int64, np.float32, np.int64, np.int64]
+        assert all(x.dtype == t and x.shape == (len(out),) for x, t in zip(sampling, types))
+        for row in range(len(out)):
+            out[row] = chosen(logits[row], *(x[row] for x in sampling))
+        return out
+
+
+def logits_of(history) -> np.ndarray:
+    logits = np.zeros(VOCABULARY, np.float32)
+    generator = np.random.default_rng(zlib.crc32(np.asarray(history, np.int64).tobytes()))
+    logits[[EOS, A, B, C]] = 1 + generator.random(4) * (0.4, 1, 1, 1)
+    return logits
+
+
+def chosen(logits, temperature=0.0, top_k=0, top_p=1.0, seed=0, position=0) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    key = np.array([temperature, top_k, top_p, seed, position], np.float64).tobytes()
+    return (A, B, C, EOS)[zlib.crc32(key + logits.tobytes()) % 9 % 4]
+
+
+def alone(prompt_ids: list[int], count: int, request: Request) -> list[int]:
+    """The ids that one sequence gives, from the definitions and without a loop."""
+    ids, sampled = list(prompt_ids), request.temperature > 0
+    parameters = (request.temperature, request.top_k, request.top_p, request.seed)
+    for position in range(len(ids) - 1, len(ids) - 1 + count):
+        rounded = [np.float32(x) if isinstance(x, float) else x for x in parameters]
+        ids.append(chosen(logits_of(ids), *((*rounded, position) if sampled else ())))
+    return ids[len(prompt_ids) :]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A sequence whose reader has enough after `wanted` ids."""
+
+    prompt_ids: list[int]
+    limit: int
+    request: Request
+    wanted: int = 1000
+    finish_reason: str | None = None
+
+    def expected(self) -> list[int]:
+        return alone(self.prompt_ids, min(self.limit, self.wanted), self.request)
+
+
+def drive(loop: Loop, sequences, used: int, options=None) -> list[tuple[int, int]]:
+    """All (number of the sequence, id), in the order in which they come."""
+    sequences, events = list(sequences), []
+    counts = [0] * len(sequences)
+    for sequence in sequences:
+        sequence.finish_reason = None
+    for sequence, token_id in loop.tokens(iter(sequences), used, options or LoopOptions()):
+        number = sequences.index(sequence)
+        events.append((number, token_id))
+        counts[number] += 1
+        if counts[number] == sequence.wanted:
+            sequence.finish_reason = "enough"
+    return events
+
+
+def ids_of(events, number: int) -> list[int]:
+    return [token_id for n, token_id in events if n == number]
+
+
+def copies(loop: Loop) -> dict:
+    return {
+        name: (entry["count"], entry["bytes"]) for name, entry in loop.transfers.as_dict().items()
+    }
+
+
+def make_loop(batch: int, max_seq_len: int = 40, max_prefill: int = 4) -> Loop:
+    return Loop(Oracle(batch, max_seq_len, max_prefill), batch, max_seq_len, max_prefill)
+
+
+REQUESTS = st.builds(
+    Request,
+    st.just(""),
+    temperature=st.sampled_from([0.0, 0.0, 0.7, 1.3]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([1.0, 0.3]),
+    seed=st.sampled_from([0, 7, -(2**63), 2**63 - 1]),
+)
+SEQUENCES = st.builds(
+    Sequence,
+    st.lists(st.integers(2, 9), min_size=1, max_size=12),
+    st.integers(1, 15),
+    REQUESTS,
+    st.sampled_from([1, 2, 3, 7, 1000, 1000]),
+)
+
+
+# The loop
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    max_prefill=st.integers(1, 5),
+    sequences=st.lists(SEQUENCES, max_size=12),
+    data=st.data(),
+)
+def test_each_sequence_gives_what_it_gives_alone_in_every_variant(
+    batch, max_prefill, sequences, data
+):
+    used = data.draw(st.integers(1, batch))
+    loop = make_loop(batch, 27, max_prefill)
+    orders = []
+    for options in VARIANTS:
+        events = drive(loop, sequences, used, options)
+        for number, sequence in enumerate(sequences):
+            assert ids_of(events, number) == sequence.expected()
+        orders.append(events)
+    # Even the order in which the tokens of different rows come is the same.
+    assert all(events == orders[0] for events in orders)
+    # The last token of a full cache is never fed.
+    assert max((max(line) for line in loop.program.positions), default=0) <= 25
+
+
+@settings(max_examples=100, deadline=None)
+@given(batch=st.integers(1, 4), sequences=st.lists(SEQUENCES, max_size=10))
+def test_a_sequence_is_one_copy_within_the_device_and_a_step_is_one_download(batch, sequences):
+    loop = make_loop(batch)
+    events = drive(loop, sequences, batch)
+    found = copies(loop)
+    joins = len(sequences) if batch > 1 else 0
+    assert found["device_to_device"] == (joins, 8 * joins)
+    downloads, size = found["device_to_host"]
+    assert size == 8 * batch * downloads
+    assert downloads <= loop.steps + len(sequences) and (downloads > 0) == bool(events)
+
+
+def test_idle_rows_compute_at_position_0():
+    loop = make_loop(3)
+    greedy = Request("")
+    drive(loop, [Sequence([5, 6], 6, greedy), Sequence([7], 3, greedy)], 3)
+    assert loop.program.positions == [[2, 1, 0], [3, 2, 0], [4, 0, 0], [5, 0, 0], [6, 0, 0]]
+
+
+def test_a_row_is_free_again_one_step_after_an_early_end():
+    loop = make_loop(2)
+    greedy = Request("")
+    sequences = [Sequence([5], 30, greedy, 3), Sequence([6], 9, greedy), Sequence([7], 4, greedy)]
+    drive(loop, sequences, 2)
+    firsts = [line[0] for line in loop.program.positions]
+    # The step at position 3 is the surplus one; then the third sequence begins at 1.
+    assert firsts == [1, 2, 3, 1, 2, 3, 0, 0]
+    assert [line[1] for line in loop.program.positions] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_sequences_are_taken_only_when_a_row_is_free():
+    loop, taken = make_loop(2), []
+
+    def source():
+        for number in itertools.count():
+            taken.append(number)
+            yield Sequence([number % 7 + 2], 3, Request(""))
+
+    tokens = loop.tokens(source(), 2, LoopOptions())
+    for count, expected in ((1, 2), (5, 2), (1, 4), (6, 6)):
+        for _ in range(count):
+            next(tokens)
+        assert len(taken) == expected
+
+
+def test_rows_that_are_not_used_stay_idle():
+    loop = make_loop(4)
+    drive(loop, [Sequence([5], 4, Request("")) for _ in range(6)], 2)
+    assert {tuple(line[2:]) for line in loop.program.positions} == {(0, 0)}
+
+
+def test_a_sequence_that_is_cancelled_by_another_gives_no_more():
+    loop = make_loop(2)
+    first, second = (Sequence([n], 10, Request("")) for n in (5, 6))
+    seen = []
+    for sequence, _ in loop.tokens([first, second], 2, LoopOptions()):
+        seen.append(sequence)
+        if seen.count(first) == 3:
+            second.finish_reason = "cancelled"
+    assert (seen.count(first), seen.count(second)) == (10, 2)
+
+
+# Copies
+
+
+def test_uploads_are_the_prompts_and_one_schedule_for_each_change():
+    loop = make_loop(3)
+    greedy = Request("")
+    sequences = [Sequence([5] * 6, limit, greedy) for limit in (5, 9, 12)]
+    drive(loop, sequences, 3)
+    table, prompts, schedule = 8 * 40, 3 * 6 * 8, 11 * 3 * 8
+    # A limit that is reached is in the schedule: no upload.
+    assert copies(loop) == {
+        "host_to_device": (1 + 3 + 1, table + prompts + schedule),
+        "device_to_device": (3, 3 * 8),
+        "device_to_host": (12, 12 * 3 * 8),
+    }
+    # The first sequence's fifth token is read after step 5, and another one takes its row.
+    before = loop.transfers.snapshot()
+    drive(loop, [*sequences, Sequence([6] * 3, 4, greedy)], 3)
+    found = loop.transfers.since(before)
+    schedules = 8 * 3 * (11 + 6)
+    assert vars(found.host_to_device) == {"count": 4 + 2, "bytes": prompts + 3 * 8 + schedules}
+    assert vars(found.device_to_device) == {"count": 4, "bytes": 4 * 8}
+    assert found.device_to_host.count == 12
+
+
+def test_an_early_end_that_nobody_takes_the_place_of_costs_one_schedule():
+    loop = make_loop(2)
+    greedy = Request("")
+    drive(loop, [Sequence([5], 20, greedy), Sequence([6], 20, greedy, 4)], 2)
+    # 5 steps are submitted when the fourth token is read.
+    assert copies(loop)["host_to_device"] == (1 + 2 + 2, 8 * 40 + 2 * 8 + 16 * (19 + 15))
+
+
+def test_sampling_parameters_go_up_when_they_change():
+    loop = make_loop(2)
+    sampled = Request("", temperature=0.5, seed=3)
+
+    def uploads(*requests, limits=(9, 9, 9, 9)):
+        before = loop.transfers.snapshot()
+        drive(loop, [Sequence([5], n, r) for n, r in zip(limits, requests)], 2)
+        found = loop.transfers.since(before)
+        return found.host_to_device.count - len(requests)
+
+    assert uploads(Request(""), Request("")) == 1
+    # Four arrays, two of float32 and two of int64, and the schedule.
+    assert uploads(sampled, sampled) == 4 + 1
+    before = copies(loop)["host_to_device"][1]
+    drive(loop, [Sequence([5], 2, sampled)], 2)
+    assert copies(loop)["host_to_device"][1] - before == 8 + 2 * (4 + 8 + 4 + 8) + 2 * 8
+    # Another joins with another seed when the first one's 3 tokens are read.
+    another = Request("", temperature=0.5, seed=4)
+    assert uploads(sampled, sampled, another, limits=(3, 9, 7)) == 4 + 1 + 1 + 1
+    # It is the last one that samples, and its row is set to be greedy only if others still sample.
+    assert uploads(sampled, Request(""), limits=(3, 9)) == 4 + 1
+    assert uploads(sampled, sampled, limits=(3, 9)) == 4 + 1 + 1
+
+
+@pytest.mark.parametrize("double_buffering", [True, False])
+def test_the_hosts_own_feed_and_positions_cost_one_upload_each_a_step(double_buffering):
+    def uploads(**options):
+        loop = make_loop(3)
+        before = loop.transfers.snapshot()
+        options = LoopOptions(**options, double_buffering=double_buffering)
+        drive(loop, [Sequence([5] * 6, 12, Request("")) for _ in range(3)], 3, options)
+        found = loop.transfers.since(before).host_to_device
+        return found.count, found.bytes
+
+    prompts, steps = 3 * 6 * 8, 11 * 3 * 8
+    assert uploads() == (3 + 1, prompts + steps)
+    assert uploads(feed="host") == (3 + 1 + 11, prompts + steps + steps)
+    # Each prompt is two chunks.
+    assert uploads(positions="host") == (3 + 3 * 2 + 11, prompts + prompts + steps)
+
+
+# The Python API, on a model whose program is the oracle
+
+
+@pytest.fixture
+def make_model(tmp_path, monkeypatch):
+    """A function (batch, **Oracle's) -> model with an id for each byte."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", *ALPHABET])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "model.pte").write_bytes(b"oracle")
+    entry = {
+        "file": "tokenizer.json",
+        "bos_token_id": BOS,
+        "eos_token_ids": [EOS],
+        "add_bos": True,
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "chat_template": None,
+    }
+
+    def make(batch: int, **oracle):
+        manifest = {
+            "format": 2,
+            "engine": "executorch",
+            "backend": "portable",
+            "device": "cpu",
+            "methods": [],
+            "batch": batch,
+            "max_seq_len": 60,
+            "max_prefill": 4,
+            "vocab_size": VOCABULARY,
+            "tokenizer": entry,
+            "program": {"file": "model.pte", "bytes": 6},
+        }
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        program = Oracle(batch, 60, 4, **oracle)
+        monkeypatch.setattr(runner.model, "ExecuTorchProgram", lambda *_: program)
+        return runner.load(tmp_path)
+
+    return make
+
+
+PROMPTS = ["hello", "a", "", "xyz" * 6, "Once upon a time", "b", "c", "quite another one"]
+
+
+def outcome(result) -> tuple:
+    return result.prompt_ids, result.token_ids, result.text, result.finish_reason, result.error
+
+
+def several(**parameters) -> list[Request]:
+    """One Request for each prompt, with limits of their own."""
+    return [
+        Request(prompt, max_new_tokens=5 + 3 * i, **parameters) for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_request_of_a_batch_gives_what_it_gives_alone(make_model, options):
+    requests = several() + several(temperature=0.8, top_k=9, top_p=0.9, seed=5, stop=("ba", "cc"))
+    one = make_model(1)
+    expected = [outcome(one.generate(**vars(request)).run()) for request in requests]
+    assert {entry[3] for entry in expected} == {"stop", "length"}
+    three = make_model(3)
+    results = three.generate_batch(requests, options).run()
+    assert [outcome(result) for result in results] == expected
+    assert [result.index for result in results] == list(range(16))
+    # One request at a time, in a program of three rows.
+    assert [outcome(three.generate(**vars(r), options=options).run()) for r in requests] == expected
+
+
+def test_events_are_the_tokens_of_each_request_in_their_order(make_model):
+    model = make_model(3)
+    batch = model.generate_batch(several())
+    events = list(batch)
+    for result in batch.results:
+        tokens = [token for index, token in events if index == result.index]
+        assert [token.id for token in tokens if token.id != EOS] == result.token_ids
+        assert "".join(token.text for token in tokens) == result.text
+        assert result.text == model.tokenizer.decode(result.token_ids)
+    assert batch.run() is batch.results
+    # The first rows' tokens come in turns.
+    assert [index for index, _ in events[:6]] == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_result_is_unfinished_until_its_last_event(make_model):
+    batch = make_model(2).generate_batch([Request("a", 3), Request("b", 6)])
+    for index, _ in batch:
+        result = batch.results[index]
+        assert (result.finish_reason is None) == (len(result.token_ids) < result.limit)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request("x", temperature=-0.1), "temperature is -0.1; it must be a finite number"),
+        (Request("x", temperature=float("nan")), "temperature is nan"),
+        (Request("x", temperature=float("inf")), "temperature is inf"),
+        (Request("x", temperature=1e39), "temperature is 1e+39"),
+        (Request("x", temperature="hot"), "temperature is 'hot'"),
+        (Request("x", top_p=0.0), "top_p is 0.0; it must be above 0 and at most 1"),
+        (Request("x", top_p=1.01), "top_p is 1.01"),
+        (Request("x", top_k=-1), "top_k is -1; it must be an integer, 0 (off) or more"),
+        (Request("x", top_k=2.5), "top_k is 2.5"),
+        (Request("x", seed=2**63), "seed is 9223372036854775808; it must be an integer of 64"),
+        (Request("x", seed=-(2**63) - 1), "seed is -9223372036854775809"),
+        (Request("x", max_new_tokens=0), "max_new_tokens is 0; it must be at least 1"),
+        (Request("x", max_new_tokens=True), "max_new_tokens is True"),
+        (Request("x", stop=("a", "")), "stop is ('a', ''); each must be a text of at least one"),
+        (Request("x", stop=[3]), "stop is (3,)"),
+        (Request("x", stop=None), "stop is None"),
+        (Request("x", chat=True), "no chat template"),
+        (Request("x" * 59), "the prompt has 60 tokens and the cache 60 positions"),
+        (Request([2, 259]), "the prompt has the id 259; ids are 0 to 258"),
+        (Request([-1]), "the prompt has the id -1"),
+        (Request([2, "a"]), "the prompt has the id 'a'"),
+        (Request([]), "the prompt is empty"),
+        (Request(3), "the prompt is 3; it must be text or a list of ids"),
+        (Request("\ud800"), "lone surrogate"),
+    ],
+    ids=str,
+)
+def test_a_wrong_request_is_refused_alone_in_one_line_with_its_number(
+    make_model, request_, message
+):
+    model = make_model(2)
+    with pytest.raises(RunnerError) as error:
+        model.generate(**vars(request_))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    good = [Request("one", 7), Request("two", 7), Request("three", 7)]
+    expected = [outcome(result) for result in model.generate_batch(good).run()]
+    results = model.generate_batch([*good[:1], request_, *good[1:]]).run()
+    refused = results.pop(1)
+    assert refused.error == f"request 2: {error.value}"
+    assert (refused.finish_reason, refused.token_ids, refused.text) == ("error", [], "")
+    assert [outcome(result) for result in results] == expected
+
+
+def test_a_batch_of_refused_requests_or_of_none_ends(make_model):
+    model = make_model(2)
+    results = model.generate_batch([Request("x", top_k=-1)] * 5).run()
+    assert [result.finish_reason for result in results] == ["error"] * 5
+    batch = model.generate_batch([])
+    assert batch.run() == [] and batch.stats.requests == batch.stats.steps == 0
+
+
+def test_prompts_alone_stand_for_requests_with_defaults(make_model):
+    model = make_model(2)
+    requests = ["hello", [2, 70, 71]]
+    expected = [outcome(model.generate(prompt).run()) for prompt in requests]
+    assert [outcome(result) for result in model.generate_batch(requests).run()] == expected
+
+
+def test_requests_are_taken_from_a_generator_as_rows_are_free(make_model):
+    model, taken = make_model(2), []
+
+    def source():
+        for i in itertools.count():
+            taken.append(i)
+            yield Request("abc"[i % 3], max_new_tokens=4)
+
+    batch = model.generate_batch(source())
+    for index, _ in batch:
+        assert len(taken) == len(batch.results) <= index + 3
+        if len(batch.results) == 20:
+            break
+    # And the model goes on with something else.
+    assert model.generate("a", 4).run().token_ids == batch.results[0].token_ids
+
+
+def test_an_error_of_the_iterable_is_raised_and_spoils_nothing(make_model):
+    model = make_model(2)
+    expected = model.generate("hello").run().token_ids
+
+    def source():
+        yield Request("a", 3)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        model.generate_batch(source()).run()
+    assert model.generate("hello").run().token_ids == expected
+
+
+@pytest.mark.parametrize("rows, message", [(0, "rows is 0"), (3, "3 rows .* has 2: .* --batch 3")])
+def test_rows_that_do_not_exist_are_refused(make_model, rows, message):
+    with pytest.raises(RunnerError, match=message):
+        make_model(2).generate_batch(["a"], rows=rows)
+
+
+@pytest.mark.parametrize("single", ["one", Request("one")], ids=["text", "request"])
+def test_a_single_request_is_not_taken_for_many(make_model, single):
+    with pytest.raises(RunnerError, match="requests is a single one"):
+        make_model(2).generate_batch(single)
+
+
+def test_fewer_rows_give_the_same(make_model):
+    model = make_model(4)
+    outcomes = [
+        [outcome(result) for result in model.generate_batch(several(), rows=rows).run()]
+        for rows in (1, 2, 3, None)
+    ]
+    assert outcomes == [outcomes[0]] * 4
+
+
+def test_a_program_without_sample_refuses_sampling_only(make_model):
+    model = make_model(2, can_sample=False)
+    greedy, sampled = Request("a", 5), Request("a", 5, temperature=1.0)
+    results = model.generate_batch([greedy, sampled, greedy]).run()
+    assert results[1].error == "request 2: no method sample: export it again"
+    assert results[0].token_ids == results[2].token_ids != []
+    with pytest.raises(RunnerError, match="^no method sample"):
+        model.generate("a", temperature=1.0)
+
+
+def test_a_generation_that_is_started_ends_a_batch_and_the_other_way_round(make_model):
+    model = make_model(2)
+    batch = model.generate_batch(several())
+    next(iter(batch))
+    generation = model.generate("hello", 20)
+    with pytest.raises(RunnerError, match="another generation was started"):
+        next(iter(batch))
+    next(iter(generation))
+    expected = [outcome(result) for result in model.generate_batch(several()).run()]
+    with pytest.raises(RunnerError, match="another generation was started"):
+        generation.run()
+    batch = model.generate_batch(several())
+    abandoned = model.generate_batch(several())
+    list(itertools.islice(abandoned, 9))
+    with pytest.raises(RunnerError, match="another generation was started"):
+        batch.run()
+    assert [outcome(result) for result in model.generate_batch(several()).run()] == expected
+
+
+def test_a_cancelled_result_makes_room_and_the_others_go_on(make_model):
+    model = make_model(2)
+    expected = [result.token_ids for result in model.generate_batch(several()).run()]
+    batch = model.generate_batch(several())
+    for index, _ in batch:
+        if index == 3 and len(batch.results[3].token_ids) == 2:
+            batch.results[3].cancel()
+    assert [result.token_ids for result in batch.results] == [
+        ids[:2] if i == 3 else ids for i, ids in enumerate(expected)
+    ]
+    assert batch.results[3].finish_reason == "cancelled"
+    batch.results[0].cancel()
+    assert batch.results[0].finish_reason != "cancelled"
+
+
+def test_a_batchs_statistics_are_of_all_rows(make_model):
+    batch = make_model(2).generate_batch([Request("a", 4), Request("bc", 4), Request("d", 0)])
+    assert batch.stats.decode_tok_s is None and batch.stats.requests == 0
+    batch.run()
+    stats = batch.stats
+    generated = sum(result.taken for result in batch.results)
+    assert (stats.requests, stats.prompt_tokens) == (2, 5)
+    assert stats.new_tokens == sum(len(result.token_ids) for result in batch.results)
+    assert stats.steps >= max(result.taken for result in batch.results) - 1
+    assert stats.prefill_tok_s > 0 and stats.peak_rss_mb > 1
+    assert (stats.decode_tok_s or 0) > 0 or generated == 2
+    assert stats.transfers["device_to_device"] == {"count": 2, "bytes": 16}

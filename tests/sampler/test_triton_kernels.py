@@ -1,0 +1,212 @@
+"""The Triton sampler gives the reference's tokens: on a GPU, else in Triton's interpreter with
+tiles so small that a short row has many."""
+
+import math
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # Read when a kernel is defined, Triton's own among them.
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+if not ON_GPU and isinstance(tl.philox, triton.JITFunction):
+    pytest.skip("triton was imported for a GPU before this file", allow_module_level=True)
+
+from sampler import cuda, philox  # noqa: E402
+from sampler import sample as reference  # noqa: E402
+from sampler import triton_kernels as kernels  # noqa: E402
+from sampler.greedy import greedy  # noqa: E402
+
+NAN, INF = math.nan, math.inf
+DEVICE = "cuda" if ON_GPU else "cpu"
+TILE = cuda.TILE if ON_GPU else 16
+SIZES = [1, 7, 1000, 151_936, 262_144, 262_145] if ON_GPU else [1, 7, 16, 129]
+BATCHES = [1, 2, 7, 32] if ON_GPU else [1, 2, 7]
+# Few values, so that ties are common.
+VALUES = torch.tensor([NAN, -INF, INF, -1.5, -0.0, 0.0, 2.0, 3.4e38, -3.4e38, 1e-45])
+# NumPy's, of inf - inf.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Let short rows have several chunks as well."""
+    if not ON_GPU:
+        monkeypatch.setattr(cuda, "CHUNK", 32)
+
+
+def ours(function, *tensors, **options) -> list[int]:
+    """The tokens that one of cuda.py's functions gives."""
+    token = function(*(x.to(DEVICE) for x in tensors), **{"tile": TILE} | options)
+    assert token.dtype == torch.int64
+    assert token.shape[1] == 1
+    return token.flatten().tolist()
+
+
+def parameters(rows: int, size: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Of each row: temperature, top_k, top_p, seed and position; some of them off."""
+
+    def some_off(x: torch.Tensor, off: float) -> torch.Tensor:
+        return torch.where(torch.rand(rows, generator=generator) < 0.3, off, x)
+
+    def integers(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (rows,), generator=generator)
+
+    return [
+        some_off(torch.rand(rows, generator=generator) * 2, 0.0),
+        some_off(integers(0, min(size, 400) + 3), 0).long(),
+        some_off(1 - torch.rand(rows, generator=generator), 1.0),
+        integers(-(2**63), 2**63 - 1),
+        integers(0, 2**34),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", BATCHES)
+def test_greedy_decides_ties_nan_and_infinities_as_the_reference(rows, size, dtype):
+    generator = torch.Generator().manual_seed(rows * size)
+    logits = VALUES[torch.randint(10, (rows, size), generator=generator)].to(dtype)
+    # A row each without numbers, of one tie, and with its largest last.
+    for row, value in zip(logits.unbind(), (NAN, 0.0, -INF)):
+        row[:] = value
+    if rows > 2:
+        logits[2, -1] = -1.5
+    assert ours(cuda.greedy, logits) == greedy(logits).flatten().tolist()
+
+
+def test_logits_need_not_be_contiguous():
+    wide = torch.randn(30, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for logits in (wide[::9], wide[:5, 3:17], wide.T[1::6, 3:], wide[:1].expand(4, -1)):
+        rows = logits.shape[0]
+        assert ours(cuda.greedy, logits) == greedy(logits).flatten().tolist()
+        values = parameters(rows, logits.shape[1], torch.Generator().manual_seed(2))
+        expected = reference.sample(logits.cpu(), *values).flatten().tolist()
+        assert ours(cuda.sample, logits, *values) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_select_rows_is_greedy_of_the_listed_rows(dtype):
+    logits = torch.randn(9, 100, generator=torch.Generator().manual_seed(3))
+    rows = torch.tensor([8, 0, 3, 3], dtype=dtype)
+    expected = greedy(logits)[rows.long()].flatten().tolist()
+    assert ours(cuda.select_rows, logits, rows) == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", BATCHES)
+def test_sampled_and_greedy_rows_of_one_batch_give_the_reference_s_tokens(rows, size):
+    generator = torch.Generator().manual_seed(rows + size)
+    spread = torch.tensor([1.0, 4.0, 20.0])[torch.arange(rows) % 3, None]
+    logits = torch.randn(rows, size, generator=generator) * spread
+    # A row each with ties, with NaN, and without numbers.
+    logits[1:2] = logits[1:2].round()
+    logits[2:3, ::2] = NAN
+    logits[3:4] = -INF
+    logits[4:5, ::5] = INF
+    for _ in range(2 if ON_GPU else 1):
+        values = parameters(rows, size, generator)
+        expected = reference.sample(logits, *values).flatten().tolist()
+        assert ours(cuda.sample, logits, *values) == expected
+
+
+# Of 19 tokens two are above, at 3 and 18; five tie at 0, 5, 6, 16 and 17; the rest follow.
+SUPPORTS = [
+    (0, 1.0, set(range(19))),
+    (1, 1.0, {3, 18}),
+    (2, 1.0, {3, 18}),
+    (3, 1.0, {0, 3, 5, 6, 16, 17, 18}),
+    (7, 0.2, {18}),
+    (7, 0.45, {3, 18}),
+    (7, 0.6, {3, 17, 18}),
+    (7, 0.7, {3, 16, 17, 18}),
+    (0, 0.5, {3, 18}),
+    (0, 0.6, {3, 17, 18}),
+    (2, 0.5, {18}),
+    (2, 0.51, {3, 18}),
+    (0, 1e-9, {18}),
+]
+
+
+@pytest.mark.parametrize("capacity", [1, 1000])
+def test_top_k_keeps_ties_and_top_p_drops_the_lower_ids_first(capacity):
+    draws = 500 if ON_GPU else 2
+    row = torch.full((19,), -6.0)
+    row[[0, 5, 6, 16, 17]] = 1.0
+    row[[3, 18]] = 2.0
+    top_k, top_p, kept = zip(*(case for case in SUPPORTS for _ in range(draws)))
+    rows = len(kept)
+    logits = row.expand(rows, -1)
+    seed, position = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    values = [torch.ones(rows), torch.tensor(top_k), torch.tensor(top_p), seed, position]
+    tokens = ours(cuda.sample, logits, *values, capacity=capacity)
+    assert all(token in support for token, support in zip(tokens, kept))
+    assert tokens == reference.sample(logits, *values).flatten().tolist()
+
+
+def test_neither_tiles_nor_capacity_nor_company_change_a_token():
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, 150, generator=generator)
+    values = parameters(6, 150, generator)
+    expected = ours(cuda.sample, logits, *values)
+    assert ours(cuda.sample, logits, *values, tile=64, capacity=2) == expected
+    order = torch.tensor([5, 2, 0])
+    alone = ours(cuda.sample, logits[order], *(x[order] for x in values))
+    assert alone == [expected[i] for i in order]
+
+
+@triton.jit
+def functions_kernel(x_ptr, log_ptr, scaled_ptr, mass_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(log_ptr + offsets, kernels.log(tl.load(x_ptr + offsets)))
+    scaled = tl.load(scaled_ptr + offsets)
+    tl.store(mass_ptr + offsets, kernels.mass(scaled, 0.0, 1.0))
+
+
+def test_logarithms_and_masses_have_the_reference_s_bits():
+    block, size = 1024, 2**20 if ON_GPU else 2**14
+    x = philox.uniform(torch.randint(2**23, (size,)).float())
+    x[::2] = -torch.log(x[::2])
+    scaled = torch.rand(size) * -30
+    scaled[:4] = torch.tensor([0.0, -INF, -1e-40, -26.34])
+    x, scaled = x.to(DEVICE), scaled.to(DEVICE)
+    log, mass = torch.empty_like(x), torch.empty_like(x, dtype=torch.int64)
+    functions_kernel[(size // block,)](x, log, scaled, mass, BLOCK=block)
+    assert torch.equal(log.cpu(), philox.log(x.cpu()))
+    assert torch.equal(mass.cpu(), reference.weights(scaled.cpu()))
+
+
+@needs_gpu
+def test_a_captured_graph_draws_anew_from_what_its_inputs_hold():
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(4, 5000, generator=generator), *parameters(4, 5000, generator)]
+    held = [x.to(DEVICE) for x in inputs]
+    cuda.sample(*held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token = cuda.sample(*held)
+    for _ in range(3):
+        inputs = [torch.randn(4, 5000, generator=generator), *parameters(4, 5000, generator)]
+        for x, new in zip(held, inputs):
+            x.copy_(new)
+        graph.replay()
+        assert torch.equal(token.cpu(), reference.sample(*inputs))
+
+
+@needs_gpu
+def test_the_operators_can_be_exported():
+    class Step(torch.nn.Module):
+        def forward(self, logits, *values):
+            return torch.ops.tokenloop.greedy(logits), torch.ops.tokenloop.sample(logits, *values)
+
+    generator = torch.Generator().manual_seed(6)
+    inputs = [torch.randn(3, 2000, generator=generator), *parameters(3, 2000, generator)]
+    inputs = tuple(x.to(DEVICE) for x in inputs)
+    program = torch.export.export(Step(), inputs)
+    for got, expected in zip(program.module()(*inputs), Step()(*inputs)):
+        assert torch.equal(got, expected)
