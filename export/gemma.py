@@ -16,6 +16,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from export.background import SelectionExport
 from export.errors import ExportError
 from export.recipes import RECIPES
 
@@ -100,6 +101,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
             f"--max-seq-len {max_seq_len} is more than the model's {positions} positions"
         )
     with new_artifact(options.output) as directory, torch.no_grad():
+        selection = SelectionExport(options.batch, config.vocab_size, options.backend)
         tokenizer = write_tokenizer(checkpoint, directory)
         with torch.device("meta"):
             model = gemma3.Gemma3(config, max_seq_len, options.batch)
@@ -142,7 +144,9 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
             "use_kv_cache": True,
             "enable_dynamic_shape": True,
         }
-        program = build_program(model, options.backend, max_prefill, metadata, progress)
+        program, methods = build_program(
+            model, options.backend, max_prefill, metadata, selection, progress
+        )
         progress("writing")
         with (directory / "model.pte").open("wb") as file:
             program.write_to_file(SmallWrites(file))
@@ -154,7 +158,7 @@ def export(options: argparse.Namespace, progress: Callable[[str], None]) -> None
                 "backend": options.backend,
                 "device": "cpu",
                 "model_type": model_type,
-                "methods": sorted(program.methods - metadata.keys()),
+                "methods": methods,
                 "batch": options.batch,
                 "max_seq_len": max_seq_len,
                 "max_prefill": max_prefill,

@@ -9,14 +9,15 @@ from executorch.exir import (
     ExecutorchProgramManager,
     to_edge,
 )
+from executorch.exir._serialize._cord import Cord
 from executorch.exir.passes import MemoryPlanningPass
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from export import attention, xnnpack
 from export.attention import UNIT, BlockCache, Slots
+from export.background import SelectionExport, merge
 from export.quantize import Shortlist, ShortlistHead
-from export.selection import selection_methods
 from export.xnnpack_graph import GraphBuilder, GraphDelegate
 
 # Any length but 0 and 1, which torch.export takes for constants.
@@ -156,9 +157,11 @@ def build_program(
     backend: str,
     max_prefill: int,
     constants: dict[str, int | bool | list[int]],
+    selection: SelectionExport,
     progress: Callable[[str], None],
-) -> ExecutorchProgramManager:
-    """The multi-method program of a model whose weights are loaded and quantized.
+) -> tuple[Cord, list[str]]:
+    """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
+    and its methods' names.
 
     `backend` is "xnnpack" (which changes modules of `model` in place) or "portable"; `constants`
     become metadata methods; `progress` is called with what begins.
@@ -184,10 +187,10 @@ def build_program(
             prefill, chunk, dynamic_shapes=shapes if length is not None else None
         ),
         "decode": torch.export.export(decode, (token, position)),
-        **selection_methods(batch, model.config.vocab_size, delegates=backend == "xnnpack"),
     }
-    # (The kernel that writes in place takes one index at most; the network's own caches need two.)
-    return to_program(methods, constants, backend == "xnnpack", progress)
+    program = to_program(methods, constants, backend == "xnnpack", progress)
+    progress("adding the selection methods")
+    return merge(program, selection.result()), sorted({*methods, *selection.methods})
 
 
 def to_program(
@@ -196,7 +199,8 @@ def to_program(
     in_place: bool,
     progress: Callable[[str], None],
 ) -> ExecutorchProgramManager:
-    """One program of `methods`, and of `constants` as metadata methods."""
+    """One program of `methods`, and of `constants` as metadata methods. (The kernel that writes a
+    cache `in_place` takes one index at most, and the network's own caches need two.)"""
     progress("converting the methods")
     edge = to_edge(methods, constant_methods=constants, compile_config=xnnpack.COMPILE_CONFIG)
     progress("planning memory")

@@ -255,6 +255,18 @@ def test_a_row_gives_the_same_bits_whatever_the_others_ask_and_hold(attention_of
         assert torch.equal(actual[:, row], expected[:, row])
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cached, more", [((5,), (13, 49)), ((9, 25), (97,)), ((257,), (769,))])
+def test_blocks_beyond_a_rows_position_change_no_bit(attention_of, rows, cached, more):
+    few, many = (Case(2, 2, blocks, growing=False, rows=rows) for blocks in (cached, cached + more))
+    given = scene(few, 3 * sum(cached), 1)
+    expected = attention_of(few)(*given.arguments(few))[0]
+    for size in more:
+        k, v = torch.randn(2, 2 * rows, size, SIZE, generator=torch.Generator().manual_seed(size))
+        given.blocks.append((k, v, list(range(FAR, FAR + size))))
+    assert torch.equal(attention_of(many)(*given.arguments(many))[0], expected)
+
+
 # The slots
 
 

@@ -338,6 +338,23 @@ def test_the_manifest_says_all_that_the_runner_must_know(tiny_artifact, tiny_che
     }
 
 
+def test_the_manifest_of_several_rows_says_how_many_and_what_one_of_them_has_for_itself(
+    export_artifact, tiny_artifact, tiny_checkpoint
+):
+    arguments = ("--model", tiny_checkpoint, "--quant", "fp32", "--batch", 3)
+    several = export_artifact("tiny-batch", *arguments, "--max-seq-len", 200, "--max-prefill", 7)
+    one, manifest = (
+        json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        for directory in (tiny_artifact, several)
+    )
+    assert manifest == one | {
+        "program": {"file": "model.pte", "bytes": (several / "model.pte").stat().st_size},
+        "batch": 3,
+        "methods": ["decode", "greedy", "greedy_row", "prefill", "sample", "sample_row"],
+        "state": [entry | {"shape": [3, *entry["shape"][1:]]} for entry in one["state"]],
+    }
+
+
 def test_the_runner_drives_the_format_that_the_export_writes():
     assert runner.artifact.FORMAT_VERSION == export.artifact.FORMAT_VERSION
 
