@@ -1,6 +1,6 @@
 """The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,15 +27,15 @@ TRACED_LENGTH = 3
 class DelegatedMethod(nn.Module):
     """What prefill and decode share: embedding, regions, and the caches between them."""
 
-    def __init__(self, model: nn.Module, lowered: "Lowered"):
+    def __init__(self, model: nn.Module, lowered: "Lowered", layers: "Regions"):
         super().__init__()
         config = model.config
         self.embed_tokens = model.model.embed_tokens
         self.rope = model.model.rope
         self.kinds = [layer.self_attn.kind for layer in model.model.layers]
         self.embed_scale = model.model.embed_scale
-        self.before = nn.ModuleList(lowered.before)
-        self.after = nn.ModuleList(lowered.after)
+        self.before = nn.ModuleList(layers.before)
+        self.after = nn.ModuleList(layers.after)
         self.lm_head = lowered.head
         # Methods share the buffers that have equal names.
         self.caches = nn.ModuleList(lowered.caches)
@@ -71,7 +71,7 @@ class Prefill(DelegatedMethod):
     logits float32 [1, V] after the last token."""
 
     def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
-        super().__init__(model, lowered)
+        super().__init__(model, lowered, lowered.prefill)
         shape = self.kv_heads, self.group, self.head_dim
         self.attention = nn.ModuleDict(
             {
@@ -110,7 +110,7 @@ class Decode(DelegatedMethod):
     """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
 
     def __init__(self, model: nn.Module, lowered: "Lowered"):
-        super().__init__(model, lowered)
+        super().__init__(model, lowered, lowered.decode)
         shape = self.kv_heads, self.group, self.head_dim, self.rows
         self.attention = nn.ModuleDict(
             {kind: attention.DecodeAttention(slots, *shape) for kind, slots in self.slots.items()}
@@ -217,12 +217,20 @@ def to_program(
 
 
 @dataclass(frozen=True)
+class Regions:
+    """The layers' regions before and after their attention."""
+
+    before: list[nn.Module]
+    after: list[nn.Module]
+
+
+@dataclass(frozen=True)
 class Lowered:
     """What both methods of a model are made of; `slots` by kind of layer; `shortlist`, if there is
     one, and what it scores with, by the number of rows."""
 
-    before: list[nn.Module]
-    after: list[nn.Module]
+    prefill: Regions
+    decode: Regions
     head: nn.Module
     caches: list[BlockCache]
     slots: dict[str, Slots]
@@ -235,7 +243,42 @@ def lower(
 ) -> Lowered:
     """The model's regions as delegate calls, traced with `traced` tokens: for 1 to `length` at
     once, or without it for just as many; and the caches between them."""
-    config, backbone = model.config, model.model
+    backbone, batch = model.model, model.batch
+    prefill = lower_layers(model, backbone.layers, traced, length, progress)
+    decode = prefill
+    if batch > 1:
+        layers = [xnnpack.in_parts(layer) for layer in backbone.layers]
+        decode = lower_layers(model, layers, batch, None, progress)
+    progress("lowering the head")
+    linear = model.lm_head
+    shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
+    head = xnnpack.Head(backbone.norm, linear.approximate if shortlist else linear)
+    # The last of a prompt's tokens, or one of each row.
+    rows = ({1: Dim("N", min=1, max=batch)},) if batch > 1 else None
+    head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
+
+    layers = [layer.self_attn for layer in backbone.layers]
+    slots = {layer.kind: Slots(layer.cache) for layer in layers}
+    return Lowered(
+        prefill,
+        decode,
+        head,
+        [BlockCache(layer.cache, slots[layer.kind]) for layer in layers],
+        slots,
+        shortlist,
+        {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
+    )
+
+
+def lower_layers(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    traced: int,
+    length: Dim | None,
+    progress: Callable[[str], None],
+) -> Regions:
+    """The regions of `layers`, as in `lower`."""
+    config = model.config
     kv_heads, heads, size = (
         config.num_key_value_heads,
         config.num_attention_heads,
@@ -247,37 +290,17 @@ def lower(
     cos, sin = (torch.zeros(traced, 1, size) for _ in range(2))
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
 
-    before, after = [], []
-    kinds = None
-    for i, layer in enumerate(backbone.layers, 1):
-        progress(f"lowering layer {i} of {len(backbone.layers)}")
-        regions = xnnpack.BeforeAttention(layer), xnnpack.AfterAttention(layer)
+    regions, kinds = Regions([], []), None
+    for i, layer in enumerate(layers, 1):
+        progress(f"lowering layer {i} of {len(layers)}")
+        before, after = xnnpack.BeforeAttention(layer), xnnpack.AfterAttention(layer)
         kinds = kinds or (
-            xnnpack.trace(regions[0], (x, cos, sin), (wide, tall, tall)),
-            xnnpack.trace(regions[1], (x, attended), (wide, wide)),
+            xnnpack.trace(before, (x, cos, sin), (wide, tall, tall)),
+            xnnpack.trace(after, (x, attended), (wide, wide)),
         )
-        before.append(kinds[0].lower(regions[0]))
-        after.append(kinds[1].lower(regions[1]))
-    progress("lowering the head")
-    linear = model.lm_head
-    shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
-    head = xnnpack.Head(backbone.norm, linear.approximate if shortlist else linear)
-    # The last of a prompt's tokens, or one of each row.
-    rows = Dim("N", min=1, max=model.batch) if model.batch > 1 else None
-    x = torch.zeros(1, model.batch, config.hidden_size)
-    head = xnnpack.trace(head, (x,), ({1: rows},) if rows is not None else None).lower(head)
-
-    layers = [layer.self_attn for layer in backbone.layers]
-    slots = {layer.kind: Slots(layer.cache) for layer in layers}
-    return Lowered(
-        before,
-        after,
-        head,
-        [BlockCache(layer.cache, slots[layer.kind]) for layer in layers],
-        slots,
-        shortlist,
-        {n: rescore(shortlist, n) for n in (1, model.batch)} if shortlist else {},
-    )
+        regions.before.append(kinds[0].lower(before))
+        regions.after.append(kinds[1].lower(after))
+    return regions
 
 
 def rescore(shortlist: Shortlist, rows: int) -> GraphDelegate:

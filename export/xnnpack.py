@@ -6,6 +6,7 @@ and the others are serialized from it with their own weights. That, and nothing 
 the partitioner to cut at, is what makes the export fast.
 """
 
+import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from executorch.exir.delegate import executorch_call_delegate
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from export.quantize import QuantizedLinear
 from export.xnnpack_graph import delegate
 from models.gemma3 import RMSNorm
 
@@ -89,6 +91,40 @@ def prepare(model: nn.Module) -> None:
                 setattr(module, name, DelegatedRMSNorm(child))
             elif isinstance(child, nn.GELU) and child.approximate == "tanh":
                 setattr(module, name, DelegatedGELU())
+
+
+class InParts(nn.Module):
+    """A linear layer of x [1, B, K] that takes a few rows at a time, one part after the other.
+
+    XNNPACK's int8 kernels multiply at most 5 rows at once, and take more of them in passes over all
+    of the weight; cut here, the second pass finds its weight in the processor's cache.
+    """
+
+    ROWS_AT_ONCE = 5
+
+    def __init__(self, linear: nn.Module):
+        super().__init__()
+        self.linear = linear
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = -(-x.shape[1] // self.ROWS_AT_ONCE)
+        if count == 1:
+            return self.linear(x)
+        size = -(-x.shape[1] // count)
+        parts = [x[:, i : i + size] for i in range(0, x.shape[1], size)]
+        return torch.cat([self.linear(part) for part in parts], dim=1)
+
+
+def in_parts(layer: nn.Module) -> nn.Module:
+    """A layer with the same weights whose linear layers are InParts."""
+    tensors = (*layer.parameters(), *layer.buffers())
+    layer = copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
+    for module in list(layer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, (nn.Linear, QuantizedLinear)):
+                setattr(module, name, InParts(child))
+    return layer
 
 
 class BeforeAttention(nn.Module):
