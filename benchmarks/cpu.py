@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 # As a script, the project's root must be importable.
@@ -69,9 +70,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="measure transformers with the same weights in float32 and bfloat16 as well",
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="instead measure N rows beside one, of an artifact that is exported for it",
+    )
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; it must be at least 1")
+    if options.batch is not None and options.batch < 2:
+        parser.error(f"--batch is {options.batch}; it must be at least 2")
     return options
 
 
@@ -157,7 +166,7 @@ def weights_mb(contender: Contender) -> float:
 def measure_export(options: argparse.Namespace, manifest: dict, directory: Path) -> dict:
     """Seconds and peak memory of exporting once more what the artifact is."""
     command = [sys.executable, ROOT / "export" / "gemma.py", "--output", directory / "export"]
-    for key in ("backend", "quant", "max_seq_len", "max_prefill"):
+    for key in ("backend", "quant", "max_seq_len", "max_prefill", "batch"):
         command += ["--" + key.replace("_", "-"), manifest[key]]
     if options.model is not None:
         command += ["--model", options.model]
@@ -254,6 +263,55 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
     }
 
 
+def benchmark_batch(options: argparse.Namespace, directory: Path) -> dict:
+    """Tokens per second of N rows and of one, of each engine that has rows."""
+    check_paths(options)
+    found = machine()
+    print_machine(found)
+    (ours,) = tokenloops(options)
+    text, rows = DEFAULT_TEXT.read_text(encoding="utf-8"), options.batch
+    read, _ = work(ours.python, "texts", ours.name, path=ours.spec["path"], texts=[text])
+    manifest, (ids,) = read["manifest"], read["ids"]
+    show(f"exporting with --batch {rows}")
+    measure_export(options, {**manifest, "batch": rows}, directory)
+    peers, line = llama_cpp_peers(options, 512 * rows)
+    print(line, flush=True)
+    # Each engine's name -> how it is started for N rows, and for one.
+    several = replace(ours, spec={**ours.spec, "path": str(directory / "export")})
+    contenders = {ours.name: (several, ours)} | {peer.name: (peer, peer) for peer in peers}
+    measured: dict[str, dict[int, list[float]]] = {name: {rows: [], 1: []} for name in contenders}
+    for n, (name, started) in itertools.product(range(options.repeats), contenders.items()):
+        show(f"round {n + 1} of {options.repeats}: {name}")
+        for count, contender in zip((rows, 1), started):
+            answer, _ = work(
+                contender.python, "batch", name, **contender.spec, ids=ids[:2000], rows=count
+            )
+            measured[name][count].append(answer["decode_tok_s"])
+    results = {}
+    print(f"\ndecode at context 128 to 256, tok/s{'1 row':>12}{rows:>7} rows{'ratio':>8}")
+    for name, by_rows in measured.items():
+        one, all_rows = (statistics.median(by_rows[count]) for count in (1, rows))
+        ratios = [a / b for a, b in zip(by_rows[rows], by_rows[1])]
+        ratio = statistics.median(ratios)
+        print(f"{name:<35}{one:>12.1f}{all_rows:>12.1f}{ratio:>8.2f}")
+        results[name] = {
+            "one_row_tok_s": one,
+            "decode_tok_s": all_rows,
+            "ratio": ratio,
+            "ratio_range": [min(ratios), max(ratios)],
+        }
+    return {
+        "benchmark": "cpu --batch",
+        "rows": rows,
+        "results": rounded(results),
+        "repeats": options.repeats,
+        "machine": found,
+        "date": datetime.date.today().isoformat(),
+        "llama_cpp": line,
+        "quant": manifest["quant"],
+    }
+
+
 def show(what: str) -> None:
     """What is going on, on standard error."""
     print(what, file=sys.stderr, flush=True)
@@ -263,7 +321,8 @@ def main() -> int:
     options = parse_arguments()
     try:
         with tempfile.TemporaryDirectory() as directory:
-            result = benchmark(options, Path(directory))
+            measure = benchmark_batch if options.batch else benchmark
+            result = measure(options, Path(directory))
         finish(result, options.save)
     except BenchmarkError as error:
         print(f"benchmarks/cpu.py: error: {error}", file=sys.stderr)

@@ -2,8 +2,9 @@
 
 Runs in each engine's own interpreter, so it knows the standard library and, once it is asked for,
 that engine. An engine has `load_s` (libraries imported; until it could prefill), `context`,
-`weights_mb` read for each token where it can tell, `tokens(ids, limit)` (greedy), and
-`logits(window)`: blocks float32 [<= BLOCK, V] for every position of a window.
+`weights_mb` read for each token where it can tell, `tokens(ids, limit)` (greedy), `logits(window)`:
+blocks float32 [<= BLOCK, V] for every position of a window, and some `rows(prompts, limit)`: the
+tokens of all prompts at once, step by step.
 """
 
 import itertools
@@ -40,6 +41,13 @@ class TokenLoop:
         for token in self.model.generate(ids, limit):
             yield token.id
 
+    def rows(self, prompts: list[list[int]], limit: int) -> Iterator[int]:
+        from runner.request import Request
+
+        requests = [Request(ids, max_new_tokens=limit) for ids in prompts]
+        for _, token in self.model.generate_batch(requests):
+            yield token.id
+
     def logits(self, window: list[int]) -> Iterator:
         program = self.model.loop.program
         tokens = self.numpy.array([window], self.numpy.int64)
@@ -73,6 +81,7 @@ class LlamaCpp:
         params.n_ctx = self.context = spec["context"]
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = spec["threads"]
+        params.n_seq_max = spec.get("rows", 1)
         self.state = llama_cpp.llama_init_from_model(self.model, params)
         self.load_s = time.perf_counter() - start
         self.weights_mb = llama_cpp.llama_model_size(self.model) / 1e6
@@ -92,7 +101,10 @@ class LlamaCpp:
             chunk = ids[start : start + BATCH]
             array = (self.llama.llama_token * len(chunk))(*chunk)
             self._decode(self.llama.llama_batch_get_one(array, len(chunk)))
-        logits = self.llama.llama_get_logits_ith(self.state, -1)
+        return self._best(-1)
+
+    def _best(self, i: int) -> int:
+        logits = self.llama.llama_get_logits_ith(self.state, i)
         return int(self.numpy.ctypeslib.as_array(logits, shape=(self.vocab_size,)).argmax())
 
     def tokens(self, ids: list[int], limit: int) -> Iterator[int]:
@@ -102,6 +114,32 @@ class LlamaCpp:
         for _ in range(limit - 1):
             token = self._next([token])
             yield token
+
+    def rows(self, prompts: list[list[int]], limit: int) -> Iterator[int]:
+        self._clear()
+        batch = self.llama.llama_batch_init(BATCH, 0, 1)
+
+        def evaluate(tokens: list[tuple[int, int, int]]) -> list[int]:
+            """The next token of each row after tokens (row, position, id), of which a row's last
+            one comes last."""
+            batch.n_tokens = len(tokens)
+            last = {row: i for i, (row, _, _) in enumerate(tokens)}
+            for i, (row, position, token) in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+                batch.logits[i] = last[row] == i
+            self._decode(batch)
+            return [self._best(i) for i in last.values()]
+
+        new = [
+            evaluate([(row, i, token) for i, token in enumerate(ids)])[0]
+            for row, ids in enumerate(prompts)
+        ]
+        yield from new
+        for n in range(limit - 1):
+            new = evaluate([(row, len(prompts[row]) + n, token) for row, token in enumerate(new)])
+            yield from new
+        self.llama.llama_batch_free(batch)
 
     def logits(self, window: list[int]) -> Iterator:
         self._clear()
@@ -202,6 +240,17 @@ def speed(spec: dict) -> dict:
     }
 
 
+def batch(spec: dict) -> dict:
+    """Decode in all rows at once: tokens per second of the rows together, from when each has its
+    first token. Prompts are 128 of the ids, each row's from another place on."""
+    engine, ids, rows = ENGINES[spec["engine"]](spec), spec["ids"], spec["rows"]
+    prompts = [ids[start : start + 128] for start in range(0, 16 * rows, 16)]
+    for _ in engine.rows(prompts, 2):  # caches and arenas are touched before any timing
+        pass
+    times = [time.perf_counter() for _ in engine.rows(prompts, DECODE_STEPS)]
+    return {"decode_tok_s": (len(times) - rows) / (times[-1] - times[rows - 1])}
+
+
 def score(spec: dict) -> None:
     """Write a JSON line with the greedy continuation of `ids`, then the logits of all windows, a
     block for each line on standard input."""
@@ -285,7 +334,9 @@ def save_transformers(spec: dict) -> dict:
     return {}
 
 
-TASKS = (start, generate, speed, score, system_info, texts, ceiling, weights, save_transformers)
+TASKS = (
+    start, generate, speed, batch, score, system_info, texts, ceiling, weights, save_transformers,
+)  # fmt: skip
 
 
 def main() -> int:
