@@ -166,7 +166,7 @@ class Reference:
         import torch
 
         positions = torch.arange(len(window))
-        hidden = self.model.model(window[None], positions, decoding=False)
+        hidden = self.model.model.prefill(window[None], positions, None)
         for block in hidden[0].split(BLOCK):
             yield self.model.lm_head(self.model.model.norm(block))
 
