@@ -6,7 +6,8 @@ kernels torch.export and AOTInductor see.
 
     greedy, select_rows  2 launches: the tiles' maxima, one reduction
     sample               3: the tiles' maxima, perturbed, one reduction
-                         and 2 between them where rows have a top_k or top_p: candidates, cutoff
+                         and after the first of them 4 where rows have a top_k or top_p: the row's
+                         bins, the plan of what to search, a list of that, the cutoff
 """
 
 import torch
@@ -14,35 +15,76 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sampler.triton_cutoff import candidates_kernel, cutoff_kernel
+from sampler.triton_cutoff import (
+    PLAN,
+    bins_kernel,
+    cutoff_kernel,
+    list_kernel,
+    plan_kernel,
+)
 from sampler.triton_kernels import perturbed_kernel, tile_maxima_kernel, token_kernel
 
 # 4 KiB of float32 to a program: a vocabulary of 262,144 alone makes 256 of them.
 TILE = 1024
 # Where there are more tiles than this, greedy takes them twice as large.
 MANY_TILES = 2048
-# Candidates listed for each row before its cutoff is searched for in the whole row.
-CAPACITY = 65_536
-# What that search holds at once, and the warps it has.
-CHUNK, CUTOFF_WARPS = 512, 16
+# Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
+# have hundreds of tokens to a bin, others a few. A power of two.
+BINS = 2048
+# Listed tokens that are compared each with each; longer lists are searched digit by digit, CHUNK
+# tokens at once, by this many warps.
+FEW, CHUNK, CUTOFF_WARPS = 128, 512, 16
+PLAN_WARPS = 8
 
 
 def _tile_maxima(
-    logits: Tensor, rows: Tensor | None, tile: int, found: Tensor | None, total: Tensor | None
+    logits: Tensor, rows: Tensor | None, tile: int, bins: Tensor | None = None
 ) -> Tensor:
     batch = logits.shape[0] if rows is None else rows.shape[0]
     splits = triton.cdiv(logits.shape[1], tile)
+    count = 0 if bins is None else bins.shape[2]
     maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
     wrap_triton(tile_maxima_kernel)[(splits, batch)](
-        logits, rows, maxima, found, total,
-        logits.shape[1], logits.stride(0), logits.stride(1),
-        HAS_ROWS=rows is not None, FILTERS=found is not None, TILE=tile,
+        logits, rows, maxima, bins, logits.shape[1], logits.stride(0), logits.stride(1),
+        HAS_ROWS=rows is not None, TILE=tile,
+        BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)),
     )  # fmt: skip
     return maxima
 
 
 def _greedy_tile(rows: int, vocab_size: int) -> int:
     return TILE if rows * triton.cdiv(vocab_size, TILE) <= MANY_TILES else 2 * TILE
+
+
+def _cutoffs(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tile: int
+) -> tuple[Tensor, Tensor]:
+    """The tiles' maxima, and of each row its last kept token, packed: int64 [B]."""
+    batch, vocab_size = logits.shape
+    layout = (vocab_size, logits.stride(0), logits.stride(1))
+    filters = (temperature, top_k, top_p)
+    new = {"dtype": torch.int64, "device": logits.device}
+    bins = torch.empty(batch, 2, BINS, **new)
+    plan, cutoff = torch.empty(batch, PLAN.value, **new), torch.empty(batch, **new)
+    listed = torch.empty(batch, vocab_size, dtype=torch.int32, device=logits.device)
+
+    maxima = _tile_maxima(logits, None, tile, bins)
+    splits = maxima.shape[1]
+    padded = triton.next_power_of_2(splits)
+    tiles = {"TILE": tile, "SPLITS": padded, "BINS": BINS}
+    wrap_triton(bins_kernel)[(splits, batch)](logits, maxima, *filters, bins, *layout, **tiles)
+    wrap_triton(plan_kernel)[(batch,)](
+        *filters, bins, plan, vocab_size, BINS=BINS, num_warps=PLAN_WARPS
+    )
+    wrap_triton(list_kernel)[(splits, batch)](
+        logits, maxima, temperature, plan, listed, *layout, **tiles
+    )
+    wrap_triton(cutoff_kernel)[(batch,)](
+        logits, maxima, *filters, plan, listed, cutoff, *layout, splits,
+        FEW=FEW, CHUNK=CHUNK, SPLITS=padded, ID_DIGITS=triton.cdiv(vocab_size.bit_length(), 4),
+        num_warps=CUTOFF_WARPS,
+    )  # fmt: skip
+    return maxima, cutoff
 
 
 def _tokens(maxima: Tensor, scores: Tensor | None, temperature: Tensor | None) -> Tensor:
@@ -63,14 +105,14 @@ def greedy(logits: Tensor, *, tile: int | None = None) -> Tensor:
     of two, is the logits of one program.
     """
     tile = tile or _greedy_tile(*logits.shape)
-    return _tokens(_tile_maxima(logits, None, tile, None, None), None, None)
+    return _tokens(_tile_maxima(logits, None, tile), None, None)
 
 
 @triton_op("tokenloop::select_rows", mutates_args={})
 def select_rows(logits: Tensor, rows: Tensor, *, tile: int | None = None) -> Tensor:
     """`greedy` of some rows: logits float [B, V], rows int [N] below B -> token int64 [N, 1]."""
     tile = tile or _greedy_tile(rows.shape[0], logits.shape[1])
-    return _tokens(_tile_maxima(logits, rows, tile, None, None), None, None)
+    return _tokens(_tile_maxima(logits, rows, tile), None, None)
 
 
 @triton_op("tokenloop::sample", mutates_args={})
@@ -84,41 +126,23 @@ def sample(
     *,
     restricted: bool = True,
     tile: int = TILE,
-    capacity: int = CAPACITY,
 ) -> Tensor:
     """One token of each row, as sampler.sample draws it: logits float [B, V]; temperature and
     top_p float32 [B]; top_k, seed and position int64 [B], contiguous -> token int64 [B, 1].
 
     `restricted` may be False where no row has a top_k or top_p, which are then not looked at.
-    `tile`, a power of two from 4 on, is the logits of one program, `capacity` the length of a row's
-    list of candidates; neither changes a token. A top_k above the number of tiles, or a top_p that
-    more than `capacity` tokens could be within, is searched for in the whole row: slowly.
+    `tile`, a power of two from 4 on, is the logits of one program; it does not change a token. It
+    is slow where thousands of logits tie at the cutoff.
     """
-    batch, vocab_size = logits.shape
-    layout = (vocab_size, logits.stride(0), logits.stride(1))
-    found = total = cutoff = None
     if restricted:
-        new = {"dtype": torch.int64, "device": logits.device}
-        found = torch.empty(batch, dtype=torch.int32, device=logits.device)
-        total, cutoff = torch.empty(batch, **new), torch.empty(batch, **new)
-        candidates = torch.empty(batch, capacity, **new)
-
-    maxima = _tile_maxima(logits, None, tile, found, total)
-    splits = maxima.shape[1]
-    padded = triton.next_power_of_2(splits)
-    if restricted:
-        filters = (temperature, top_k, top_p, candidates, found, total)
-        wrap_triton(candidates_kernel)[(splits, batch)](
-            logits, maxima, *filters, *layout, capacity, TILE=tile, SPLITS=padded
-        )
-        wrap_triton(cutoff_kernel)[(batch,)](
-            logits, maxima, *filters, cutoff, *layout, splits, capacity,
-            CHUNK=CHUNK, SPLITS=padded, ID_DIGITS=triton.cdiv(vocab_size.bit_length(), 4),
-            num_warps=CUTOFF_WARPS,
-        )  # fmt: skip
+        maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
+    else:
+        maxima, cutoff = _tile_maxima(logits, None, tile), None
     scores = torch.empty_like(maxima)
+    batch, splits = maxima.shape
     wrap_triton(perturbed_kernel)[(splits, batch)](
-        logits, maxima, cutoff, temperature, seed, position, scores, *layout,
-        RESTRICTED=restricted, TILE=tile, SPLITS=padded,
+        logits, maxima, cutoff, temperature, seed, position, scores,
+        logits.shape[1], logits.stride(0), logits.stride(1),
+        RESTRICTED=restricted, TILE=tile, SPLITS=triton.next_power_of_2(splits),
     )  # fmt: skip
     return _tokens(maxima, scores, temperature)

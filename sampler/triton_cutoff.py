@@ -2,14 +2,25 @@
 
 A row's cutoff is a packed int64 (logit, id): the last kept token in descending order, where of
 equal logits the higher id comes first. Rows that cut nothing leave the kernels at once.
+
+The whole grid adds a row up in bins of equal width, by scaled logit from 0 down to LOWEST, where
+weights end (radix select, with values for digits). One program then sees in which bins the row is
+cut, the grid lists those bins' tokens, and one program searches for the cutoff among them. Tokens
+below LOWEST have no mass and cannot win a row, so a top-k that reaches down to them cuts nothing.
+
+    bins  int64 [B, 2, BINS]: masses, counts
+    plan  int64 [B, 8]: the first and the last bin where top-p may cut; the one where top-k does;
+          of what is above in bins that are not listed: tokens for top-k, mass for top-p, and mass
+          of all that stays; tokens listed; and one unused
+    list  int32 [B, V]: ids, in the order of arrival; nothing that reads it depends on that
 """
 
 import triton
 import triton.language as tl
 
 from sampler.triton_kernels import (
+    LOWEST,
     NOTHING,
-    key,
     load_logits,
     load_maxima,
     log,
@@ -19,6 +30,8 @@ from sampler.triton_kernels import (
     scaled,
     value,
 )
+
+PLAN = tl.constexpr(8)
 
 
 @triton.jit
@@ -42,24 +55,30 @@ def _kth_largest(packed, k):
 
 
 @triton.jit
-def candidates_kernel(
-    logits_ptr, maxima_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
-    candidates_ptr, found_ptr, total_ptr,
-    vocab_size, row_stride, column_stride, capacity,
-    TILE: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """List the few tokens among which a row's cutoff must lie, and add up the row's mass.
+def _bin(s, BINS: tl.constexpr):
+    """The bin of scaled logits, int32: it grows as they fall, and is BINS below LOWEST."""
+    bins = (tl.maximum(s, LOWEST) * (BINS / LOWEST)).to(tl.int32)
+    return tl.where(s >= LOWEST, tl.minimum(bins, BINS - 1), BINS)
 
-    The list's order is that of arrival; nothing that reads it depends on it. It serves a top-k of
-    up to `splits`, because the k-th largest of the tiles' maxima is at most the k-th largest logit,
-    and top-p alone, because what lies ln(V / (1 - p)) below the top weighs less than 1 - p.
+
+@triton.jit
+def bins_kernel(
+    logits_ptr, maxima_ptr, temperature_ptr, top_k_ptr, top_p_ptr, bins_ptr,
+    vocab_size, row_stride, column_stride,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Add a tile to its row's bins: counts for top-k, masses for top-p.
+
+    Few tokens are added one by one, those among which the cutoff must lie. With a top-k of up to
+    `splits` they start at the k-th largest of the tiles' maxima, which is at most the k-th largest
+    logit. With top-p alone what lies ln(V / (1 - p)) below the top weighs less than 1 - p.
     """
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     splits = tl.cdiv(vocab_size, TILE)
     temperature = tl.load(temperature_ptr + row)
     k, p = _filters(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), vocab_size)
-    if (k > splits) | ((k == 0) & (p >= 1)):
+    if (k == 0) & (p >= 1):
         return
     # Addresses of stores come of what is loaded here: through a helper's pointer, torch would take
     # all that it reads for written.
@@ -67,40 +86,123 @@ def candidates_kernel(
     maxima_mask = offsets < splits
     maxima = tl.load(maxima_ptr + row * splits + offsets, mask=maxima_mask, other=NOTHING)
     own = tl.load(maxima_ptr + row * splits + split)
-    if (k > 0) & (tl.sum(((maxima >> 32) > (own >> 32)).to(tl.int32)) >= k):
+    few = (k > 0) & (k <= splits)
+    if few & (tl.sum(((maxima >> 32) > (own >> 32)).to(tl.int32)) >= k):
+        return
+    largest = value(tl.max(maxima))
+    if scaled(value(own), largest, temperature) < LOWEST:
+        return
+    floor = tl.full([], LOWEST, tl.float32)
+    if few:
+        kth = value(_kth_largest(maxima, k).to(tl.int64) << 32)
+        floor = tl.maximum(floor, scaled(kth, largest, temperature))
+    if k == 0:
+        # 0.1 is far more than rounding can lose.
+        depth = log(tl.full([], vocab_size, tl.float32)) - log(1 - p) + 0.1
+        floor = tl.maximum(floor, -depth)
+    ids = split * TILE + tl.arange(0, TILE)
+    logit_ptrs = logits_ptr + row * row_stride + ids * column_stride
+    x = numbers(tl.load(logit_ptrs, mask=ids < vocab_size, other=float("-inf")))
+    s = scaled(x, largest, temperature)
+    added = (s >= floor) & (ids < vocab_size)
+    row_ptr = bins_ptr + row * 2 * BINS
+    bin_ptrs = row_ptr + _bin(s, BINS)
+    if k > 0:
+        tl.atomic_add(bin_ptrs + BINS, added.to(tl.int64), mask=added, sem="relaxed")
+    if p < 1:
+        weights = mass(x, largest, temperature)
+        tl.atomic_add(bin_ptrs, weights, mask=added, sem="relaxed")
+        if k == 0:
+            # The rest counts only towards the sum of all bins.
+            rest = tl.sum(tl.where(added, 0, weights))
+            tl.atomic_add(row_ptr + BINS - 1, rest, sem="relaxed")
+
+
+@triton.jit
+def plan_kernel(
+    temperature_ptr, top_k_ptr, top_p_ptr, bins_ptr, plan_ptr, vocab_size, BINS: tl.constexpr
+):  # fmt: skip
+    """Find the bins that must be searched for each row's cutoff; -1 where there are none.
+
+    How much mass top-k leaves is known but for the share of its own bin, so top-p may cut in any
+    bin between those of the least and the most that can be left: in one, or a few beside it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    plan_ptr += row * PLAN
+    temperature = tl.load(temperature_ptr + row)
+    k, p = _filters(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), vocab_size)
+    none = tl.full([], -1, tl.int32)
+    first, last, kth = none, none, none
+    if (k > 0) | (p < 1):
+        bins = tl.arange(0, BINS)
+        masses = tl.load(bins_ptr + row * 2 * BINS + bins)
+        counts = tl.load(bins_ptr + row * 2 * BINS + BINS + bins)
+        limit = tl.sum((tl.cumsum(counts) < k).to(tl.int32))
+        limit = tl.where(k > 0, limit, BINS)
+        kth = tl.where(limit < BINS, limit, -1)
+        first, last = kth, kth
+        if p < 1:
+            least = tl.sum(tl.where(bins < limit, masses, 0))
+            most = tl.sum(tl.where(bins <= limit, masses, 0))
+            reached = tl.cumsum(masses).to(tl.float64)
+            share = p.to(tl.float64)
+            first = tl.sum((reached < share * least.to(tl.float64)).to(tl.int32))
+            last = tl.sum((reached < share * most.to(tl.float64)).to(tl.int32))
+        # Where top-k cuts nothing, all the mass stays, listed or not.
+        is_listed = (bins >= first) & (bins <= last)
+        stays = (bins < limit) & ((is_listed == 0) | (kth < 0))
+        tl.store(plan_ptr + 3, tl.sum(tl.where(stays, counts, 0)))
+        tl.store(plan_ptr + 4, tl.sum(tl.where(bins < first, masses, 0)))
+        tl.store(plan_ptr + 5, tl.sum(tl.where(stays, masses, 0)))
+    tl.store(plan_ptr, first.to(tl.int64))
+    tl.store(plan_ptr + 1, last.to(tl.int64))
+    tl.store(plan_ptr + 2, kth.to(tl.int64))
+    tl.store(plan_ptr + 6, tl.full([], 0, tl.int64))
+
+
+@triton.jit
+def list_kernel(
+    logits_ptr, maxima_ptr, temperature_ptr, plan_ptr, list_ptr,
+    vocab_size, row_stride, column_stride,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """List a tile's tokens of the bins that plan_kernel found."""
+    split = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    plan_ptr += row * PLAN
+    first, last = tl.load(plan_ptr), tl.load(plan_ptr + 1)
+    kth = tl.load(plan_ptr + 2)
+    lowest = tl.maximum(last, kth)
+    if lowest < 0:
+        return
+    temperature = tl.load(temperature_ptr + row)
+    splits = tl.cdiv(vocab_size, TILE)
+    offsets = tl.arange(0, SPLITS)
+    maxima_mask = offsets < splits
+    maxima = tl.load(maxima_ptr + row * splits + offsets, mask=maxima_mask, other=NOTHING)
+    own = tl.load(maxima_ptr + row * splits + split)
+    largest = value(tl.max(maxima))
+    if _bin(scaled(value(own), largest, temperature), BINS) > lowest:
         return
     ids = split * TILE + tl.arange(0, TILE)
     logit_ptrs = logits_ptr + row * row_stride + ids * column_stride
     x = numbers(tl.load(logit_ptrs, mask=ids < vocab_size, other=float("-inf")))
-    if k > 0:
-        listed = key(x) >= _kth_largest(maxima, k)
-    else:
-        largest = value(tl.max(maxima))
-        tile_mass = tl.sum(mass(x, largest, temperature))
-        tl.atomic_add(total_ptr + row, tile_mass, sem="relaxed")
-        # 0.1 is far more than rounding can lose.
-        depth = log(tl.full([], vocab_size, tl.float32)) - log(1 - p) + 0.1
-        listed = scaled(x, largest, temperature) >= -depth
+    bins = _bin(scaled(x, largest, temperature), BINS)
+    listed = ((bins >= first) & (bins <= last)) | (bins == kth)
     listed = listed & (ids < vocab_size)
     count = tl.sum(listed.to(tl.int32))
     if count > 0:
-        start = tl.atomic_add(found_ptr + row, count, sem="relaxed")
+        start = tl.atomic_add(plan_ptr + 6, count.to(tl.int64), sem="relaxed")
         slots = start + tl.cumsum(listed.to(tl.int32)) - 1
-        slot_ptrs = candidates_ptr + row * capacity + slots
-        tl.store(slot_ptrs, pack(x, ids), mask=listed & (slots < capacity))
+        tl.store(list_ptr + row * vocab_size + slots, ids, mask=listed)
 
 
 @triton.jit
-def _load_tokens(
-    row_ptr, list_ptr, listed, start, size, vocab_size, column_stride, CHUNK: tl.constexpr
-):
-    """Packed (logit, id) [CHUNK] of a row's list, or of the row itself where it has none."""
+def _load_tokens(row_ptr, list_ptr, start, size, vocab_size, column_stride, CHUNK: tl.constexpr):
+    """Packed (logit, id) [CHUNK] of a row's list; past its end -inf, which is not in lists."""
     offsets = start + tl.arange(0, CHUNK)
-    if listed:
-        packed = tl.load(list_ptr + offsets, mask=offsets < size, other=NOTHING)
-    else:
-        packed = pack(load_logits(row_ptr, offsets, vocab_size, column_stride), offsets)
-    return packed
+    ids = tl.load(list_ptr + offsets, mask=offsets < size, other=vocab_size)
+    return pack(load_logits(row_ptr, ids, vocab_size, column_stride), ids)
 
 
 @triton.jit
@@ -113,84 +215,85 @@ def _weights(packed, cutoff, largest, temperature, BY_MASS: tl.constexpr):
 
 @triton.jit
 def _reached(packed, weights, thresholds):
-    """What each token adds, int64 [CHUNK, 16], to the weight from each threshold upwards."""
-    return tl.where(packed[:, None] >= thresholds[None, :], weights[:, None], 0)
+    """What tokens [N] add, int64 [M], to the weight from each of M thresholds upwards."""
+    return tl.sum(tl.where(packed[None, :] >= thresholds[:, None], weights[None, :], 0), axis=1)
 
 
 @triton.jit
 def _search(
-    row_ptr, list_ptr, listed, size, vocab_size, column_stride,
-    target, cutoff, largest, temperature,
-    BY_MASS: tl.constexpr, LEVELS: tl.constexpr, CHUNK: tl.constexpr,
+    row_ptr, list_ptr, size, vocab_size, column_stride,
+    above, target, cutoff, largest, temperature,
+    BY_MASS: tl.constexpr, LEVELS: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The largest packed value with at least `target` (float64) of tokens, or of mass, from it
-    upwards, among the tokens from `cutoff` on; 4 bits a level: 8 of the logit, then the id's."""
-    # Lists are seldom longer than a chunk, which stays in registers.
-    packed = _load_tokens(row_ptr, list_ptr, listed, 0, size, vocab_size, column_stride, CHUNK)
-    weights = _weights(packed, cutoff, largest, temperature, BY_MASS)
-    floor = tl.full([], -0x8000000000000000, tl.int64)
-    digits = tl.arange(0, 16).to(tl.int64)
-    for level in range(LEVELS):
-        # Digits of the id that no id of this vocabulary has are left out.
-        shift = tl.where(level < 8, 60 - 4 * level, 4 * (LEVELS - 1 - level)).to(tl.int64)
-        thresholds = floor + (digits << shift)
-        reached = _reached(packed, weights, thresholds)
-        start = tl.full([], CHUNK, tl.int32)
-        while start < size:
-            more = _load_tokens(
-                row_ptr, list_ptr, listed, start, size, vocab_size, column_stride, CHUNK
-            )
-            more_weights = _weights(more, cutoff, largest, temperature, BY_MASS)
-            reached += _reached(more, more_weights, thresholds)
-            start += CHUNK
-        enough = tl.sum(reached, axis=0).to(tl.float64) >= target
-        digit = tl.sum(enough.to(tl.int32)) - 1
-        floor += tl.maximum(digit, 0).to(tl.int64) << shift
-    return floor
+    upwards, `above` (int64) of them before the list: among the list's tokens from `cutoff` on."""
+    if size <= FEW:
+        packed = _load_tokens(row_ptr, list_ptr, 0, size, vocab_size, column_stride, FEW)
+        weights = _weights(packed, cutoff, largest, temperature, BY_MASS)
+        enough = (above + _reached(packed, weights, packed)).to(tl.float64) >= target
+        floor = tl.max(tl.where(enough, packed, NOTHING))
+    else:
+        # 4 bits a level: 8 of the logit, then the id's, less digits that no id here has.
+        floor = tl.full([], -0x8000000000000000, tl.int64)
+        digits = tl.arange(0, 16).to(tl.int64)
+        for level in range(LEVELS):
+            shift = tl.where(level < 8, 60 - 4 * level, 4 * (LEVELS - 1 - level)).to(tl.int64)
+            thresholds = floor + (digits << shift)
+            reached = above + tl.zeros([16], tl.int64)
+            start = tl.full([], 0, tl.int32)
+            while start < size:
+                packed = _load_tokens(
+                    row_ptr, list_ptr, start, size, vocab_size, column_stride, CHUNK
+                )
+                weights = _weights(packed, cutoff, largest, temperature, BY_MASS)
+                reached += _reached(packed, weights, thresholds)
+                start += CHUNK
+            digit = tl.sum((reached.to(tl.float64) >= target).to(tl.int32)) - 1
+            floor += tl.maximum(digit, 0).to(tl.int64) << shift
+    # All that tie with the k-th largest stay.
+    return floor if BY_MASS else (floor >> 32) << 32
 
 
 @triton.jit
 def cutoff_kernel(
-    logits_ptr, maxima_ptr, temperature_ptr, top_k_ptr, top_p_ptr,
-    candidates_ptr, found_ptr, total_ptr, cutoff_ptr,
-    vocab_size, row_stride, column_stride, splits, capacity,
-    CHUNK: tl.constexpr, SPLITS: tl.constexpr, ID_DIGITS: tl.constexpr,
+    logits_ptr, maxima_ptr, temperature_ptr, top_k_ptr, top_p_ptr, plan_ptr, list_ptr, cutoff_ptr,
+    vocab_size, row_stride, column_stride, splits,
+    FEW: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, ID_DIGITS: tl.constexpr,
 ):  # fmt: skip
     """The last kept token of each row, packed with its id: tokens from it upwards are kept.
 
-    Both searches find, four bits at a time, the largest packed value that enough lies at or above:
-    k tokens, of whatever id, for top-k; p of the mass for top-p, where of equal logits the higher
-    id comes first.
+    The k-th largest logit first, of whatever id; then, where of equal logits the higher id comes
+    first, the token with which top_p of the mass that is left is reached.
     """
     row = tl.program_id(0).to(tl.int64)
+    plan_ptr += row * PLAN
     cutoff = tl.full([], NOTHING, tl.int64)
-    temperature = tl.load(temperature_ptr + row)
-    k, p = _filters(temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), vocab_size)
-    if (k > 0) | (p < 1):
+    first, kth = tl.load(plan_ptr), tl.load(plan_ptr + 2)
+    if tl.maximum(first, kth) >= 0:
         largest = value(tl.max(load_maxima(maxima_ptr, row, splits, SPLITS)))
+        temperature, p = tl.load(temperature_ptr + row), tl.load(top_p_ptr + row)
+        size = tl.load(plan_ptr + 6).to(tl.int32)
+        total = tl.load(plan_ptr + 5)
         row_ptr = logits_ptr + row * row_stride
-        list_ptr = candidates_ptr + row * capacity
-        found = tl.load(found_ptr + row)
-        listed = (k <= splits) & (found <= capacity)
-        size = tl.where(listed, found, vocab_size)
-        if k > 0:
+        list_ptr += row * vocab_size
+        if kth >= 0:
             cutoff = _search(
-                row_ptr, list_ptr, listed, size, vocab_size, column_stride,
-                k.to(tl.float64), cutoff, largest, temperature, False, 8, CHUNK,
+                row_ptr, list_ptr, size, vocab_size, column_stride,
+                tl.load(plan_ptr + 3), tl.load(top_k_ptr + row).to(tl.float64),
+                cutoff, largest, temperature, False, 8, FEW, CHUNK,
             )  # fmt: skip
         if p < 1:
-            total = tl.load(total_ptr + row)
-            if k > 0:
+            if kth >= 0:
                 start = tl.full([], 0, tl.int32)
                 while start < size:
                     packed = _load_tokens(
-                        row_ptr, list_ptr, listed, start, size, vocab_size, column_stride, CHUNK
+                        row_ptr, list_ptr, start, size, vocab_size, column_stride, CHUNK
                     )
                     total += tl.sum(_weights(packed, cutoff, largest, temperature, True))
                     start += CHUNK
-            target = p.to(tl.float64) * total.to(tl.float64)
             cutoff = _search(
-                row_ptr, list_ptr, listed, size, vocab_size, column_stride,
-                target, cutoff, largest, temperature, True, 8 + ID_DIGITS, CHUNK,
+                row_ptr, list_ptr, size, vocab_size, column_stride,
+                tl.load(plan_ptr + 4), p.to(tl.float64) * total.to(tl.float64),
+                cutoff, largest, temperature, True, 8 + ID_DIGITS, FEW, CHUNK,
             )  # fmt: skip
     tl.store(cutoff_ptr + row, cutoff)

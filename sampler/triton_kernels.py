@@ -131,11 +131,12 @@ def _gumbel(first_id, seed, position, TILE: tl.constexpr):
 
 @triton.jit
 def tile_maxima_kernel(
-    logits_ptr, rows_ptr, maxima_ptr, found_ptr, total_ptr,
+    logits_ptr, rows_ptr, maxima_ptr, bins_ptr,
     vocab_size, row_stride, column_stride,
-    HAS_ROWS: tl.constexpr, FILTERS: tl.constexpr, TILE: tl.constexpr,
+    HAS_ROWS: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS."""
+    """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS. The tiles'
+    programs share the zeroing of the row's bins, int64 [B, 2, BINS], ZEROS each."""
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     source_row = row
@@ -145,11 +146,10 @@ def tile_maxima_kernel(
     x = load_logits(logits_ptr + source_row * row_stride, ids, vocab_size, column_stride)
     best = tl.max(pack(x, ID_MASK - ids))
     tl.store(maxima_ptr + row * tl.cdiv(vocab_size, TILE) + split, best)
-    if FILTERS:
-        # candidates_kernel, the next launch, counts on from zero.
-        is_first = split == 0
-        tl.store(found_ptr + row, 0, mask=is_first)
-        tl.store(total_ptr + row, 0, mask=is_first)
+    if BINS:
+        # triton_cutoff's bins_kernel, the next launch, adds to them.
+        zeros = split * ZEROS + tl.arange(0, ZEROS)
+        tl.store(bins_ptr + row * 2 * BINS + zeros, tl.zeros([ZEROS], tl.int64), zeros < 2 * BINS)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from export.quantize import QuantizedLinear
-from export.xnnpack import DelegatedGELU, DelegatedRMSNorm, Head, trace
+from export.xnnpack import DelegatedGELU, DelegatedRMSNorm, Head, InParts, in_parts, trace
 from models.gemma3 import RMSNorm
 from runner.executorch_runtime import set_backend_option
 
@@ -104,6 +104,53 @@ def test_a_head_gives_each_row_the_bits_that_it_has_alone(as_method, bits, group
     for row in range(5):
         alone = run(x[:, [row]])
         assert torch.equal(alone[0], logits[[row]]) and torch.equal(alone[1], hidden[:, [row]])
+
+
+class Parts(nn.Module):
+    """A linear layer that notes how many rows it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features, self.seen = 8, 4, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.shape[1])
+        return x[..., :4] * 2.0
+
+
+@pytest.mark.parametrize(
+    "rows, parts",
+    [(1, [1]), (5, [5]), (6, [3, 3]), (7, [4, 3]), (10, [5, 5]), (11, [4, 4, 3]), (16, [4] * 4)],
+)
+def test_rows_are_multiplied_in_even_parts_of_five_at_most(rows, parts):
+    linear, x = Parts(), random(1, rows, 8)
+    assert torch.equal(InParts(linear)(x), x[..., :4] * 2.0)
+    assert linear.seen == parts
+
+
+def test_a_layer_in_parts_shares_its_weights_and_leaves_the_layer_as_it_was():
+    layer = nn.Sequential(linear(64, 32, 1), QuantizedLinear(linear(32, 64, 2), 8, None))
+    divided = in_parts(layer)
+    assert [type(module) for module in layer] == [nn.Linear, QuantizedLinear]
+    assert [type(module) for module in divided] == [InParts, InParts]
+    assert divided[0].linear.weight is layer[0].weight
+    for name, buffer in layer[1].named_buffers():
+        assert getattr(divided[1].linear, name) is buffer
+
+
+@pytest.mark.parametrize("bits, group_size", [(None, None), (8, None), (4, 32)])
+def test_each_row_of_several_parts_has_the_bits_that_it_has_alone(as_method, bits, group_size):
+    layer, x = linear(64, 96, 1), random(1, 7, 64)
+    if bits:
+        layer = QuantizedLinear(layer, bits, group_size)
+    run, alone = (
+        as_method(trace(region, (rows,), None).lower(region), (rows,))
+        for region, rows in ((in_parts(nn.Sequential(layer)), x), (nn.Sequential(layer), x[:, :1]))
+    )
+    (out,) = run(x)
+    torch.testing.assert_close(out, layer(x), rtol=1e-4, atol=1e-4)
+    for row in range(7):
+        assert torch.equal(alone(x[:, [row]])[0], out[:, [row]])
 
 
 def test_a_region_that_xnnpack_does_not_take_is_refused():

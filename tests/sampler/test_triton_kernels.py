@@ -38,6 +38,7 @@ def short_chunks(monkeypatch):
     """Let short rows have several chunks as well."""
     if not ON_GPU:
         monkeypatch.setattr(cuda, "CHUNK", 32)
+        monkeypatch.setattr(cuda, "FEW", 8)
 
 
 def ours(function, *tensors, **options) -> list[int]:
@@ -133,8 +134,10 @@ SUPPORTS = [
 ]
 
 
-@pytest.mark.parametrize("capacity", [1, 1000])
-def test_top_k_keeps_ties_and_top_p_drops_the_lower_ids_first(capacity):
+@pytest.mark.parametrize("bins, few", [(1, 1), (2048, 1), (16, 128)])
+def test_top_k_keeps_ties_and_top_p_drops_the_lower_ids_first(monkeypatch, bins, few):
+    monkeypatch.setattr(cuda, "BINS", bins)
+    monkeypatch.setattr(cuda, "FEW", few)
     draws = 500 if ON_GPU else 2
     row = torch.full((19,), -6.0)
     row[[0, 5, 6, 16, 17]] = 1.0
@@ -144,17 +147,54 @@ def test_top_k_keeps_ties_and_top_p_drops_the_lower_ids_first(capacity):
     logits = row.expand(rows, -1)
     seed, position = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
     values = [torch.ones(rows), torch.tensor(top_k), torch.tensor(top_p), seed, position]
-    tokens = ours(cuda.sample, logits, *values, capacity=capacity)
+    tokens = ours(cuda.sample, logits, *values)
     assert all(token in support for token, support in zip(tokens, kept))
     assert tokens == reference.sample(logits, *values).flatten().tolist()
 
 
-def test_neither_tiles_nor_capacity_nor_company_change_a_token():
+# Of top_k and top_p; tiles of 16 make 13 of 200 logits.
+CUTS = [
+    (0, 0.05), (0, 0.5), (0, 0.95), (0, 0.99999), (5, 1.0), (13, 0.9), (14, 1.0), (14, 0.3),
+    (100, 0.99), (199, 0.9), (200, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spread, bins, few",
+    [(0.01, 4, 64), (1.0, 128, 16), (1.0, 2048, 8), (6.0, 128, 128), (60.0, 2048, 8)],
+)
+def test_cutoffs_are_the_reference_s_wherever_bins_part_a_row(monkeypatch, spread, bins, few):
+    """Rows within one bin, across many, and mostly below all, with ties on either side."""
+    monkeypatch.setattr(cuda, "BINS", bins)
+    monkeypatch.setattr(cuda, "FEW", few)
+    generator = torch.Generator().manual_seed(7)
+    rows = len(CUTS)
+    x = torch.randn(rows, 200, generator=generator)
+    x[::2] = (x[::2] * 8).round() / 8
+    x *= spread
+    top_k, top_p = (torch.tensor(column) for column in zip(*CUTS))
+    temperature = torch.full((rows,), 0.8)
+    inputs = [y.to(DEVICE) for y in (x, temperature, top_k, top_p)]
+    cutoff = cuda._cutoffs(*inputs, TILE)[1].cpu()[:, None]
+
+    largest = x.amax(-1, keepdim=True)
+    descending = x.sort(-1, descending=True).values
+    cut = reference.threshold(descending, largest, temperature, top_k, top_p)
+    expected = reference.restrict(x, largest, temperature, *cut) > -INF
+    bits = torch.where(x == 0, 0.0, x).view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    kept = (keys << 32 | torch.arange(200)) >= cutoff
+    # What cannot win may stay.
+    can_win = reference.scale(x, largest, temperature) >= kernels.HOPELESS.value
+    assert torch.equal(kept & can_win, expected & can_win)
+
+
+def test_neither_tiles_nor_company_change_a_token():
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(6, 150, generator=generator)
     values = parameters(6, 150, generator)
     expected = ours(cuda.sample, logits, *values)
-    assert ours(cuda.sample, logits, *values, tile=64, capacity=2) == expected
+    assert ours(cuda.sample, logits, *values, tile=64) == expected
     order = torch.tensor([5, 2, 0])
     alone = ours(cuda.sample, logits[order], *(x[order] for x in values))
     assert alone == [expected[i] for i in order]
