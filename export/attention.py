@@ -2,9 +2,8 @@
 
 A layer's cache is cut into blocks of 512, 1536, 6144, ... slots, each a tensor of its own (256,
 768, ... where there are several rows): a method attends to the first few of them, chosen by its
-position (ExecuTorch cannot pass a part of a
-tensor on without copying it). Shapes: B rows, K key-value heads, G query heads for each of them,
-T tokens of one row, D the size of a head.
+position (ExecuTorch cannot pass a part of a tensor on without copying it). Shapes: B rows,
+K key-value heads, G query heads for each of them, T tokens of one row, D the size of a head.
 """
 
 from collections.abc import Callable, Sequence
