@@ -25,16 +25,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
 
 
 class KVCache(nn.Module):
-    """Slots for keys and values: k, v float [B, S, K, D], zero until written.
+    """Slots for keys and values: k, v [B, S, K, D] of `dtype`, zero until written.
 
-    A chunk belongs to one row, `row` int64 [1]; without it there is only one.
+    A chunk belongs to one row, `row` int64 [1]; without it there is only one. Being activations
+    the slots are on the CPU even where parameters are made on "meta".
     """
 
-    def __init__(self, batch: int, slots: int, kv_heads: int, head_dim: int):
+    def __init__(
+        self,
+        batch: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.slots = slots
         for name in ("k", "v"):
-            buffer = torch.zeros(batch, slots, kv_heads, head_dim)
+            buffer = torch.zeros(batch, slots, kv_heads, head_dim, dtype=dtype, device="cpu")
             self.register_buffer(name, buffer, persistent=False)
 
     def of(self, row: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from models.cache import FullCache, SlidingCache
+from models import layers
+from models.cache import FullCache, KVCache, SlidingCache
+from models.layers import MLP, Attention, Backbone, CausalLM, RopeConfig, RotaryEmbedding
 
 MODEL_TYPES = ("gemma3_text",)
 # transformers' Gemma3TextConfig; the 4B's config.json says nothing of what equals these.
@@ -27,14 +29,6 @@ DEFAULTS = {
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
 }
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of one kind of layer; `factor` divides positions (linear scaling)."""
-
-    theta: float
-    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -136,100 +130,28 @@ def checkpoint_name(name: str) -> str | None:
     return None if name.endswith("lm_head.weight") else name
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight) over the last axis, in float32 (arXiv:1910.07467)."""
+class RMSNorm(layers.RMSNorm):
+    """x / rms(x) * (1 + weight): the published weights are what is added to one."""
 
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (1.0 + self.weight.float())).to(x.dtype)
-
-
-class RotaryEmbedding(nn.Module):
-    """cos and sin of rotary angles (arXiv:2104.09864), each [T, 1, head_dim] for positions [T]."""
-
-    def __init__(self, rope: RopeConfig, head_dim: int):
-        super().__init__()
-        frequency = rope.theta ** (torch.arange(0, head_dim, 2, device="cpu") / head_dim)
-        self.register_buffer("inv_freq", 1.0 / frequency / rope.factor, persistent=False)
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = (positions.float()[:, None] * self.inv_freq)[:, None]
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs (i, i + D/2) of x [B, T, H, D] by the angles whose cos and sin are given."""
-    cos, sin = rope
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys, over its own KV cache."""
-
-    def __init__(self, config: Gemma3Config, kind: str, batch: int, max_seq_len: int):
-        super().__init__()
-        c = config
-        self.kind, self.head_dim = kind, c.head_dim
-        self.scale = c.query_pre_attn_scalar**-0.5
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        # A ring never needs more slots than there are positions.
-        if kind == "sliding_attention":
-            cache, slots = SlidingCache, min(c.sliding_window, max_seq_len)
-        else:
-            cache, slots = FullCache, max_seq_len
-        # The cache holds activations, so it is real where parameters may still be on "meta".
-        with torch.device("cpu"):
-            self.cache = cache(batch, slots, c.num_key_value_heads, c.head_dim)
-
-    def project(self, x: Tensor, rope: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, head_dim], keys and values [B, T, K, head_dim] of x [B, T, D]."""
-        q, k, v = (
-            proj(x).view(x.shape[0], -1, proj.out_features // self.head_dim, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(self.q_norm(q), rope[self.kind]), rotate(self.k_norm(k), rope[self.kind]), v
-
-    def combine(self, attended: Tensor) -> Tensor:
-        """The heads' results [B, T, H, head_dim] brought back to [B, T, D]."""
-        return self.o_proj(attended.reshape(attended.shape[0], -1, self.o_proj.in_features))
-
-
-class MLP(nn.Module):
-    """GELU-gated feed-forward (arXiv:2002.05202), with the tanh approximation of GELU."""
-
-    def __init__(self, config: Gemma3Config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = nn.GELU(approximate="tanh")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    offset = 1.0
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each between a norm before and a norm after."""
 
-    def __init__(self, config: Gemma3Config, kind: str, batch: int, max_seq_len: int):
+    def __init__(self, config: Gemma3Config, kind: str, cache: KVCache):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, kind, batch, max_seq_len)
-        self.mlp = MLP(config)
+        self.self_attn = Attention(
+            kind,
+            size,
+            config.num_attention_heads,
+            cache,
+            q_norm=RMSNorm(config.head_dim, eps),
+            k_norm=RMSNorm(config.head_dim, eps),
+            scale=config.query_pre_attn_scalar**-0.5,
+        )
+        self.mlp = MLP(size, config.intermediate_size, nn.GELU(approximate="tanh"))
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.pre_feedforward_layernorm = RMSNorm(size, eps)
@@ -245,79 +167,37 @@ class Block(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class Backbone(nn.Module):
-    """Embedding, blocks and final norm: tokens int64 [B, T] to hidden states [B, T, D]."""
+class Gemma3(CausalLM):
+    """A Gemma 3 text model; a prefill chunk is no longer than the sliding window. Caches hold
+    `dtype`."""
 
-    def __init__(self, config: Gemma3Config, batch: int, max_seq_len: int):
-        super().__init__()
-        # transformers keeps the scale in the weights' dtype; a Python float multiplies the same
-        # in float32.
-        self.embed_scale = config.hidden_size**0.5
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, kind, batch, max_seq_len) for kind in config.layer_types
+    def __init__(
+        self,
+        config: Gemma3Config,
+        max_seq_len: int,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ):
+        # A ring never needs more slots than there are positions.
+        window = min(config.sliding_window, max_seq_len)
+        kinds = {
+            "sliding_attention": (SlidingCache, window),
+            "full_attention": (FullCache, max_seq_len),
+        }
+
+        def block(kind: str) -> Block:
+            cache, slots = kinds[kind]
+            shape = batch, slots, config.num_key_value_heads, config.head_dim
+            return Block(config, kind, cache(*shape, dtype))
+
+        backbone = Backbone(
+            nn.Embedding(config.vocab_size, config.hidden_size),
+            [block(kind) for kind in config.layer_types],
+            RMSNorm(config.hidden_size, config.rms_norm_eps),
+            {kind: RotaryEmbedding(rope, config.head_dim) for kind, rope in config.rope.items()},
+            # transformers keeps the scale in the weights' dtype; a Python float multiplies the
+            # same in float32.
+            embed_scale=config.hidden_size**0.5,
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rope = nn.ModuleDict(
-            {kind: RotaryEmbedding(config.rope[kind], config.head_dim) for kind in config.rope}
-        )
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Scaled embeddings [B, T, D] of tokens int64 [B, T]."""
-        return self.embed_tokens(tokens) * self.embed_scale
-
-    def rotations(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each kind of layer cos and sin [T, 1, head_dim] at positions int64 [T]."""
-        return {kind: rope(positions) for kind, rope in self.rope.items()}
-
-    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None) -> Tensor:
-        """Hidden states [1, T, D] of a chunk: tokens int64 [1, T] at positions int64 [T]."""
-        x, rope = self.embed(tokens), self.rotations(positions)
-        for layer in self.layers:
-            cache, scale = layer.self_attn.cache, layer.self_attn.scale
-            attended = cache.prefill(*layer.project(x, rope), positions, scale, row)
-            x = layer.finish(x, attended)
-        return x
-
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
-        """Hidden states [B, 1, D] of a step: token int64 [B, 1] at position int64 [B]."""
-        x, rope = self.embed(token), self.rotations(position)
-        # Rows, not tokens, are at positions of their own.
-        rope = {kind: (cos[:, None], sin[:, None]) for kind, (cos, sin) in rope.items()}
-        for layer in self.layers:
-            cache, scale = layer.self_attn.cache, layer.self_attn.scale
-            x = layer.finish(x, cache.decode(*layer.project(x, rope), position, scale))
-        return x
-
-
-class Gemma3(nn.Module):
-    """A Gemma 3 text model of `batch` rows whose caches reach max_seq_len positions.
-
-    A prefill chunk holds at most `max_chunk` tokens.
-    """
-
-    def __init__(self, config: Gemma3Config, max_seq_len: int, batch: int = 1):
-        super().__init__()
+        super().__init__(backbone, batch, max_seq_len, window, tied=True)
         self.config = config
-        self.batch, self.max_seq_len = batch, max_seq_len
-        self.max_chunk = min(config.sliding_window, max_seq_len)
-        self.model = Backbone(config, batch, max_seq_len)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.tie()
-
-    def tie(self) -> None:
-        """Let the head share the embedding's weight, as every Gemma 3 does."""
-        self.lm_head.weight = self.model.embed_tokens.weight
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [B, V] of hidden states [B, 1, D] before the final norm."""
-        return self.lm_head(self.model.norm(hidden)).float()[:, 0]
-
-    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
-        """Logits [1, V] after the last of tokens int64 [1, T] at positions int64 [T] of one row,
-        `row` int64 [1]; a model of one row takes none."""
-        return self.logits(self.model.prefill(tokens, positions, row)[:, -1:])
-
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits [B, V] after token int64 [B, 1] at position int64 [B]."""
-        return self.logits(self.model.decode(token, position))
