@@ -25,10 +25,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
 
 
 class KVCache(nn.Module):
-    """Slots for keys and values: k, v [B, S, K, D] of `dtype`, zero until written.
+    """Slots for keys and values: k, v float [B, S, K, D], zero until written.
 
-    A chunk belongs to one row, `row` int64 [1]; without it there is only one. Being activations
-    the slots are on the CPU even where parameters are made on "meta".
+    A chunk belongs to one row, `row` int64 [1]; without it there is only one.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class KVCache(nn.Module):
         super().__init__()
         self.slots = slots
         for name in ("k", "v"):
-            buffer = torch.zeros(batch, slots, kv_heads, head_dim, dtype=dtype, device="cpu")
+            buffer = torch.zeros(batch, slots, kv_heads, head_dim, dtype=dtype)
             self.register_buffer(name, buffer, persistent=False)
 
     def of(self, row: Tensor | None) -> tuple[Tensor, Tensor]:

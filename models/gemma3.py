@@ -1,17 +1,13 @@
-"""Gemma 3 text models (Gemma 3 Technical Report, arXiv:2503.19786), named as in transformers.
-
-What a network is: embeddings, blocks, KV caches, logits. It does not know how it is exported or
-driven, nor how a token is chosen. Shapes: B rows, T tokens, D hidden size, V vocabulary.
-"""
+"""Gemma 3 text models (Gemma 3 Technical Report, arXiv:2503.19786), named as in transformers."""
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from models import layers
-from models.cache import FullCache, KVCache, SlidingCache
-from models.layers import MLP, Attention, Backbone, CausalLM, RopeConfig, RotaryEmbedding
+from models import gemma, layers
+from models.layers import RopeConfig, RotaryEmbedding, kv_cache
 
 MODEL_TYPES = ("gemma3_text",)
 # transformers' Gemma3TextConfig; the 4B's config.json says nothing of what equals these.
@@ -81,18 +77,8 @@ class Gemma3Config:
 
 
 def _layer_types(config: dict) -> tuple[str, ...]:
-    layers = config["num_hidden_layers"]
     pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    types = config.get("layer_types") or [
-        "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
-    ]
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown or len(types) != layers:
-        raise ValueError(
-            f"layer_types has {len(types)} entries for {layers} layers"
-            + (f" and unknown kinds {sorted(unknown)}" if unknown else "")
-        )
-    return tuple(types)
+    return gemma.layer_types(config, pattern)
 
 
 def _rope(config: dict) -> dict[str, RopeConfig]:
@@ -117,59 +103,36 @@ def _rope(config: dict) -> dict[str, RopeConfig]:
 
 
 def checkpoint_name(name: str) -> str | None:
-    """A checkpoint's tensor name as this model's parameter name; None for what is left out.
-
-    Multimodal checkpoints hold the text model under a prefix beside a vision tower.
-    """
-    if "vision_tower." in name or "multi_modal_projector." in name:
-        return None
-    for prefix in ("model.language_model.", "language_model.model."):
-        if name.startswith(prefix):
-            name = "model." + name.removeprefix(prefix)
-    # The head is tied to the embedding in every Gemma 3.
-    return None if name.endswith("lm_head.weight") else name
+    """A checkpoint's tensor name as this model's parameter name; None for what is left out."""
+    return gemma.text_name(name, ("vision_tower", "multi_modal_projector"))
 
 
 class RMSNorm(layers.RMSNorm):
-    """x / rms(x) * (1 + weight): the published weights are what is added to one."""
+    """The published weights are what is added to one."""
 
     offset = 1.0
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each between a norm before and a norm after."""
+class Attention(layers.Attention):
+    """Grouped-query attention with normalised queries and keys, over its own KV cache."""
 
-    def __init__(self, config: Gemma3Config, kind: str, cache: KVCache):
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(
-            kind,
-            size,
-            config.num_attention_heads,
-            cache,
-            q_norm=RMSNorm(config.head_dim, eps),
-            k_norm=RMSNorm(config.head_dim, eps),
-            scale=config.query_pre_attn_scalar**-0.5,
-        )
-        self.mlp = MLP(size, config.intermediate_size, nn.GELU(approximate="tanh"))
-        self.input_layernorm = RMSNorm(size, eps)
-        self.post_attention_layernorm = RMSNorm(size, eps)
-        self.pre_feedforward_layernorm = RMSNorm(size, eps)
-        self.post_feedforward_layernorm = RMSNorm(size, eps)
-
-    def project(self, x: Tensor, rope: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """What the KV cache is given: all of the block before the attention itself."""
-        return self.self_attn.project(self.input_layernorm(x), rope)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """All of the block after the attention: x [B, T, D] plus both residual branches."""
-        x = x + self.post_attention_layernorm(self.self_attn.combine(attended))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+    def __init__(
+        self, config: Gemma3Config, kind: str, batch: int, max_seq_len: int, dtype: torch.dtype
+    ):
+        c = config
+        shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
+        cache = kv_cache(kind, c.sliding_window, *shape, dtype)
+        super().__init__(kind, c.hidden_size, c.num_attention_heads, cache)
+        self.scale = c.query_pre_attn_scalar**-0.5
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
 
-class Gemma3(CausalLM):
-    """A Gemma 3 text model; a prefill chunk is no longer than the sliding window. Caches hold
-    `dtype`."""
+class Gemma3(gemma.Gemma):
+    """A Gemma 3 text model of `batch` rows whose caches, of `dtype`, reach max_seq_len positions.
+
+    A prefill chunk holds at most `max_chunk` tokens.
+    """
 
     def __init__(
         self,
@@ -178,26 +141,18 @@ class Gemma3(CausalLM):
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
-        # A ring never needs more slots than there are positions.
-        window = min(config.sliding_window, max_seq_len)
-        kinds = {
-            "sliding_attention": (SlidingCache, window),
-            "full_attention": (FullCache, max_seq_len),
-        }
-
-        def block(kind: str) -> Block:
-            cache, slots = kinds[kind]
-            shape = batch, slots, config.num_key_value_heads, config.head_dim
-            return Block(config, kind, cache(*shape, dtype))
-
-        backbone = Backbone(
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
+        model = gemma.Backbone(
             nn.Embedding(config.vocab_size, config.hidden_size),
-            [block(kind) for kind in config.layer_types],
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
+            [
+                gemma.Block(
+                    Attention(config, kind, batch, max_seq_len, dtype),
+                    gemma.MLP(config.hidden_size, config.intermediate_size),
+                    norm,
+                )
+                for kind in config.layer_types
+            ],
+            norm(),
             {kind: RotaryEmbedding(rope, config.head_dim) for kind, rope in config.rope.items()},
-            # transformers keeps the scale in the weights' dtype; a Python float multiplies the
-            # same in float32.
-            embed_scale=config.hidden_size**0.5,
         )
-        super().__init__(backbone, batch, max_seq_len, window, tied=True)
-        self.config = config
+        super().__init__(config, model, max_seq_len, batch)

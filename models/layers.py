@@ -1,25 +1,17 @@
-"""What networks have in common: norms, rotary embeddings, and the way of a token through blocks.
+"""Parts that networks are made of, and that do not depend on one another.
 
-Names are transformers'. Shapes: B rows, T tokens, D hidden size, V vocabulary, H query heads,
-K key-value heads.
+Shapes: B rows, T tokens, D hidden size, H query heads, K key/value heads.
 """
 
-from collections.abc import Mapping, Sequence
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cache import KVCache
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of one kind of layer; `factor` divides positions (linear scaling)."""
-
-    theta: float
-    factor: float = 1.0
+from models.cache import FullCache, KVCache, SlidingCache
 
 
 class Piece(NamedTuple):
@@ -40,20 +32,16 @@ class Piece(NamedTuple):
         return whole.narrow(-2, self.part * size, size)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight) over the last axis, in float32 (arXiv:1910.07467)."""
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of one kind of layer.
 
-    offset = 0.0
+    `factor` divides positions (linear scaling); only the share `partial` of the pairs turns.
+    """
 
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (self.offset + self.weight.float())).to(x.dtype)
+    theta: float
+    factor: float = 1.0
+    partial: float = 1.0
 
 
 class RotaryEmbedding(nn.Module):
@@ -61,8 +49,11 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rope: RopeConfig, head_dim: int):
         super().__init__()
-        frequency = rope.theta ** (torch.arange(0, head_dim, 2, device="cpu") / head_dim)
-        self.register_buffer("inv_freq", 1.0 / frequency / rope.factor, persistent=False)
+        turning = int(rope.partial * head_dim // 2)
+        frequency = rope.theta ** (torch.arange(0, 2 * turning, 2, device="cpu") / head_dim)
+        # The other pairs keep the angle 0.
+        inv_freq = F.pad(1.0 / frequency / rope.factor, (0, head_dim // 2 - turning))
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = (positions.float()[:, None] * self.inv_freq)[:, None]
@@ -78,11 +69,59 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention around a KV cache, which does the attending itself.
+def normalize(x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last axis (arXiv:1910.07467), float32 whatever x is."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
-    `kind` names the rotary embedding; scores are multiplied by `scale`. `bias` gives queries, keys
-    and values one; `q_norm` and `k_norm` may be identities.
+
+class RMSNorm(nn.Module):
+    """normalize(x) * (offset + weight) over the last axis, in float32."""
+
+    offset = 0.0
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (normalize(x, self.eps) * (self.offset + self.weight.float())).to(x.dtype)
+
+
+def rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` (positive) as `dtype` holds it: by Python's arithmetic, so that a traced graph gets
+    a number."""
+    mantissa, exponent = math.frexp(value)
+    steps = 2.0 / torch.finfo(dtype).eps
+    return math.ldexp(round(mantissa * steps) / steps, exponent)
+
+
+def kv_cache(
+    kind: str,
+    window: int,
+    batch: int,
+    max_seq_len: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> KVCache:
+    """The cache of a layer of a kind: a ring of `window` slots for sliding_attention."""
+    # A ring never needs more slots than there are positions.
+    if kind == "sliding_attention":
+        cache, slots = SlidingCache, min(window, max_seq_len)
+    else:
+        cache, slots = FullCache, max_seq_len
+    # A cache holds activations, so it is real where parameters may still be on "meta".
+    with torch.device("cpu"):
+        return cache(batch, slots, kv_heads, head_dim, dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention's projections and its KV cache, whose shape tells K and head_dim.
+
+    `own_values` false: there is no v_proj. `bias`: queries, keys and values have one. Norms of
+    queries and keys are those of the network; without any they are identities.
     """
 
     def __init__(
@@ -91,26 +130,29 @@ class Attention(nn.Module):
         hidden_size: int,
         heads: int,
         cache: KVCache,
-        q_norm: nn.Module,
-        k_norm: nn.Module,
-        scale: float,
+        own_values: bool = True,
         bias: bool = False,
     ):
         super().__init__()
-        kv_heads, self.head_dim = cache.k.shape[2:]
-        self.kind, self.scale = kind, scale
-        self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
-        self.q_norm, self.k_norm, self.cache = q_norm, k_norm, cache
+        kv_heads, head_dim = cache.k.shape[2:]
+        self.kind, self.head_dim = kind, head_dim
+        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
+        if own_values:
+            self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.cache = cache
+
+    def heads(self, projected: Tensor) -> Tensor:
+        """[B, T, H or K, head_dim] of what a projection gave, [B, T, ...]."""
+        return projected.view(
+            projected.shape[0], -1, projected.shape[2] // self.head_dim, self.head_dim
+        )
 
     def project(self, x: Tensor, rope: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, head_dim], keys and values [B, T, K, head_dim] of x [B, T, D]."""
-        q, k, v = (
-            proj(x).view(x.shape[0], -1, proj.out_features // self.head_dim, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(self.q_norm(q), rope[self.kind]), rotate(self.k_norm(k), rope[self.kind]), v
 
     def combine(self, attended: Tensor) -> Tensor:
@@ -130,89 +172,3 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Backbone(nn.Module):
-    """Embedding, blocks and final norm. `layers` have project, finish and self_attn; `rope` is by
-    their kind; embeddings are multiplied by `embed_scale`."""
-
-    def __init__(
-        self,
-        embed_tokens: nn.Embedding,
-        layers: Sequence[nn.Module],
-        norm: nn.Module,
-        rope: Mapping[str, RotaryEmbedding],
-        embed_scale: float = 1.0,
-    ):
-        super().__init__()
-        self.embed_tokens, self.embed_scale = embed_tokens, embed_scale
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
-        self.rope = nn.ModuleDict(rope)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Scaled embeddings [B, T, D] of tokens int64 [B, T]."""
-        x = self.embed_tokens(tokens)
-        return x if self.embed_scale == 1.0 else x * self.embed_scale
-
-    def rotations(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each kind of layer cos and sin [T, 1, head_dim] at positions int64 [T]."""
-        return {kind: rope(positions) for kind, rope in self.rope.items()}
-
-    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None) -> Tensor:
-        """Hidden states [1, T, D] of a chunk: tokens int64 [1, T] at positions int64 [T]."""
-        x, rope = self.embed(tokens), self.rotations(positions)
-        for layer in self.layers:
-            cache, scale = layer.self_attn.cache, layer.self_attn.scale
-            attended = cache.prefill(*layer.project(x, rope), positions, scale, row)
-            x = layer.finish(x, attended)
-        return x
-
-    def decode(self, x: Tensor, position: Tensor) -> Tensor:
-        """Hidden states [B, 1, D] of a step: embeddings [B, 1, D] at position int64 [B]."""
-        rope = self.rotations(position)
-        # Rows, not tokens, are at positions of their own.
-        rope = {kind: (cos[:, None], sin[:, None]) for kind, (cos, sin) in rope.items()}
-        for layer in self.layers:
-            cache, scale = layer.self_attn.cache, layer.self_attn.scale
-            x = layer.finish(x, cache.decode(*layer.project(x, rope), position, scale))
-        return x
-
-
-class CausalLM(nn.Module):
-    """A network of `batch` rows whose caches reach max_seq_len positions: the methods that are
-    exported.
-
-    A prefill chunk holds at most `max_chunk` tokens. A head that is `tied` shares the embedding's
-    weight.
-    """
-
-    def __init__(self, model: Backbone, batch: int, max_seq_len: int, max_chunk: int, tied: bool):
-        super().__init__()
-        self.batch, self.max_seq_len, self.max_chunk = batch, max_seq_len, max_chunk
-        self.model = model
-        vocab_size, hidden_size = model.embed_tokens.weight.shape
-        self.lm_head = nn.Linear(hidden_size, vocab_size, bias=False)
-        if tied:
-            self.lm_head.weight = model.embed_tokens.weight
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [B, V] of hidden states [B, 1, D] before the final norm."""
-        return self.lm_head(self.model.norm(hidden)).float()[:, 0]
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What decode_embedded takes: hidden states [B, T, D] of tokens int64 [B, T]."""
-        return self.model.embed(tokens)
-
-    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
-        """Logits [1, V] after the last of tokens int64 [1, T] at positions int64 [T] of one row,
-        `row` int64 [1]; a model of one row takes none."""
-        return self.logits(self.model.prefill(tokens, positions, row)[:, -1:])
-
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits [B, V] after token int64 [B, 1] at position int64 [B]."""
-        return self.decode_embedded(self.embed(token), position)
-
-    def decode_embedded(self, hidden: Tensor, position: Tensor) -> Tensor:
-        """Logits [B, V] after the token embedded as hidden [B, 1, D] at position int64 [B]."""
-        return self.logits(self.model.decode(hidden, position))

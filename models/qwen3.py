@@ -12,17 +12,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from models.cache import FullCache
-from models.layers import (
-    MLP,
-    Attention,
-    Backbone,
-    CausalLM,
-    Piece,
-    RMSNorm,
-    RopeConfig,
-    RotaryEmbedding,
-)
+from models import layers
+from models.cache import KVCache
+from models.decoder import Backbone, CausalLM
+from models.layers import MLP, Piece, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
 from models.moe import MoeConfig, SparseMoe
 
 KIND = "full_attention"
@@ -161,27 +154,26 @@ def checkpoint_name(name: str) -> str | Piece:
     return Piece(f"{experts}.{target}", part, parts, None if entry is None else int(entry))
 
 
+class Attention(layers.Attention):
+    """Grouped-query attention with biases (Qwen2) or with normalised queries and keys (Qwen3)."""
+
+    def __init__(self, config: Qwen3Config, cache: KVCache):
+        biased = config.model_type == "qwen2"
+        heads, size = config.num_attention_heads, config.head_dim
+        super().__init__(KIND, config.hidden_size, heads, cache, bias=biased)
+        self.scale = size**-0.5
+        if not biased:
+            self.q_norm = RMSNorm(size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(size, config.rms_norm_eps)
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each after a norm and added to what was before it."""
 
-    def __init__(self, config: Qwen3Config, cache: FullCache):
+    def __init__(self, config: Qwen3Config, cache: KVCache):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        biased = config.model_type == "qwen2"
-
-        def head_norm() -> nn.Module:
-            return nn.Identity() if biased else RMSNorm(config.head_dim, eps)
-
-        self.self_attn = Attention(
-            KIND,
-            size,
-            config.num_attention_heads,
-            cache,
-            q_norm=head_norm(),
-            k_norm=head_norm(),
-            scale=config.head_dim**-0.5,
-            bias=biased,
-        )
+        self.self_attn = Attention(config, cache)
         if config.moe is None:
             self.mlp = MLP(size, config.intermediate_size, nn.SiLU())
         else:
@@ -200,7 +192,10 @@ class Block(nn.Module):
 
 
 class Qwen3(CausalLM):
-    """A Qwen text model; a prefill chunk may be as long as the cache. Caches hold `dtype`."""
+    """A Qwen text model of `batch` rows whose caches, of `dtype`, reach max_seq_len positions.
+
+    A prefill chunk may be as long as the cache.
+    """
 
     def __init__(
         self,
@@ -210,12 +205,20 @@ class Qwen3(CausalLM):
         dtype: torch.dtype = torch.float32,
     ):
         shape = batch, max_seq_len, config.num_key_value_heads, config.head_dim
-        backbone = Backbone(
+        model = Backbone(
             nn.Embedding(config.vocab_size, config.hidden_size),
-            [Block(config, FullCache(*shape, dtype)) for _ in range(config.num_hidden_layers)],
+            [
+                Block(config, kv_cache(KIND, max_seq_len, *shape, dtype))
+                for _ in range(config.num_hidden_layers)
+            ],
             RMSNorm(config.hidden_size, config.rms_norm_eps),
             {KIND: RotaryEmbedding(config.rope, config.head_dim)},
         )
-        tied = config.tie_word_embeddings
-        super().__init__(backbone, batch, max_seq_len, max_seq_len, tied)
-        self.config = config
+        super().__init__(
+            config,
+            model,
+            max_seq_len,
+            batch,
+            max_chunk=max_seq_len,
+            tied=config.tie_word_embeddings,
+        )

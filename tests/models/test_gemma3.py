@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from export.checkpoint import load_weights, open_checkpoint
-from models.gemma3 import Gemma3, Gemma3Config, RopeConfig, checkpoint_name
+from models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
+from models.layers import RopeConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MAX_SEQ_LEN = 80
