@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models import gemma, layers
 from models.layers import RopeConfig, RotaryEmbedding, kv_cache
