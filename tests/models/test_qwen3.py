@@ -1,7 +1,6 @@
 """Eager float32 models against transformers, on random checkpoints of a few thousand weights."""
 
 import functools
-from itertools import pairwise
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from export.checkpoint import load_weights, open_checkpoint
 from models.layers import Piece, RopeConfig
 from models.moe import MoeConfig, SparseMoe
 from models.qwen3 import Qwen3, Qwen3Config, checkpoint_name
+from tests.models.driving import Batch, assert_near, generate, prefill, prompt
 
 MAX_SEQ_LEN = 80
 # The heads' 4 * 18 values are not the hidden size.
@@ -74,43 +74,12 @@ def ours(case: str, max_seq_len: int = MAX_SEQ_LEN, batch: int = 1) -> Qwen3:
     return model.eval().requires_grad_(False)
 
 
-def prompt(length: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(100 * seed + length)
-    return torch.randint(SMALL["vocab_size"], (1, length), generator=generator)
-
-
 @functools.cache
 def logits_of_one_pass(case: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A prompt of the whole cache, and transformers' logits [T, V] after each of its tokens."""
     tokens = prompt(MAX_SEQ_LEN)
     with torch.no_grad():
         return tokens, reference(case)(tokens).logits[0]
-
-
-def prefill(model: Qwen3, tokens: torch.Tensor, ends: list[int], *row: int) -> list[torch.Tensor]:
-    """Logits after each chunk of a prompt from position 0, in chunks that end at `ends`."""
-    rows = [torch.tensor(row)] if row else []
-    return [
-        model.prefill(tokens[:, start:end], torch.arange(start, end), *rows)
-        for start, end in pairwise([0, *ends])
-    ]
-
-
-def generate(model: Qwen3, tokens: torch.Tensor, steps: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy ids, and the logits [steps, V] that each was chosen from."""
-    rows = prefill(model, tokens, [tokens.shape[1]])
-    ids = [rows[-1].argmax().item()]
-    for position in range(tokens.shape[1], tokens.shape[1] + steps - 1):
-        rows.append(model.decode(torch.tensor([ids[-1:]]), torch.tensor([position])))
-        ids.append(rows[-1].argmax().item())
-    return ids, torch.cat(rows)
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to 1e-4 of the largest logit."""
-    assert actual.dtype == torch.float32
-    tolerance = 1e-4 * expected.abs().max().item()
-    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -146,20 +115,16 @@ def test_chunks_of_any_lengths_give_the_logits_of_one_pass(case, ends):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ragged_rows_of_a_batch_are_the_texts_of_models_of_one_row(case):
-    model, lengths, steps = ours(case, batch=3), (23, 1, 9), 12
-    logits = [prefill(model, prompt(n), [n], row)[-1] for row, n in enumerate(lengths)]
-    texts = [[each.argmax().item()] for each in logits]
-    for step in range(steps - 1):
-        token = torch.tensor([text[-1:] for text in texts])
-        chosen_from = model.decode(token, torch.tensor(lengths) + step)
-        for row, text in enumerate(texts):
-            text.append(chosen_from[row].argmax().item())
-            logits[row] = torch.cat([logits[row], chosen_from[row : row + 1]])
+def test_ragged_rows_of_a_batch_are_transformers_texts_and_those_of_models_of_one_row(case):
+    batch, lengths = Batch(ours(case, batch=3), reference(case)), (23, 1, 9)
     for row, length in enumerate(lengths):
-        ids, alone = generate(ours(case), prompt(length), steps)
-        assert texts[row] == ids
-        assert_near(logits[row], alone)
+        batch.begin(row, prompt(length))
+    batch.step(11)
+    for row, length in enumerate(lengths):
+        batch.check(row)
+        ids, logits = generate(ours(case), prompt(length), 12)
+        assert batch.texts[row][length:] == ids
+        assert_near(torch.cat(batch.logits[row]), logits)
 
 
 @pytest.mark.parametrize("case", CASES)
