@@ -321,3 +321,6 @@ class Gemma3(nn.Module):
     def decode(self, token: Tensor, position: Tensor) -> Tensor:
         """Logits [B, V] after token int64 [B, 1] at position int64 [B]."""
         return self.logits(self.model.decode(token, position))
+
+
+Network, Config = Gemma3, Gemma3Config
