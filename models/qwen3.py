@@ -222,3 +222,6 @@ class Qwen3(CausalLM):
             max_chunk=max_seq_len,
             tied=config.tie_word_embeddings,
         )
+
+
+Network, Config = Qwen3, Qwen3Config
