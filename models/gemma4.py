@@ -115,10 +115,8 @@ class Gemma4Config:
         missing = [key for key in sizes if config[key] is None]
         if missing:
             raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-        layer_types = gemma.layer_types(config)
-        # transformers would make it one; a checkpoint that it wrote says so.
-        if layer_types[-1] != "full_attention":
-            raise ValueError(f"layer_types ends with {layer_types[-1]}: only full_attention")
+        # The last layer is full whatever the list says.
+        layer_types = (*gemma.layer_types(config)[:-1], "full_attention")
         return cls(
             **{key: config[key] for key in plain},
             final_logit_softcapping=config["final_logit_softcapping"],
