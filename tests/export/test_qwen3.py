@@ -112,7 +112,7 @@ def test_rows_of_a_program_give_the_eager_networks_logits(export_of, name):
     directory, model = export_of(name)
     program, rows = program_of(directory), model.batch
     ids = np.random.default_rng(0).integers(3, 258, (rows, 20))
-    lengths = np.array([9, 1, 5, 12])[:rows]
+    lengths = [9, 1, 5, 12][:rows]
     for row, length in enumerate(lengths):
         start = 0
         for count in even(length, MAX_PREFILL):
@@ -123,7 +123,8 @@ def test_rows_of_a_program_give_the_eager_networks_logits(export_of, name):
                 assert_near(actual, model.prefill(*arguments).numpy())
             start += count
     for step in range(8):
-        token, position = ids[np.arange(rows), lengths + step][:, None], lengths + step
+        position = np.array(lengths) + step
+        token = ids[np.arange(rows), position][:, None]
         actual = program.decode(token, position).copy()
         with torch.no_grad():
             expected = model.decode(torch.from_numpy(token), torch.from_numpy(position)).numpy()
