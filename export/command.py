@@ -20,6 +20,7 @@ from export.recipes import RECIPES
 
 DEFAULT_OUTPUT = "artifacts/{name}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
+BACKENDS = ("xnnpack", "portable", "inductor")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,15 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         type=Path,
         help="a .gguf file or a Hugging Face directory; without it the installed demo model",
     )
-    parser.add_argument("--backend", choices=("xnnpack", "portable"), default="xnnpack")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="xnnpack",
+        help="ExecuTorch's XNNPACK or its plain kernels (a .pte), or AOTInductor (a .pt2)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of --backend inductor"
+    )
     parser.add_argument(
         "--quant",
         choices=RECIPES,
@@ -76,8 +85,12 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     options = parser.parse_args(arguments)
     if options.quant is None:
         options.quant = "8da8w" if options.backend == "xnnpack" else "fp32"
-    if options.backend == "portable" and options.quant != "fp32":
-        parser.error(f"--quant {options.quant} needs --backend xnnpack: portable is fp32 only")
+    if options.backend != "xnnpack" and options.quant != "fp32":
+        parser.error(
+            f"--quant {options.quant} needs --backend xnnpack: {options.backend} is fp32 only"
+        )
+    if options.backend != "inductor" and options.device != "cpu":
+        parser.error(f"--device {options.device} needs --backend inductor")
     # A token of the prompt and one of the output.
     for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
         value = getattr(options, name)
@@ -99,7 +112,6 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
 
     from export.artifact import new_artifact, write_manifest
     from export.checkpoint import load_weights, open_checkpoint
-    from export.pte_artifact import PteArtifact
     from export.tokenizer_files import write_tokenizer
 
     # 1. The checkpoint and the network it describes.
@@ -121,8 +133,12 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         raise ExportError(
             f"--max-seq-len {max_seq_len} is more than the model's {positions} positions"
         )
+    if options.backend == "inductor":
+        from export.pt2_artifact import Pt2Artifact as Artifact
+    else:
+        from export.pte_artifact import PteArtifact as Artifact
     with new_artifact(options.output) as directory, torch.no_grad():
-        engine = PteArtifact(options, config.vocab_size)
+        engine = Artifact(options, config.vocab_size)
         tokenizer = write_tokenizer(checkpoint, directory)
         with torch.device("meta"):
             model = network.Network(config, max_seq_len, options.batch)
