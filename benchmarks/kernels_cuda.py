@@ -88,13 +88,13 @@ def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]
     """Ways to cut a product, the operators' own first."""
     own = linear_tiles(rows, matrix.outputs, matrix.inputs, bits, torch.bfloat16)
     if bits:
-        shapes = [(64, 0, 4, 4), (128, 0, 4, 4), (128, 0, 8, 4), (64, 0, 4, 6)]
+        # Integer weights go by spans, whatever the block of inputs.
+        shapes = [(64, 128, 4, 4), (128, 128, 4, 4), (128, 128, 8, 4), (64, 128, 4, 6)]
     else:
         shapes = [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4), (64, 256, 4, 3)]
     small = matrix.inputs <= 2048 and matrix.outputs <= 4096
     if small:
-        shapes = [(16, 128, 4, 4), (32, 128, 4, 4), shapes[0]]
-        shapes = shapes if not bits else [(16, 0, 4, 4), (32, 0, 4, 4), shapes[2]]
+        shapes = [(16, 128, 4, 4), (32, 128, 4, 4), (64, 128, 4, 4)]
     ways = [own]
     for block_n, block_k, warps, stages in shapes:
         tiles = -(-matrix.outputs // block_n)
@@ -316,7 +316,7 @@ def measure_attention(report: Report, layout: Layout, counters: Tensor, repeats:
             clones = [x.clone() for x in caches[0]]
             expected = reference.attend_step(qkv, position, *clones, *inputs, **options)
             candidates = attend_candidates(layout)
-            build([lambda tiles=tiles: attend(caches[1], tiles) for tiles in candidates])
+            build([lambda t=tiles, f=attend, c=clones: f(c, t) for tiles in candidates])
             for i, tiles in enumerate(candidates):
 
                 def work(tiles=tiles, caches=caches, expected=expected, attend=attend):
@@ -337,7 +337,6 @@ def measure_attention(report: Report, layout: Layout, counters: Tensor, repeats:
 
             row = {"name": layout.name, "form": f"c{context}", "rows": rows, "way": "torch"}
             report.measure(row, size, repeats, work)
-            del caches
 
 
 def measure_layer(

@@ -24,10 +24,16 @@ def _round(weight: Tensor, group_size: int, largest: int) -> tuple[Tensor, Tenso
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """int [N, K] values of 4 or 8 bits, symmetric around 0 -> int32 words [N, W]."""
+    """int [N, K] values of 4 or 8 bits, symmetric around 0 -> int32 words [N, W].
+
+    Raises ValueError for other widths, and for rows of 4 bits so short that their words are as
+    many as of 8 bits.
+    """
     if bits not in (4, 8):
         raise ValueError(f"bits = {bits}: 4 or 8")
     fields = 32 // bits
+    if values.shape[1] <= SPAN_WORDS * 4 and bits == 4:
+        raise ValueError(f"{values.shape[1]} inputs of 4 bits: they need more than 128")
     values = F.pad(values.int(), (0, -values.shape[1] % (SPAN_WORDS * fields)))
     stored = values + 8 if bits == 4 else values & 0xFF
     stored = stored.view(values.shape[0], -1, fields, SPAN_WORDS)
