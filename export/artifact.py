@@ -76,11 +76,10 @@ def new_artifact(output: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def write_manifest(directory: Path, program: str, entries: dict) -> None:
+def write_manifest(directory: Path, entries: dict) -> None:
     """Write manifest.json: `entries`, and what is the same for every artifact."""
     manifest = {
         "format": FORMAT_VERSION,
-        "program": {"file": program, "bytes": (directory / program).stat().st_size},
         **entries,
         "versions": {name: version(name) for name in ("tokenloop", "torch", "executorch")},
     }

@@ -286,3 +286,6 @@ class Gemma4(gemma.Gemma):
         """float32 [B, V] of hidden states [B, 1, D] before the final norm, soft-capped."""
         logits, cap = super().logits(hidden), self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+Network, Config = Gemma4, Gemma4Config
