@@ -1,76 +1,10 @@
-"""A network's decode step on CUDA by models/kernels: five launches a layer, and two for its ends.
-
-Weights that are read together lie together: queries', keys' and values' rows, and gate's and up's.
-The network's own layers, which prefill uses, become views of them.
-"""
+"""A decode step on CUDA by models/kernels: five launches a layer, and two for the ends."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.rows import FusedLayer, Rows
 from models.kernels import cuda
-from models.kernels.packing import quantize_int4, quantize_int8
-from models.kernels.reference import dequantize
-
-QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
-ACTIVATIONS = {nn.GELU: "gelu_tanh", nn.SiLU: "silu"}
-
-
-class Rows(nn.Module):
-    """The weights of linear layers, one below the other: float [N, K], or words of
-    models/kernels/packing.py with scales float32 [N, K / G]."""
-
-    def __init__(self, linears: list[nn.Linear], bits: int):
-        super().__init__()
-        weight = torch.cat([linear.weight for linear in linears])
-        self.inputs = weight.shape[1]
-        weight, scale = QUANTIZERS[bits](weight) if bits else (weight, None)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
-
-    def views(self, linears: list[nn.Linear]) -> list[nn.Module]:
-        """Layers like those that these rows were made of, in the same memory."""
-        sizes = [linear.out_features for linear in linears]
-
-        def split(tensor: Tensor | None) -> list[Tensor | None]:
-            if tensor is None:
-                return [None] * len(sizes)
-            return [nn.Parameter(part, requires_grad=False) for part in tensor.split(sizes)]
-
-        parts = zip(*(split(tensor) for tensor in (self.weight, self.scale, self.bias)))
-        return [RowsView(self.inputs, *part) for part in parts]
-
-
-class RowsView(nn.Module):
-    """A linear layer whose weights are some of Rows: x [..., K] -> [..., N]."""
-
-    def __init__(self, inputs: int, weight: Tensor, scale: Tensor | None, bias: Tensor | None):
-        super().__init__()
-        self.in_features, self.out_features = inputs, weight.shape[0]
-        self.weight, self.scale, self.bias = weight, scale, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.scale is not None:
-            weight = dequantize(weight, self.scale, self.in_features).to(x.dtype)
-        return F.linear(x, weight, self.bias)
-
-
-class FusedLayer(nn.Module):
-    """What a layer's launches read. `block` is changed: its linear layers become views."""
-
-    def __init__(self, block: nn.Module, bits: int):
-        super().__init__()
-        attention, mlp = block.self_attn, block.mlp
-        projections = [name for name in ("q_proj", "k_proj", "v_proj") if hasattr(attention, name)]
-        self.qkv = _fuse(attention, projections, bits)
-        self.o = _fuse(attention, ["o_proj"], bits)
-        self.gate_up = _fuse(mlp, ["gate_proj", "up_proj"], bits)
-        self.down = _fuse(mlp, ["down_proj"], bits)
-        self.block = block
-        self.activation = ACTIVATIONS[type(mlp.act)]
 
 
 class FusedDecode(nn.Module):
@@ -109,7 +43,8 @@ class FusedDecode(nn.Module):
             )  # fmt: skip
             branch = self._linear(hidden, layer.down)
             before = block
-        options = {"wide": True, "soft_cap": getattr(self.network, "soft_cap", None) or 0.0}
+        cap = getattr(self.network.config, "final_logit_softcapping", None)
+        options = {"wide": True, "soft_cap": cap or 0.0}
         return self._after(before, x, branch, backbone.norm, self.head, **options)[1]
 
     def _after(
@@ -152,14 +87,6 @@ class FusedDecode(nn.Module):
 def weight_of(norm: nn.Module | None) -> Tensor | None:
     """A norm's weight; None for none."""
     return getattr(norm, "weight", None)
-
-
-def _fuse(parent: nn.Module, names: list[str], bits: int) -> Rows:
-    linears = [getattr(parent, name) for name in names]
-    rows = Rows(linears, bits)
-    for name, view in zip(names, rows.views(linears)):
-        setattr(parent, name, view)
-    return rows
 
 
 def _tensors(rows: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:

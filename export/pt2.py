@@ -40,42 +40,62 @@ class Decode(Prefill):
         return self.network.decode(token, position)
 
 
-class Greedy(nn.Module):
-    """logits float32 [B, V], next_id int64 [B, 1], which is written."""
+class Select(nn.Module):
+    """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
+    float32 [B], seed and position int64 [B]; and next_id int64 [B, 1], which is written."""
 
-    def forward(self, logits: Tensor, next_id: Tensor) -> None:
-        next_id.copy_(greedy(logits))
-
-
-class Sample(nn.Module):
-    """logits float32 [B, V]; temperature float32 [B], top_k int64 [B], top_p float32 [B], seed and
-    position int64 [B]; next_id int64 [B, 1], which is written."""
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
 
     def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
         *sampling, next_id = sampling_and_next_id
-        next_id.copy_(sample(logits, *sampling))
+        next_id.copy_(self.function(logits, *sampling))
+
+
+class NextPositions(nn.Module):
+    """lines int64 [N, B], next_line int64 [1] and position int64 [B], both of which are written."""
+
+    def forward(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
+        torch.ops.tokenloop.next_positions(lines, next_line, position)
 
 
 def write_package(
-    model: nn.Module, max_prefill: int, path: Path, progress: Callable[[str], None]
+    model: nn.Module,
+    decode: nn.Module,
+    max_prefill: int,
+    path: Path,
+    progress: Callable[[str], None],
 ) -> list[str]:
-    """Compile the methods of a model for the device that it is on, into a .pt2 file; their names.
+    """Compile the methods for the device that the model is on, into a .pt2 file; their names.
 
-    The package's constants have the names of the model's parameters and buffers.
+    `decode` is Decode(model), or does the same. The package's constants have the names that they
+    have in it, and the model there is `network`.
     """
     batch, vocab_size = model.batch, model.config.vocab_size
     device = model.lm_head.weight.device
     with device:
         methods = {
             "prefill": (Prefill(model), *_chunk(batch, max_prefill)),
-            "decode": (Decode(model), (_integers(batch, 1), _integers(batch)), None),
+            "decode": (decode, (_integers(batch, 1), _integers(batch)), None),
         }
+        functions = {"greedy": greedy, "sample": sample}
+        if device.type == "cuda":
+            from models.kernels import positions  # noqa: F401  (registers the operator)
+            from sampler import cuda
+
+            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
+            lines = _integers(model.max_seq_len, batch)
+            methods["next_positions"] = (
+                NextPositions(), (lines, _integers(1), _integers(batch)), None,
+            )  # fmt: skip
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
             logits, next_id = torch.zeros(rows, vocab_size), _integers(rows, 1)
             numbers, integers = torch.ones(rows), _integers(rows)
             sampling = numbers, integers, numbers.clone(), integers.clone(), integers.clone()
-            methods[f"greedy{suffix}"] = Greedy(), (logits, next_id), None
-            methods[f"sample{suffix}"] = Sample(), (logits, *sampling, next_id), None
+            arguments = {"greedy": (logits, next_id), "sample": (logits, *sampling, next_id)}
+            for name, function in functions.items():
+                methods[name + suffix] = Select(function), arguments[name], None
     files = {}
     for name, (method, example, shapes) in methods.items():
         progress(f"compiling {name}")
@@ -86,33 +106,39 @@ def write_package(
     return sorted(methods)
 
 
-def constants(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parameters and constant buffers by name, and what else some are called: the other name, and
-    the name that the tensor has in the first."""
-    tensors, names, also = {}, {}, {}
-    parameters = model.named_parameters(remove_duplicate=False)
-    for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
-        if not is_state(name):
-            first = names.setdefault(id(tensor), name)
-            if first == name:
-                tensors[name] = tensor
+def tensors_of(decode: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
+    """What a package needs: weights, views of them, and state, by name.
+
+    A view is contiguous: the weight's name `of`, the `offset` of its first element, its `shape`.
+    Tensors with several names are in only one of them.
+    """
+    weights, views, state = {}, {}, {}
+    named = dict(decode.named_parameters(remove_duplicate=False))
+    named |= dict(decode.named_buffers(remove_duplicate=False))
+    # Whole tensors before their parts, and of equals the one with the shortest name.
+    owners: dict[int, str] = {}
+    for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
+        tensor, storage = named[name], named[name].untyped_storage().data_ptr()
+        owner = owners.setdefault(storage, name)
+        if is_state(name):
+            if owner == name:
+                state[name] = tensor
             else:
-                also[name] = first
-    return tensors, also
+                views[name] = view_entry(tensor, owner)
+        elif owner == name:
+            weights[name] = tensor
+        else:
+            views[name] = view_entry(tensor, owner)
+    return weights, views, state
 
 
-def state_entries(model: nn.Module) -> list[dict]:
-    """Name, shape and dtype of every buffer that outlives a method's run, for the manifest."""
-    return [
-        {"name": name, "shape": list(buffer.shape), "dtype": str(buffer.dtype).split(".")[1]}
-        for name, buffer in model.named_buffers()
-        if is_state(name)
-    ]
+def view_entry(tensor: Tensor, owner: str) -> dict:
+    return {"of": owner, "offset": tensor.storage_offset(), "shape": list(tensor.shape)}
 
 
 def is_state(name: str) -> bool:
-    """Whether the buffer of that name belongs to a layer's cache."""
-    return ".cache." in name
+    """Whether the buffer of that name is written: a layer's cache, or the kernels' counters."""
+    return ".cache." in name or name == "counters"
 
 
 def _chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from export.errors import ExportError
+from export.recipes import INTEGER_BITS
+from export.rows import FusedLayer
 
 
 class Pt2Artifact:
     """Compiles the network's methods for the device that the options name."""
 
     def __init__(self, options: argparse.Namespace, vocab_size: int):
-        self.device = torch.device(options.device)
+        self.options, self.device = options, torch.device(options.device)
+        # Of the weights as they are read, of activations and of caches.
+        self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ExportError(
                 "--device cuda needs a CUDA GPU here: kernels are compiled and tried on it"
@@ -31,24 +35,52 @@ class Pt2Artifact:
     ) -> dict:
         """Write model.pt2 and model.safetensors, and return the manifest's entries about them."""
         progress("importing torch.export")
-        from export.pt2 import constants, state_entries, write_package
+        from export.pt2 import Decode, tensors_of, write_package
 
         model.to(self.device)
-        program, weights = directory / "model.pt2", directory / "model.safetensors"
-        methods = write_package(model, max_prefill, program, progress)
-        tensors, also = constants(model)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights)
+        bits = INTEGER_BITS[self.options.quant]
+        if self.device.type == "cuda":
+            from export.fused import FusedDecode
+
+            decode = FusedDecode(model, bits)
+        else:
+            if bits:
+                for block in model.model.layers:
+                    FusedLayer(block, bits)
+            decode = Decode(model)
+        program = directory / "model.pt2"
+        methods = write_package(model, decode, max_prefill, program, progress)
+        tensors, views, state = tensors_of(decode)
         return {
             "program": {"file": program.name, "bytes": program.stat().st_size},
-            "weights": {"file": weights.name, "bytes": weights.stat().st_size, "also": also},
+            "weights": self._write_weights(tensors, directory) | {"views": views},
             "engine": "inductor",
             "backend": "inductor",
             "device": self.device.type,
             "processor": processor(self.device),
             "methods": methods,
-            "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-            "state": state_entries(model),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state": _entries(state),
         }
+
+    def _write_weights(self, tensors: dict[str, Tensor], directory: Path) -> dict:
+        if self.options.random_weights:
+            return {"random": _entries(tensors)}
+        path = directory / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        return {"file": path.name, "bytes": path.stat().st_size}
+
+
+def _entries(tensors: dict[str, Tensor]) -> list[dict]:
+    """Names, shapes and dtypes, for the manifest."""
+    return [
+        {
+            "name": name,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+        }
+        for name, tensor in tensors.items()
+    ]
 
 
 def processor(device: torch.device) -> str:

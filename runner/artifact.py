@@ -62,9 +62,10 @@ def open_artifact(directory: Path) -> Artifact:
             raise RunnerError(
                 f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"
             )
-    for key in ("program", "weights"):
-        if key in manifest:
-            _check_file(directory, key, manifest[key])
+    _check_file(directory, "program", manifest["program"])
+    # Weights that are made when they are loaded have no file.
+    if "random" not in manifest.get("weights", {"random": None}):
+        _check_file(directory, "weights", manifest["weights"])
     return Artifact(directory, manifest)
 
 

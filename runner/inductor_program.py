@@ -1,5 +1,6 @@
 """An AOTInductor package driven method by method: weights and state are there once, for all."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,6 @@ from runner.step_graphs import StepGraphs
 from runner.torch_memory import TorchMemory
 from runner.transfers import Transfers
 
-# Of the networks' names in the package.
-PREFIX = "network."
 ALIGNMENT = 16
 
 
@@ -45,7 +44,7 @@ class InductorProgram:
         self._batch = manifest["batch"]
         self.has_graphs = self._device.type == "cuda"
         with self._on_stream(), _explained(artifact):
-            self._constants = _weights(artifact, self._device) | _state(artifact, self._device)
+            self._constants = _constants(artifact, self._device)
             names = ["prefill", "decode", "greedy"] + ["greedy_row"] * (self._batch > 1)
             names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
@@ -124,14 +123,13 @@ class InductorProgram:
         # What torch._inductor.package makes of it imports the whole compiler.
         package = AOTIModelPackageLoader(path, name, True, 1, -1)
         constants = {}
-        for fqn in package.get_constant_fqns():
-            own = fqn.removeprefix(PREFIX)
-            if own not in self._constants:
+        for needed in package.get_constant_fqns():
+            if needed not in self._constants:
                 raise RunnerError(
-                    f"{self._artifact.directory}: {name} needs the tensor {own}, which neither the "
-                    "weights nor the manifest's state have: export it again"
+                    f"{self._artifact.directory}: {name} needs the tensor {needed}, which neither "
+                    "the weights nor the manifest's state have: export it again"
                 )
-            constants[fqn] = self._constants[own]
+            constants[needed] = self._constants[needed]
         package.load_constants(constants, False, True, user_managed=True)
         return package.boxed_run
 
@@ -183,23 +181,42 @@ def _device(artifact: Artifact) -> torch.device:
     return device
 
 
-def _weights(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
+def _constants(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
+    """Weights, state, which is zero, and what is a view of one of them, by name."""
     entry = artifact.manifest["weights"]
-    path = artifact.directory / entry["file"]
-    try:
-        tensors = load_file(path, device=str(device))
-        return tensors | {name: tensors[first] for name, first in entry["also"].items()}
-    except (SafetensorError, KeyError) as error:
-        raise RunnerError(f"{path} is damaged ({error}): export it again") from None
+    if "random" in entry:
+        tensors = _random(entry["random"], device)
+    else:
+        path = artifact.directory / entry["file"]
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise RunnerError(f"{path} is damaged ({error}): export it again") from None
+    for state in artifact.manifest["state"]:
+        dtype = getattr(torch, state["dtype"])
+        tensors[state["name"]] = torch.zeros(state["shape"], dtype=dtype, device=device)
+    for name, view in entry["views"].items():
+        whole = tensors[view["of"]].flatten()
+        size = math.prod(view["shape"])
+        tensors[name] = whole[view["offset"] : view["offset"] + size].view(view["shape"])
+    return tensors
 
 
-def _state(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
-    return {
-        entry["name"]: torch.zeros(
-            entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device
-        )
-        for entry in artifact.manifest["state"]
-    }
+def _random(entries: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """Weights for measurements where there are none: always the same on a device."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for entry in entries:
+        tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device)
+        if not tensor.is_floating_point():
+            tensor.random_(generator=generator)
+        elif tensor.dim() == 1:
+            # Of norms, and frequencies.
+            tensor.uniform_(0.5, 1.0, generator=generator)
+        else:
+            tensor.normal_(0.0, 0.02, generator=generator)
+        tensors[entry["name"]] = tensor
+    return tensors
 
 
 @contextmanager
