@@ -44,7 +44,7 @@ class InductorProgram:
         self._batch = manifest["batch"]
         self.has_graphs = self._device.type == "cuda"
         with self._on_stream(), _explained(artifact):
-            self._constants = _constants(artifact, self._device)
+            self.constants = _constants(artifact, self._device)
             names = ["prefill", "decode", "greedy"] + ["greedy_row"] * (self._batch > 1)
             names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
@@ -124,12 +124,12 @@ class InductorProgram:
         package = AOTIModelPackageLoader(path, name, True, 1, -1)
         constants = {}
         for needed in package.get_constant_fqns():
-            if needed not in self._constants:
+            if needed not in self.constants:
                 raise RunnerError(
                     f"{self._artifact.directory}: {name} needs the tensor {needed}, which neither "
                     "the weights nor the manifest's state have: export it again"
                 )
-            constants[needed] = self._constants[needed]
+            constants[needed] = self.constants[needed]
         package.load_constants(constants, False, True, user_managed=True)
         return package.boxed_run
 
@@ -141,7 +141,7 @@ class InductorProgram:
     def _aligned(self, tensor: Tensor) -> Tensor:
         """The tensor, or, where it is a view that begins at an odd element, a copy at an address
         that compiled kernels can take; it is valid until the next of the same shape."""
-        if tensor.data_ptr() % ALIGNMENT == 0:
+        if self._stream is None or tensor.data_ptr() % ALIGNMENT == 0:
             return tensor
         key = (*tensor.shape, tensor.dtype)
         if key not in self._copies:
