@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from export.errors import ExportError
-from export.recipes import RECIPES
+from export.recipes import FOR_BACKEND
 
 DEFAULT_OUTPUT = "artifacts/{name}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -56,18 +56,33 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         type=Path,
         help="a .gguf file or a Hugging Face directory; without it the installed demo model",
     )
-    parser.add_argument("--backend", choices=("xnnpack", "portable"), default="xnnpack")
+    parser.add_argument(
+        "--backend",
+        choices=FOR_BACKEND,
+        default="xnnpack",
+        help="ExecuTorch's XNNPACK or its plain kernels (a .pte), or AOTInductor (a .pt2)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of --backend inductor"
+    )
     parser.add_argument(
         "--quant",
-        choices=RECIPES,
-        help="weights as float32, or the layers' in 8 bits per output channel, or most of them in "
-        "4 bits in groups of 32; of both the head in 4 bits, its best tokens scored again in 8, "
-        "and int8 activations (default: 8da8w, for portable fp32)",
+        choices=tuple(dict.fromkeys(name for names in FOR_BACKEND.values() for name in names)),
+        help="xnnpack: 8da8w or 8da4w, weights of 8 bits per output channel or most of them of 4 "
+        "in groups of 32, with int8 activations and a head of 4 bits whose best tokens are scored "
+        "again in 8; inductor: bf16, or with it layers of int8 or int4 weights; all: fp32 "
+        "(default: 8da8w with xnnpack, bf16 with a GPU, else fp32)",
     )
     parser.add_argument(
         "--max-seq-len",
         type=int,
         help=f"prompt and output tokens (default: {DEFAULT_MAX_SEQ_LEN}, or what the model has)",
+    )
+    parser.add_argument(
+        "--random-weights",
+        type=Path,
+        metavar="CONFIG",
+        help="a config.json to measure the speed of: weights are made up when they are loaded",
     )
     parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
     parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
@@ -75,9 +90,19 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     parser.add_argument("--output", type=Path, help=f"the artifact's directory (default: {output})")
     options = parser.parse_args(arguments)
     if options.quant is None:
-        options.quant = "8da8w" if options.backend == "xnnpack" else "fp32"
-    if options.backend == "portable" and options.quant != "fp32":
-        parser.error(f"--quant {options.quant} needs --backend xnnpack: portable is fp32 only")
+        options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[options.backend][0]
+    if options.quant not in FOR_BACKEND[options.backend]:
+        parser.error(
+            f"--quant {options.quant} is not for --backend {options.backend}, which has "
+            + ", ".join(FOR_BACKEND[options.backend])
+        )
+    if options.backend != "inductor" and options.device != "cpu":
+        parser.error(f"--device {options.device} needs --backend inductor")
+    if options.random_weights is not None:
+        if options.backend != "inductor":
+            parser.error("--random-weights needs --backend inductor")
+        if options.model is not None:
+            parser.error("--random-weights and --model are two sources of one network")
     # A token of the prompt and one of the output.
     for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
         value = getattr(options, name)
@@ -99,11 +124,14 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
 
     from export.artifact import new_artifact, write_manifest
     from export.checkpoint import load_weights, open_checkpoint
-    from export.pte_artifact import PteArtifact
+    from export.random_weights import make_parameters, open_config, write_byte_tokenizer
     from export.tokenizer_files import write_tokenizer
 
     # 1. The checkpoint and the network it describes.
-    checkpoint = open_checkpoint(options.model or family.demo())
+    if options.random_weights is not None:
+        checkpoint = open_config(options.random_weights)
+    else:
+        checkpoint = open_checkpoint(options.model or family.demo())
     model_type = checkpoint.config["model_type"]
     network = family.network_of(model_type)
     if network is None:
@@ -121,20 +149,31 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         raise ExportError(
             f"--max-seq-len {max_seq_len} is more than the model's {positions} positions"
         )
+    if options.backend == "inductor":
+        from export.pt2_artifact import Pt2Artifact as Artifact
+    else:
+        from export.pte_artifact import PteArtifact as Artifact
     with new_artifact(options.output) as directory, torch.no_grad():
-        engine = PteArtifact(options, config.vocab_size)
-        tokenizer = write_tokenizer(checkpoint, directory)
+        engine = Artifact(options, config.vocab_size)
+        if options.random_weights is None:
+            tokenizer = write_tokenizer(checkpoint, directory)
+        else:
+            tokenizer = write_byte_tokenizer(directory)
         with torch.device("meta"):
-            model = network.Network(config, max_seq_len, options.batch)
+            model = network.Network(config, max_seq_len, options.batch, engine.dtype)
         max_prefill = min(options.max_prefill, model.max_chunk)
 
         # 2. Weights, one tensor at a time.
-        load_weights(
-            model,
-            checkpoint,
-            network.checkpoint_name,
-            progress=lambda name: progress(f"reading {name}"),
-        )
+        if options.random_weights is not None:
+            make_parameters(model, engine.device, engine.dtype)
+        else:
+            load_weights(
+                model,
+                checkpoint,
+                network.checkpoint_name,
+                progress=lambda name: progress(f"reading {name}"),
+                dtype=engine.dtype,
+            )
         model.eval().requires_grad_(False)
 
         # 3. The program, and whatever else the engine needs.

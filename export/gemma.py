@@ -23,7 +23,9 @@ def demo_model() -> Path:
     return Path(assemble())
 
 
-FAMILY = Family("export/gemma.py", "Gemma 3", "gemma3", ("models.gemma3",), demo_model)
+FAMILY = Family(
+    "export/gemma.py", "Gemma", "gemma3", ("models.gemma3", "models.gemma4"), demo_model
+)
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

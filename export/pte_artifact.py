@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from export.artifact import SmallWrites
@@ -15,6 +16,9 @@ from export.tokenizer_files import encode
 
 class PteArtifact:
     """Begins to export the selection methods at once, in another process; the rest in `write`."""
+
+    # Of the weights as they are read, and of the caches.
+    dtype = torch.float32
 
     def __init__(self, options: argparse.Namespace, vocab_size: int):
         self.options = options

@@ -80,6 +80,11 @@ class Block(nn.Module):
         """The norm before the feed-forward."""
         return self.pre_feedforward_layernorm
 
+    @property
+    def branch_norms(self) -> tuple[nn.Module, nn.Module]:
+        """The norms of what attention and feed-forward give."""
+        return self.post_attention_layernorm, self.post_feedforward_layernorm
+
 
 class Backbone(decoder.Backbone):
     """One whose embeddings are multiplied by the root of their size."""

@@ -194,6 +194,9 @@ class Block(nn.Module):
         x = self.add_attended(x, attended)
         return x + self.mlp(self.mlp_norm(x))
 
+    # What attention and feed-forward give is added as it is.
+    branch_norms = None, None
+
     @property
     def mlp_norm(self) -> nn.Module:
         """The norm before the feed-forward."""

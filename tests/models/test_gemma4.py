@@ -26,7 +26,12 @@ SMALL = {
     "use_bidirectional_attention": "vision", "pad_token_id": 0, "eos_token_id": None,
 }  # fmt: skip
 ROPE = {
-    SLIDING: {"rope_type": "proportional", "partial_rotary_factor": 0.6, "rope_theta": 300.0},
+    SLIDING: {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.6,
+        "rope_theta": 300.0,
+        "factor": 3.0,
+    },
     FULL: {"rope_type": "default", "rope_theta": 5_000.0},
 }
 CASES = {
@@ -209,7 +214,6 @@ GEMMA_4_31B = {
 )
 def test_a_config_means_what_transformers_reads_in_it(keys):
     read_by_transformers = Gemma4TextConfig(**keys).to_dict()
-    assert "global_head_dim" not in read_by_transformers
     assert Gemma4Config.from_dict(keys) == Gemma4Config.from_dict(read_by_transformers)
 
 
@@ -220,6 +224,13 @@ def test_the_published_31b_is_read():
         FULL: AttentionConfig(512, 4, True, RopeConfig(1e6, partial=0.25)),
     }
     assert config.layer_types == ((SLIDING,) * 5 + (FULL,)) * 10
+
+
+def test_full_layers_own_shape_may_be_written_layer_by_layer():
+    config = {key: value for key, value in GEMMA_4_31B.items() if "global" not in key}
+    own = {"head_dim": 512, "num_key_value_heads": 4}
+    config["per_layer_config"] = {f"{i:02}": own for i in range(5, 60, 6)}
+    assert Gemma4Config.from_dict(config) == Gemma4Config.from_dict(GEMMA_4_31B)
 
 
 def test_the_published_31b_has_the_tensors_of_transformers_own():
