@@ -163,7 +163,8 @@ def test_the_same_export_gives_the_same_bytes(export_of, make_qwen_checkpoint, t
     arguments += ["--max-seq-len", 40, "--max-prefill", 7, "--output", tmp_path / "again"]
     export_here(FAMILY, arguments, first_block=8)
     directory, _ = export_of("qwen3_moe, 8da8w")
-    for name in ("model.pte", "manifest.json", "tokenizer.json"):
+    # The manifest names the checkpoint, whose directory is another one here.
+    for name in ("model.pte", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
 
