@@ -161,7 +161,7 @@ def rows_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    second_ptr = w_ptr + N.to(tl.int64) * K
+    second_ptr = w_ptr + tl.cast(N, tl.int64) * K
     if NORM:
         k = tl.arange(0, BLOCK_K)
         total, h = norm_row(
@@ -324,7 +324,7 @@ def dot_kernel(
     mask = (n < N)[:, None] & (b < rows)[None, :]
     y_offsets = b.to(tl.int64)[None, :] * N + n[:, None]
     if SPLITS > 1:
-        size = rows.to(tl.int64) * N
+        size = tl.cast(rows, tl.int64) * N
         stride = size if ACTIVATION is None else 2 * size
         tl.store(partial_ptr + split * stride + y_offsets, gate, mask=mask)
         if ACTIVATION is not None:

@@ -53,5 +53,5 @@ def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
     """For caches of [slots, kv_heads, head_dim] a row."""
     splits = max(8, 128 // kv_heads)
     if dtype == torch.float32:
-        return AttendTiles(16, splits, stages=1)
+        return AttendTiles(16, splits, warps=8, stages=1)
     return AttendTiles(32 if head_dim > 128 else 64, splits)

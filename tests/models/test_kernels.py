@@ -103,6 +103,23 @@ def test_what_cannot_be_packed_is_refused():
         reference.dequantize(torch.zeros(1, 31, dtype=torch.int32), None, 256)
 
 
+def test_what_the_kernels_cannot_read_is_refused(normal, counters):
+    x, weight = normal(3, 256, dtype=torch.bfloat16), normal(8, 256, dtype=torch.bfloat16)
+    words, scale = quantize_int4(weight)
+    caches = [normal(3, 5, 2, 8) for _ in range(2)]
+    position, inv_freq = torch.zeros(3, dtype=torch.int64, device=DEVICE), normal(4)
+    for message, function, arguments in (
+        ("weight of strides", cuda.linear, (x[:, :8].contiguous(), weight.T, None)),
+        ("activations are torch.float32", cuda.linear, (x.float(), words, scale)),
+        ("a weight of 4 bits needs equal groups", cuda.linear, (x, words, None)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(*arguments, None, counters)
+    with pytest.raises(ValueError, match=r"\(3, 40\) do not fit caches .* \(3, 5, 2, 8\)"):
+        norms = (None, None, inv_freq, counters)
+        cuda.attend_step(normal(3, 40), position, *caches, *norms, scale=1.0, eps=EPS)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tiles", [PLAIN, DOT, SPLIT], ids=["plain", "dot", "split"])
 @pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
