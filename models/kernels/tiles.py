@@ -40,7 +40,7 @@ def linear_tiles(
     """For `rows` of `inputs`, and weights of so many bits, 0 where they are of `dtype`."""
     if dtype == torch.float32 and not bits:
         return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256)
-    if not bits and inputs <= 1024 and outputs <= 8192:
+    if not bits and inputs <= 2048 and outputs <= 8192:
         return LinearTiles(False, 8, 1024)
     # Small layers need parts of the inputs to have a program for every processor.
     splits = 1
