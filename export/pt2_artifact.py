@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from export.errors import ExportError
 from export.recipes import INTEGER_BITS
 from export.rows import FusedLayer
+from models.moe import SparseMoe
 
 
 class Pt2Artifact:
@@ -33,13 +34,23 @@ class Pt2Artifact:
         directory: Path,
         progress: Callable[[str], None],
     ) -> dict:
-        """Write model.pt2 and model.safetensors, and return the manifest's entries about them."""
+        """Write model.pt2 and model.safetensors, and return the manifest's entries about them.
+
+        Errors: ExportError for experts that would have to be integers.
+        """
+        bits = INTEGER_BITS[self.options.quant]
+        experts = any(isinstance(block.mlp, SparseMoe) for block in model.model.layers)
+        if bits and experts:
+            raise ExportError(
+                f"--quant {self.options.quant} is not for experts with --backend inductor; bf16 "
+                "and fp32 are"
+            )
         progress("importing torch.export")
         from export.pt2 import Decode, Prefill, tensors_of, write_package
 
         model.to(self.device)
-        bits = INTEGER_BITS[self.options.quant]
-        if self.device.type == "cuda":
+        # The fused step knows no experts.
+        if self.device.type == "cuda" and not experts:
             from export.fused import FusedDecode
 
             decode = FusedDecode(model, bits)

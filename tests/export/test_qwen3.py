@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from export.errors import ExportError
 from export.qwen3 import FAMILY
 from runner.artifact import open_artifact
 from runner.executorch_program import ExecuTorchProgram
@@ -166,6 +167,14 @@ def test_the_same_export_gives_the_same_bytes(export_of, make_qwen_checkpoint, t
     # The manifest names the checkpoint, whose directory is another one here.
     for name in ("model.pte", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_experts_are_not_made_integers_of_without_a_word(make_qwen_checkpoint, tmp_path):
+    arguments = ["--model", make_qwen_checkpoint("qwen3_moe"), "--backend", "inductor"]
+    arguments += ["--quant", "int8", "--output", tmp_path / "artifact"]
+    with pytest.raises(ExportError, match="--quant int8 is not for experts with --backend induct"):
+        export_here(FAMILY, arguments, first_block=8)
+    assert not any(tmp_path.iterdir())
 
 
 def test_without_a_model_the_script_asks_for_one(run_script, tmp_path):
