@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from export.errors import ExportError
 from export.gguf_architectures import read_model
+from models.layers import Piece
 
 # The dtypes whose values are the weights themselves, in safetensors' spelling. fp8, fp4 and
 # integer tensors need scales that lie elsewhere.
@@ -96,73 +97,112 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def load_weights(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
-    rename: Callable[[str], str | None],
+    rename: Callable[[str], str | Piece | None],
     *,
     progress: Callable[[str], None] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Replace every parameter of `model` (on the meta device) by the checkpoint's tensor.
 
-    `rename` maps a checkpoint's name to a parameter's, or to None for a tensor that is dropped
-    knowingly. A parameter that several modules share (a tied head) needs one tensor, under any of
-    its names, and stays shared. Buffers are left alone. `progress` gets each name when it is read.
+    `rename` maps a checkpoint's name to a parameter's, to the piece of one that the tensor is, or
+    to None for a tensor that is dropped knowingly. A parameter that several modules share (a tied
+    head) needs one tensor, under any of its names, and stays shared; it may have one under each if
+    they are equal. Buffers are left alone. `progress` gets each name when it is read.
 
-    Errors: ExportError, before any data is read, for a parameter without a tensor, a tensor
-    without a parameter, a wrong shape, two tensors for one parameter, or a dtype that is not a
-    plain float.
+    Errors: ExportError, before any data is read, for a parameter without a tensor or without all of
+    its pieces, a tensor without a parameter, a wrong shape, two tensors under one name, or a dtype
+    that is not a plain float; and for tensors of one parameter that differ.
     """
     owners: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(parameter, []).append((module, name))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    sources = {name: rename(name) for name in checkpoint.stored}
-    _check_fit(checkpoint, parameters, sources)
-    for name, target in sources.items():
+    targets = {name: rename(name) for name in checkpoint.stored}
+    _check_fit(checkpoint, parameters, targets)
+    loaded: dict[torch.nn.Parameter, tuple[str, torch.Tensor]] = {}
+    for name, target in targets.items():
         if target is None:
             continue
         if progress is not None:
             progress(name)
-        weight = torch.nn.Parameter(checkpoint.stored[name].read().to(dtype), requires_grad=False)
-        for module, attribute in owners[parameters[target]]:
+        tensor = checkpoint.stored[name].read().to(dtype)
+        parameter = parameters[_parameter_name(target)]
+        if isinstance(target, Piece):
+            if parameter not in loaded:
+                loaded[parameter] = name, torch.empty(parameter.shape, dtype=dtype)
+            target.of(loaded[parameter][1]).copy_(tensor)
+        elif parameter not in loaded:
+            loaded[parameter] = name, tensor
+        elif not torch.equal(loaded[parameter][1], tensor):
+            raise ExportError(
+                f"{checkpoint.path}: {loaded[parameter][0]} and {name} differ, and the model's "
+                "config ties them"
+            )
+    for parameter, (_, tensor) in loaded.items():
+        weight = torch.nn.Parameter(tensor, requires_grad=False)
+        for module, attribute in owners[parameter]:
             setattr(module, attribute, weight)
+
+
+def _parameter_name(target: str | Piece) -> str:
+    return target.name if isinstance(target, Piece) else target
 
 
 def _check_fit(
     checkpoint: Checkpoint,
     parameters: dict[str, torch.nn.Parameter],
-    sources: dict[str, str | None],
+    targets: dict[str, str | Piece | None],
 ) -> None:
-    taken: dict[torch.nn.Parameter, str] = {}
-    for name, target in sources.items():
+    taken: dict[str | Piece, str] = {}
+    elements: dict[torch.nn.Parameter, int] = {}
+    for name, target in targets.items():
         if target is None:
             continue
         tensor = checkpoint.stored[name]
-        if target not in parameters:
+        if _parameter_name(target) not in parameters:
             raise ExportError(
-                f"{checkpoint.path}: the model has no place for the tensor {name} (as {target})"
+                f"{checkpoint.path}: the model has no place for the tensor {name} "
+                f"(as {_parameter_name(target)})"
             )
-        parameter = parameters[target]
-        if parameter in taken:
+        parameter = place = parameters[_parameter_name(target)]
+        if isinstance(target, Piece):
+            try:
+                place = target.of(parameter)
+            except IndexError as error:
+                raise ExportError(
+                    f"{checkpoint.path}: {name} is number {target.entry} of "
+                    f"{len(parameter)} in the model"
+                ) from error
+        if target in taken:
             raise ExportError(
-                f"{checkpoint.path}: {taken[parameter]} and {name} are both {target} in the model; "
-                "one of them is right"
+                f"{checkpoint.path}: {taken[target]} and {name} are both "
+                f"{_parameter_name(target)} in the model; one of them is right"
             )
-        taken[parameter] = name
-        if tensor.shape != tuple(parameter.shape):
+        taken[target] = name
+        elements[parameter] = elements.get(parameter, 0) + place.numel()
+        if tensor.shape != tuple(place.shape):
             raise ExportError(
                 f"{checkpoint.path}: {name} has the shape {tensor.shape}, the model needs "
-                f"{tuple(parameter.shape)}"
+                f"{tuple(place.shape)}"
             )
         if tensor.dtype not in PLAIN_FLOATS:
             raise ExportError(
                 f"{checkpoint.path}: {name} has the dtype {tensor.dtype}; "
                 f"{', '.join(PLAIN_FLOATS)} can be loaded"
             )
-    missing = [name for name, parameter in parameters.items() if parameter not in taken]
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if elements.get(parameter, 0) < parameter.numel()
+    ]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise ExportError(f"{checkpoint.path} has no tensor for the parameter {missing[0]}{more}")
+        some = parameters[missing[0]] in elements
+        raise ExportError(
+            f"{checkpoint.path} has {'only a part of' if some else 'no tensor for'} the parameter "
+            f"{missing[0]}{more}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,11 +30,18 @@ class KVCache(nn.Module):
     A chunk belongs to one row, `row` int64 [1]; without it there is only one.
     """
 
-    def __init__(self, batch: int, slots: int, kv_heads: int, head_dim: int):
+    def __init__(
+        self,
+        batch: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.slots = slots
         for name in ("k", "v"):
-            buffer = torch.zeros(batch, slots, kv_heads, head_dim)
+            buffer = torch.zeros(batch, slots, kv_heads, head_dim, dtype=dtype)
             self.register_buffer(name, buffer, persistent=False)
 
     def of(self, row: Tensor | None) -> tuple[Tensor, Tensor]:

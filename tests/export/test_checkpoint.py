@@ -17,6 +17,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from export import gguf_reader
 from export.checkpoint import Checkpoint, StoredTensor, load_weights, open_checkpoint
 from export.errors import ExportError
+from models.layers import Piece
 
 # Over the names and float32 values of all tensors of the real model, in the order of the file.
 REAL_DIGEST = "6f580c635230f36e048bf6d95690966e32e13767722d750cf1815b424a3bc24f"
@@ -508,6 +509,59 @@ def test_a_tied_head_needs_one_tensor_and_stays_tied(tmp_path, kept):
     assert torch.equal(model.head.weight, TINY_WEIGHTS[kept])
 
 
+def test_a_tied_head_may_have_a_tensor_of_its_own_that_equals_the_embedding(tmp_path):
+    model, same = tiny(tied=True), TINY_WEIGHTS["embed.weight"]
+    load_weights(model, saved(tmp_path, TINY_WEIGHTS | {"head.weight": same.clone()}), str)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model.head.weight, same)
+
+
+def test_a_tied_head_whose_tensor_is_another_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="embed.weight and head.weight differ"):
+        load_weights(tiny(tied=True), saved(tmp_path, TINY_WEIGHTS), str)
+
+
+class Stacked(torch.nn.Module):
+    """Three entries of two parts, [3, 2 * 2, 5]."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = torch.nn.Parameter(torch.empty(3, 4, 5, device="meta"))
+
+
+def stacked_piece(name):
+    """Of "2.up" the second part of the last entry; of "up" those of all entries."""
+    *entry, part = name.split(".")
+    return Piece("both", ["gate", "up"].index(part), 2, int(entry[0]) if entry else None)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_parameter_is_put_together_from_its_pieces(tmp_path, whole):
+    parts = {name: torch.randn(3, 2, 5) for name in ("gate", "up")}
+    tensors = parts
+    if not whole:
+        tensors = {f"{i}.{name}": part[i] for name, part in parts.items() for i in range(3)}
+    model = Stacked()
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    load_weights(model, saved(tmp_path, tensors), stacked_piece)
+    assert torch.equal(model.both, torch.cat([parts["gate"], parts["up"]], 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"1.up": None}, "has only a part of the parameter both$"),
+        ({"3.up": torch.ones(2, 5)}, "3.up is number 3 of 3 in the model"),
+        ({"1.up": torch.ones(4, 5)}, r"1.up has the shape \(4, 5\), the model needs \(2, 5\)"),
+    ],
+)
+def test_pieces_that_do_not_fit_are_named_before_anything_is_read(tmp_path, changes, message):
+    tensors = {f"{i}.{name}": torch.ones(2, 5) for i in range(3) for name in ("gate", "up")}
+    tensors = {k: v for k, v in (tensors | changes).items() if v is not None}
+    with pytest.raises(ExportError, match=message):
+        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_piece)
+
+
 def test_a_dropped_tensor_may_have_any_dtype(tmp_path):
     extra = {"vision.scale": torch.ones(2, dtype=torch.int8)}
     model = tiny()
@@ -526,7 +580,6 @@ def test_a_dropped_tensor_may_have_any_dtype(tmp_path):
         ({"norm.weight": None, "head.weight": None}, False, r"norm.weight \(and 1 more\)"),
         ({"extra.weight": torch.ones(1)}, False, "no place for the tensor extra.weight"),
         ({"norm.weight": torch.ones(5)}, False, r"norm.weight has the shape \(5,\).*needs \(4,\)"),
-        ({}, True, "embed.weight and head.weight are both head.weight"),
         ({"norm.weight": torch.ones(4, dtype=torch.int8)}, False, "norm.weight has the dtype I8"),
         (
             {"norm.weight": torch.ones(4).to(torch.float8_e4m3fn)},

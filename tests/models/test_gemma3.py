@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from export.checkpoint import load_weights, open_checkpoint
-from models.gemma3 import Gemma3, Gemma3Config, RopeConfig, checkpoint_name
+from models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
+from models.layers import RopeConfig
+from tests.models.driving import Batch, assert_near, even_ends, generate, prefill, prompt
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MAX_SEQ_LEN = 80
@@ -77,91 +78,16 @@ def ours(case: str, max_seq_len: int = MAX_SEQ_LEN, batch: int = 1) -> Gemma3:
     return model.eval()
 
 
-def prompt(case: str, length: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(100 * seed + length)
-    return torch.randint(SMALL["vocab_size"] // 2, (1, length), generator=generator)
-
-
 @functools.cache
 def logits_of_one_pass(case: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A prompt of the whole cache, and transformers' logits [T, V] after each of its tokens."""
-    tokens = prompt(case, MAX_SEQ_LEN)
+    tokens = prompt(MAX_SEQ_LEN)
     with torch.no_grad():
         return tokens, reference(case)(tokens).logits[0]
 
 
-def prefill(
-    model: Gemma3, tokens: torch.Tensor, ends: list[int], row: int | None = None
-) -> list[torch.Tensor]:
-    """Logits after each chunk of a prompt from position 0, in chunks that end at `ends`."""
-    rows = [] if row is None else [torch.tensor([row])]
-    with torch.no_grad():
-        return [
-            model.prefill(tokens[:, start:end], torch.arange(start, end), *rows)
-            for start, end in pairwise([0, *ends])
-        ]
-
-
-def even_ends(length: int, chunk: int) -> list[int]:
-    return [*range(chunk, length, chunk), length]
-
-
-def generate(model: Gemma3, tokens: torch.Tensor, steps: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy ids, and the logits [steps, V] that each was chosen from."""
-    length = tokens.shape[1]
-    rows = prefill(model, tokens, even_ends(length, model.max_chunk))[-1:]
-    ids = [rows[-1].argmax().item()]
-    with torch.no_grad():
-        for position in range(length, length + steps - 1):
-            rows.append(model.decode(torch.tensor([[ids[-1]]]), torch.tensor([position])))
-            ids.append(rows[-1].argmax().item())
-    return ids, torch.cat(rows)
-
-
-class Batch:
-    """A model of three rows, driven greedily: every row's text, and the logits [1, V] that its ids
-    after the prompt were chosen from."""
-
-    def __init__(self, case: str):
-        self.case, self.model = case, ours(case, batch=3)
-        self.texts: list[list[int]] = [[] for _ in range(3)]
-        self.logits: list[list[torch.Tensor]] = [[] for _ in range(3)]
-
-    def begin(self, row: int, tokens: torch.Tensor) -> None:
-        """A prompt int64 [1, T] in a row, whatever was there."""
-        ends = even_ends(tokens.shape[1], self.model.max_chunk)
-        self.texts[row], self.logits[row] = tokens[0].tolist(), []
-        self._choose(row, prefill(self.model, tokens, ends, row)[-1])
-
-    def step(self, count: int = 1) -> None:
-        """An id more in every row; a row without a text computes along at position 0."""
-        for _ in range(count):
-            token = torch.tensor([text[-1:] or [0] for text in self.texts])
-            position = torch.tensor([max(len(text) - 1, 0) for text in self.texts])
-            with torch.no_grad():
-                logits = self.model.decode(token, position)
-            for row, text in enumerate(self.texts):
-                if text:
-                    self._choose(row, logits[row : row + 1])
-
-    def check(self, row: int) -> None:
-        """That the row's ids and logits are those of transformers, given this row's text alone."""
-        text, logits = self.texts[row], self.logits[row]
-        with torch.no_grad():
-            expected = reference(self.case)(torch.tensor([text])).logits[0, -len(logits) - 1 : -1]
-        assert text[-len(logits) :] == expected.argmax(-1).tolist()
-        assert_near(torch.cat(logits), expected)
-
-    def _choose(self, row: int, logits: torch.Tensor) -> None:
-        self.logits[row].append(logits)
-        self.texts[row].append(logits.argmax().item())
-
-
-def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to 1e-4 of the largest logit."""
-    assert actual.dtype == torch.float32
-    tolerance = 1e-4 * expected.abs().max().item()
-    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
+def batch_of(case: str) -> Batch:
+    return Batch(ours(case, batch=3), reference(case))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -179,7 +105,7 @@ def test_a_random_checkpoint_can_tell_models_apart(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 30])
 def test_greedy_ids_and_logits_are_those_of_transformers(case, length):
-    tokens, steps = prompt(case, length), 40
+    tokens, steps = prompt(length), 40
     ids, logits = generate(ours(case), tokens, steps)
     # One causal pass over what was chosen: each id must be the best after those before it.
     with torch.no_grad():
@@ -191,7 +117,7 @@ def test_greedy_ids_and_logits_are_those_of_transformers(case, length):
 
 def test_greedy_ids_are_those_of_transformers_own_generation():
     case = "one key head, 5 sliding to 1 full"
-    tokens = prompt(case, 11)
+    tokens = prompt(11)
     mask = torch.ones_like(tokens)
     expected = reference(case).generate(
         tokens, attention_mask=mask, do_sample=False, max_new_tokens=60
@@ -229,7 +155,7 @@ def test_chunks_of_any_lengths_give_the_logits_of_one_pass(case, lengths):
 @given(cuts=st.sets(st.integers(1, 59)))
 def test_chunks_give_what_the_whole_prompt_gives_at_once(cuts):
     case = "a window beyond the cache"
-    tokens, model = prompt(case, 60), ours(case)
+    tokens, model = prompt(60), ours(case)
     (expected,) = prefill(model, tokens, [60])
     assert_near(prefill(model, tokens, [*sorted(cuts), 60])[-1], expected)
 
@@ -237,8 +163,8 @@ def test_chunks_give_what_the_whole_prompt_gives_at_once(cuts):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 5, 33])
 def test_a_second_prompt_gives_exactly_what_a_fresh_model_gives(case, length):
-    used, tokens = ours(case), prompt(case, length, seed=2)
-    generate(used, prompt(case, 45, seed=1), 30)
+    used, tokens = ours(case), prompt(length, seed=2)
+    generate(used, prompt(45, seed=1), 30)
     ids, logits = generate(used, tokens, 20)
     fresh_ids, fresh_logits = generate(ours(case), tokens, 20)
     assert ids == fresh_ids
@@ -247,9 +173,9 @@ def test_a_second_prompt_gives_exactly_what_a_fresh_model_gives(case, length):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_a_batch_are_transformers_texts_of_ragged_prompts(case):
-    batch = Batch(case)
+    batch = batch_of(case)
     for row, length in enumerate((23, 1, 9)):
-        batch.begin(row, prompt(case, length))
+        batch.begin(row, prompt(length))
     batch.step(30)
     for row in range(3):
         batch.check(row)
@@ -257,18 +183,18 @@ def test_rows_of_a_batch_are_transformers_texts_of_ragged_prompts(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_rows_that_join_and_are_used_again_are_transformers_texts_as_well(case):
-    batch = Batch(case)
-    batch.begin(1, prompt(case, 12))
+    batch = batch_of(case)
+    batch.begin(1, prompt(12))
     batch.step(5)
-    batch.begin(2, prompt(case, 30))
+    batch.begin(2, prompt(30))
     batch.step(9)
     batch.check(1)
     # Shorter than what was there, and longer.
-    batch.begin(1, prompt(case, 2))
-    batch.begin(0, prompt(case, 17))
+    batch.begin(1, prompt(2))
+    batch.begin(0, prompt(17))
     batch.step(11)
     batch.check(0)
-    batch.begin(0, prompt(case, 33))
+    batch.begin(0, prompt(33))
     batch.step(12)
     for row in range(3):
         batch.check(row)
@@ -276,25 +202,25 @@ def test_rows_that_join_and_are_used_again_are_transformers_texts_as_well(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_row_of_a_batch_gives_the_logits_of_a_model_of_one_row(case):
-    batch = Batch(case)
+    batch = batch_of(case)
     for row, length in enumerate((40, 2, 8)):
-        batch.begin(row, prompt(case, length))
+        batch.begin(row, prompt(length))
     batch.step(15)
     for row, length in enumerate((40, 2, 8)):
-        ids, logits = generate(ours(case), prompt(case, length), 16)
+        ids, logits = generate(ours(case), prompt(length), 16)
         assert batch.texts[row][length:] == ids
         assert_near(torch.cat(batch.logits[row]), logits)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_prefill_of_a_row_leaves_the_state_of_the_others_as_it_was(case):
-    batch = Batch(case)
+    batch = batch_of(case)
     for row, length in enumerate((20, 5, 11)):
-        batch.begin(row, prompt(case, length))
+        batch.begin(row, prompt(length))
     batch.step(3)
     caches = [layer.self_attn.cache for layer in batch.model.model.layers]
     before = copy.deepcopy(caches)
-    batch.begin(1, prompt(case, 31))
+    batch.begin(1, prompt(31))
     for now, then in zip(caches, before, strict=True):
         for buffer, old in ((now.k, then.k), (now.v, then.v)):
             assert torch.equal(buffer[[0, 2]], old[[0, 2]])
@@ -303,7 +229,7 @@ def test_a_prefill_of_a_row_leaves_the_state_of_the_others_as_it_was(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_longer_cache_changes_no_logits(case):
-    tokens = prompt(case, 6)
+    tokens = prompt(6)
     _, short = generate(ours(case, max_seq_len=26), tokens, 20)
     _, long = generate(ours(case, max_seq_len=300), tokens, 20)
     assert_near(short, long)
@@ -471,7 +397,7 @@ def test_the_text_part_of_a_multimodal_checkpoint_loads(tmp_path):
     assert any("vision_tower" in name for name in checkpoint.stored)
     model = on_meta(checkpoint.config)
     load_weights(model, checkpoint, checkpoint_name)
-    tokens = prompt("linear rope", 12)
+    tokens = prompt(12)
     with torch.no_grad():
         expected = hf(input_ids=tokens).logits[0]
     assert (expected.amax(-1) - expected.amin(-1)).min() > 3.0

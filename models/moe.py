@@ -1,0 +1,88 @@
+"""Routed experts (arXiv:1701.06538), named as in transformers.
+
+Weights of all experts are stacked, [E, ...]. Shapes: N tokens, E experts, k of them chosen for each
+token, D hidden size, I an expert's own size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """`num_experts` of `moe_intermediate_size`, `num_experts_per_tok` for each token; with
+    `norm_topk_prob` the weights of those chosen add up to one."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+
+
+class Experts(nn.Module):
+    """SiLU-gated feed-forwards: x [N, D], of each token the experts chosen int64 [N, k] and their
+    weights [N, k] -> [N, D].
+
+    Both ways of computing it are exact. `forward` is the one for few tokens, `all` for many.
+    """
+
+    def __init__(self, hidden_size: int, config: MoeConfig):
+        super().__init__()
+        count, size = config.num_experts, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Reads the experts chosen, each as often as it is chosen, and no others."""
+        tokens, count = chosen.shape
+        gate_up = self.gate_up_proj.index_select(0, chosen.flatten())
+        down = self.down_proj.index_select(0, chosen.flatten())
+        repeated = x[:, None].expand(-1, count, -1).reshape(tokens * count, -1, 1)
+        out = torch.bmm(down, _gated(torch.bmm(gate_up, repeated)))
+        return (out.view(tokens, count, -1) * weights[..., None]).sum(1)
+
+    def all(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Reads every expert once, and computes all of them for every token: a chunk's tokens
+        together choose nearly all of them."""
+        dense = weights.new_zeros(x.shape[0], self.gate_up_proj.shape[0])
+        dense = dense.scatter(1, chosen, weights)
+        columns = x.t()[None].expand(self.gate_up_proj.shape[0], -1, -1)
+        hidden = _gated(torch.bmm(self.gate_up_proj, columns)) * dense.t()[:, None]
+        return torch.bmm(self.down_proj, hidden).sum(0).t()
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [..., 2 I, N] -> [..., I, N]."""
+    gate, up = gate_up.chunk(2, dim=-2)
+    return F.silu(gate) * up
+
+
+class SparseMoe(nn.Module):
+    """A feed-forward whose tokens choose their experts: x [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, hidden_size: int, config: MoeConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(hidden_size, config)
+
+    def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts chosen, int64 [N, k], and their weights [N, k], out of `scores` [N, E]."""
+        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32)
+        weights, chosen = torch.topk(probabilities, self.config.num_experts_per_tok, dim=-1)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights.to(scores.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        routed = self.route(self.gate(tokens))
+        # Decided by sizes that are known when a method is traced: a step has one token in each row.
+        few = x.shape[1] == 1 and x.shape[0] * self.config.num_experts_per_tok < (
+            self.config.num_experts
+        )
+        run = self.experts if few else self.experts.all
+        return run(tokens, *routed).view(x.shape)
