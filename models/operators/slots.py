@@ -11,9 +11,8 @@ def load(table: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor)
     """The states [N, ...] of N sequences in a table [S, ...]: of sequence n its slot
     cache_indices[n], int [N] (None: n itself), or zeros where has_initial_state, bool [N], is
     False."""
-    if cache_indices is None:
-        states = table
-    else:
+    states = table
+    if cache_indices is not None:
         states = table.index_select(0, cache_indices.clamp(min=0))
     seen = has_initial_state.view(-1, *[1] * (table.dim() - 1))
     return torch.where(seen, states, torch.zeros_like(states))
