@@ -39,21 +39,18 @@ def causal_conv1d(
     x [D, T], of any strides, holds sequence n in columns query_start_loc[n] up to
     query_start_loc[n + 1], int32 [N + 1], ascending from 0. weight is [D, W] with W from 2 to 4,
     bias [D] or None. Sequence n begins with conv_state[cache_indices[n]], the state's table being
-    [S, D, W - 1] and the indices int32 [N], different from one another (None: n itself); or with
+    [S, D, W - 1] and the indices int32 [N], different from one another (None: n itself, S being N); or with
     zeros where has_initial_state, bool [N], is False. Its last W - 1 inputs replace that slot; in
     a sequence shorter than that they begin with what was there, or with zeros.
 
-    A sequence without tokens leaves its slot as it was, and so does one whose index is
-    `pad_slot_id`. Columns of those and of no sequence are 0. Sums are float32; the result [D, T]
-    has x's dtype. Raises ValueError for another width or activation.
+    A sequence without tokens leaves its slot as it was. One whose index is `pad_slot_id` begins
+    with zeros and leaves nothing, and so does what follows the last sequence. Sums are float32; the
+    result [D, T] has x's dtype. Raises ValueError for another width or activation.
     """
     check(weight, activation)
     count, keep = has_initial_state.shape[0], weight.shape[1] - 1
     starts, ends = query_start_loc[:-1].long(), query_start_loc[1:].long()
     sequences = torch.arange(count, device=x.device)
-    skipped = starts == ends
-    if cache_indices is not None:
-        skipped = skipped | (cache_indices == pad_slot_id)
 
     # All in one row, each sequence behind its state; tokens of no sequence behind zeros.
     tokens = torch.arange(x.shape[1], device=x.device)
@@ -61,7 +58,7 @@ def causal_conv1d(
     places = tokens + keep * (owner + 1)
     taps = torch.arange(keep, device=x.device)
     before = (starts + keep * sequences)[:, None] + taps
-    history = slots.load(conv_state, cache_indices, has_initial_state)
+    history = slots.load(conv_state, cache_indices, has_initial_state, pad_slot_id)
     packed = x.new_zeros(x.shape[0], x.shape[1] + keep * (count + 1))
     packed.index_copy_(1, before.flatten(), history.transpose(0, 1).flatten(1).to(x.dtype))
     packed.index_copy_(1, places, x)
@@ -75,14 +72,12 @@ def causal_conv1d(
     out = out.index_select(1, places - keep)
     if activation is not None:
         out = F.silu(out)
-    alive = (owner < count) & ~skipped.index_select(0, owner.clamp(max=count - 1))
-    out = torch.where(alive, out, torch.zeros_like(out)).to(x.dtype)
 
     # A sequence's last columns, which in a short one reach back into its state.
     last = packed.index_select(1, (before + (ends - starts)[:, None]).flatten())
     last = last.unflatten(1, (count, keep)).transpose(0, 1)
-    slots.store(conv_state, last, cache_indices, skipped)
-    return out
+    slots.store(conv_state, last, cache_indices, pad_slot_id, ends > starts)
+    return out.to(x.dtype)
 
 
 def causal_conv1d_update(
@@ -98,17 +93,12 @@ def causal_conv1d_update(
     """`causal_conv1d` of one token of each of B sequences: x [B, D], conv_state [S, D, W - 1],
     cache_indices int32 [B] or None, has_initial_state bool [B] -> [B, D]."""
     check(weight, activation)
-    history = slots.load(conv_state, cache_indices, has_initial_state)
+    history = slots.load(conv_state, cache_indices, has_initial_state, pad_slot_id)
     window = torch.cat([history, x[..., None].to(history.dtype)], -1)
     out = (window.float() * weight.float()).sum(-1)
     if bias is not None:
         out = out + bias.float()
     if activation is not None:
         out = F.silu(out)
-    out = out.to(x.dtype)
-    if cache_indices is None:
-        conv_state.copy_(window[..., 1:])
-        return out
-    is_pad = cache_indices == pad_slot_id
-    slots.store(conv_state, window[..., 1:], cache_indices, is_pad)
-    return torch.where(is_pad[:, None], torch.zeros_like(out), out)
+    slots.store(conv_state, window[..., 1:], cache_indices, pad_slot_id)
+    return out.to(x.dtype)

@@ -15,11 +15,11 @@ from models.operators.slots import PAD_SLOT_ID
 from models.operators.triton_conv1d import causal_conv1d_kernel, causal_conv1d_update_kernel
 from models.operators.triton_delta_rule import gated_delta_rule_update_kernel
 
-# Tokens and channels of one program. Where channels are adjacent in memory it goes through the
-# tokens one by one, and holds 4 channels to a thread; blocks at a sequence's begin in tiles of 8.
-ROLLING_TOKENS, ROLLING_TILE, ROLLING_DIM, ROLLING_WARPS = 32, 8, 256, 2
-# Where they are not, tokens are taken to be adjacent.
-TOKENS, DIM, WARPS = 128, 32, 4
+# Tokens (at most 64), channels and warps of one program: where channels are adjacent in memory, so
+# that it keeps all its tokens in registers, 4 channels to a thread; and elsewhere, where tokens may
+# be adjacent.
+ROLLING = 16, 256, 2
+WHOLE = 64, 32, 4
 UPDATE_DIM = 256
 # Columns of a state to one program: 16 KiB of one of 128 rows.
 BLOCK_VALUES = 32
@@ -36,22 +36,16 @@ def causal_conv1d(
     has_initial_state: Tensor,
     activation: str | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
-    *,
-    block_tokens: int | None = None,
-    block_dim: int | None = None,
 ) -> Tensor:
-    """As conv1d.causal_conv1d. The result has x's layout. `block_tokens` (at least 4) and
-    `block_dim`, powers of two, are the share of one program; they do not change the result."""
+    """As conv1d.causal_conv1d. The result has x's layout."""
     conv1d.check(weight, activation)
     dim, tokens = x.shape
     rolling = x.stride(0) == 1
     if rolling:
         out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device).T
-        shares, warps = (ROLLING_TOKENS, ROLLING_DIM), ROLLING_WARPS
     else:
         out = torch.empty(dim, tokens, dtype=x.dtype, device=x.device)
-        shares, warps = (TOKENS, DIM), WARPS
-    block_tokens, block_dim = block_tokens or shares[0], block_dim or shares[1]
+    block_tokens, block_dim, warps = ROLLING if rolling else WHOLE
     wrap_triton(causal_conv1d_kernel)[
         (triton.cdiv(tokens, block_tokens) * triton.cdiv(dim, block_dim),)
     ](
@@ -60,7 +54,6 @@ def causal_conv1d(
         *x.stride(), *out.stride(), *weight.stride(), *conv_state.stride(),
         WIDTH=weight.shape[1], HAS_BIAS=bias is not None, HAS_INDICES=cache_indices is not None,
         SILU=activation is not None, ROLLING=rolling, BLOCK_TOKENS=block_tokens,
-        TILE_TOKENS=min(block_tokens, ROLLING_TILE) if rolling else block_tokens,
         BLOCK_DIM=block_dim, num_warps=warps,
     )  # fmt: skip
     return out
@@ -103,11 +96,9 @@ def gated_delta_rule_update(
     cache_indices: Tensor | None,
     has_initial_state: Tensor,
     pad_slot_id: int = PAD_SLOT_ID,
-    *,
-    block_values: int = BLOCK_VALUES,
 ) -> Tensor:
-    """As delta_rule.gated_delta_rule_update. `block_values`, a power of two, is the columns of one
-    program. Raises ValueError besides where a head's elements are not adjacent in memory."""
+    """As delta_rule.gated_delta_rule_update; raises ValueError besides where a head of q, k or v or
+    the state is not contiguous."""
     delta_rule.check(q, v, state)
     if not state.is_contiguous() or any(x.stride(-1) != 1 for x in (q, k, v)):
         raise ValueError(
@@ -118,12 +109,12 @@ def gated_delta_rule_update(
     key_size = q.shape[2]
     out = torch.empty(batch, heads, value_size, dtype=v.dtype, device=v.device)
     wrap_triton(gated_delta_rule_update_kernel)[
-        (batch * heads, triton.cdiv(value_size, block_values))
+        (batch * heads, triton.cdiv(value_size, BLOCK_VALUES))
     ](
         q, k, v, a, b, A_log, dt_bias, state, cache_indices, has_initial_state, out,
         heads, heads // q.shape[1], key_size, value_size, key_size**-0.5, pad_slot_id,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *a.stride(), *b.stride(),
         HAS_INDICES=cache_indices is not None, KEYS=triton.next_power_of_2(key_size),
-        BLOCK_VALUES=block_values,
+        BLOCK_VALUES=BLOCK_VALUES,
     )  # fmt: skip
     return out

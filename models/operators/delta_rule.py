@@ -62,7 +62,7 @@ def gated_delta_rule(
     [H] -> o [B, T, H, V] of v's dtype.
 
     Sequence n begins with state[cache_indices[n]], the table being float32 [S, H, K, V] and the
-    indices int [B], different from one another (None: n itself); or with zeros where
+    indices int [B], different from one another (None: n itself, S being B); or with zeros where
     has_initial_state, bool [B], is False. What it ends with replaces that slot.
 
     Where T is symbolic, as in torch.export, `max_tokens` must bound it, and so many tokens are
@@ -94,7 +94,7 @@ def gated_delta_rule(
     q = q * kept
     k = k * (end - decay).exp()[..., None]
 
-    matrix = slots.load(state, cache_indices, has_initial_state)
+    matrix = slots.load(state, cache_indices, has_initial_state, PAD_SLOT_ID)
     outs = []
     for i in range(chunks):
         written = writes[:, :, i] - erases[:, :, i] @ matrix
@@ -151,19 +151,16 @@ def gated_delta_rule_update(
     pad_slot_id: int = PAD_SLOT_ID,
 ) -> Tensor:
     """`gated_delta_rule` of one token of each of B sequences: q, k [B, G, K], v [B, H, V] and
-    a, b [B, H] -> o [B, H, V]. A sequence whose index is `pad_slot_id` gives zeros and leaves the
-    states as they were."""
+    a, b [B, H] -> o [B, H, V]. A sequence whose index is `pad_slot_id` begins with zeros and leaves
+    nothing."""
     check(q, v, state)
     heads = v.shape[1]
     g, beta = gates(a, b, A_log, dt_bias)
     q, k_wide = normalized(q, heads) * q.shape[-1] ** -0.5, normalized(k, heads)
-    matrix = slots.load(state, cache_indices, has_initial_state) * g.exp()[..., None, None]
+    matrix = slots.load(state, cache_indices, has_initial_state, pad_slot_id)
+    matrix = matrix * g.exp()[..., None, None]
     delta = beta[..., None] * (v.float() - (matrix * k_wide[..., None]).sum(-2))
     matrix = matrix + k_wide[..., None] * delta[..., None, :]
     out = (matrix * q[..., None]).sum(-2).to(v.dtype)
-    if cache_indices is None:
-        state.copy_(matrix)
-        return out
-    is_pad = cache_indices == pad_slot_id
-    slots.store(state, matrix, cache_indices, is_pad)
-    return torch.where(is_pad[:, None, None], torch.zeros_like(out), out)
+    slots.store(state, matrix, cache_indices, pad_slot_id)
+    return out

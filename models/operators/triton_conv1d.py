@@ -2,35 +2,40 @@
 
 Programs share out tokens and channels, not sequences: their number depends on sizes alone, and a
 batch of one long and many short sequences costs what an even one does. Each finds the sequences of
-its tokens in query_start_loc.
+its tokens in query_start_loc, and computes all its tokens as if sequences began with zeros. Then it
+goes through the sequences that begin in its block: their first tokens are computed once more with
+the state, and their last inputs replace it. One program does both, also where the tokens reach into
+the next block; were they two, one could write the slot before the other has read it.
 
-A slot is read for a sequence's first tokens and replaced by its last ones. One program does both,
-that of the first token: were they two, one could write before the other has read. So this program
-computes all tokens that look at the slot, also those that lie in the next block.
+Taps are counted backwards, 0 being a token's own. Loops are `while`: Triton's interpreter cannot
+make a range of tensors.
 """
 
 import triton
 import triton.language as tl
 
-# Starts of sequences that are compared at once.
+# Sequences that are looked at together.
 SEARCH = tl.constexpr(128)
-
-
-@triton.jit
-def silu(x):
-    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def activated(x, SILU: tl.constexpr):
     if SILU:
-        x = silu(x)
+        x = x / (1.0 + tl.exp(-x))
     return x
 
 
 @triton.jit
+def load_slot(cache_indices_ptr, sequence, HAS_INDICES: tl.constexpr):
+    if HAS_INDICES:
+        slot = tl.load(cache_indices_ptr + sequence).to(tl.int64)
+    else:
+        slot = sequence.to(tl.int64)
+    return slot
+
+
+@triton.jit
 def load_bias(bias_ptr, channels, in_dim, HAS_BIAS: tl.constexpr):
-    """float32 of the shape of `channels`."""
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channels, mask=in_dim, other=0.0).to(tl.float32)
     else:
@@ -39,31 +44,129 @@ def load_bias(bias_ptr, channels, in_dim, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def find(query_start_loc_ptr, sequences, first_token, last_token):
-    """The sequences of two tokens: how many end at or before each. `sequences` where there is no
-    sequence of it."""
-    # Loops are `while` everywhere: Triton's interpreter cannot make a range of tensors.
-    first = 0
-    last = 0
-    begin = 0
-    while begin < sequences:
-        numbers = begin + tl.arange(0, SEARCH)
-        ends = tl.load(
-            query_start_loc_ptr + 1 + numbers, mask=numbers < sequences, other=0x7FFFFFFF
-        )
-        first += tl.sum((ends <= first_token).to(tl.int32))
-        last += tl.sum((ends <= last_token).to(tl.int32))
-        begin += SEARCH
-    return first, last
+def load_weight(weight_ptrs, stride, in_dim, BACK: tl.constexpr, WIDTH: tl.constexpr):
+    if BACK < WIDTH:
+        weight = tl.load(weight_ptrs + (WIDTH - 1 - BACK) * stride, mask=in_dim, other=0.0)
+    else:
+        weight = tl.zeros(in_dim.shape, tl.float32)
+    return weight.to(tl.float32)
 
 
 @triton.jit
-def load_slot(cache_indices_ptr, sequence, mask, HAS_INDICES: tl.constexpr):
-    if HAS_INDICES:
-        slot = tl.load(cache_indices_ptr + sequence, mask=mask, other=0).to(tl.int64)
-    else:
-        slot = tl.where(mask, sequence, 0).to(tl.int64)
-    return slot
+def find(query_start_loc_ptr, sequences, tokens, begin, end):
+    """(the sequence of token `begin`, a bit for each token from there to `end` that is the first
+    of a sequence). What follows the last sequence counts as one more."""
+    first = 0
+    firsts = tl.zeros([], tl.int64)
+    base = 0
+    while base <= sequences:
+        numbers = base + tl.arange(0, SEARCH)
+        loc_ptrs = query_start_loc_ptr + numbers
+        starts = tl.load(loc_ptrs, mask=numbers <= sequences, other=tokens)
+        stops = tl.load(loc_ptrs + 1, mask=numbers < sequences, other=tokens)
+        first += tl.sum((stops <= begin).to(tl.int32) * (numbers < sequences))
+        is_in = (starts >= begin) & (starts < end) & (stops > starts)
+        firsts += tl.sum(tl.where(is_in, 1, 0).to(tl.int64) << tl.where(is_in, starts - begin, 0))
+        base += SEARCH
+    return first, firsts
+
+
+@triton.jit
+def load_rows(x_ptrs, in_dim, begin, tokens, stride, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """The tokens of a block, each [BLOCK_DIM], after the last WIDTH - 1 before it."""
+    rows = ()
+    for i in tl.static_range(1 - WIDTH, COUNT):
+        token = begin + i
+        mask = in_dim & (token >= 0) & (token < tokens)
+        rows = rows + (tl.load(x_ptrs + token.to(tl.int64) * stride, mask=mask, other=0.0),)
+    return rows
+
+
+@triton.jit
+def roll(
+    rows, out_ptrs, weight_ptrs, bias, in_dim, begin, tokens, first_start, firsts, skip,
+    out_stride_token, weight_stride_tap,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A block token by token, of inputs that have been loaded once. INNER: all of it is within one
+    sequence, and all of it is to be stored."""
+    w3 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 3, WIDTH)
+    w2 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 2, WIDTH)
+    w1 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 1, WIDTH)
+    w0 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 0, WIDTH)
+    x1 = tl.where(begin - 1 >= first_start, rows[WIDTH - 2].to(tl.float32), 0.0)
+    x2, x3 = x1, x1
+    if WIDTH > 2:
+        x2 = tl.where(begin - 2 >= first_start, rows[WIDTH - 3].to(tl.float32), 0.0)
+    if WIDTH > 3:
+        x3 = tl.where(begin - 3 >= first_start, rows[WIDTH - 4].to(tl.float32), 0.0)
+    out_row = out_ptrs + begin.to(tl.int64) * out_stride_token
+    for i in tl.static_range(BLOCK_TOKENS):
+        x0 = rows[WIDTH - 1 + i].to(tl.float32)
+        stored = in_dim
+        if not INNER:
+            stored = in_dim & (begin + i < tokens) & (i >= skip)
+            is_first = ((firsts >> i) & 1) != 0
+            x3 = tl.where(is_first, 0.0, x3)
+            x2 = tl.where(is_first, 0.0, x2)
+            x1 = tl.where(is_first, 0.0, x1)
+        sums = bias
+        if WIDTH > 3:
+            sums = tl.fma(w3, x3, sums)
+        if WIDTH > 2:
+            sums = tl.fma(w2, x2, sums)
+        sums = tl.fma(w0, x0, tl.fma(w1, x1, sums))
+        out = activated(sums, SILU).to(out_row.dtype.element_ty)
+        tl.store(out_row + i * out_stride_token, out, mask=stored)
+        x3 = x2
+        x2 = x1
+        x1 = x0
+
+
+@triton.jit
+def whole(
+    x_ptrs, out_ptrs, weight_ptrs, bias, in_dim, begin, end, first, first_start, sequences, skip,
+    query_start_loc_ptr, x_stride_token, out_stride_token, weight_stride_tap,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A block at once, each tap loading its own inputs, which caches serve."""
+    token = begin + tl.arange(0, BLOCK_TOKENS)
+    start = tl.zeros_like(token) + first_start
+    number = first + 1
+    while number <= sequences:
+        next_start = tl.load(query_start_loc_ptr + number)
+        start = tl.where(token >= next_start, next_start, start)
+        number = tl.where(next_start < end, number + 1, sequences + 1)
+    mask = in_dim[:, None] & (token < end)[None, :]
+    sums = tl.zeros(mask.shape, tl.float32) + bias[:, None]
+    for tap in tl.static_range(WIDTH):
+        source = token - (WIDTH - 1 - tap)
+        x = tl.load(
+            x_ptrs[:, None] + source.to(tl.int64)[None, :] * x_stride_token,
+            mask=mask & (source >= start)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        weight = load_weight(weight_ptrs, weight_stride_tap, in_dim, WIDTH - 1 - tap, WIDTH)
+        sums = tl.fma(weight[:, None], x, sums)
+    out = activated(sums, SILU).to(out_ptrs.dtype.element_ty)
+    stored = mask & (token >= begin + skip)[None, :]
+    tl.store(out_ptrs[:, None] + token.to(tl.int64)[None, :] * out_stride_token, out, mask=stored)
+
+
+@triton.jit
+def last_input(
+    x_ptrs, state_ptrs, in_dim, start, stop, started, x_stride_token, state_stride_tap,
+    COLUMN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Column COLUMN of what a sequence leaves: an input, or in a short sequence what was before."""
+    source = stop - (WIDTH - 1) + COLUMN
+    x = tl.load(
+        x_ptrs + source.to(tl.int64) * x_stride_token, mask=in_dim & (source >= start), other=0.0
+    )
+    before = tl.load(
+        state_ptrs + (COLUMN + stop - start) * state_stride_tap,
+        mask=in_dim & (source < start) & started, other=0.0,
+    )  # fmt: skip
+    return tl.where(source >= start, x, before).to(state_ptrs.dtype.element_ty)
 
 
 @triton.jit
@@ -72,143 +175,95 @@ def causal_conv1d_kernel(
     has_initial_ptr, out_ptr,
     dim, tokens, sequences, pad_slot_id,
     x_stride_dim, x_stride_token, out_stride_dim, out_stride_token,
-    weight_stride_dim, weight_stride_tap,
-    state_stride_slot, state_stride_dim, state_stride_tap,
+    weight_stride_dim, weight_stride_tap, state_stride_slot, state_stride_dim, state_stride_tap,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDICES: tl.constexpr, SILU: tl.constexpr,
-    ROLLING: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    ROLLING: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_TOKENS tokens of BLOCK_DIM channels.
-
-    A block within one sequence, and not at its begin, is the common case of long ones. Where
-    ROLLING (adjacent channels are adjacent in memory) it is computed a token at a time with the
-    last WIDTH - 1 in registers, so that each input is loaded once. All other blocks go by tiles of
-    TILE_TOKENS tokens, each tap loading its own.
-    """
+    """BLOCK_TOKENS tokens (64 at most) of BLOCK_DIM channels."""
     blocks = tl.cdiv(dim, BLOCK_DIM)
-    block = tl.program_id(0)
-    begin = (block // blocks) * BLOCK_TOKENS
-    channels = (block % blocks) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    in_dim = channels < dim
+    begin = (tl.program_id(0) // blocks) * BLOCK_TOKENS
     end = tl.minimum(begin + BLOCK_TOKENS, tokens)
-    first, last = find(query_start_loc_ptr, sequences, begin, end - 1)
-
+    channels = (tl.program_id(0) % blocks) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    in_dim = channels < dim
     x_ptrs = x_ptr + channels.to(tl.int64) * x_stride_dim
     out_ptrs = out_ptr + channels.to(tl.int64) * out_stride_dim
     weight_ptrs = weight_ptr + channels * weight_stride_dim
     bias = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
 
     if ROLLING:
-        inner = (first == last) & (first < sequences) & (end == begin + BLOCK_TOKENS)
-        inner &= begin - tl.load(query_start_loc_ptr + first) >= WIDTH - 1
-        inner &= load_slot(cache_indices_ptr, first, inner, HAS_INDICES) != pad_slot_id
-        if inner:
-            # The weights and the tokens before, the oldest of them first.
-            w0 = tl.load(weight_ptrs, mask=in_dim, other=0.0).to(tl.float32)
-            w1 = tl.load(weight_ptrs + weight_stride_tap, mask=in_dim, other=0.0).to(tl.float32)
-            row = x_ptrs + begin.to(tl.int64) * x_stride_token
-            a = tl.load(row - (WIDTH - 1) * x_stride_token, mask=in_dim, other=0.0).to(tl.float32)
-            if WIDTH > 2:
-                w2 = tl.load(weight_ptrs + 2 * weight_stride_tap, mask=in_dim, other=0.0)
-                w2 = w2.to(tl.float32)
-                b = tl.load(row - (WIDTH - 2) * x_stride_token, mask=in_dim, other=0.0)
-                b = b.to(tl.float32)
-            if WIDTH > 3:
-                w3 = tl.load(weight_ptrs + 3 * weight_stride_tap, mask=in_dim, other=0.0)
-                w3 = w3.to(tl.float32)
-                c = tl.load(row - x_stride_token, mask=in_dim, other=0.0).to(tl.float32)
-            out_row = out_ptrs + begin.to(tl.int64) * out_stride_token
-            for i in tl.static_range(BLOCK_TOKENS):
-                new = tl.load(row + i * x_stride_token, mask=in_dim, other=0.0).to(tl.float32)
-                sums = tl.fma(w0, a, bias)
-                if WIDTH == 2:
-                    sums = tl.fma(w1, new, sums)
-                    a = new
-                elif WIDTH == 3:
-                    sums = tl.fma(w2, new, tl.fma(w1, b, sums))
-                    a = b
-                    b = new
-                else:
-                    sums = tl.fma(w3, new, tl.fma(w2, c, tl.fma(w1, b, sums)))
-                    a = b
-                    b = c
-                    c = new
-                out = activated(sums, SILU).to(out_ptr.dtype.element_ty)
-                tl.store(out_row + i * out_stride_token, out, mask=in_dim)
+        # All loads before all else: nothing waits for the search, and no store is between them.
+        rows = load_rows(x_ptrs, in_dim, begin, tokens, x_stride_token, WIDTH, BLOCK_TOKENS)
+
+    # 1. Where sequences begin, and how many of the first tokens the block before computes.
+    first, firsts = find(query_start_loc_ptr, sequences, tokens, begin, end)
+    first_start = tl.load(query_start_loc_ptr + first)
+    skip = 0
+    if (first_start < begin) & (begin < first_start + WIDTH - 1) & (first < sequences):
+        is_pad = load_slot(cache_indices_ptr, first, HAS_INDICES) == pad_slot_id
+        if (tl.load(has_initial_ptr + first) != 0) & (is_pad == 0):
+            skip = first_start + WIDTH - 1 - begin
+
+    # 2. All tokens, as if sequences began with zeros.
+    if ROLLING:
+        if (firsts == 0) & (skip == 0) & (begin + BLOCK_TOKENS <= tokens):
+            roll(
+                rows, out_ptrs, weight_ptrs, bias, in_dim, begin, tokens, first_start, firsts, skip,
+                out_stride_token, weight_stride_tap, WIDTH, SILU, True, BLOCK_TOKENS,
+            )  # fmt: skip
             return
-
-    # The last sequence's tokens that look at its slot, where that is this program's to replace.
-    limit = end
-    last_start = tl.load(query_start_loc_ptr + last)
-    if (last < sequences) & (last_start >= begin):
-        last_stop = tl.load(query_start_loc_ptr + last + 1)
-        limit = tl.maximum(end, tl.minimum(last_start + WIDTH - 1, last_stop))
-    tile = begin
-    while tile < limit:
-        token = tile + tl.arange(0, TILE_TOKENS)
-        sequence = tl.zeros_like(token) + first
-        number = first + 1
-        while number <= last:
-            sequence += (token >= tl.load(query_start_loc_ptr + number)).to(tl.int32)
-            number += 1
-        known = (token < limit) & (sequence < sequences)
-        start = tl.load(query_start_loc_ptr + sequence, mask=known, other=0)
-        slot = load_slot(cache_indices_ptr, sequence, known, HAS_INDICES)
-        is_first = known & (token - start < WIDTH - 1)
-        own = tl.where(is_first, start >= begin, token < end)
-        alive = known & (slot != pad_slot_id)
-        started = tl.load(has_initial_ptr + sequence, mask=alive, other=0) != 0
-        state_row = state_ptr + slot * state_stride_slot
-        sums = tl.zeros([TILE_TOKENS, BLOCK_DIM], tl.float32) + bias[None, :]
-        for tap in tl.static_range(WIDTH):
-            source = token - (WIDTH - 1) + tap
-            value = tl.load(
-                x_ptrs[None, :] + source.to(tl.int64)[:, None] * x_stride_token,
-                mask=(alive & own & (source >= start))[:, None] & in_dim[None, :], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            if tap < WIDTH - 1:
-                column = source - start + WIDTH - 1
-                value += tl.load(
-                    state_row[:, None] + column[:, None] * state_stride_tap
-                    + channels[None, :] * state_stride_dim,
-                    mask=(alive & own & started & (source < start))[:, None] & in_dim[None, :],
-                    other=0.0,
-                ).to(tl.float32)  # fmt: skip
-            weight = tl.load(weight_ptrs + tap * weight_stride_tap, mask=in_dim, other=0.0)
-            sums = tl.fma(weight.to(tl.float32)[None, :], value, sums)
-        out = tl.where(alive[:, None], activated(sums, SILU), 0.0)
-        tl.store(
-            out_ptrs[None, :] + token.to(tl.int64)[:, None] * out_stride_token,
-            out.to(out_ptr.dtype.element_ty), mask=own[:, None] & in_dim[None, :],
+        roll(
+            rows, out_ptrs, weight_ptrs, bias, in_dim, begin, tokens, first_start, firsts, skip,
+            out_stride_token, weight_stride_tap, WIDTH, SILU, False, BLOCK_TOKENS,
         )  # fmt: skip
-        tile += TILE_TOKENS
+    else:
+        whole(
+            x_ptrs, out_ptrs, weight_ptrs, bias, in_dim, begin, end, first, first_start, sequences,
+            skip, query_start_loc_ptr, x_stride_token, out_stride_token, weight_stride_tap,
+            WIDTH, SILU, BLOCK_TOKENS,
+        )  # fmt: skip
 
-    # All threads have read the slots before any of them replaces one.
-    tl.debug_barrier()
+    # 3. The sequences that begin here: their first tokens with the state, and their state anew.
     sequence = first
-    while sequence < tl.minimum(last + 1, sequences):
-        start = tl.load(query_start_loc_ptr + sequence)
+    start = first_start
+    while (sequence < sequences) & (start < end):
         stop = tl.load(query_start_loc_ptr + sequence + 1)
-        slot = load_slot(cache_indices_ptr, sequence, True, HAS_INDICES)
+        slot = load_slot(cache_indices_ptr, sequence, HAS_INDICES)
         if (start >= begin) & (stop > start) & (slot != pad_slot_id):
             started = tl.load(has_initial_ptr + sequence) != 0
             state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
-            for column in tl.static_range(WIDTH - 1):
-                source = stop - (WIDTH - 1) + column
-                value = tl.load(
-                    x_ptrs + source.to(tl.int64) * x_stride_token,
-                    mask=in_dim & (source >= start), other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                # What a short sequence shifts comes from a later column, not yet replaced.
-                value += tl.load(
-                    state_ptrs + (column + stop - start) * state_stride_tap,
-                    mask=in_dim & (source < start) & started, other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                tl.store(
-                    state_ptrs + column * state_stride_tap,
-                    value.to(state_ptr.dtype.element_ty), mask=in_dim,
-                )  # fmt: skip
+            # Threads may store here what others have stored or read above.
+            tl.debug_barrier()
+            if started:
+                for i in tl.static_range(WIDTH - 1):
+                    mask = in_dim & (start + i < stop)
+                    sums = bias
+                    for tap in tl.static_range(WIDTH):
+                        if i + tap < WIDTH - 1:
+                            x = tl.load(state_ptrs + (i + tap) * state_stride_tap, mask, other=0.0)
+                        else:
+                            source = (start + (i + tap - (WIDTH - 1))).to(tl.int64)
+                            x = tl.load(x_ptrs + source * x_stride_token, mask, other=0.0)
+                        weight = load_weight(
+                            weight_ptrs, weight_stride_tap, in_dim, WIDTH - 1 - tap, WIDTH
+                        )
+                        sums = tl.fma(weight, x.to(tl.float32), sums)
+                    out = activated(sums, SILU).to(out_ptr.dtype.element_ty)
+                    tl.store(out_ptrs + (start + i).to(tl.int64) * out_stride_token, out, mask=mask)
+            bounds = start, stop, started, x_stride_token, state_stride_tap
+            s0 = last_input(x_ptrs, state_ptrs, in_dim, *bounds, 0, WIDTH)
+            s1, s2 = s0, s0
+            if WIDTH > 2:
+                s1 = last_input(x_ptrs, state_ptrs, in_dim, *bounds, 1, WIDTH)
+            if WIDTH > 3:
+                s2 = last_input(x_ptrs, state_ptrs, in_dim, *bounds, 2, WIDTH)
+            tl.debug_barrier()
+            tl.store(state_ptrs, s0, mask=in_dim)
+            if WIDTH > 2:
+                tl.store(state_ptrs + state_stride_tap, s1, mask=in_dim)
+            if WIDTH > 3:
+                tl.store(state_ptrs + 2 * state_stride_tap, s2, mask=in_dim)
         sequence += 1
+        start = stop
 
 
 @triton.jit
@@ -224,31 +279,23 @@ def causal_conv1d_update_kernel(
     row = tl.program_id(0)
     channels = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     in_dim = channels < dim
-    slot = load_slot(cache_indices_ptr, row, True, HAS_INDICES)
-    is_there = slot != pad_slot_id
-    started = tl.load(has_initial_ptr + row) != 0
-    new = tl.load(
-        x_ptr + row.to(tl.int64) * x_stride_row + channels * x_stride_dim, mask=in_dim, other=0.0
-    ).to(tl.float32)
-    sums = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
+    slot = load_slot(cache_indices_ptr, row, HAS_INDICES)
+    kept = in_dim & (slot != pad_slot_id)
+    started = kept & (tl.load(has_initial_ptr + row) != 0)
+    weight_ptrs = weight_ptr + channels * weight_stride_dim
     state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
+    x_ptrs = x_ptr + row.to(tl.int64) * x_stride_row + channels * x_stride_dim
+    sums = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
     for tap in tl.static_range(WIDTH):
         if tap < WIDTH - 1:
-            value = tl.load(
-                state_ptrs + tap * state_stride_tap, mask=in_dim & started & is_there, other=0.0
-            ).to(tl.float32)
+            x = tl.load(state_ptrs + tap * state_stride_tap, mask=started, other=0.0)
         else:
-            value = new
-        weight = tl.load(
-            weight_ptr + channels * weight_stride_dim + tap * weight_stride_tap,
-            mask=in_dim, other=0.0,
-        )  # fmt: skip
-        sums = tl.fma(weight.to(tl.float32), value, sums)
-        # Each column moves one to the left, after it has been read.
+            x = tl.load(x_ptrs, mask=in_dim, other=0.0)
+        weight = load_weight(weight_ptrs, weight_stride_tap, in_dim, WIDTH - 1 - tap, WIDTH)
+        sums = tl.fma(weight, x.to(tl.float32), sums)
+        # Each column moves on by one, into that which has been read.
         if tap > 0:
-            tl.store(
-                state_ptrs + (tap - 1) * state_stride_tap,
-                value.to(state_ptr.dtype.element_ty), mask=in_dim & is_there,
-            )  # fmt: skip
-    out = tl.where(is_there, activated(sums, SILU), 0.0)
-    tl.store(out_ptr + row.to(tl.int64) * dim + channels, out.to(out_ptr.dtype.element_ty), in_dim)
+            column = x.to(state_ptr.dtype.element_ty)
+            tl.store(state_ptrs + (tap - 1) * state_stride_tap, column, mask=kept)
+    out = activated(sums, SILU).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row.to(tl.int64) * dim + channels, out, mask=in_dim)

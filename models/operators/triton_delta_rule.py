@@ -45,12 +45,9 @@ def gated_delta_rule_update_kernel(
     in_keys, in_values = keys < key_size, values < value_size
     out_ptrs = out_ptr + row_head.to(tl.int64) * value_size + values
 
-    slot = load_slot(cache_indices_ptr, row, True, HAS_INDICES)
-    if slot == pad_slot_id:
-        zeros = tl.zeros([BLOCK_VALUES], out_ptr.dtype.element_ty)
-        tl.store(out_ptrs, zeros, mask=in_values)
-        return
-    started = tl.load(has_initial_ptr + row) != 0
+    slot = load_slot(cache_indices_ptr, row, HAS_INDICES)
+    is_kept = slot != pad_slot_id
+    started = is_kept & (tl.load(has_initial_ptr + row) != 0)
     state_ptrs = (
         state_ptr + (slot * heads + head) * key_size * value_size
         + keys[:, None] * value_size + values[None, :]
@@ -73,5 +70,5 @@ def gated_delta_rule_update_kernel(
     delta = beta * (v.to(tl.float32) - tl.sum(state * k[:, None], 0))
     state += k[:, None] * delta[None, :]
     out = tl.sum(state * q[:, None], 0)
-    tl.store(state_ptrs, state, mask=in_state)
+    tl.store(state_ptrs, state, mask=in_state & is_kept)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_values)
