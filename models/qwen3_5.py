@@ -35,20 +35,10 @@ _SHARED_DEFAULTS = {
 }
 # transformers' Qwen3_5TextConfig and Qwen3NextConfig.
 DEFAULTS = {
-    "qwen3_5_text": _SHARED_DEFAULTS
-    | {
-        "vocab_size": 248_320,
-        "hidden_size": 4096,
-        "intermediate_size": 12_288,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 4,
-    },
+    "qwen3_5_text": _SHARED_DEFAULTS | {"vocab_size": 248_320, "num_key_value_heads": 4},
     "qwen3_next": _SHARED_DEFAULTS
     | {
         "vocab_size": 151_936,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 48,
         "num_key_value_heads": 2,
         "num_experts": 512,
         "decoder_sparse_step": 1,

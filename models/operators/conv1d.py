@@ -38,10 +38,10 @@ def causal_conv1d(
 
     x [D, T], of any strides, holds sequence n in columns query_start_loc[n] up to
     query_start_loc[n + 1], int32 [N + 1], ascending from 0. weight is [D, W] with W from 2 to 4,
-    bias [D] or None. Sequence n begins with conv_state[cache_indices[n]], the state's table being
-    [S, D, W - 1] and the indices int32 [N], different from one another (None: n itself, S being N); or with
-    zeros where has_initial_state, bool [N], is False. Its last W - 1 inputs replace that slot; in
-    a sequence shorter than that they begin with what was there, or with zeros.
+    bias [D] or None. Sequence n begins with conv_state[cache_indices[n]], of a table [S, D, W - 1]
+    and int32 [N] different from one another (None: n itself, and S is N); or with zeros where
+    has_initial_state, bool [N], is False. Its last W - 1 inputs replace that slot; in a sequence
+    shorter than that they begin with what was there, or with zeros.
 
     A sequence without tokens leaves its slot as it was. One whose index is `pad_slot_id` begins
     with zeros and leaves nothing, and so does what follows the last sequence. Sums are float32; the

@@ -62,7 +62,7 @@ def gated_delta_rule(
     [H] -> o [B, T, H, V] of v's dtype.
 
     Sequence n begins with state[cache_indices[n]], the table being float32 [S, H, K, V] and the
-    indices int [B], different from one another (None: n itself, S being B); or with zeros where
+    indices int [B], different from one another (None: n itself, and S is B); or with zeros where
     has_initial_state, bool [B], is False. What it ends with replaces that slot.
 
     Where T is symbolic, as in torch.export, `max_tokens` must bound it, and so many tokens are
