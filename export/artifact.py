@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ from export.errors import ExportError
 # Raised when the runner of an older tokenloop could no longer drive the artifact.
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+PACKAGES = ("tokenloop", "torch", "executorch")
 
 
 class SmallWrites:
@@ -76,13 +77,20 @@ def new_artifact(output: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def write_manifest(directory: Path, program: str, entries: dict) -> None:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed: not every engine needs every package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_manifest(directory: Path, entries: dict) -> None:
     """Write manifest.json: `entries`, and what is the same for every artifact."""
     manifest = {
         "format": FORMAT_VERSION,
-        "program": {"file": program, "bytes": (directory / program).stat().st_size},
         **entries,
-        "versions": {name: version(name) for name in ("tokenloop", "torch", "executorch")},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")

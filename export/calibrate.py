@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.layers import MLP
+
 TEXT = Path(__file__).with_name("calibration.txt")
 TOKENS = 512
 TINY = 1e-5
@@ -33,9 +35,11 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
         attention, mlp = layer.self_attn, layer.mlp
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
         _divide_norm(layer.input_layernorm, _rescale(inputs, seen))
-        inputs = [mlp.gate_proj, mlp.up_proj]
-        _divide_norm(layer.pre_feedforward_layernorm, _rescale(inputs, seen))
-        _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
+        # Experts are read without their activations being quantized.
+        if isinstance(mlp, MLP):
+            inputs = [mlp.gate_proj, mlp.up_proj]
+            _divide_norm(layer.mlp_norm, _rescale(inputs, seen))
+            _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
         # Heads that share a value head share its channels.
         heads = attention.v_proj.out_features // attention.head_dim, -1, attention.head_dim
         _divide_rows(attention.v_proj, _rescale([attention.o_proj], seen, heads))
@@ -112,8 +116,10 @@ def _rescale(
 
 
 def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
-    norm.weight.copy_((1.0 + norm.weight) / scale - 1.0)
+    norm.weight.copy_((norm.offset + norm.weight) / scale - norm.offset)
 
 
 def _divide_rows(linear: nn.Linear, scale: Tensor) -> None:
     linear.weight /= scale[:, None]
+    if linear.bias is not None:
+        linear.bias /= scale

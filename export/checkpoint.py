@@ -209,6 +209,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Errors: ExportError naming the file and what is wrong with it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ExportError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -221,7 +223,7 @@ def _open_directory(path: Path) -> Checkpoint:
         found = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"; for GGUF give the file itself, {path / found[0]}" if found else ""
         raise ExportError(f"{path} has no config.json{hint or '; a Hugging Face model has one'}")
-    config = _text_config(path, read_json(path / "config.json"))
+    config = read_config(path / "config.json")
     files = _safetensors_files(path)
     stored: dict[str, StoredTensor] = {}
     for file in files:
@@ -236,14 +238,16 @@ def _open_directory(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", config, files, stored)
 
 
-def _text_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The text model's part of a config.json. Errors: ExportError as `read_json`, and for a file
+    that names no model_type."""
+    config = read_json(path)
     text = config.get("text_config", config)
     if not isinstance(text, dict):
-        raise ExportError(f"{path / 'config.json'}: text_config is {text!r}; an object is right")
+        raise ExportError(f"{path}: text_config is {text!r}; an object is right")
     if not isinstance(text.get("model_type"), str):
         raise ExportError(
-            f"{path / 'config.json'}: model_type is {text.get('model_type')!r}; a name such as "
-            "gemma3_text is right"
+            f"{path}: model_type is {text.get('model_type')!r}; a name such as gemma3_text is right"
         )
     unset = [key for key in SHARED_KEYS if text.get(key) is None and key in config]
     return text | {key: config[key] for key in unset}

@@ -17,8 +17,10 @@ from torch.export import Dim, ExportedProgram
 from export import attention, xnnpack
 from export.attention import UNIT, BlockCache, Slots
 from export.background import SelectionExport, merge
+from export.experts import LoweredExperts
 from export.quantize import Shortlist, ShortlistHead
 from export.xnnpack_graph import GraphBuilder, GraphDelegate
+from models.moe import SparseMoe
 
 # Any length but 0 and 1, which torch.export takes for constants.
 TRACED_LENGTH = 3
@@ -36,6 +38,8 @@ class DelegatedMethod(nn.Module):
         self.embed_scale = model.model.embed_scale
         self.before = nn.ModuleList(layers.before)
         self.after = nn.ModuleList(layers.after)
+        mixtures = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, SparseMoe)]
+        self.experts = nn.ModuleList(map(LoweredExperts, mixtures))
         self.lm_head = lowered.head
         # Methods share the buffers that have equal names.
         self.caches = nn.ModuleList(lowered.caches)
@@ -50,13 +54,16 @@ class DelegatedMethod(nn.Module):
         """Logits [N, V] of tokens [1, T]; attend(kind, cache, q, k, v) is the attention, and
         last(x) picks from [1, T, ...] the N positions whose logits are wanted."""
         rope = {kind: self.rope[kind](positions) for kind in dict.fromkeys(self.kinds)}
-        x = self.embed_tokens(tokens) * self.embed_scale
-        layers = list(zip(self.kinds, self.before, self.caches, self.after))
-        for kind, before, cache, after in layers:
-            attended = attend(kind, cache, *before(x, *rope[kind]))
-            if after is layers[-1][-1]:
+        x = self.embed_tokens(tokens)
+        if self.embed_scale != 1.0:
+            x = x * self.embed_scale
+        for i, (kind, cache) in enumerate(zip(self.kinds, self.caches)):
+            attended = attend(kind, cache, *self.before[i](x, *rope[kind]))
+            if i == len(self.kinds) - 1:
                 x, attended = last(x), last(attended)
-            (x,) = after(x, attended)
+            x, *routed = self.after[i](x, attended)
+            if routed:
+                x = x + self.experts[i](*routed)
         logits, hidden = self.lm_head(x)
         if self.shortlist is None:
             return logits

@@ -13,6 +13,7 @@ import torchao  # noqa: F401  (registers torch.ops.torchao)
 from torch import Tensor, nn
 
 from export.recipes import Recipe
+from models.moe import Experts, SparseMoe
 
 torchao_ops = torch.ops.torchao
 decomposed = torch.ops.quantized_decomposed
@@ -65,16 +66,14 @@ def restore(codes: Tensor, scales: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """y = dequantize(quantize(x)) @ dequantize(weight)^T + bias for x float32 [B, T, K].
 
-    The bias makes up for the rounding of the weights where x is `mean`, float32 [K], so that the
-    error left is that of the deviations from it. Without a mean there is none.
+    To the layer's own bias, if it has one, is added what makes up for the rounding of the weights
+    where x is `mean`, float32 [K], so that the error left is that of the deviations from it.
     """
 
     def __init__(
         self, linear: nn.Linear, bits: int, group_size: int | None, mean: Tensor | None = None
     ):
         super().__init__()
-        if linear.bias is not None:
-            raise ValueError("a linear layer with a bias cannot be quantized: none has one here")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = bits, group_size
         values, scales = quantize_rows(linear.weight, bits, group_size or self.in_features)
@@ -82,7 +81,11 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", scales if group_size else scales[:, 0].contiguous())
         zeros = torch.zeros(self.scales.shape, dtype=torch.int64)
         self.register_buffer("zero_points", zeros)
-        self.register_buffer("bias", None if mean is None else self._error(linear.weight, mean))
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        if mean is not None:
+            error = self._error(linear.weight, mean)
+            bias = error if bias is None else bias + error
+        self.register_buffer("bias", bias)
 
     def _error(self, weight: Tensor, mean: Tensor) -> Tensor:
         """What is missing of weight [N, K] @ mean [K]: float32 [N]."""
@@ -119,11 +122,11 @@ class QuantizedEmbedding(nn.Module):
     """Rows of int8 [V, D] with a float16 scale for each group of 32, as in llama.cpp's Q8_0:
     tokens int64 -> float32 [..., D]."""
 
-    def __init__(self, embedding: nn.Embedding):
+    def __init__(self, table: nn.Embedding | nn.Linear):
         super().__init__()
-        size = embedding.embedding_dim
+        size = table.weight.shape[1]
         group_size = EMBEDDING_GROUP_SIZE if size % EMBEDDING_GROUP_SIZE == 0 else size
-        values, scales = quantize_rows(embedding.weight, 8, group_size, half=True)
+        values, scales = quantize_rows(table.weight, 8, group_size, half=True)
         self.register_buffer("weight", values)
         self.register_buffer("scales", scales.half())
 
@@ -135,9 +138,30 @@ class QuantizedEmbedding(nn.Module):
         return restore(*self.lookup(tokens))
 
 
+class QuantizedExperts(Experts):
+    """Routed experts of int8 rows with a scale for each; activations stay float32."""
+
+    def __init__(self, experts: Experts):
+        nn.Module.__init__(self)
+        for name, weight in experts.named_parameters():
+            codes, scales = quantize_rows(weight.flatten(0, 1), 8, weight.shape[-1])
+            self.register_buffer(f"{name}_codes", codes.view(weight.shape))
+            self.register_buffer(f"{name}_scales", scales.view(weight.shape[:2]))
+
+    @property
+    def gate_up_proj(self) -> Tensor:
+        """float32 [E, 2 I, D]."""
+        return self.gate_up_proj_codes * self.gate_up_proj_scales[..., None]
+
+    @property
+    def down_proj(self) -> Tensor:
+        """float32 [E, D, I]."""
+        return self.down_proj_codes * self.down_proj_scales[..., None]
+
+
 class ShortlistHead(nn.Module):
-    """The tied output head in two passes: logits of all tokens from 4-bit weights, then those of
-    the best of them once more from the embedding's own int8 rows.
+    """The output head in two passes: logits of all tokens from 4-bit weights, then those of the
+    best of them once more from int8 rows: the embedding's own, where the head is tied to it.
 
     Half of the vocabulary's bytes are read; the tokens that matter keep the logits of the 8-bit
     weights, without even the activations' rounding.
@@ -227,14 +251,19 @@ def quantize(
         return
     means = means if means is not None else {}
     head: nn.Linear = model.lm_head
+    tied = head.weight is model.model.embed_tokens.weight
     embedding = QuantizedEmbedding(model.model.embed_tokens)
     model.model.embed_tokens = embedding
     if recipe.head_bits == 4 and ShortlistHead.fits(head):
-        model.lm_head = ShortlistHead(head, embedding, means.pop(head, None))
+        rows = embedding if tied else QuantizedEmbedding(head)
+        model.lm_head = ShortlistHead(head, rows, means.pop(head, None))
     else:
         model.lm_head = QuantizedLinear(head, 8, None, means.pop(head, None))
     for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, Experts):
+                setattr(module, name, QuantizedExperts(child))
+            # A router's scores decide more than they weigh.
+            elif isinstance(child, nn.Linear) and not isinstance(module, SparseMoe):
                 quantized = QuantizedLinear(child, *recipe.of(name), means.pop(child, None))
                 setattr(module, name, quantized)

@@ -27,3 +27,12 @@ RECIPES: dict[str, Recipe | None] = {
     "8da8w": Recipe(bits=8, group_size=None, head_bits=4),
     "8da4w": Recipe(bits=4, group_size=32, head_bits=4, int8=("v_proj", "o_proj", "down_proj")),
 }
+
+# What --quant takes with each --backend, the default first.
+FOR_BACKEND = {
+    "xnnpack": ("8da8w", "8da4w", "fp32"),
+    "portable": ("fp32",),
+    "inductor": ("fp32", "bf16", "int8", "int4"),
+}
+# Of --backend inductor: the bits of the layers' weights where they are integers.
+INTEGER_BITS = {"fp32": 0, "bf16": 0, "int8": 8, "int4": 4}

@@ -1,7 +1,8 @@
 """The tokenizer's part of an artifact: its file, the chat template, and the manifest's entry.
 
 The runner puts the bos id in front by itself and encodes without special tokens; so the ids and
-`add_bos` have to be known here. A GGUF vocabulary becomes a SentencePiece model.
+`add_bos` have to be known here. A GGUF vocabulary becomes a SentencePiece model, or, if it is of
+bytes, a tokenizer.json.
 """
 
 import shutil
@@ -14,10 +15,13 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenizers import Tokenizer
 
+from export.byte_level_bpe import byte_level_tokenizer
 from export.checkpoint import Checkpoint, read_json
 from export.errors import ExportError
 
 TEMPLATE_FILE = "chat_template.jinja"
+# What ends a turn or a text in Gemma's and Qwen's conversations.
+END_TOKENS = ("<end_of_turn>", "<|im_end|>", "<|endoftext|>")
 # The number of a token type is the same in GGUF as in SentencePiece.
 UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
 TOKEN_TYPES = range(1, 7)
@@ -119,26 +123,35 @@ def _directory_template(source: Path, settings: dict[str, Any]) -> str | None:
 def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any], str | None]:
     path, metadata = checkpoint.path, checkpoint.metadata
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "llama":
+    if kind == "llama":
+        file, adds_bos = "tokenizer.model", True
+        data = sentencepiece_model(path, metadata)
+        vocabulary = _sentencepiece_vocabulary(_parse_sentencepiece(path, data))
+    elif kind == "gpt2":
+        file, adds_bos = "tokenizer.json", False
+        tokenizer = byte_level_tokenizer(path, metadata)
+        data = tokenizer.to_str().encode("utf-8")
+        vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
+    else:
         raise ExportError(
             f"{path}: tokenizer.ggml.model is {kind!r}, which is not supported; llama "
-            "(SentencePiece BPE) is. For others export from the Hugging Face directory"
+            "(SentencePiece BPE) and gpt2 (byte-level BPE) are. For others export from the Hugging "
+            "Face directory"
         )
     template = metadata.get("tokenizer.chat_template")
-    serialized = sentencepiece_model(path, metadata)
-    vocabulary = _sentencepiece_vocabulary(_parse_sentencepiece(path, serialized))
-    (directory / "tokenizer.model").write_bytes(serialized)
+    (directory / file).write_bytes(data)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     eos_id = metadata.get("tokenizer.ggml.eos_token_id")
     eos_ids = {eos_id, metadata.get("tokenizer.ggml.eot_token_id")}
     if template is not None:
-        # GGUF files of Gemma's instruction models may name only <eos>, but a turn ends with this.
-        eos_ids.add(vocabulary.id_of("<end_of_turn>"))
+        # GGUF names one end token, often the text's and not the turn's, or the other way round.
+        eos_ids.update(map(vocabulary.id_of, END_TOKENS))
     entry = {
-        "file": "tokenizer.model",
+        "file": file,
         "bos_token_id": bos_id,
         "eos_token_ids": sorted(eos_ids - {None}),
-        "add_bos": bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", True),
+        # The defaults are llama.cpp's.
+        "add_bos": bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
         "bos_token": _token_text_of(vocabulary, bos_id),
         "eos_token": _token_text_of(vocabulary, eos_id),
     }

@@ -42,7 +42,8 @@ from torch.export import Dim, ExportedProgram
 
 from export.quantize import QuantizedLinear
 from export.xnnpack_graph import delegate
-from models.gemma3 import RMSNorm
+from models.layers import RMSNorm
+from models.moe import SparseMoe
 
 # With this key XnnpackBackend runs one of its 17 graph passes, the only one that our regions need.
 COMPILE_SPECS = [CompileSpec("dqlinear_partitioner", b"")]
@@ -59,10 +60,21 @@ class DelegatedRMSNorm(nn.Module):
         size = norm.weight.numel()
         self.register_buffer("average", torch.full((1, size), 1.0 / size))
         self.register_buffer("eps", torch.tensor([norm.eps]))
-        self.register_buffer("weight", (1.0 + norm.weight.detach().float()) * scale)
+        self.register_buffer("weight", (norm.offset + norm.weight.detach().float()) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(F.linear(x * x, self.average, self.eps)) * self.weight
+
+
+class DelegatedScale(nn.Module):
+    """x times a number, which XNNPACK takes as a tensor only."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([scale]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
 
 
 class DelegatedGELU(nn.Module):
@@ -81,10 +93,13 @@ class DelegatedGELU(nn.Module):
 
 def prepare(model: nn.Module) -> None:
     """Replace, in place, the modules that XNNPACK does not take as they are, and scale queries
-    where they are normalised, so that attention need not."""
+    where they are normalised, or would be, so that attention need not."""
     for layer in model.model.layers:
         attention = layer.self_attn
-        attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
+        if isinstance(attention.q_norm, RMSNorm):
+            attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
+        else:
+            attention.q_norm = DelegatedScale(attention.scale)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
@@ -146,17 +161,22 @@ class BeforeAttention(nn.Module):
 
 
 class AfterAttention(nn.Module):
-    """x [1, T, D], attended [K, T, G head_dim] -> (x after the layer,)."""
+    """x [1, T, D], attended [K, T, G head_dim] -> (x after the layer,); where the layer has experts
+    x before them, what they read [1, T, D], and the router's scores of them [1, T, E]."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+    def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
         if attended.shape[0] > 1:
             attended = attended.permute(1, 0, 2).contiguous()
         attended = attended.view(1, -1, self.layer.self_attn.o_proj.in_features)
-        return (self.layer.finish(x, attended),)
+        if not isinstance(self.layer.mlp, SparseMoe):
+            return (self.layer.finish(x, attended),)
+        x = self.layer.add_attended(x, attended)
+        hidden = self.layer.mlp_norm(x)
+        return x, hidden, self.layer.mlp.gate(hidden)
 
 
 class Head(nn.Module):

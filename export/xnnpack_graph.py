@@ -122,6 +122,10 @@ class GraphBuilder:
         limits = schema.OutputMinMax(output_min=0.0, output_max="+inf")
         return self._node(schema.XNNClamp, x.shape, x, limits=limits)
 
+    def silu(self, x: Value) -> Value:
+        """x * sigmoid(x)."""
+        return self.multiply(x, self._node(schema.XNNSigmoid, x.shape, x))
+
     def softmax(self, x: Value) -> Value:
         """Softmax over the last axis."""
         return self._node(schema.XNNSoftmax, x.shape, x)

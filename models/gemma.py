@@ -73,7 +73,17 @@ class Block(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """All of the block after the attention: x [B, T, D] plus both residual branches."""
         x = x + self.post_attention_layernorm(self.self_attn.combine(attended))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x + self.post_feedforward_layernorm(self.mlp(self.mlp_norm(x)))
+
+    @property
+    def mlp_norm(self) -> nn.Module:
+        """The norm before the feed-forward."""
+        return self.pre_feedforward_layernorm
+
+    @property
+    def branch_norms(self) -> tuple[nn.Module, nn.Module]:
+        """The norms of what attention and feed-forward give."""
+        return self.post_attention_layernorm, self.post_feedforward_layernorm
 
 
 class Backbone(decoder.Backbone):

@@ -156,3 +156,6 @@ class Gemma3(gemma.Gemma):
             {kind: RotaryEmbedding(rope, config.head_dim) for kind, rope in config.rope.items()},
         )
         super().__init__(config, model, max_seq_len, batch)
+
+
+Network, Config = Gemma3, Gemma3Config

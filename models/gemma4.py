@@ -115,10 +115,8 @@ class Gemma4Config:
         missing = [key for key in sizes if config[key] is None]
         if missing:
             raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-        layer_types = gemma.layer_types(config)
-        # transformers would make it one; a checkpoint that it wrote says so.
-        if layer_types[-1] != "full_attention":
-            raise ValueError(f"layer_types ends with {layer_types[-1]}: only full_attention")
+        # The last layer is full whatever the list says.
+        layer_types = (*gemma.layer_types(config)[:-1], "full_attention")
         return cls(
             **{key: config[key] for key in plain},
             final_logit_softcapping=config["final_logit_softcapping"],
@@ -147,8 +145,9 @@ def _attention(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str
 def _head_shapes(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """head_dim and num_key_value_heads of each kind of layer that there is.
 
-    transformers 5.5 writes what full layers have of their own as global_*, and later versions
-    every layer that differs in per_layer_config.
+    A published config.json has what full layers have of their own as global_head_dim and
+    num_global_key_value_heads; transformers 5.24 writes each layer that differs in
+    per_layer_config.
     """
     own = config.get("per_layer_config")
     if own is None:
@@ -204,16 +203,28 @@ class Attention(layers.Attention):
         cache = kv_cache(kind, config.sliding_window, *shape, dtype)
         heads = config.num_attention_heads
         super().__init__(kind, config.hidden_size, heads, cache, not own.keys_are_values)
-        self.keys_are_values, self.eps = own.keys_are_values, eps
+        self.keys_are_values = own.keys_are_values
         self.q_norm = RMSNorm(own.head_dim, eps)
         self.k_norm = RMSNorm(own.head_dim, eps)
+        self.v_norm = ValueNorm(eps)
 
     def project(self, x: Tensor, rope: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, head_dim], keys and values [B, T, K, head_dim] of x [B, T, D]."""
         q, k = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
         v = k if self.keys_are_values else self.heads(self.v_proj(x))
         q, k = rotate(self.q_norm(q), rope[self.kind]), rotate(self.k_norm(k), rope[self.kind])
-        return q, k, normalize(v, self.eps).to(v.dtype)
+        return q, k, self.v_norm(v)
+
+
+class ValueNorm(nn.Module):
+    """x / rms(x) over the last axis, in float32 (arXiv:1910.07467): a norm without weights."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalize(x, self.eps).to(x.dtype)
 
 
 class Block(gemma.Block):
@@ -263,3 +274,6 @@ class Gemma4(gemma.Gemma):
         """float32 [B, V] of hidden states [B, 1, D] before the final norm, soft-capped."""
         logits, cap = super().logits(hidden), self.config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+Network, Config = Gemma4, Gemma4Config

@@ -185,10 +185,22 @@ class Block(nn.Module):
         """What the KV cache is given: all of the block before the attention itself."""
         return self.self_attn.project(self.input_layernorm(x), rope)
 
+    def add_attended(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [B, T, D] plus what the attention gave: the first residual branch."""
+        return x + self.self_attn.combine(attended)
+
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """All of the block after the attention: x [B, T, D] plus both residual branches."""
-        x = x + self.self_attn.combine(attended)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.add_attended(x, attended)
+        return x + self.mlp(self.mlp_norm(x))
+
+    # What attention and feed-forward give is added as it is.
+    branch_norms = None, None
+
+    @property
+    def mlp_norm(self) -> nn.Module:
+        """The norm before the feed-forward."""
+        return self.post_attention_layernorm
 
 
 class Qwen3(CausalLM):
@@ -222,3 +234,6 @@ class Qwen3(CausalLM):
             max_chunk=max_seq_len,
             tied=config.tie_word_embeddings,
         )
+
+
+Network, Config = Qwen3, Qwen3Config

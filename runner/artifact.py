@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runner.errors import RunnerError
 
@@ -61,15 +62,23 @@ def open_artifact(directory: Path) -> Artifact:
             raise RunnerError(
                 f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"
             )
-    if not isinstance(manifest["program"].get("file"), str):
-        raise RunnerError(f"{path}: program is {manifest['program']}, but it must name a file")
-    artifact = Artifact(directory, manifest)
-    program, size = artifact.program_file, manifest["program"].get("bytes")
-    if not program.is_file():
-        raise RunnerError(f"{program} is missing, though the manifest names it: export it again")
-    if program.stat().st_size != size:
+    _check_file(directory, "program", manifest["program"])
+    # Weights that are made when they are loaded have no file.
+    if "random" not in manifest.get("weights", {"random": None}):
+        _check_file(directory, "weights", manifest["weights"])
+    return Artifact(directory, manifest)
+
+
+def _check_file(directory: Path, key: str, entry: Any) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         raise RunnerError(
-            f"{program} has {program.stat().st_size} bytes and should have {size}: it is "
+            f"{directory / 'manifest.json'}: {key} is {entry}, but it must name a file"
+        )
+    path, size = directory / entry["file"], entry.get("bytes")
+    if not path.is_file():
+        raise RunnerError(f"{path} is missing, though the manifest names it: export it again")
+    if path.stat().st_size != size:
+        raise RunnerError(
+            f"{path} has {path.stat().st_size} bytes and should have {size}: it is "
             "truncated or of another export; export it again"
         )
-    return artifact

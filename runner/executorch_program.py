@@ -11,6 +11,7 @@ from runner import executorch_runtime
 from runner.artifact import Artifact
 from runner.errors import RunnerError
 from runner.executorch_runtime import ExecuTorchError, Method, Program
+from runner.transfers import Transfers
 
 BACKENDS = {"xnnpack": "XnnpackBackend", "portable": None, "cuda": "CudaBackend"}
 WITH_THIS_VERSION = "export it again with this version of ExecuTorch"
@@ -20,7 +21,14 @@ FLOAT32 = np.dtype("float32")
 
 class ExecuTorchProgram:
     """The loaded methods of a .pte. Every output is a view of memory that the method owns, valid
-    until the same method runs again; an input's memory is used in place."""
+    until the same method runs again; an input's memory is used in place.
+
+    `transfers` copies to, from and within the arrays that the methods take. Nothing is captured
+    here, and so no input needs a slot of its own.
+    """
+
+    has_graphs = False
+    slots: dict[str, np.ndarray] = {}
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
         """Load prefill, decode, and greedy twice: its two outputs are the two next_id buffers. What
@@ -35,6 +43,7 @@ class ExecuTorchProgram:
         if backend not in BACKENDS:
             raise RunnerError(f"backend {backend!r} is unknown: {', '.join(BACKENDS)} are known")
         self._artifact = artifact
+        self.transfers = Transfers()
         with _native_stderr():
             self._open(threads)
         greedy_row = ["greedy_row"] if artifact.manifest["batch"] > 1 else []
@@ -116,6 +125,10 @@ class ExecuTorchProgram:
         """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
         (method,) = self._sample_row if sampling else self._greedy_row
         return method.call([logits, *sampling])[0]
+
+    def empty(self, *shape: int) -> np.ndarray:
+        """Memory int64 of that shape, for tokens."""
+        return np.empty(shape, np.int64)
 
     def next_id(self, buffer: int) -> np.ndarray:
         """The next_id buffer int64 [B, 1] that greedy selection writes, and anyone may."""

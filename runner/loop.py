@@ -3,10 +3,9 @@
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from runner.executorch_program import ExecuTorchProgram
+from runner.errors import RunnerError
 from runner.rows import Rows, Sequence
 from runner.transfers import Transfers
 
@@ -18,12 +17,25 @@ class LoopOptions:
     `feed`: "alias" hands a method's output to the next method as its input, "host" uploads
     the tokens that the host has read. `positions`: "device" takes them from what went up when the
     program was loaded or a sequence joined, "host" uploads them for each call. `double_buffering`:
-    step n + 1 is submitted before token n is read; impossible where the host feeds the token.
+    the next steps are submitted before the newest tokens are read. `run_ahead`: how many steps are
+    submitted at once, whose tokens are gathered on the device and read together. Both need a token
+    that the host does not feed. `graph`: a step is one launch of a captured graph, where the
+    program can be captured.
     """
 
     feed: str = "alias"
     positions: str = "device"
     double_buffering: bool = True
+    run_ahead: int = 1
+    graph: bool = True
+
+    def __post_init__(self):
+        if self.run_ahead < 1:
+            raise RunnerError(f"run_ahead is {self.run_ahead}; it must be at least 1")
+        if self.run_ahead > 1 and self.feed == "host":
+            raise RunnerError(
+                f"run_ahead is {self.run_ahead} and feed 'host': each step would wait for the host"
+            )
 
 
 class Loop:
@@ -33,16 +45,19 @@ class Loop:
     the positions before its own.
     """
 
-    def __init__(self, program: ExecuTorchProgram, batch: int, max_seq_len: int, max_prefill: int):
+    def __init__(self, program: Any, batch: int, max_seq_len: int, max_prefill: int):
+        """`program` is an ExecuTorchProgram or an InductorProgram."""
         self.program, self.batch = program, batch
         self.max_seq_len, self.max_prefill = max_seq_len, max_prefill
-        self.transfers = Transfers()
+        self.transfers: Transfers = program.transfers
         # Since the program was loaded: decode steps, and seconds until first tokens were computed.
         self.steps, self.prefill_s = 0, 0.0
         # When the newest first token had been computed, by time.perf_counter.
         self.prefilled_at = 0.0
         # The rows' numbers, for `prefill`, are taken from it as well.
         self._table = self.transfers.upload(range(max(max_seq_len, batch)))
+        if program.has_graphs:
+            program.capture(self._table)
 
     def tokens(
         self, sequences: Iterable[Sequence], used: int, options: LoopOptions
@@ -50,46 +65,49 @@ class Loop:
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
         A sequence is taken when a row is free for it, and leaves when `limit` ids have come or it
-        has a `finish_reason`; with double buffering a surplus step may by then have run, whose
-        result is dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being
-        at least 1.
+        has a `finish_reason`; surplus steps may by then have been submitted, whose results are
+        dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being at least 1.
         """
         transfers, waiting = self.transfers, iter(sequences)
         ahead = options.double_buffering and options.feed == "alias"
-        rows = Rows(self.batch, used, self._table, transfers, options.positions == "host")
-        token, buffer, read = None, 0, [0] * self.batch
+        rows = Rows(
+            self.batch, used, self._table, transfers,
+            options.positions == "host", self.program.slots,
+        )  # fmt: skip
+        steps = Steps(self, rows, options)
+        read = [0] * self.batch
         while True:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
+            joined = set()
             for row, sequence in rows.join(waiting):
                 start, read[row] = time.perf_counter(), 0
                 logits, position = self._prefill(row, sequence.prompt_ids, options)
-                sampling = rows.first_step(row, position)
-                token = self._first(row, logits, sampling, token, buffer)
+                steps.begin(row, logits, rows.first_step(row, position))
                 self.prefilled_at = time.perf_counter()
                 self.prefill_s += self.prefilled_at - start
+                joined.add(row)
             if not rows.occupied():
                 return
-            # 2. The next step is submitted, and then the tokens that it was fed are read.
-            buffer, following = 1 - buffer, None
-            if ahead and rows.need_a_step():
-                following = self._step(rows, token, buffer)
-            ids = transfers.download(token)
+            # 2. The next steps are submitted, and then the tokens before them are read.
+            unread = steps.newest()
+            transfers.prefetch(unread)
+            if ahead:
+                steps.submit()
+            ids = transfers.download(unread)
             # 3. Sequences that are finished leave.
-            for row, sequence in rows.occupied():
-                read[row] += 1
-                if sequence.finish_reason is None:
-                    yield sequence, ids[row]
-                if sequence.finish_reason is not None or read[row] == sequence.limit:
-                    rows.leave(row)
-            if not ahead and rows.need_a_step():
-                if options.feed == "host":
-                    token = transfers.upload([[i] for i in ids])
-                following = self._step(rows, token, buffer)
-            token = following
+            for start in range(0, len(ids), self.batch):
+                for row, sequence in rows.occupied():
+                    if row in joined and start + self.batch < len(ids):
+                        continue  # Its first token is in the last line.
+                    read[row] += 1
+                    if sequence.finish_reason is None:
+                        yield sequence, ids[start + row]
+                    if sequence.finish_reason is not None or read[row] == sequence.limit:
+                        rows.leave(row)
+            if not ahead:
+                steps.submit(ids if options.feed == "host" else None)
 
-    def _prefill(
-        self, row: int, prompt_ids: list[int], options: LoopOptions
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _prefill(self, row: int, prompt_ids: list[int], options: LoopOptions) -> tuple[Any, Any]:
         """Logits float32 [1, V] after the prompt, and its last position int64 [1]."""
         # The prompt goes up once; chunks are views of it.
         ids = self.transfers.upload([prompt_ids])
@@ -102,26 +120,78 @@ class Loop:
             logits = self.program.prefill(chunk, positions, *where)
         return logits, positions[-1:]
 
-    def _first(
-        self,
-        row: int,
-        logits: np.ndarray,
-        sampling: tuple[np.ndarray, ...],
-        token: np.ndarray | None,
-        buffer: int,
-    ) -> np.ndarray:
-        """`token` int64 [B, 1] with the row's first token: a next_id buffer, that one if there is
-        none yet. Of one row it is what selection gives, without a copy."""
-        if self.batch == 1:
-            return self.program.select(logits, buffer, *sampling)
-        if token is None:
-            token = self.program.next_id(buffer)
-        self.transfers.copy(self.program.select_row(logits, *sampling), token[row : row + 1])
-        return token
 
-    def _step(self, rows: Rows, token: np.ndarray, buffer: int) -> np.ndarray:
-        """One more token of each row, in that next_id buffer."""
-        positions, sampling = rows.next_step()
-        self.steps += 1
-        logits = self.program.decode(token, positions)
-        return self.program.select(logits, buffer, *sampling)
+class Steps:
+    """The steps of one run of the loop: what the newest one gave, and the next ones."""
+
+    def __init__(self, loop: Loop, rows: Rows, options: LoopOptions):
+        self._loop, self._rows, self._options = loop, rows, options
+        self._program, self._transfers = loop.program, loop.transfers
+        # The next_id buffer that has, or will have, the newest tokens [B, 1], and its number.
+        self._token, self._buffer = None, 0
+        # Tokens [N, B] of the newest steps, gathered in one half of the ring, where they are.
+        self._gathered: Any = None
+        self._ring: tuple = ()
+
+    def begin(self, row: int, logits: Any, sampling: tuple) -> None:
+        """Select the row's first token from its prompt's logits. Of a batch of one row that is the
+        newest token without a copy."""
+        if self._loop.batch == 1:
+            self._token = self._program.select(logits, self._buffer, *sampling)
+            self._gathered = None
+            return
+        if self._token is None:
+            self._token = self._program.next_id(self._buffer)
+        token = self._program.select_row(logits, *sampling)
+        self._transfers.copy(token, self._token[row : row + 1])
+        if self._gathered is not None:
+            self._transfers.copy(token[0], self._gathered[-1, row : row + 1])
+
+    def newest(self) -> Any:
+        """What has not been read: the tokens int64 [N, B] or [B, 1] of the newest steps, in memory
+        that the steps which are submitted next leave alone."""
+        if self._options.run_ahead == 1:
+            return self._token
+        if self._gathered is None:
+            self._gathered = self._half_of_the_ring()[:1]
+            self._transfers.copy(self._token[:, 0], self._gathered[0])
+        return self._gathered
+
+    def submit(self, ids: list[int] | None = None) -> None:
+        """As many next steps as the options say and the rows need, the first of them fed with `ids`
+        from the host, if they are given."""
+        self._gathered = None
+        if not self._rows.need_a_step():
+            return
+        count = self._options.run_ahead
+        lines = self._half_of_the_ring() if count > 1 else None
+        if ids is not None:
+            self._token = self._transfers.upload(
+                [[i] for i in ids], out=self._program.next_id(self._buffer)
+            )
+        done = 0
+        while done < count and self._rows.need_a_step():
+            positions, sampling = self._rows.next_step()
+            self._loop.steps += 1
+            self._buffer = 1 - self._buffer
+            self._token = self._step(positions, sampling)
+            if lines is not None:
+                self._transfers.copy(self._token[:, 0], lines[done])
+            done += 1
+        if lines is not None:
+            self._gathered = lines[:done]
+
+    def _step(self, positions: Any, sampling: tuple) -> Any:
+        """One more token of each row, in the next_id buffer whose turn it is."""
+        if self._program.has_graphs and self._options.graph:
+            return self._program.step(self._token, positions, self._buffer, *sampling)
+        logits = self._program.decode(self._token, positions)
+        return self._program.select(logits, self._buffer, *sampling)
+
+    def _half_of_the_ring(self) -> Any:
+        """Memory int64 [run_ahead, B] that nothing unread is in."""
+        if not self._ring:
+            shape = self._options.run_ahead, self._loop.batch
+            self._ring = tuple(self._program.empty(*shape) for _ in range(2))
+        self._ring = self._ring[::-1]
+        return self._ring[0]

@@ -4,15 +4,39 @@ import time
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
-from runner.artifact import open_artifact
+from runner.artifact import Artifact, open_artifact
 from runner.errors import RunnerError
-from runner.executorch_program import ExecuTorchProgram
 from runner.generation import BatchGeneration, Generation
 from runner.loop import Loop, LoopOptions
 from runner.request import Request
 from runner.result import Result
 from runner.tokenizer import Tokenizer
+
+ENGINES = ("executorch", "inductor")
+
+
+def load_program(artifact: Artifact, threads: int | None = None) -> Any:
+    """The artifact's methods in the engine that it was exported for: an ExecuTorchProgram or an
+    InductorProgram. Errors: RunnerError for what the engine's own constructor refuses."""
+    engine = artifact.manifest["engine"]
+    # Only the inductor needs torch, which takes a second to import, and 200 MB.
+    if engine == "executorch":
+        from runner.executorch_program import ExecuTorchProgram as Program
+    elif engine == "inductor":
+        try:
+            from runner.inductor_program import InductorProgram as Program
+        except ImportError as error:
+            raise RunnerError(
+                f"{artifact.directory} needs torch and safetensors ({error}): install them"
+            ) from None
+    else:
+        raise RunnerError(
+            f"{artifact.directory} is for the engine {engine!r}, which this tokenloop does not "
+            f"have: {' and '.join(ENGINES)} are what it has"
+        )
+    return Program(artifact, threads)
 
 
 class Model:
@@ -28,17 +52,12 @@ class Model:
         start = time.perf_counter()
         artifact = open_artifact(Path(directory))
         manifest = artifact.manifest
-        if manifest["engine"] != "executorch":
-            raise RunnerError(
-                f"{artifact.directory} is for the engine {manifest['engine']!r}, which this "
-                "tokenloop does not have: executorch is what it has"
-            )
         self.manifest = manifest
         self.vocab_size: int = manifest["vocab_size"]
         self.max_seq_len: int = manifest["max_seq_len"]
         self.batch: int = manifest["batch"]
         self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"])
-        program = ExecuTorchProgram(artifact, threads)
+        program = load_program(artifact, threads)
         self.loop = Loop(program, self.batch, self.max_seq_len, manifest["max_prefill"])
         self.load_s = time.perf_counter() - start
         self._directory = artifact.directory

@@ -1,7 +1,7 @@
 """The rows of a batch: which sequence each runs, and the arrays on the device that say so."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,9 +43,12 @@ class Rows:
         table: np.ndarray,
         transfers: Transfers,
         positions_from_host: bool = False,
+        slots: dict[str, Any] | None = None,
     ):
-        """`table` has the positions from 0 on, int64, on the device."""
+        """`table` has the positions from 0 on, int64, on the device. What goes up goes to `slots`,
+        memory by the names "lines" (of positions) and those of PARAMETERS, where there is any."""
         self._used, self._table, self._transfers = used, table, transfers
+        self._slots = slots or {}
         self._from_host = positions_from_host
         self._sequences: list[Sequence | None] = [None] * count
         # Of each row's sequence: tokens whose computation was submitted.
@@ -116,7 +119,7 @@ class Rows:
         if self._schedule is None:
             line = np.arange(max(steps))[:, None]
             lines = np.where(line < np.array(steps), np.array(starts) + line, 0)
-            self._schedule = iter(self._transfers.upload(lines))
+            self._schedule = iter(self._transfers.upload(lines, out=self._slots.get("lines")))
         return next(self._schedule)
 
     def _parameters(self) -> list[np.ndarray]:
@@ -137,5 +140,5 @@ class Rows:
                     wanted[row] = getattr(sequence.request, name)
             if name not in self._arrays or wanted != values:
                 self._values[name] = wanted
-                self._arrays[name] = self._transfers.upload(wanted, dtype)
+                self._arrays[name] = self._transfers.upload(wanted, dtype, self._slots.get(name))
         return list(self._arrays.values())

@@ -83,13 +83,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--double-buffering", action=argparse.BooleanOptionalAction, default=True,
         help="submit step n + 1 before token n is read (never with --feed host)",
     )  # fmt: skip
+    loop.add_argument(
+        "--run-ahead", type=int, default=1, metavar="K",
+        help="submit K steps at once, and read their tokens together",
+    )  # fmt: skip
+    loop.add_argument(
+        "--graph", action=argparse.BooleanOptionalAction, default=True,
+        help="launch a step as one captured graph, where the artifact is for a GPU",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     for name in RULES:
         if fault := fault_of(name, getattr(options, name)):
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; {fault}")
-    for name in ("threads", "batch"):
+    for name in ("threads", "batch", "run_ahead"):
         if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name} is {value}; it must be at least 1")
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if options.run_ahead > 1 and options.feed == "host":
+        parser.error("--run-ahead needs --feed alias: the host cannot feed what it has not read")
     if options.prompts.count("-") > 1:
         parser.error("- is given twice, and there is one standard input")
     return options
@@ -123,7 +133,13 @@ def run(options: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGINT, previous)
     model = Model(options.artifact, options.threads)
-    loop = LoopOptions(options.feed, options.positions, options.double_buffering)
+    loop = LoopOptions(
+        options.feed,
+        options.positions,
+        options.double_buffering,
+        options.run_ahead,
+        options.graph,
+    )
     if options.batch is not None:
         return run_batch(model, requests, loop, options)
     for request in requests:

@@ -1,11 +1,12 @@
 """Every copy between host and device, or within the device, is made here and counted.
 
-On the CPU "the device" is NumPy arrays that the runner owns: an upload still copies, so that the
-counts mean the same on every engine.
+On the CPU "the device" is memory that the runner owns: an upload still copies, so that the counts
+mean the same on every engine.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ class Copies:
     count: int = 0
     bytes: int = 0
 
-    def add(self, array: np.ndarray) -> None:
+    def add(self, array: Any) -> None:
         self.count += 1
         self.bytes += array.nbytes
 
@@ -25,29 +26,63 @@ class Copies:
         return Copies(self.count - earlier.count, self.bytes - earlier.bytes)
 
 
-@dataclass
-class Transfers:
-    """Makes copies and counts them by direction, since the program was loaded."""
+class HostMemory:
+    """Device memory of an engine that computes on NumPy arrays. (runner/torch_memory.py has that of
+    one that computes on tensors.)"""
 
-    host_to_device: Copies = field(default_factory=Copies)
-    device_to_device: Copies = field(default_factory=Copies)
-    device_to_host: Copies = field(default_factory=Copies)
-
-    def upload(self, values: Sequence | np.ndarray, dtype: type = np.int64) -> np.ndarray:
-        """A copy of numbers, nested or not, as int64 or another type in device memory."""
-        array = np.array(values, dtype)
-        self.host_to_device.add(array)
+    def new(self, array: np.ndarray) -> np.ndarray:
+        """Device memory with the contents of a host array that nobody else has."""
         return array
 
     def copy(self, source: np.ndarray, destination: np.ndarray) -> None:
-        """Copy within device memory, between arrays of one shape and type."""
+        """Fill device memory from a host array or from device memory."""
         destination[...] = source
+
+    def prefetch(self, values: np.ndarray) -> None:
+        """Begin to read device memory as it is after all that was submitted until now."""
+
+    def read(self, values: np.ndarray) -> list[int]:
+        """The numbers, on the host: those that were prefetched, if they were."""
+        return values.ravel().tolist()
+
+
+class Transfers:
+    """Makes copies and counts them by direction, since the program was loaded."""
+
+    DIRECTIONS = ("host_to_device", "device_to_device", "device_to_host")
+
+    def __init__(self, memory: Any = None):
+        """`memory` is the engine's, HostMemory or one with its methods."""
+        self._memory = memory or HostMemory()
+        self.host_to_device, self.device_to_device, self.device_to_host = (
+            Copies() for _ in self.DIRECTIONS
+        )
+
+    def upload(self, values: Sequence | np.ndarray, dtype: type = np.int64, out: Any = None) -> Any:
+        """A copy of numbers, nested or not, as int64 or another type in device memory: of its own,
+        or at the beginning of `out`."""
+        array = np.array(values, dtype)
+        self.host_to_device.add(array)
+        if out is None:
+            return self._memory.new(array)
+        out = out[: len(array)]
+        self._memory.copy(array, out)
+        return out
+
+    def copy(self, source: Any, destination: Any) -> None:
+        """Copy within device memory, between arrays of one shape and type."""
+        self._memory.copy(source, destination)
         self.device_to_device.add(source)
 
-    def download(self, values: np.ndarray) -> list[int]:
+    def prefetch(self, values: Any) -> None:
+        """Let the next `download` of these values give what they are before anything else that is
+        submitted, and go on meanwhile."""
+        self._memory.prefetch(values)
+
+    def download(self, values: Any) -> list[int]:
         """The numbers of an int64 array, of any shape, on the host."""
         self.device_to_host.add(values)
-        return values.ravel().tolist()
+        return self._memory.read(values)
 
     def snapshot(self) -> "Transfers":
         """The counts as they are now."""
@@ -55,12 +90,11 @@ class Transfers:
 
     def since(self, earlier: "Transfers") -> "Transfers":
         """The counts of what was copied after `earlier`, a snapshot."""
-        return Transfers(
-            self.host_to_device.since(earlier.host_to_device),
-            self.device_to_device.since(earlier.device_to_device),
-            self.device_to_host.since(earlier.device_to_host),
-        )
+        difference = Transfers(self._memory)
+        for name in self.DIRECTIONS:
+            setattr(difference, name, getattr(self, name).since(getattr(earlier, name)))
+        return difference
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """Counts and bytes by direction."""
-        return {name: vars(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {name: dict(vars(getattr(self, name))) for name in self.DIRECTIONS}

@@ -5,9 +5,8 @@ can be captured in a CUDA graph. They are operators too, torch.ops.tokenloop.gre
 kernels torch.export and AOTInductor see.
 
     greedy, select_rows  2 launches: the tiles' maxima, one reduction
-    sample               3: the tiles' maxima, perturbed, one reduction
-                         and after the first of them 4 where rows have a top_k or top_p: the row's
-                         bins, the plan of what to search, a list of that, the cutoff
+    sample               the same 2; 7 where rows have a top_k or top_p: between them the row's
+                         bins, the plan of what to search, a list of that, the cutoff, the scores
 """
 
 import torch
@@ -22,7 +21,7 @@ from sampler.triton_cutoff import (
     list_kernel,
     plan_kernel,
 )
-from sampler.triton_kernels import perturbed_kernel, tile_maxima_kernel, token_kernel
+from sampler.triton_kernels import scores_kernel, tile_maxima_kernel, token_kernel
 
 # 4 KiB of float32 to a program: a vocabulary of 262,144 alone makes 256 of them.
 TILE = 1024
@@ -38,15 +37,23 @@ PLAN_WARPS = 8
 
 
 def _tile_maxima(
-    logits: Tensor, rows: Tensor | None, tile: int, bins: Tensor | None = None
+    logits: Tensor,
+    tile: int,
+    rows: Tensor | None = None,
+    bins: Tensor | None = None,
+    sampling: tuple[Tensor, ...] = (None, None, None),
+    scores: Tensor | None = None,
 ) -> Tensor:
+    """int64 [B, splits]; and with scores float32 [B, splits], to be written, and temperature, seed
+    and position in `sampling`, the tiles' quick scores."""
     batch = logits.shape[0] if rows is None else rows.shape[0]
     splits = triton.cdiv(logits.shape[1], tile)
     count = 0 if bins is None else bins.shape[2]
     maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
     wrap_triton(tile_maxima_kernel)[(splits, batch)](
-        logits, rows, maxima, bins, logits.shape[1], logits.stride(0), logits.stride(1),
-        HAS_ROWS=rows is not None, TILE=tile,
+        logits, rows, maxima, bins, *sampling, scores,
+        logits.shape[1], logits.stride(0), logits.stride(1),
+        HAS_ROWS=rows is not None, SAMPLED=scores is not None, TILE=tile,
         BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)),
     )  # fmt: skip
     return maxima
@@ -68,7 +75,7 @@ def _cutoffs(
     plan, cutoff = torch.empty(batch, PLAN.value, **new), torch.empty(batch, **new)
     listed = torch.empty(batch, vocab_size, dtype=torch.int32, device=logits.device)
 
-    maxima = _tile_maxima(logits, None, tile, bins)
+    maxima = _tile_maxima(logits, tile, bins=bins)
     splits = maxima.shape[1]
     padded = triton.next_power_of_2(splits)
     tiles = {"TILE": tile, "SPLITS": padded, "BINS": BINS}
@@ -87,12 +94,21 @@ def _cutoffs(
     return maxima, cutoff
 
 
-def _tokens(maxima: Tensor, scores: Tensor | None, temperature: Tensor | None) -> Tensor:
+def _tokens(
+    logits: Tensor,
+    maxima: Tensor,
+    tile: int,
+    sampling: tuple[Tensor, ...] = (None, None, None),
+    scores: Tensor | None = None,
+    cutoff: Tensor | None = None,
+) -> Tensor:
     batch, splits = maxima.shape
     token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
     wrap_triton(token_kernel)[(batch,)](
-        maxima, scores, temperature, token, splits,
-        SAMPLED=scores is not None, SPLITS=triton.next_power_of_2(splits),
+        logits, maxima, cutoff, *sampling, scores, token,
+        logits.shape[1], logits.stride(0), logits.stride(1), splits,
+        SAMPLED=scores is not None, RESTRICTED=cutoff is not None,
+        TILE=tile, SPLITS=triton.next_power_of_2(splits),
     )  # fmt: skip
     return token
 
@@ -105,14 +121,14 @@ def greedy(logits: Tensor, *, tile: int | None = None) -> Tensor:
     of two, is the logits of one program.
     """
     tile = tile or _greedy_tile(*logits.shape)
-    return _tokens(_tile_maxima(logits, None, tile), None, None)
+    return _tokens(logits, _tile_maxima(logits, tile), tile)
 
 
 @triton_op("tokenloop::select_rows", mutates_args={})
 def select_rows(logits: Tensor, rows: Tensor, *, tile: int | None = None) -> Tensor:
     """`greedy` of some rows: logits float [B, V], rows int [N] below B -> token int64 [N, 1]."""
     tile = tile or _greedy_tile(rows.shape[0], logits.shape[1])
-    return _tokens(_tile_maxima(logits, rows, tile), None, None)
+    return _tokens(logits, _tile_maxima(logits, tile, rows), tile)
 
 
 @triton_op("tokenloop::sample", mutates_args={})
@@ -134,15 +150,16 @@ def sample(
     `tile`, a power of two from 4 on, is the logits of one program; it does not change a token. It
     is slow where thousands of logits tie at the cutoff.
     """
+    sampling, cutoff = (temperature, seed, position), None
+    batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
+    scores = torch.empty(batch, splits, device=logits.device)
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
+        wrap_triton(scores_kernel)[(splits, batch)](
+            logits, maxima, cutoff, *sampling, scores,
+            logits.shape[1], logits.stride(0), logits.stride(1),
+            TILE=tile, SPLITS=triton.next_power_of_2(splits),
+        )  # fmt: skip
     else:
-        maxima, cutoff = _tile_maxima(logits, None, tile), None
-    scores = torch.empty_like(maxima)
-    batch, splits = maxima.shape
-    wrap_triton(perturbed_kernel)[(splits, batch)](
-        logits, maxima, cutoff, temperature, seed, position, scores,
-        logits.shape[1], logits.stride(0), logits.stride(1),
-        RESTRICTED=restricted, TILE=tile, SPLITS=triton.next_power_of_2(splits),
-    )  # fmt: skip
-    return _tokens(maxima, scores, temperature)
+        maxima = _tile_maxima(logits, tile, sampling=sampling, scores=scores)
+    return _tokens(logits, maxima, tile, sampling, scores, cutoff)

@@ -115,8 +115,8 @@ def log(x):
 
 
 @triton.jit
-def _gumbel(first_id, seed, position, TILE: tl.constexpr):
-    """float32 [TILE] noise of the ids from `first_id`, a multiple of 4, on.
+def _words(first_id, seed, position, TILE: tl.constexpr):
+    """uint32 [TILE] of noise for the ids from `first_id`, a multiple of 4, on.
 
     Philox4x32-7 (Salmon et al., SC11): one counter serves four ids.
     """
@@ -124,19 +124,61 @@ def _gumbel(first_id, seed, position, TILE: tl.constexpr):
     position_low = (groups * 0) + (position & 0xFFFFFFFF).to(tl.uint32)
     position_high = (groups * 0) + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, groups, position_low, position_high, groups * 0, ROUNDS)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    uniform = ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    return -log(-log(uniform))
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def _unit(words):
+    """float32 in (0, 1) of 23 of a word's bits."""
+    return ((words >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+
+
+@triton.jit
+def _gumbel(first_id, seed, position, TILE: tl.constexpr):
+    """float32 [TILE] noise of the ids from `first_id` on."""
+    return -log(-log(_unit(_words(first_id, seed, position, TILE))))
+
+
+@triton.jit
+def quick_noise(words):
+    """float32 log2(e) * gumbel of words, nearly, with the hardware's logarithms."""
+    u = _unit(words)
+    rest = 1 - u  # exact, as u is
+    # -ln(u), by its series where the hardware's logarithm is not relatively exact: where u is
+    # nearly 1, and the winners are.
+    near = rest * (1 + rest * (0.5 + rest * (0.33333333 + rest * 0.25)))
+    return -tl.log2(tl.where(rest < 0.0625, near, tl.log2(u) * -0.6931471805599453))
+
+
+@triton.jit
+def _quick_score(x, first_id, temperature, seed, position, TILE: tl.constexpr):
+    """float32: the largest log2(e) * (x / temperature + noise) of a tile, but for `_tolerance`, at
+    a third of the cost of exact scores."""
+    noise = quick_noise(_words(first_id, seed, position, TILE))
+    score = x * (1.4426950408889634 / temperature) + noise
+    # inf * 0, or temperatures whose inverse overflows: the exact scores decide.
+    return tl.max(tl.where(score == score, score, float("inf")))
+
+
+@triton.jit
+def _tolerance(score):
+    """More than a finite quick score may be off: by logarithms, and by rounded products."""
+    return 2e-4 + (tl.minimum(tl.abs(score), 1e30) + 32) * 1e-6
 
 
 @triton.jit
 def tile_maxima_kernel(
     logits_ptr, rows_ptr, maxima_ptr, bins_ptr,
+    temperature_ptr, seed_ptr, position_ptr, scores_ptr,
     vocab_size, row_stride, column_stride,
-    HAS_ROWS: tl.constexpr, TILE: tl.constexpr, BINS: tl.constexpr, ZEROS: tl.constexpr,
+    HAS_ROWS: tl.constexpr, SAMPLED: tl.constexpr,
+    TILE: tl.constexpr, BINS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS. The tiles'
-    programs share the zeroing of the row's bins, int64 [B, 2, BINS], ZEROS each."""
+    """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS.
+
+    Where SAMPLED, the quick score of the tile as well. Where there are BINS, the tiles' programs
+    share the zeroing of the row's, int64 [B, 2, BINS], ZEROS each.
+    """
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     source_row = row
@@ -144,8 +186,17 @@ def tile_maxima_kernel(
         source_row = tl.load(rows_ptr + row).to(tl.int64)
     ids = split * TILE + tl.arange(0, TILE)
     x = load_logits(logits_ptr + source_row * row_stride, ids, vocab_size, column_stride)
-    best = tl.max(pack(x, ID_MASK - ids))
-    tl.store(maxima_ptr + row * tl.cdiv(vocab_size, TILE) + split, best)
+    out = row * tl.cdiv(vocab_size, TILE) + split
+    largest = tl.max(x)
+    # The mask of a short tile matters where all of it is -inf.
+    first = tl.min(tl.where(x == largest, ids, ID_MASK))
+    tl.store(maxima_ptr + out, pack(largest, ID_MASK - first.to(tl.int64)))
+    if SAMPLED:
+        temperature = tl.load(temperature_ptr + row)
+        if temperature > 0:
+            seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+            score = _quick_score(x, split * TILE, temperature, seed, position, TILE)
+            tl.store(scores_ptr + out, score)
     if BINS:
         # triton_cutoff's bins_kernel, the next launch, adds to them.
         zeros = split * ZEROS + tl.arange(0, ZEROS)
@@ -153,12 +204,12 @@ def tile_maxima_kernel(
 
 
 @triton.jit
-def perturbed_kernel(
+def scores_kernel(
     logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, scores_ptr,
     vocab_size, row_stride, column_stride,
-    RESTRICTED: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """scores int64 [B, splits]: of each tile the largest scaled logit + noise and its lowest id.
+    """scores float32 [B, splits]: of each tile the quick score of what the cutoff keeps.
 
     Tiles that cannot hold the row's token are not read. Rows of temperature 0 have no scores.
     """
@@ -170,32 +221,56 @@ def perturbed_kernel(
     splits = tl.cdiv(vocab_size, TILE)
     largest = value(tl.max(load_maxima(maxima_ptr, row, splits, SPLITS)))
     own = tl.load(maxima_ptr + row * splits + split)
-    best = tl.full([], NOTHING, tl.int64)
-    cutoff = best
-    if RESTRICTED:
-        cutoff = tl.load(cutoff_ptr + row)
+    cutoff = tl.load(cutoff_ptr + row)
+    best = tl.full([], float("-inf"), tl.float32)
     hopeless = scaled(value(own), largest, temperature) < HOPELESS
     if ((own >> 32) >= (cutoff >> 32)) & (hopeless == 0):
         ids = split * TILE + tl.arange(0, TILE)
         x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
+        x = tl.where(pack(x, ids) >= cutoff, x, float("-inf"))
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        score = scaled(x, largest, temperature) + _gumbel(split * TILE, seed, position, TILE)
-        score = tl.where(pack(x, ids) >= cutoff, score, float("-inf"))
-        best = tl.max(pack(score, ID_MASK - ids))
+        best = _quick_score(x, split * TILE, temperature, seed, position, TILE)
     tl.store(scores_ptr + row * splits + split, best)
 
 
 @triton.jit
 def token_kernel(
-    maxima_ptr, scores_ptr, temperature_ptr, token_ptr, splits,
-    SAMPLED: tl.constexpr, SPLITS: tl.constexpr,
+    logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, scores_ptr,
+    token_ptr, vocab_size, row_stride, column_stride, splits,
+    SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The token of each row, from its scores where it is sampled, else from its maxima."""
+    """The token of each row: that of the largest logit, or of the largest scaled logit + noise.
+
+    The latter is in one of the tiles whose quick scores nearly equal the best one, most often in
+    one alone; these are scored exactly.
+    """
     row = tl.program_id(0).to(tl.int64)
     best = tl.max(load_maxima(maxima_ptr, row, splits, SPLITS))
     if SAMPLED:
+        temperature = tl.load(temperature_ptr + row)
+        largest = value(best)
         # A row without numbers above -inf gives id 0 at any temperature.
-        is_sampled = (tl.load(temperature_ptr + row) > 0) & (value(best) > float("-inf"))
-        if is_sampled:
-            best = tl.max(load_maxima(scores_ptr, row, splits, SPLITS))
+        if (temperature > 0) & (largest > float("-inf")):
+            offsets = tl.arange(0, SPLITS)
+            quick = tl.load(
+                scores_ptr + row * splits + offsets, mask=offsets < splits, other=float("-inf")
+            )
+            quickest = tl.max(quick)
+            is_left = (quick >= quickest - _tolerance(quickest)) & (offsets < splits)
+            count = tl.sum(is_left.to(tl.int32))
+            seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+            cutoff = tl.full([], NOTHING, tl.int64)
+            if RESTRICTED:
+                cutoff = tl.load(cutoff_ptr + row)
+            best = tl.full([], NOTHING, tl.int64)
+            split = tl.full([], -1, tl.int32)
+            while count > 0:
+                split = tl.min(tl.where(is_left & (offsets > split), offsets, SPLITS))
+                ids = split * TILE + tl.arange(0, TILE)
+                x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
+                noise = _gumbel(split * TILE, seed, position, TILE)
+                score = scaled(x, largest, temperature) + noise
+                score = tl.where(pack(x, ids) >= cutoff, score, float("-inf"))
+                best = tl.maximum(best, tl.max(pack(score, ID_MASK - ids)))
+                count -= 1
     tl.store(token_ptr + row, ID_MASK - (best & ID_MASK))

@@ -3,7 +3,8 @@ import torch
 
 from export.calibrate import TEXT, TOKENS, calibrate, observe
 from export.checkpoint import load_weights, open_checkpoint
-from export.gemma import parse_arguments
+from export.command import parse_arguments
+from export.gemma import FAMILY
 from export.quantize import QuantizedLinear
 from export.recipes import RECIPES
 from models import gemma3
@@ -111,4 +112,4 @@ def test_the_bias_makes_up_for_the_mean_of_the_error(bits, group_size):
 
 def test_the_text_is_long_enough_and_the_recipes_are_known():
     assert len(TEXT.read_text(encoding="utf-8").encode()) > 3 * TOKENS
-    assert parse_arguments([]).quant in RECIPES
+    assert parse_arguments(FAMILY, []).quant in RECIPES

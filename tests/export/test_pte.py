@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import export.attention
-import export.gemma
+import export.command
 import export.pte
+import export.pte_artifact
+from export.gemma import FAMILY
 from export.pte import rescore
 from export.quantize import QuantizedEmbedding, Shortlist, dot_products, quantize_rows
 from export.selection import Greedy
@@ -75,13 +77,14 @@ def export_of(make_checkpoint, tmp_path_factory):
     def make(name: str):
         made = (ARTIFACTS | BATCHES)[name]
         directory = tmp_path_factory.mktemp("exported") / "artifact"
-        options = export.gemma.parse_arguments(
+        options = export.command.parse_arguments(
+            FAMILY,
             [
                 *("--model", str(make_checkpoint(**made.config)), "--quant", made.quant),
                 *("--max-seq-len", str(made.max_seq_len), "--max-prefill", str(made.max_prefill)),
                 *("--backend", made.backend, "--batch", str(made.batch)),
                 *("--output", str(directory)),
-            ]
+            ],
         )
         networks = []
 
@@ -95,8 +98,8 @@ def export_of(make_checkpoint, tmp_path_factory):
             patch.setattr(export.attention, "FIRST_BLOCK", made.first_block)
             patch.setattr(export.attention, "FIRST_BLOCK_OF_ROWS", made.first_block)
             patch.setattr(export.pte, "build_program", build_program)
-            patch.setattr(export.gemma, "SelectionExport", GreedyExport)
-            export.gemma.export(options, lambda _: None)
+            patch.setattr(export.pte_artifact, "SelectionExport", GreedyExport)
+            export.command.export(FAMILY, options, lambda _: None)
         return directory, *networks
 
     return make

@@ -169,7 +169,7 @@ def test_the_entry_follows_the_files_ids(tmp_path, changes, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "gpt2"}, "small.gguf: tokenizer.ggml.model is 'gpt2', which is not supported"),
+        ({"model": "bert"}, "small.gguf: tokenizer.ggml.model is 'bert', which is not supported"),
         ({"model": None}, "tokenizer.ggml.model is None"),
         ({"scores": None}, "has no key tokenizer.ggml.scores"),
         ({"tokens": ["a"]}, "has 1 tokens, 266 scores and 266 token types"),

@@ -18,6 +18,7 @@ VARIANTS = [
     LoopOptions(*variant)
     for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
 ]
+VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 PLAIN = LoopOptions(double_buffering=False)
 # Each chunk is 7 tokens and the window 16 (tiny_artifact): within one, across both, and the least.
 PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]

@@ -116,6 +116,23 @@ def test_sampled_and_greedy_rows_of_one_batch_give_the_reference_s_tokens(rows, 
         assert ours(cuda.sample, logits, *values) == expected
 
 
+def test_rows_without_cuts_need_no_search_whatever_their_temperature():
+    """Among them temperatures whose inverse is infinite or 0, where quick scores say nothing."""
+    temperature = torch.tensor([0.0, 1e-45, 1e-38, 1e-20, 1e-3, 0.7, 1.0, 30.0, 1e20, 3e38])
+    rows, size = len(temperature), 5000 if ON_GPU else 70
+    generator = torch.Generator().manual_seed(11)
+    for spread in (0.0, 1e-3, 3.0, 1e3, 1e30):
+        logits = torch.randn(rows, size, generator=generator) * spread
+        logits[:, ::7] = NAN
+        if spread == 3.0:
+            logits[:, 1::9] = INF
+        seed = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+        off = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+        values = [temperature, *off, seed, torch.arange(rows) + 2**33]
+        expected = reference.sample(logits, *values).flatten().tolist()
+        assert ours(cuda.sample, logits, *values, restricted=False) == expected
+
+
 # Of 19 tokens two are above, at 3 and 18; five tie at 0, 5, 6, 16 and 17; the rest follow.
 SUPPORTS = [
     (0, 1.0, set(range(19))),
@@ -219,6 +236,26 @@ def test_logarithms_and_masses_have_the_reference_s_bits():
     functions_kernel[(size // block,)](x, log, scaled, mass, BLOCK=block)
     assert torch.equal(log.cpu(), philox.log(x.cpu()))
     assert torch.equal(mass.cpu(), reference.weights(scaled.cpu()))
+
+
+@triton.jit
+def noise_kernel(words_ptr, noise_ptr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(noise_ptr + offsets, kernels.quick_noise(tl.load(words_ptr + offsets)))
+
+
+def test_quick_noise_is_well_within_its_tolerance():
+    block, size = 1024, 2**23
+    values = torch.arange(size)
+    if not ON_GPU:
+        size = 2**17
+        values = torch.cat([values[: size // 2], values[-size // 2 :]])
+    words = (values << 9).to(torch.uint32).to(DEVICE)
+    noise = torch.empty(size, device=DEVICE)
+    noise_kernel[(size // block,)](words, noise, BLOCK=block)
+    u = (values.double() + 0.5) * 2.0**-23
+    expected = -(-u.log()).log() / math.log(2)
+    assert (noise.cpu() - expected).abs().max() < 5e-5
 
 
 @needs_gpu

@@ -1,0 +1,184 @@
+"""How fast is a network's decode step on a CUDA GPU, beside torch.compile's reduce-overhead and the
+memory's own speed? `python benchmarks/cuda.py` prints the ceiling, the figures, where the time of a
+step goes by kernel, and one JSON line.
+
+Weights are random. The peer is the same network of models/, compiled whole with its argmax, its
+weights the same memory, its caches static and as long. A step's bytes are the weights that it reads
+and the filled part of the caches; shares are of what a copy within the device moves.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+# As a script, the project's root must be importable.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import nn
+
+import runner
+from benchmarks.cuda_common import (
+    CONFIGS,
+    copy_bandwidth,
+    decode_ms,
+    export,
+    idle_share,
+    kernel_times,
+    profiled,
+    save,
+)
+from runner import LoopOptions
+
+MODULES = {"gemma3_text": "models.gemma3", "gemma4_text": "models.gemma4", "qwen3": "models.qwen3"}
+
+
+def step_bytes(model, position: int) -> float:
+    """Bytes that a step at `position` has to read: every weight once, but of an embedding that is
+    not the head as well only a row; and what the caches hold."""
+    manifest = model.manifest
+    entries = manifest["weights"]["random"]
+    size = sum(math.prod(e["shape"]) * getattr(torch, e["dtype"]).itemsize for e in entries)
+    for entry in manifest["state"]:
+        if len(entry["shape"]) == 4:
+            rows, slots, *head = entry["shape"]
+            filled = min(position + 1, slots)
+            size += rows * filled * math.prod(head) * getattr(torch, entry["dtype"]).itemsize
+    return size
+
+
+def peer_network(model) -> nn.Module:
+    """The network of models/ on the weights of a loaded artifact."""
+    keys = json.loads((CONFIGS / f"{model.manifest['checkpoint']['file']}").read_text())
+    module = import_module(MODULES[keys["model_type"]])
+    constants = model.loop.program.constants
+    with torch.device("meta"):
+        network = module.Network(
+            module.Config.from_dict(keys), model.max_seq_len, model.batch, torch.bfloat16
+        )
+    for name, part in network.named_modules():
+        for key in dict(part.named_parameters(recurse=False)):
+            tensor = constants[f"network.{name}.{key}"]
+            setattr(part, key, nn.Parameter(tensor, requires_grad=False))
+        for key, buffer in dict(part.named_buffers(recurse=False)).items():
+            part.register_buffer(key, buffer.cuda(), persistent=False)
+    return network.eval()
+
+
+def peer_ms(network: nn.Module, position: int, steps: int, repeats: int) -> list[float]:
+    """Milliseconds of a step of torch.compile's reduce-overhead, tokens kept on the GPU."""
+
+    def step(token, position):
+        logits = network.decode(token, position)
+        return torch.argmax(logits, -1, keepdim=True), position + 1
+
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    times = []
+    with torch.no_grad():
+        for i in range(repeats + 1):
+            token = torch.full((network.batch, 1), 5, device="cuda")
+            where = torch.full((network.batch,), position - steps // 2, device="cuda")
+            for n in range(steps + 8):
+                if n == 8:
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                torch.compiler.cudagraph_mark_step_begin()
+                token, where = (x.clone() for x in compiled(token, where))
+            torch.cuda.synchronize()
+            # The first generation compiles.
+            if i:
+                times.append((time.perf_counter() - start) * 1e3 / steps)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("?")[0])
+    parser.add_argument("--config", default="gemma3-270m", help="a name in benchmarks/configs")
+    parser.add_argument("--quant", default="bf16", help="of the export (default: bf16)")
+    parser.add_argument("--max-seq-len", type=int, default=2048, metavar="N")
+    parser.add_argument("--batch", type=int, default=1, metavar="N")
+    parser.add_argument("--positions", type=int, nargs="+", default=[256], metavar="N")
+    parser.add_argument("--steps", type=int, default=128, metavar="N")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N")
+    parser.add_argument("--peer", action="store_true", help="measure torch.compile as well")
+    parser.add_argument("--artifact", type=Path, help="one that was exported before")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
+    options = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; ", end="")
+    print(f"a copy moves {bandwidth / 1e12:.2f} TB/s", flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        artifact = options.artifact or export(
+            options.config, Path(directory), "--quant", options.quant,
+            "--max-seq-len", options.max_seq_len, "--batch", options.batch,
+        )  # fmt: skip
+        start = time.perf_counter()
+        model = runner.load(artifact)
+        first = model.generate([2, 70, 71], 1).run()
+        load_s = time.perf_counter() - start
+    model.tokenizer.eos_token_ids.clear()
+    print(f"load and first token {load_s:.2f} s", flush=True)
+    rows = []
+    for position in options.positions:
+        size = step_bytes(model, position)
+        ms = statistics.median(
+            decode_ms(model, position, options.steps, options.repeats, LoopOptions())
+        )
+        row = {"position": position, "bytes": size, "floor_ms": size / bandwidth * 1e3, "ms": ms}
+        row["share"] = row["floor_ms"] / ms
+        rows.append(row)
+        print(
+            f"position {position}: floor {row['floor_ms']:.3f} ms, ours {ms:.3f} ms, "
+            f"{row['share']:.1%} of the copy's speed",
+            flush=True,
+        )
+    prompt = [2, 70, 71]
+    events = profiled(lambda: model.generate(prompt, 66).run())
+    idle = idle_share(events, "next_positions")
+    print(f"idle between steps {idle:.2%} (of a profiled run)")
+    kernels = [(name, n / 65, us / 65) for name, n, us in kernel_times(events)[:16]]
+    for name, count, us in kernels:
+        print(f"{us:9.2f} us  {count:6.1f} x  {name[:90]}")
+    peer = None
+    if options.peer:
+        network = peer_network(model)
+        peer = [
+            statistics.median(peer_ms(network, position, options.steps, options.repeats))
+            for position in options.positions
+        ]
+        for row, ms in zip(rows, peer):
+            row["peer_ms"] = ms
+            print(
+                f"position {row['position']}: torch.compile {ms:.3f} ms, "
+                f"ours is {ms / row['ms']:.2f} x as fast",
+                flush=True,
+            )
+    result = {
+        "benchmark": "cuda",
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_tb_s": bandwidth / 1e12,
+        "config": options.config,
+        "quant": options.quant,
+        "batch": options.batch,
+        "max_seq_len": options.max_seq_len,
+        "load_to_first_token_s": load_s,
+        "first_token": first.token_ids,
+        "rows": rows,
+        "idle_share": idle,
+        "kernels": kernels,
+    }
+    save(result, options.output)
+
+
+if __name__ == "__main__":
+    main()

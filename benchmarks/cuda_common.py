@@ -1,0 +1,127 @@
+"""What the benchmarks of networks on a CUDA GPU share: artifacts, times, the profiler's view."""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = Path(__file__).resolve().parent / "configs"
+# A prompt of 19 tokens, as in executorch#20286.
+PROMPT = [2, *(i * 37 % 250 + 3 for i in range(18))]
+DIRECTIONS = {
+    "Memcpy HtoD": "host_to_device",
+    "Memcpy DtoD": "device_to_device",
+    "Memcpy DtoH": "device_to_host",
+}
+
+
+def export(config: str, directory: Path, *flags: object) -> Path:
+    """The artifact of a network of benchmarks/configs with random weights."""
+    script = "qwen3.py" if config.startswith("qwen3") else "gemma.py"
+    output = directory / "-".join([config, *(str(flag).lstrip("-") for flag in flags)])
+    command = [
+        sys.executable, ROOT / "export" / script, "--backend", "inductor", "--device", "cuda",
+        "--random-weights", CONFIGS / f"{config}.json", "--output", output, *flags,
+    ]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{config} cannot be exported: {done.stderr[-2000:]}")
+    print(done.stdout.strip(), flush=True)
+    return output
+
+
+def decode_ms(model, position: int, steps: int, repeats: int, options) -> list[float]:
+    """Milliseconds of a step, of `repeats` generations of so many steps around `position`: from the
+    first token's arrival on the host to the last one's."""
+    prompt = [2, *(i * 37 % 250 + 3 for i in range(position - steps // 2 - 1))]
+    times = []
+    for _ in range(repeats):
+        stats = model.generate(prompt, steps + 1, options=options).run().stats
+        times.append(1e3 / stats.decode_tok_s)
+    return times
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second read and written by a copy within the device."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(23):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return 2 * source.nbytes / statistics.median(times[3:])
+
+
+def profiled(action: Callable[[], object]) -> list[dict]:
+    """What torch.profiler's trace has of the device, and of calls of the CUDA runtime, while
+    `action` ran, in order of time; microseconds."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset", "cuda_runtime", "cuda_driver")
+    return sorted((e for e in events if e.get("cat") in kinds), key=lambda event: event["ts"])
+
+
+def copies(events: list[dict]) -> dict[str, dict[str, int]]:
+    """Copies and their bytes by direction, as runner/transfers.py counts them."""
+    found = {name: {"count": 0, "bytes": 0} for name in DIRECTIONS.values()}
+    for event in events:
+        if event["cat"] == "gpu_memcpy":
+            entry = found[DIRECTIONS[event["name"][:11]]]
+            entry["count"] += 1
+            entry["bytes"] += event["args"]["bytes"]
+    return found
+
+
+def launches(events: list[dict]) -> dict[str, int]:
+    """How often the host launched a graph, and how often a kernel."""
+    calls = Counter(e["name"] for e in events if e["cat"] in ("cuda_runtime", "cuda_driver"))
+    kernels = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+    return {"graphs": calls["cudaGraphLaunch"], "kernels": sum(calls[name] for name in kernels)}
+
+
+def kernel_times(events: list[dict]) -> list[tuple[str, int, float]]:
+    """(kernel, how often it ran, microseconds in all), the longest first."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event["cat"] == "kernel":
+            times.setdefault(event["name"], []).append(event["dur"])
+    rows = [(name, len(all_of), sum(all_of)) for name, all_of in times.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def idle_share(events: list[dict], first_kernel: str) -> float:
+    """The share of a step in which the GPU waits for the next step: median gap before each
+    `first_kernel`, which begins a step, over the median time from one to the next."""
+    kernels = [event for event in events if event["cat"] == "kernel"]
+    starts = [i for i, event in enumerate(kernels) if first_kernel in event["name"]][2:]
+    ends = [kernels[i - 1]["ts"] + kernels[i - 1]["dur"] for i in starts]
+    gaps = [max(0.0, kernels[i]["ts"] - end) for i, end in zip(starts, ends)]
+    steps = [kernels[b]["ts"] - kernels[a]["ts"] for a, b in itertools.pairwise(starts)]
+    return statistics.median(gaps) / statistics.median(steps)
+
+
+def save(result: dict, path: Path | None) -> None:
+    """Print the JSON line, and write it where it is asked for."""
+    line = json.dumps(result)
+    print(line)
+    if path is not None:
+        path.write_text(line + "\n")

@@ -1,0 +1,223 @@
+"""What every export script does: arguments, checkpoint, weights, and the engine's own writer."""
+
+import argparse
+import logging
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from export.errors import ExportError
+from export.recipes import FOR_BACKEND
+
+DEFAULT_OUTPUT = "artifacts/{name}-{backend}"
+DEFAULT_MAX_SEQ_LEN = 4096
+
+
+@dataclass(frozen=True)
+class Family:
+    """The networks that one script exports.
+
+    `modules` are of models/, each with MODEL_TYPES, Config, Network and checkpoint_name; `demo`
+    gives the checkpoint that is exported without --model, or raises ExportError.
+    """
+
+    script: str
+    title: str
+    name: str
+    modules: tuple[str, ...]
+    demo: Callable[[], Path]
+
+    def network_of(self, model_type: str) -> ModuleType | None:
+        """The module of models/ for a checkpoint's model_type, if there is one."""
+        modules = [import_module(name) for name in self.modules]
+        return next((module for module in modules if model_type in module.MODEL_TYPES), None)
+
+    def model_types(self) -> list[str]:
+        return [t for name in self.modules for t in import_module(name).MODEL_TYPES]
+
+
+def parse_arguments(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=family.script,
+        description=f"Export a {family.title} checkpoint as one multi-method artifact.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a .gguf file or a Hugging Face directory; without it the installed demo model",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=FOR_BACKEND,
+        default="xnnpack",
+        help="ExecuTorch's XNNPACK or its plain kernels (a .pte), or AOTInductor (a .pt2)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of --backend inductor"
+    )
+    parser.add_argument(
+        "--quant",
+        choices=tuple(dict.fromkeys(name for names in FOR_BACKEND.values() for name in names)),
+        help="xnnpack: 8da8w or 8da4w, weights of 8 bits per output channel or most of them of 4 "
+        "in groups of 32, with int8 activations and a head of 4 bits whose best tokens are scored "
+        "again in 8; inductor: bf16, or with it layers of int8 or int4 weights; all: fp32 "
+        "(default: 8da8w with xnnpack, bf16 with a GPU, else fp32)",
+    )
+    parser.add_argument(
+        "--max-seq-len",
+        type=int,
+        help=f"prompt and output tokens (default: {DEFAULT_MAX_SEQ_LEN}, or what the model has)",
+    )
+    parser.add_argument(
+        "--random-weights",
+        type=Path,
+        metavar="CONFIG",
+        help="a config.json to measure the speed of: weights are made up when they are loaded",
+    )
+    parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
+    output = DEFAULT_OUTPUT.replace("{name}", family.name)
+    parser.add_argument("--output", type=Path, help=f"the artifact's directory (default: {output})")
+    options = parser.parse_args(arguments)
+    if options.quant is None:
+        options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[options.backend][0]
+    if options.quant not in FOR_BACKEND[options.backend]:
+        parser.error(
+            f"--quant {options.quant} is not for --backend {options.backend}, which has "
+            + ", ".join(FOR_BACKEND[options.backend])
+        )
+    if options.backend != "inductor" and options.device != "cpu":
+        parser.error(f"--device {options.device} needs --backend inductor")
+    if options.random_weights is not None:
+        if options.backend != "inductor":
+            parser.error("--random-weights needs --backend inductor")
+        if options.model is not None:
+            parser.error("--random-weights and --model are two sources of one network")
+    # A token of the prompt and one of the output.
+    for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} is {value}; it must be at least {least}")
+    options.output = options.output or Path(output.format(backend=options.backend))
+    return options
+
+
+def export(family: Family, options: argparse.Namespace, progress: Callable[[str], None]) -> None:
+    """Make the artifact that `options` (of parse_arguments) describe.
+
+    `progress` is called with what is being done. Errors: ExportError.
+    """
+    # Heavy imports wait until the arguments are known to be right, ExecuTorch's (seconds) until
+    # the checkpoint is, too.
+    import torch
+
+    from export.artifact import new_artifact, write_manifest
+    from export.checkpoint import load_weights, open_checkpoint
+    from export.random_weights import make_parameters, open_config, write_byte_tokenizer
+    from export.tokenizer_files import write_tokenizer
+
+    # 1. The checkpoint and the network it describes.
+    if options.random_weights is not None:
+        checkpoint = open_config(options.random_weights)
+    else:
+        checkpoint = open_checkpoint(options.model or family.demo())
+    model_type = checkpoint.config["model_type"]
+    network = family.network_of(model_type)
+    if network is None:
+        raise ExportError(
+            f"{checkpoint.path} is a {model_type} model; {family.script} exports "
+            f"{', '.join(family.model_types())}"
+        )
+    try:
+        config = network.Config.from_dict(checkpoint.config)
+    except ValueError as error:
+        raise ExportError(f"{checkpoint.path}: {error}") from error
+    positions = config.max_position_embeddings
+    max_seq_len = options.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, positions)
+    if max_seq_len > positions:
+        raise ExportError(
+            f"--max-seq-len {max_seq_len} is more than the model's {positions} positions"
+        )
+    if options.backend == "inductor":
+        from export.pt2_artifact import Pt2Artifact as Artifact
+    else:
+        from export.pte_artifact import PteArtifact as Artifact
+    with new_artifact(options.output) as directory, torch.no_grad():
+        engine = Artifact(options, config.vocab_size)
+        if options.random_weights is None:
+            tokenizer = write_tokenizer(checkpoint, directory)
+        else:
+            tokenizer = write_byte_tokenizer(directory)
+        with torch.device("meta"):
+            model = network.Network(config, max_seq_len, options.batch, engine.dtype)
+        max_prefill = min(options.max_prefill, model.max_chunk)
+
+        # 2. Weights, one tensor at a time.
+        if options.random_weights is not None:
+            make_parameters(model, engine.device, engine.dtype)
+        else:
+            load_weights(
+                model,
+                checkpoint,
+                network.checkpoint_name,
+                progress=lambda name: progress(f"reading {name}"),
+                dtype=engine.dtype,
+            )
+        model.eval().requires_grad_(False)
+
+        # 3. The program, and whatever else the engine needs.
+        entries = engine.write(model, max_prefill, tokenizer, directory, progress)
+        write_manifest(
+            directory,
+            {
+                **entries,
+                "model_type": model_type,
+                "batch": options.batch,
+                "max_seq_len": max_seq_len,
+                "max_prefill": max_prefill,
+                "vocab_size": config.vocab_size,
+                "quant": options.quant,
+                "tokenizer": tokenizer,
+                "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},
+            },
+        )
+
+
+def main(family: Family, arguments: list[str] | None = None) -> int:
+    """Run the script; the exit status."""
+    options = parse_arguments(family, arguments)
+    # Being terminated cleans up like any other end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # torch, torchao and executorch warn about one another; none of it is the user's to mend.
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    start = time.perf_counter()
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,
+        transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    try:
+        with bar:
+            task = bar.add_task("importing torch", total=None)
+            export(family, options, lambda what: bar.update(task, description=what))
+    except ExportError as error:
+        print(f"{family.script}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{family.script}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    size = sum(file.stat().st_size for file in options.output.iterdir())
+    print(f"{options.output}: {size / 1e6:.0f} MB in {time.perf_counter() - start:.0f} s")
+    return 0

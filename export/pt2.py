@@ -1,0 +1,157 @@
+"""The AOTInductor package: every method compiled for one device; weights and state lie outside."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import aot_compile
+from torch._inductor.package import package_aoti
+from torch.export import Dim
+
+from sampler.greedy import greedy
+from sampler.sample import sample
+
+# Any length but 0 and 1, which torch.export takes for constants.
+TRACED_LENGTH = 3
+OPTIONS = {
+    "aot_inductor.package": True,
+    # The runner loads weights and state once for all methods.
+    "aot_inductor.package_constants_in_so": False,
+}
+
+
+class Prefill(nn.Module):
+    """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
+    logits float32 [1, V] after the last token."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        return self.network.prefill(tokens, positions, row)
+
+
+class Decode(Prefill):
+    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
+
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode(token, position)
+
+
+class Select(nn.Module):
+    """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
+    float32 [B], seed and position int64 [B]; and next_id int64 [B, 1], which is written."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
+        *sampling, next_id = sampling_and_next_id
+        next_id.copy_(self.function(logits, *sampling))
+
+
+class NextPositions(nn.Module):
+    """lines int64 [N, B], next_line int64 [1] and position int64 [B], both of which are written."""
+
+    def forward(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
+        torch.ops.tokenloop.next_positions(lines, next_line, position)
+
+
+def write_package(
+    model: nn.Module,
+    decode: nn.Module,
+    max_prefill: int,
+    path: Path,
+    progress: Callable[[str], None],
+) -> list[str]:
+    """Compile the methods for the device that the model is on, into a .pt2 file; their names.
+
+    `decode` is Decode(model), or does the same. The package's constants have the names that they
+    have in it, and the model there is `network`.
+    """
+    batch, vocab_size = model.batch, model.config.vocab_size
+    device = model.lm_head.weight.device
+    with device:
+        methods = {
+            "prefill": (Prefill(model), *_chunk(batch, max_prefill)),
+            "decode": (decode, (_integers(batch, 1), _integers(batch)), None),
+        }
+        functions = {"greedy": greedy, "sample": sample}
+        if device.type == "cuda":
+            from models.kernels import positions  # noqa: F401  (registers the operator)
+            from sampler import cuda
+
+            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
+            lines = _integers(model.max_seq_len, batch)
+            methods["next_positions"] = (
+                NextPositions(), (lines, _integers(1), _integers(batch)), None,
+            )  # fmt: skip
+        for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
+            logits, next_id = torch.zeros(rows, vocab_size), _integers(rows, 1)
+            numbers, integers = torch.ones(rows), _integers(rows)
+            sampling = numbers, integers, numbers.clone(), integers.clone(), integers.clone()
+            arguments = {"greedy": (logits, next_id), "sample": (logits, *sampling, next_id)}
+            for name, function in functions.items():
+                methods[name + suffix] = Select(function), arguments[name], None
+    files = {}
+    for name, (method, example, shapes) in methods.items():
+        progress(f"compiling {name}")
+        program = torch.export.export(method, example, dynamic_shapes=shapes)
+        files[name] = aot_compile(program.module(), example, options=OPTIONS)
+    progress("writing")
+    package_aoti(str(path), files)
+    return sorted(methods)
+
+
+def tensors_of(decode: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
+    """What a package needs: weights, views of them, and state, by name.
+
+    A view is contiguous: the weight's name `of`, the `offset` of its first element, its `shape`.
+    Tensors with several names are in only one of them.
+    """
+    weights, views, state = {}, {}, {}
+    named = dict(decode.named_parameters(remove_duplicate=False))
+    named |= dict(decode.named_buffers(remove_duplicate=False))
+    # Whole tensors before their parts, and of equals the one with the shortest name.
+    owners: dict[int, str] = {}
+    for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
+        tensor, storage = named[name], named[name].untyped_storage().data_ptr()
+        owner = owners.setdefault(storage, name)
+        if is_state(name):
+            if owner == name:
+                state[name] = tensor
+            else:
+                views[name] = view_entry(tensor, owner)
+        elif owner == name:
+            weights[name] = tensor
+        else:
+            views[name] = view_entry(tensor, owner)
+    return weights, views, state
+
+
+def view_entry(tensor: Tensor, owner: str) -> dict:
+    return {"of": owner, "offset": tensor.storage_offset(), "shape": list(tensor.shape)}
+
+
+def is_state(name: str) -> bool:
+    """Whether the buffer of that name is written: a layer's cache, or the kernels' counters."""
+    return ".cache." in name or name == "counters"
+
+
+def _chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
+    """Prefill's example inputs and their dynamic shapes."""
+    # One token at most is no dynamic size.
+    length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
+    traced = min(TRACED_LENGTH, max_prefill)
+    example = _integers(1, traced), torch.arange(traced)
+    shapes = [{1: length}, {0: length}]
+    if batch > 1:
+        example, shapes = (*example, _integers(1)), [*shapes, None]
+    return example, shapes if length is not None else None
+
+
+def _integers(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)

@@ -1,0 +1,91 @@
+"""An artifact for AOTInductor: model.pt2 for one device, and model.safetensors beside it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from export.errors import ExportError
+from export.recipes import INTEGER_BITS
+from export.rows import FusedLayer
+
+
+class Pt2Artifact:
+    """Compiles the network's methods for the device that the options name."""
+
+    def __init__(self, options: argparse.Namespace, vocab_size: int):
+        self.options, self.device = options, torch.device(options.device)
+        # Of the weights as they are read, of activations and of caches.
+        self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ExportError(
+                "--device cuda needs a CUDA GPU here: kernels are compiled and tried on it"
+            )
+
+    def write(
+        self,
+        model: nn.Module,
+        max_prefill: int,
+        tokenizer: dict,
+        directory: Path,
+        progress: Callable[[str], None],
+    ) -> dict:
+        """Write model.pt2 and model.safetensors, and return the manifest's entries about them."""
+        progress("importing torch.export")
+        from export.pt2 import Decode, tensors_of, write_package
+
+        model.to(self.device)
+        bits = INTEGER_BITS[self.options.quant]
+        if self.device.type == "cuda":
+            from export.fused import FusedDecode
+
+            decode = FusedDecode(model, bits)
+        else:
+            if bits:
+                for block in model.model.layers:
+                    FusedLayer(block, bits)
+            decode = Decode(model)
+        program = directory / "model.pt2"
+        methods = write_package(model, decode, max_prefill, program, progress)
+        tensors, views, state = tensors_of(decode)
+        return {
+            "program": {"file": program.name, "bytes": program.stat().st_size},
+            "weights": self._write_weights(tensors, directory) | {"views": views},
+            "engine": "inductor",
+            "backend": "inductor",
+            "device": self.device.type,
+            "processor": processor(self.device),
+            "methods": methods,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state": _entries(state),
+        }
+
+    def _write_weights(self, tensors: dict[str, Tensor], directory: Path) -> dict:
+        if self.options.random_weights:
+            return {"random": _entries(tensors)}
+        path = directory / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        return {"file": path.name, "bytes": path.stat().st_size}
+
+
+def _entries(tensors: dict[str, Tensor]) -> list[dict]:
+    """Names, shapes and dtypes, for the manifest."""
+    return [
+        {
+            "name": name,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+        }
+        for name, tensor in tensors.items()
+    ]
+
+
+def processor(device: torch.device) -> str:
+    """What compiled code needs of a device: "sm_90" of a GPU, "AVX512" of a CPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return torch.backends.cpu.get_cpu_capability()

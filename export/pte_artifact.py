@@ -1,0 +1,85 @@
+"""An artifact for ExecuTorch: the network calibrated, quantized, and written as model.pte."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from export.artifact import SmallWrites
+from export.background import SelectionExport
+from export.errors import ExportError
+from export.recipes import RECIPES
+from export.tokenizer_files import encode
+
+
+class PteArtifact:
+    """Begins to export the selection methods at once, in another process; the rest in `write`."""
+
+    # Of the weights as they are read, and of the caches.
+    dtype = torch.float32
+
+    def __init__(self, options: argparse.Namespace, vocab_size: int):
+        self.options = options
+        self.selection = SelectionExport(options.batch, vocab_size, options.backend)
+
+    def write(
+        self,
+        model: nn.Module,
+        max_prefill: int,
+        tokenizer: dict,
+        directory: Path,
+        progress: Callable[[str], None],
+    ) -> dict:
+        """Write model.pte and return the manifest's entries about it.
+
+        The model's weights are loaded; it is changed in place. Errors: ExportError for a recipe
+        that does not fit.
+        """
+        progress("importing executorch")
+        from export.calibrate import TEXT, calibrate
+        from export.pte import build_program, state_entries
+        from export.quantize import quantize
+
+        # 1. Weights as the recipe says.
+        recipe = RECIPES[self.options.quant]
+        means = None
+        if recipe is not None:
+            progress("looking at activations")
+            ids = encode(directory, tokenizer, TEXT.read_text(encoding="utf-8"))
+            means = calibrate(model, ids)
+        progress("quantizing")
+        try:
+            quantize(model, recipe, means)
+        except ValueError as error:
+            raise ExportError(
+                f"--quant {self.options.quant} does not fit this checkpoint: {error}"
+            ) from error
+
+        # 2. The program. These are the names that ExecuTorch's own runners ask for.
+        metadata = {
+            "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
+            "get_eos_ids": tokenizer["eos_token_ids"],
+            "get_max_seq_len": max_prefill,
+            "get_max_context_len": model.max_seq_len,
+            "get_vocab_size": model.config.vocab_size,
+            "use_kv_cache": True,
+            "enable_dynamic_shape": True,
+        }
+        program, methods = build_program(
+            model, self.options.backend, max_prefill, metadata, self.selection, progress
+        )
+        progress("writing")
+        path = directory / "model.pte"
+        with path.open("wb") as file:
+            program.write_to_file(SmallWrites(file))
+        return {
+            "program": {"file": path.name, "bytes": path.stat().st_size},
+            "engine": "executorch",
+            "backend": self.options.backend,
+            "device": "cpu",
+            "methods": methods,
+            "dtype": "float32",
+            "state": state_entries(model),
+        }

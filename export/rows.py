@@ -1,0 +1,80 @@
+"""Weights that are read together, put together: queries', keys' and values' rows, gate's and up's.
+
+As floating point, or as integers in words that models/kernels reads. The network's own layers,
+which prefill uses, become views of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.kernels.packing import quantize_int4, quantize_int8
+from models.kernels.reference import dequantize
+
+QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
+ACTIVATIONS = {nn.GELU: "gelu_tanh", nn.SiLU: "silu"}
+
+
+class Rows(nn.Module):
+    """The weights of linear layers, one below the other: float [N, K], or words of
+    models/kernels/packing.py with scales float32 [N, K / G]."""
+
+    def __init__(self, linears: list[nn.Linear], bits: int):
+        super().__init__()
+        weight = torch.cat([linear.weight for linear in linears])
+        self.inputs = weight.shape[1]
+        weight, scale = QUANTIZERS[bits](weight) if bits else (weight, None)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+
+    def views(self, linears: list[nn.Linear]) -> list[nn.Module]:
+        """Layers like those that these rows were made of, in the same memory."""
+        sizes = [linear.out_features for linear in linears]
+
+        def split(tensor: Tensor | None) -> list[Tensor | None]:
+            if tensor is None:
+                return [None] * len(sizes)
+            return [nn.Parameter(part, requires_grad=False) for part in tensor.split(sizes)]
+
+        parts = zip(*(split(tensor) for tensor in (self.weight, self.scale, self.bias)))
+        return [RowsView(self.inputs, *part) for part in parts]
+
+
+class RowsView(nn.Module):
+    """A linear layer whose weights are some of Rows: x [..., K] -> [..., N]."""
+
+    def __init__(self, inputs: int, weight: Tensor, scale: Tensor | None, bias: Tensor | None):
+        super().__init__()
+        self.in_features, self.out_features = inputs, weight.shape[0]
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.scale is not None:
+            weight = dequantize(weight, self.scale, self.in_features).to(x.dtype)
+        return F.linear(x, weight, self.bias)
+
+
+class FusedLayer(nn.Module):
+    """What a layer's launches read. `block` is changed: its linear layers become views."""
+
+    def __init__(self, block: nn.Module, bits: int):
+        super().__init__()
+        attention, mlp = block.self_attn, block.mlp
+        projections = [name for name in ("q_proj", "k_proj", "v_proj") if hasattr(attention, name)]
+        self.qkv = _fuse(attention, projections, bits)
+        self.o = _fuse(attention, ["o_proj"], bits)
+        self.gate_up = _fuse(mlp, ["gate_proj", "up_proj"], bits)
+        self.down = _fuse(mlp, ["down_proj"], bits)
+        self.block = block
+        self.activation = ACTIVATIONS[type(mlp.act)]
+
+
+def _fuse(parent: nn.Module, names: list[str], bits: int) -> Rows:
+    linears = [getattr(parent, name) for name in names]
+    rows = Rows(linears, bits)
+    for name, view in zip(names, rows.views(linears)):
+        setattr(parent, name, view)
+    return rows

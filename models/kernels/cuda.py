@@ -1,0 +1,274 @@
+"""A decode step's operators on CUDA: the functions of reference.py by Triton kernels.
+
+They are operators too, torch.ops.tokenloop.linear and so on, whose kernels torch.export and
+AOTInductor see. Launches depend on shapes alone and nothing is read back, so they can be captured
+in a CUDA graph. No row's result depends on the number of rows.
+
+`counters` are int32 zeros that parts of a result are counted in, `counters_size` of them; every
+launch leaves them 0, so that one tensor serves a whole network.
+
+    linear, norm, add_norm, attend_step   1 launch
+    norm_linear, add_norm_linear          1 where rows are short and few, else 2
+"""
+
+import triton
+from torch import Tensor, empty, empty_like, float32
+from torch.library import triton_op, wrap_triton
+
+from models.kernels.attention import attend_kernel
+from models.kernels.linear import dot_kernel, norm_kernel, rows_kernel
+from models.kernels.packing import SPAN_WORDS, weight_bits
+from models.kernels.tiles import SHARED_NORM, AttendTiles, LinearTiles, attend_tiles, linear_tiles
+
+
+def counters_size(rows: int, outputs: int, kv_heads: int) -> int:
+    """How many `counters` the operators need for so many rows and outputs of a linear layer."""
+    return max(triton.cdiv(rows, 16) * triton.cdiv(outputs, 16), rows * kv_heads)
+
+
+def launch_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    *,
+    activation: str | None = None,
+    soft_cap: float = 0.0,
+    wide: bool = False,
+    tiles: LinearTiles | None = None,
+) -> Tensor:
+    """`linear`, cut as `tiles` say."""
+    rows, inputs = x.shape
+    bits = weight_bits(weight, inputs)
+    if bits and (scale is None or inputs % scale.shape[1]):
+        given = None if scale is None else tuple(scale.shape)
+        raise ValueError(f"scale of shape {given}: a weight of {bits} bits needs equal groups")
+    outputs = weight.shape[0] // (1 if activation is None else 2)
+    tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype)
+    y = empty(rows, outputs, dtype=float32 if wide else x.dtype, device=x.device)
+    if not tiles.dot:
+        grid = (rows * triton.cdiv(outputs, tiles.block_n),)
+        wrap_triton(rows_kernel)[grid](
+            x, None, None, None, None, weight, bias, None, y,
+            rows, outputs, inputs, 0.0, 0.0, soft_cap,
+            NORM=False, ADD=False, ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
+            BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, num_warps=tiles.warps,
+        )  # fmt: skip
+        return y
+    block = SPAN_WORDS * (32 // bits) if bits else tiles.block_k
+    steps = triton.cdiv(triton.cdiv(inputs, block), tiles.splits)
+    block_b = 16 if rows <= 16 else 32
+    grid = (triton.cdiv(outputs, tiles.block_n), tiles.splits, triton.cdiv(rows, block_b))
+    partial = None
+    if tiles.splits > 1:
+        halves = 1 if activation is None else 2
+        partial = empty(tiles.splits, halves, rows, outputs, dtype=float32, device=x.device)
+    wrap_triton(dot_kernel)[grid](
+        x, weight, scale, bias, partial, counters, y,
+        rows, outputs, inputs, weight.shape[1], steps, soft_cap,
+        BITS=bits, GROUP=inputs // scale.shape[1] if bits == 4 else 0,
+        ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
+        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
+        EVEN=inputs % block == 0, STAGES=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
+    return y
+
+
+def _norm(
+    x: Tensor,
+    branch: Tensor | None,
+    post_weight: Tensor | None,
+    layer_scalar: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor | None, Tensor]:
+    rows, size = x.shape
+    total = None if branch is None else empty_like(x)
+    h = empty_like(x)
+    wrap_triton(norm_kernel)[(rows,)](
+        x, branch, post_weight, layer_scalar, norm_weight, total, h, size, eps, offset,
+        ADD=branch is not None, BLOCK_K=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return total, h
+
+
+def _norm_linear(
+    residual: tuple[Tensor | None, ...],
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    eps: float,
+    offset: float,
+    options: dict,
+    tiles: LinearTiles | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    x, branch, post_weight, layer_scalar, norm_weight = residual
+    rows, inputs = x.shape
+    activation, soft_cap = options["activation"], options["soft_cap"]
+    bits = weight_bits(weight, inputs)
+    outputs = weight.shape[0] // (1 if activation is None else 2)
+    tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype)
+    if tiles.dot or inputs > tiles.block_k or rows > SHARED_NORM:
+        total, h = _norm(*residual, eps, offset)
+        return total, launch_linear(h, weight, scale, bias, counters, **options, tiles=tiles)
+    total = None if branch is None else empty_like(x)
+    dtype = float32 if options["wide"] else x.dtype
+    y = empty(rows, outputs, dtype=dtype, device=x.device)
+    wrap_triton(rows_kernel)[(rows * triton.cdiv(outputs, tiles.block_n),)](
+        x, branch, post_weight, layer_scalar, norm_weight, weight, bias, total, y,
+        rows, outputs, inputs, eps, offset, soft_cap,
+        NORM=True, ADD=branch is not None, ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
+        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, num_warps=tiles.warps,
+    )  # fmt: skip
+    return total, y
+
+
+@triton_op("tokenloop::linear", mutates_args={"counters"})
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    *,
+    activation: str | None = None,
+    soft_cap: float = 0.0,
+    wide: bool = False,
+) -> Tensor:
+    """See reference.linear."""
+    options = {"activation": activation, "soft_cap": soft_cap, "wide": wide}
+    return launch_linear(x, weight, scale, bias, counters, **options)
+
+
+@triton_op("tokenloop::norm", mutates_args={})
+def norm(x: Tensor, norm_weight: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
+    """See reference.norm."""
+    return _norm(x, None, None, None, norm_weight, eps, offset)[1]
+
+
+@triton_op("tokenloop::add_norm", mutates_args={})
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    post_weight: Tensor | None,
+    layer_scalar: Tensor | None,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See reference.add_norm."""
+    return _norm(x, branch, post_weight, layer_scalar, norm_weight, eps, offset)
+
+
+@triton_op("tokenloop::norm_linear", mutates_args={"counters"})
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    activation: str | None = None,
+    soft_cap: float = 0.0,
+    wide: bool = False,
+) -> Tensor:
+    """See reference.norm_linear."""
+    options = {"activation": activation, "soft_cap": soft_cap, "wide": wide}
+    residual = (x, None, None, None, norm_weight)
+    return _norm_linear(residual, weight, scale, bias, counters, eps, offset, options)[1]
+
+
+@triton_op("tokenloop::add_norm_linear", mutates_args={"counters"})
+def add_norm_linear(
+    x: Tensor,
+    branch: Tensor,
+    post_weight: Tensor | None,
+    layer_scalar: Tensor | None,
+    norm_weight: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    counters: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    activation: str | None = None,
+    soft_cap: float = 0.0,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See reference.add_norm_linear."""
+    options = {"activation": activation, "soft_cap": soft_cap, "wide": wide}
+    residual = (x, branch, post_weight, layer_scalar, norm_weight)
+    return _norm_linear(residual, weight, scale, bias, counters, eps, offset, options)
+
+
+def launch_attend(
+    qkv: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    inv_freq: Tensor,
+    counters: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    offset: float = 0.0,
+    value_norm: bool = False,
+    values_are_keys: bool = False,
+    tiles: AttendTiles | None = None,
+) -> Tensor:
+    """`attend_step`, cut as `tiles` say."""
+    rows, slots, kv_heads, head_dim = k_cache.shape
+    groups = qkv.shape[1] // (kv_heads * head_dim) - (1 if values_are_keys else 2)
+    tiles = tiles or attend_tiles(slots, kv_heads, head_dim, qkv.dtype)
+    splits = min(tiles.splits, triton.next_power_of_2(triton.cdiv(slots, tiles.block_s)))
+    stored = triton.next_power_of_2(groups)
+    new = {"dtype": float32, "device": qkv.device}
+    out = empty(rows, kv_heads * groups * head_dim, dtype=qkv.dtype, device=qkv.device)
+    acc = empty(rows, kv_heads, splits, stored, head_dim, **new)
+    largest = empty(rows, kv_heads, splits, stored, **new)
+    total = empty(rows, kv_heads, splits, stored, **new)
+    wrap_triton(attend_kernel)[(splits, kv_heads, rows)](
+        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
+        out, acc, largest, total, counters, slots, scale, eps, offset,
+        KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
+        VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys,
+        SPLITS=splits, BLOCK_S=tiles.block_s, BLOCK_G=max(16, stored),
+        PARTS=max(1, min(splits, tiles.combined // (stored * head_dim))),
+        STORED=stored, STAGES=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
+    return out
+
+
+@triton_op("tokenloop::attend_step", mutates_args={"k_cache", "v_cache", "counters"})
+def attend_step(
+    qkv: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    inv_freq: Tensor,
+    counters: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    offset: float = 0.0,
+    value_norm: bool = False,
+    values_are_keys: bool = False,
+) -> Tensor:
+    """See reference.attend_step. Tensors are contiguous."""
+    return launch_attend(
+        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, counters,
+        scale=scale, eps=eps, offset=offset,
+        value_norm=value_norm, values_are_keys=values_are_keys,
+    )  # fmt: skip

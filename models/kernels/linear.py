@@ -1,0 +1,338 @@
+"""Triton kernels of the linear layers, and of the norms before them; cuda.py launches them.
+
+`rows_kernel` multiplies and adds for one row a program, and can norm the row first. `dot_kernel`
+takes all rows at once through the tensor cores, with the weight as the left, large operand, and
+reads integer weights too (packing.py says how they lie). In neither does a row's result depend on
+the number of rows: each output is summed over the inputs in one order.
+
+Names: row b of `rows`, output n of N, input k of K. A gated layer's weight has 2 N rows, of which
+one program takes n and N + n.
+"""
+
+import triton
+import triton.language as tl
+
+from models.kernels.packing import SPAN_WORDS
+
+WORDS = tl.constexpr(SPAN_WORDS)
+
+# The interpreter holds bfloat16 as integers, and computes with them as such.
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def dot(a, b, acc):
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+
+    @triton.jit
+    def minus(x, y):
+        return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)
+
+    @triton.jit
+    def centred(x):
+        return (x.to(tl.float32) - 136.0).to(tl.bfloat16)
+
+    @triton.jit
+    def biased(x, MASK: tl.constexpr):
+        return (x & MASK) | 0x43004300
+
+else:
+
+    @triton.jit
+    def dot(a, b, acc):
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+    @triton.jit
+    def minus(x, y):
+        return x - y
+
+    @triton.jit
+    def centred(x):
+        return x - 136.0
+
+    @triton.jit
+    def biased(x, MASK: tl.constexpr):
+        # LLVM would take the halves apart and not find this one instruction: (a & b) | c.
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 1124090624, 0xEA;", "=r,r,n", [x, MASK],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def tanh(x):
+    """By the exponential function, which does not overflow here."""
+    e = tl.exp(-2 * tl.abs(x))
+    y = (1 - e) / (1 + e)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return x / (1 + tl.exp(-x))
+    # GELU by tanh (arXiv:1606.08415): sqrt(2 / pi) is 0.7978845608.
+    return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def rms_norm(x, weight, size, eps):
+    """float32 x / rms(x) * weight of one row, which is zero beyond `size`.
+
+    The squares are summed in float64: rounded, their sum is the same in whatever order a program
+    adds them, so that rows normed in different kernels are equal.
+    """
+    x64 = x.to(tl.float64)
+    mean = tl.sum(x64 * x64, 0).to(tl.float32) / size
+    return x * (1 / tl.sqrt_rn(mean + eps)) * weight
+
+
+@triton.jit
+def norm_row(
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """Row b of the residual and of its norm, both as they are rounded: [len(k)]."""
+    mask = k < K
+    x = tl.load(x_ptr + b * K + k, mask=mask, other=0.0)
+    if ADD:
+        branch = tl.load(branch_ptr + b * K + k, mask=mask, other=0.0).to(tl.float32)
+        if post_ptr is not None:
+            post = tl.load(post_ptr + k, mask=mask, other=0.0).to(tl.float32)
+            branch = rms_norm(branch, offset + post, K, eps)
+        total = x.to(tl.float32) + branch
+        if scalar_ptr is not None:
+            total = total * tl.load(scalar_ptr).to(tl.float32)
+        x = total.to(x.dtype)
+    weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    return x, rms_norm(x.to(tl.float32), offset + weight, K, eps).to(x.dtype)
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K, eps, offset,
+    ADD: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Norm a row, after adding a branch to it if ADD."""
+    b = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    total, h = norm_row(
+        x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset, ADD
+    )
+    if ADD:
+        tl.store(total_ptr + b * K + k, total, mask=k < K)
+    tl.store(h_ptr + b * K + k, h, mask=k < K)
+
+
+@triton.jit
+def finish(y, up, bias_ptr, n, N, soft_cap, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """All that is done to float32 outputs n, [len(n), ...]; n broadcasts with them."""
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        if bias_ptr is not None:
+            up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
+        y = activate(y, ACTIVATION) * up
+    if SOFT_CAP:
+        y = soft_cap * tanh(y / soft_cap)
+    return y
+
+
+@triton.jit
+def products(acc, w_ptr, n, k, h, N, K):
+    """acc [n, k] plus weights [n, k] times h [k]."""
+    # Rows beyond the last are the last: a load without mask, whose results are not stored.
+    offsets = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    w = tl.load(w_ptr + offsets, mask=(k < K)[None, :], other=0.0)
+    return acc + w.to(tl.float32) * h[None, :]
+
+
+# One program for any number of rows: none is a special case with other arithmetic.
+@triton.jit(do_not_specialize=["rows"])
+def rows_kernel(
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, w_ptr, bias_ptr, total_ptr, y_ptr,
+    rows, N, K, eps, offset, soft_cap,
+    NORM: tl.constexpr, ADD: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of a row. A norm before them takes K <= BLOCK_K."""
+    # Programs of the same weights run side by side, so that all but one find them in L2.
+    b = tl.program_id(0) % rows
+    tile = tl.program_id(0) // rows
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    second_ptr = w_ptr + N.to(tl.int64) * K
+    if NORM:
+        k = tl.arange(0, BLOCK_K)
+        total, h = norm_row(
+            x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset, ADD
+        )
+        if ADD and tile == 0:
+            tl.store(total_ptr + b * K + k, total, mask=k < K)
+        gate = products(gate, w_ptr, n, k, h.to(tl.float32), N, K)
+        if ACTIVATION is not None:
+            up = products(up, second_ptr, n, k, h.to(tl.float32), N, K)
+    else:
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            h = tl.load(x_ptr + b * K + k, mask=k < K, other=0.0).to(tl.float32)
+            gate = products(gate, w_ptr, n, k, h, N, K)
+            if ACTIVATION is not None:
+                up = products(up, second_ptr, n, k, h, N, K)
+    y = finish(tl.sum(gate, 1), tl.sum(up, 1), bias_ptr, n, N, soft_cap, ACTIVATION, SOFT_CAP)
+    y_offsets = b.to(tl.int64) * N + n
+    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def field(words, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """Field INDEX of int32 words as exact bfloat16, by bits alone: conversions are slow.
+
+    With 7 bits of mantissa 0x4300 | u is 128 + u for u < 128. Two fields, 16 bits apart, are made
+    by the same operations.
+    """
+    HALF: tl.constexpr = 16 // BITS
+    shifted = words >> (BITS * (INDEX % HALF))
+    if BITS == 4:
+        return centred(_half(biased(shifted, 0x000F000F), INDEX >= HALF))
+    low = _half(biased(shifted, 0x007F007F), INDEX >= HALF)
+    sign = _half(
+        biased(shifted, 0x00800080), INDEX >= HALF
+    )  # 128, or 256 where the sign bit is set
+    return minus(low, sign)
+
+
+@triton.jit
+def _half(pair, UPPER: tl.constexpr):
+    if UPPER:
+        pair = pair >> 16
+    return pair.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def load_rows(x_ptr, b, k, rows, K):
+    """Activations [k, b], zero beyond either."""
+    mask = (k < K)[:, None] & (b < rows)[None, :]
+    return tl.load(x_ptr + b[None, :] * K + k[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def span_products(
+    acc, w_ptr, scale_ptr, x_ptr, n, b, span, rows, K, width,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """acc [n, b] plus one span of weights [n, k] times activations [k, b].
+
+    Scales of 8 bits are left to the end; of 4 bits there is one for every GROUP inputs.
+    """
+    SPAN: tl.constexpr = WORDS * (32 // BITS)
+    # Inputs that share a scale, as far as they lie in one span.
+    SHARED: tl.constexpr = SPAN if GROUP == 0 or GROUP > SPAN else GROUP
+    words = tl.load(w_ptr + n[:, None] * width + span * WORDS + tl.arange(0, WORDS)[None, :])
+    for group in tl.static_range(SPAN // SHARED):
+        part = tl.zeros(acc.shape, tl.float32)
+        for i in tl.static_range(SHARED // WORDS):
+            k = span * SPAN + group * SHARED + i * WORDS + tl.arange(0, WORDS)
+            a = field(words, group * (SHARED // WORDS) + i, BITS)
+            part = dot(a, load_rows(x_ptr, b, k, rows, K), part)
+        if GROUP == 0:
+            acc += part
+        else:
+            # What is padded has no scale of its own, and needs none.
+            index = tl.minimum((span * SPAN + group * SHARED) // GROUP, K // GROUP - 1)
+            acc += part * tl.load(scale_ptr + n * (K // GROUP) + index)[:, None]
+    return acc
+
+
+@triton.jit
+def block_products(
+    acc, w_ptr, x_ptr, n, b, start, rows, K, BLOCK_K: tl.constexpr, EVEN: tl.constexpr
+):
+    """acc [n, b] plus BLOCK_K weights [n, k] times activations [k, b]."""
+    k = start + tl.arange(0, BLOCK_K)
+    offsets = n[:, None] * K + k[None, :]
+    if EVEN:
+        w = tl.load(w_ptr + offsets)
+    else:
+        w = tl.load(w_ptr + offsets, mask=(k < K)[None, :], other=0.0)
+    return dot(w, load_rows(x_ptr, b, k, rows, K), acc)
+
+
+@triton.jit
+def arrive(counter_ptr, count):
+    """Whether this is the last of `count` programs to come here; it leaves the counter at 0."""
+    tl.debug_barrier()  # the stores of all threads come before it
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def combined(partial_ptr, offsets, mask, stride, SPLITS: tl.constexpr):
+    """The sum of SPLITS partial results, in order."""
+    # Written by other programs: not to be read from this processor's own cache.
+    total = tl.load(partial_ptr + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(
+            partial_ptr + split * stride + offsets, mask=mask, other=0.0, cache_modifier=".cg"
+        )
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def dot_kernel(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, counter_ptr, y_ptr,
+    rows, N, K, width, steps, soft_cap,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of BLOCK_B rows, over one of SPLITS parts of the inputs.
+
+    A part is `steps` blocks of BLOCK_K inputs, or spans of integer weights of `width` words a row.
+    The last program to come adds the parts up.
+    """
+    tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = group * BLOCK_B + tl.arange(0, BLOCK_B)
+    # Rows beyond the last are the last: loads without masks, whose results are not stored.
+    first = tl.minimum(n, N - 1).to(tl.int64)
+    second = first + N
+    gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    step: tl.constexpr = BLOCK_K if BITS == 0 else WORDS * (32 // BITS)
+    end = tl.minimum((split + 1) * steps, tl.cdiv(K, step))
+    for i in tl.range(split * steps, end, num_stages=STAGES):
+        if BITS == 0:
+            gate = block_products(gate, w_ptr, x_ptr, first, b, i * step, rows, K, step, EVEN)
+            if ACTIVATION is not None:
+                up = block_products(up, w_ptr, x_ptr, second, b, i * step, rows, K, step, EVEN)
+        else:
+            gate = span_products(
+                gate, w_ptr, scale_ptr, x_ptr, first, b, i, rows, K, width, BITS, GROUP
+            )
+            if ACTIVATION is not None:
+                up = span_products(
+                    up, w_ptr, scale_ptr, x_ptr, second, b, i, rows, K, width, BITS, GROUP
+                )
+    if BITS == 8:
+        gate *= tl.load(scale_ptr + first)[:, None]
+        if ACTIVATION is not None:
+            up *= tl.load(scale_ptr + second)[:, None]
+
+    mask = (n < N)[:, None] & (b < rows)[None, :]
+    y_offsets = b.to(tl.int64)[None, :] * N + n[:, None]
+    if SPLITS > 1:
+        size = rows.to(tl.int64) * N
+        stride = size if ACTIVATION is None else 2 * size
+        tl.store(partial_ptr + split * stride + y_offsets, gate, mask=mask)
+        if ACTIVATION is not None:
+            tl.store(partial_ptr + split * stride + size + y_offsets, up, mask=mask)
+        if not arrive(counter_ptr + group * tl.num_programs(0) + tile, SPLITS):
+            return
+        gate = combined(partial_ptr, y_offsets, mask, stride, SPLITS)
+        if ACTIVATION is not None:
+            up = combined(partial_ptr + size, y_offsets, mask, stride, SPLITS)
+    y = finish(gate, up, bias_ptr, n[:, None], N, soft_cap, ACTIVATION, SOFT_CAP)
+    tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,57 @@
+"""How the kernels' work is cut, by shape: constants, so that an export repeats.
+
+None of it but the choice of whether a norm is a launch of its own depends on the number of rows,
+and that does not change a result.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# With more rows than this each program of a linear layer would norm too much: it is done once.
+SHARED_NORM = 4
+
+
+class LinearTiles(NamedTuple):
+    """Outputs and inputs of one program and step, parts of the inputs, warps, stages of the
+    pipeline; by tensor cores or, a row a program, by plain products."""
+
+    dot: bool
+    block_n: int
+    block_k: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+
+
+class AttendTiles(NamedTuple):
+    """Slots of one step, most parts of them, warps, stages, elements combined at once."""
+
+    block_s: int
+    splits: int
+    warps: int = 4
+    stages: int = 2
+    combined: int = 8192
+
+
+def linear_tiles(
+    rows: int, outputs: int, inputs: int, bits: int, dtype: torch.dtype
+) -> LinearTiles:
+    """For `rows` of `inputs`, and weights of so many bits, 0 where they are of `dtype`."""
+    if dtype == torch.float32 and not bits:
+        return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256)
+    if not bits and inputs <= 1024 and outputs <= 8192:
+        return LinearTiles(False, 8, 1024)
+    # Small layers need parts of the inputs to have a program for every processor.
+    splits = 1
+    while splits < 8 and outputs // 64 * splits < 256 and inputs // splits >= 1024:
+        splits *= 2
+    return LinearTiles(True, 64, 128, splits)
+
+
+def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> AttendTiles:
+    """For caches of [slots, kv_heads, head_dim] a row."""
+    splits = max(8, 128 // kv_heads)
+    if dtype == torch.float32:
+        return AttendTiles(16, splits, stages=1)
+    return AttendTiles(32 if head_dim > 128 else 64, splits)

@@ -1,0 +1,237 @@
+"""An AOTInductor package driven method by method: weights and state are there once, for all."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._C._aoti import AOTIModelPackageLoader
+
+from runner.artifact import Artifact
+from runner.errors import RunnerError
+from runner.rows import PARAMETERS
+from runner.step_graphs import StepGraphs
+from runner.torch_memory import TorchMemory
+from runner.transfers import Transfers
+
+ALIGNMENT = 16
+
+
+class InductorProgram:
+    """The loaded methods of a .pt2 on its device.
+
+    `transfers` copies to, from and within the device. On CUDA a step can be one launch of a graph
+    that was captured: it takes the next positions from `slots["lines"]`, or the table, by itself.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int | None = None):
+        """Load weights and methods. `threads` is how many compute on a CPU.
+
+        Errors: RunnerError for a package of another torch, device or processor, weights that do
+        not fit it, and a device without enough memory.
+        """
+        self._artifact, manifest = artifact, artifact.manifest
+        self._device = _device(artifact)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        memory = TorchMemory(self._device)
+        self.transfers, self._stream = Transfers(memory), memory.stream
+        self._batch = manifest["batch"]
+        self.has_graphs = self._device.type == "cuda"
+        with self._on_stream(), _explained(artifact):
+            self.constants = _constants(artifact, self._device)
+            names = ["prefill", "decode", "greedy"] + ["greedy_row"] * (self._batch > 1)
+            names += ["next_positions"] * self.has_graphs
+            self._methods = {name: self._load(name) for name in names}
+            self._next_ids = [self.empty(self._batch, 1) for _ in range(2)]
+            self._row_id = self.empty(1, 1)
+            self.slots = {
+                name: memory.new(np.zeros(self._batch, dtype)) for name, dtype in PARAMETERS.items()
+            }
+            if self.has_graphs and self._batch > 1:
+                self.slots["lines"] = self.empty(manifest["max_seq_len"], self._batch).zero_()
+        # By what is needed; see `_aligned`.
+        self._copies: dict[tuple, Tensor] = {}
+
+    def load_sampling(self) -> None:
+        """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
+        names = ["sample"] + ["sample_row"] * (self._batch > 1)
+        if missing := set(names) - set(self._artifact.manifest["methods"]):
+            raise RunnerError(
+                f"{self._artifact.directory} has no method {' or '.join(sorted(missing))}, and so "
+                "only temperature 0 is possible: export it again"
+            )
+        with self._on_stream(), _explained(self._artifact):
+            for name in names:
+                if name not in self._methods:
+                    self._methods[name] = self._load(name)
+
+    def capture(self, table: Tensor) -> None:
+        """Capture steps, whose positions are entries of `table` int64 [N], 0 to N - 1, or, of
+        several rows, lines of the slot "lines". Errors: RunnerError where memory is short."""
+        lines = self.slots.get("lines", table[:, None])
+        parameters = [self.slots[name] for name in PARAMETERS]
+        with self._on_stream(), _explained(self._artifact):
+            self._steps = StepGraphs(
+                self._call, self._next_ids, lines, table, parameters, self.transfers, self._stream
+            )
+            self._steps.warm_up()
+
+    def step(self, token: Tensor, positions: Tensor, buffer: int, *sampling: Tensor) -> Tensor:
+        """`decode` and `select` in one launch, after `capture`."""
+        return self._steps.step(token, positions, buffer, *sampling)
+
+    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], in the row
+        int64 [1] of a batch of several."""
+        return self._call("prefill", tokens, positions, *(() if row is None else (row,)))
+
+    def decode(self, token: Tensor, position: Tensor) -> Tensor:
+        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B]."""
+        return self._call("decode", token, position)
+
+    def select(self, logits: Tensor, buffer: int, *sampling: Tensor) -> Tensor:
+        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1.
+
+        `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
+        top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
+        """
+        token = self._next_ids[buffer]
+        self._call("sample" if sampling else "greedy", logits, *sampling, token)
+        return token
+
+    def select_row(self, logits: Tensor, *sampling: Tensor) -> Tensor:
+        """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
+        self._call("sample_row" if sampling else "greedy_row", logits, *sampling, self._row_id)
+        return self._row_id
+
+    def next_id(self, buffer: int) -> Tensor:
+        """The next_id buffer int64 [B, 1] that selection writes, and anyone may."""
+        return self._next_ids[buffer]
+
+    def empty(self, *shape: int) -> Tensor:
+        """Memory int64 of that shape, for tokens."""
+        return torch.empty(shape, dtype=torch.int64, device=self._device)
+
+    def _load(self, name: str) -> Callable:
+        path = str(self._artifact.program_file)
+        # What torch._inductor.package makes of it imports the whole compiler.
+        package = AOTIModelPackageLoader(path, name, True, 1, -1)
+        constants = {}
+        for needed in package.get_constant_fqns():
+            if needed not in self.constants:
+                raise RunnerError(
+                    f"{self._artifact.directory}: {name} needs the tensor {needed}, which neither "
+                    "the weights nor the manifest's state have: export it again"
+                )
+            constants[needed] = self.constants[needed]
+        package.load_constants(constants, False, True, user_managed=True)
+        return package.boxed_run
+
+    def _call(self, name: str, *inputs: Tensor) -> Tensor | None:
+        with self._on_stream():
+            outputs = self._methods[name](list(map(self._aligned, inputs)))
+        return outputs[0] if outputs else None
+
+    def _aligned(self, tensor: Tensor) -> Tensor:
+        """The tensor, or, where it is a view that begins at an odd element, a copy at an address
+        that compiled kernels can take; it is valid until the next of the same shape."""
+        if self._stream is None or tensor.data_ptr() % ALIGNMENT == 0:
+            return tensor
+        key = (*tensor.shape, tensor.dtype)
+        if key not in self._copies:
+            self._copies[key] = torch.empty_like(tensor)
+        self.transfers.copy(tensor, self._copies[key])
+        return self._copies[key]
+
+    def _on_stream(self) -> Any:
+        return torch.cuda.stream(self._stream)
+
+
+def _device(artifact: Artifact) -> torch.device:
+    """The artifact's device, if this machine's is what the package was compiled for."""
+    manifest = artifact.manifest
+    found, wanted = torch.__version__.split("+")[0], manifest["versions"]["torch"].split("+")[0]
+    if found.split(".")[:2] != wanted.split(".")[:2]:
+        raise RunnerError(
+            f"{artifact.directory} was compiled by torch {wanted}, and this is {found}: "
+            "export it again, or install that torch"
+        )
+    device = torch.device(manifest["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RunnerError(
+            f"{artifact.directory} is for a CUDA GPU, and torch sees none here: export with "
+            "--device cpu"
+        )
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        processor = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        processor = torch.backends.cpu.get_cpu_capability()
+    if processor != manifest["processor"]:
+        raise RunnerError(
+            f"{artifact.directory} was compiled for {manifest['processor']}, and this machine's "
+            f"{manifest['device']} is {processor}: export it here"
+        )
+    return device
+
+
+def _constants(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
+    """Weights, state, which is zero, and what is a view of one of them, by name."""
+    entry = artifact.manifest["weights"]
+    if "random" in entry:
+        tensors = _random(entry["random"], device)
+    else:
+        path = artifact.directory / entry["file"]
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise RunnerError(f"{path} is damaged ({error}): export it again") from None
+    for state in artifact.manifest["state"]:
+        dtype = getattr(torch, state["dtype"])
+        tensors[state["name"]] = torch.zeros(state["shape"], dtype=dtype, device=device)
+    for name, view in entry["views"].items():
+        whole = tensors[view["of"]].flatten()
+        size = math.prod(view["shape"])
+        tensors[name] = whole[view["offset"] : view["offset"] + size].view(view["shape"])
+    return tensors
+
+
+def _random(entries: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """Weights for measurements where there are none: always the same on a device."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for entry in entries:
+        tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device)
+        if not tensor.is_floating_point():
+            tensor.random_(generator=generator)
+        elif tensor.dim() == 1:
+            # Of norms, and frequencies.
+            tensor.uniform_(0.5, 1.0, generator=generator)
+        else:
+            tensor.normal_(0.0, 0.02, generator=generator)
+        tensors[entry["name"]] = tensor
+    return tensors
+
+
+@contextmanager
+def _explained(artifact: Artifact) -> Iterator[None]:
+    """Make one line of torch's errors while an artifact is loaded."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise RunnerError(
+            f"{artifact.directory} does not fit the GPU's memory ({reason}): free some, or export "
+            "it with a smaller --max-seq-len or --batch"
+        ) from None
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunnerError(
+            f"{artifact.program_file} cannot be loaded ({reason}): export it again"
+        ) from None

@@ -1,0 +1,175 @@
+"""A GGUF file's byte-level vocabulary encodes as transformers' own tokenizer of it does."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
+
+from export.byte_level_bpe import byte_level_tokenizer
+from export.checkpoint import Checkpoint
+from export.errors import ExportError
+from export.gguf_reader import read_header
+from export.tokenizer_files import write_tokenizer
+from runner.tokenizer import Tokenizer as RunnerTokenizer
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+TEMPLATE = "{{ messages[0].content }}<|im_end|>\n"
+TEXTS = [
+    "The capital of France isn't London; it's  Paris.\n\n\tdef f(x):\n        return x\r\n",
+    "12345 3.14 x2y ½ ٣٤ 四十二", "русский язык, ελληνικά, العربية हिन्दी ไทย 中文，标点。한국어",
+    "👩‍👩‍👧‍👦 🇫🇷 🏳️‍🌈", " " * 33 + "a" + "\t" * 3 + "\n" * 5 + " b ", "e\u0301 é ﬁ Ａ ² \u0958",
+    "I'LL they'RE 's ’s", "a\u00a0b\u3000c\u200bd\ufeff\x00\x7f\U0010ffff", "",
+    "<|im_start|>user\nhi<|im_end|>\n<think>\n\n</think>", "<|im_start <|im_end|><|im_end|>",
+]  # fmt: skip
+# In Qwen's order: special tokens, and those that are shown.
+ADDED = [
+    ("<|endoftext|>", CONTROL), ("<|im_start|>", CONTROL), ("<|im_end|>", CONTROL),
+    ("<think>", USER_DEFINED), ("</think>", USER_DEFINED), ("[PAD0]", UNUSED), ("[PAD1]", UNUSED),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[dict[str, int], list[list[str]]]:
+    """A vocabulary and merges, trained on the texts themselves."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["vocab"], model["merges"]
+
+
+@pytest.fixture(scope="module")
+def reference(trained) -> Qwen2Tokenizer:
+    """transformers' tokenizer of the same vocabulary, with the same tokens added."""
+    vocabulary, merges = trained
+    tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=[tuple(merge) for merge in merges])
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in ADDED
+            if kind != UNUSED
+        ]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained, tmp_path_factory) -> Checkpoint:
+    """A GGUF file with that vocabulary, read back."""
+    vocabulary, merges = trained
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    path = tmp_path_factory.mktemp("gguf") / "bpe.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens + [token for token, _ in ADDED])
+    writer.add_token_types([NORMAL] * len(tokens) + [kind for _, kind in ADDED])
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_eos_token_id(len(tokens) + 2)
+    writer.add_bos_token_id(len(tokens))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("x", np.zeros((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata, _ = read_header(path)
+    return Checkpoint(path, "gguf", {}, (path,), {}, metadata)
+
+
+@pytest.fixture(scope="module")
+def runner(checkpoint, tmp_path_factory) -> RunnerTokenizer:
+    directory = tmp_path_factory.mktemp("artifact")
+    return RunnerTokenizer(directory, write_tokenizer(checkpoint, directory))
+
+
+def changed(checkpoint: Checkpoint, **changes) -> dict:
+    """The file's metadata with other values; None removes a key."""
+    metadata = checkpoint.metadata | {f"tokenizer.ggml.{k}": v for k, v in changes.items()}
+    return {key: value for key, value in metadata.items() if value is not None}
+
+
+def streamed(runner: RunnerTokenizer, ids: list[int]) -> str:
+    stream = runner.stream()
+    return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
+
+
+def test_text_is_cut_as_transformers_cuts_it(checkpoint, reference):
+    ours = json.loads(byte_level_tokenizer(checkpoint.path, checkpoint.metadata).to_str())
+    theirs = json.loads(reference.backend_tokenizer.to_str())
+    assert ours["normalizer"] == theirs["normalizer"] == {"type": "NFC"}
+    split, to_bytes = ours["pre_tokenizer"]["pretokenizers"]
+    assert split == theirs["pre_tokenizer"]["pretokenizers"][0]
+    assert to_bytes == theirs["pre_tokenizer"]["pretokenizers"][1]
+    assert ours["decoder"]["type"] == theirs["decoder"]["type"] == "ByteLevel"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_those_of_transformers_and_come_back_as_the_text(runner, reference, text):
+    ids = runner.encode(text)
+    assert ids == reference(text).input_ids
+    shown = unicodedata.normalize("NFC", text)
+    for token, kind in ADDED:
+        shown = shown.replace(token, "") if kind == CONTROL else shown
+    assert runner.decode(ids) == streamed(runner, ids) == shown
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.text(max_size=40) | st.text("a 1\n'sé👩\u200d<|im_end>", max_size=40))
+def test_ids_of_any_text_are_those_of_transformers(runner, reference, text):
+    assert runner.encode(text) == reference(text).input_ids
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_any_ids_stream_to_what_they_decode_to_at_once(runner, reference, data):
+    ids = data.draw(st.lists(st.integers(0, len(reference) + 1), max_size=30))
+    known = [i for i in ids if i < len(reference)]
+    expected = reference.decode(known, skip_special_tokens=True)
+    assert streamed(runner, ids) == runner.decode(ids) == expected
+
+
+def test_the_entry_names_what_ends_a_turn_and_a_text_and_adds_no_bos(checkpoint, tmp_path):
+    entry, base = write_tokenizer(checkpoint, tmp_path), checkpoint.metadata
+    first = len(base["tokenizer.ggml.tokens"]) - len(ADDED)
+    assert entry == {
+        "file": "tokenizer.json", "bos_token_id": first, "eos_token_ids": [first, first + 2],
+        "add_bos": False, "bos_token": "<|endoftext|>", "eos_token": "<|im_end|>",
+        "chat_template": "chat_template.jinja",
+    }  # fmt: skip
+    assert (tmp_path / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_the_same_vocabulary_gives_the_same_bytes(checkpoint):
+    first, second = (
+        byte_level_tokenizer(checkpoint.path, checkpoint.metadata).to_str() for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre": "llama-bpe"}, "bpe.gguf: tokenizer.ggml.pre is 'llama-bpe'; qwen2 can be rebuilt"),
+        ({"pre": None}, "tokenizer.ggml.pre is None"),
+        ({"merges": None}, "has no key tokenizer.ggml.merges, which its tokenizer needs"),
+        ({"tokens": ["a", "b"]}, r"has 2 tokens and \d+ token types"),
+        ({"merges": ["a gone"]}, "bpe.gguf holds no valid byte-level BPE"),
+        ({"merges": ["alone"]}, "bpe.gguf holds no valid byte-level BPE"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_rebuilt_is_refused(checkpoint, changes, message):
+    with pytest.raises(ExportError, match=message):
+        byte_level_tokenizer(Path("bpe.gguf"), changed(checkpoint, **changes))

@@ -1,0 +1,304 @@
+"""A package of AOTInductor on the CPU gives what the .pte gives, in every variant of the loop; its
+weights and state exist once; what does not fit is one line."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+import runner
+from runner import LoopOptions, Request, RunnerError
+
+VARIANTS = [
+    LoopOptions(*variant)
+    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+]
+VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
+# Chunks are of 7 tokens and the window is 16: within one, across both, and the least.
+PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
+SAMPLED = {"temperature": 0.9, "top_k": 60, "top_p": 0.9, "seed": 7}
+INDUCTOR = ("--backend", "inductor", "--max-seq-len", 200, "--max-prefill", 7)
+
+
+@pytest.fixture(scope="module")
+def package(export_artifact, tiny_checkpoint):
+    """The tiny checkpoint as a package of one row, float32."""
+    return export_artifact("tiny-inductor", "--model", tiny_checkpoint, *INDUCTOR)
+
+
+@pytest.fixture(scope="module")
+def rows_package(export_artifact, tiny_checkpoint):
+    """The same of three rows."""
+    return export_artifact(
+        "tiny-inductor-batch", "--model", tiny_checkpoint, *INDUCTOR, "--batch", 3
+    )
+
+
+@pytest.fixture(scope="module")
+def model(package):
+    return runner.load(package)
+
+
+@pytest.fixture(scope="module")
+def pte(tiny_artifact):
+    return runner.load(tiny_artifact)
+
+
+def ids_of(model, prompt, count=60, options=None, **parameters):
+    generation = model.generate(prompt, count, options=options, **parameters).run()
+    return generation.token_ids, generation.finish_reason
+
+
+# What it gives
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_greedy_ids_are_those_of_the_pte_in_every_variant(model, pte, prompt):
+    expected = ids_of(pte, prompt)
+    for options in VARIANTS:
+        assert ids_of(model, prompt, options=options) == expected
+
+
+def test_sampled_ids_are_those_of_the_pte_in_every_variant(model, pte):
+    expected = ids_of(pte, PROMPTS[2], **SAMPLED)
+    for options in VARIANTS:
+        assert ids_of(model, PROMPTS[2], options=options, **SAMPLED) == expected
+
+
+def test_rows_that_join_and_leave_give_what_each_gives_alone(rows_package, pte):
+    requests = [
+        Request(prompt, 9 + 5 * i, **(SAMPLED if i % 2 else {}))
+        for i, prompt in enumerate(PROMPTS + PROMPTS[::-1])
+    ]
+    expected = [
+        ids_of(pte, r.prompt, r.max_new_tokens, **(SAMPLED if r.temperature else {}))[0]
+        for r in requests
+    ]
+    several = runner.load(rows_package)
+    for options in VARIANTS:
+        results = several.generate_batch(requests, options).run()
+        assert [result.token_ids for result in results] == expected
+
+
+def test_the_cache_can_be_filled_to_its_last_position(model, pte):
+    prompt = [2, *(i * 31 % 256 + 3 for i in range(150))]
+    ids, reason = ids_of(model, prompt, 1000)
+    assert (ids, reason) == ids_of(pte, prompt, 1000)
+    assert reason == "stop" or len(ids) == 49
+
+
+# What is copied, and what is there once
+
+
+@pytest.mark.parametrize("count", [1, 8, 40])
+def test_a_step_uploads_nothing_and_downloads_one_token(model, monkeypatch, count):
+    monkeypatch.setattr(model.tokenizer, "eos_token_ids", [])
+    stats = model.generate(PROMPTS[2], count).run().stats
+    assert {name: tuple(entry.values()) for name, entry in stats.transfers.items()} == {
+        "host_to_device": (1, 8 * len(PROMPTS[2])),
+        "device_to_device": (0, 0),
+        "device_to_host": (count, 8 * count),
+    }
+
+
+def test_running_ahead_reads_several_tokens_at_once(model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "eos_token_ids", [])
+    options = LoopOptions(run_ahead=4)
+    transfers = model.generate(PROMPTS[2], 41, options=options).run().stats.transfers
+    # The first token, and ten times four.
+    assert transfers["device_to_host"] == {"count": 11, "bytes": 8 * 41}
+    assert transfers["host_to_device"]["count"] == 1
+
+
+def test_all_methods_read_the_same_weights_in_place(package):
+    model = runner.load(package)
+    program = model.loop.program
+    tokens, positions = torch.tensor([[5, 6, 7]]), torch.arange(3)
+
+    def logits():
+        return (
+            program.prefill(tokens, positions).clone(),
+            program.decode(torch.tensor([[9]]), torch.tensor([3])).clone(),
+        )
+
+    before = logits()
+    (weight,) = {
+        tensor.data_ptr(): tensor
+        for name, tensor in program.constants.items()
+        if name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    }.values()
+    weight *= 0.5
+    after = logits()
+    for old, new in zip(before, after):
+        assert not torch.equal(old, new)
+
+
+def test_prefill_and_decode_share_the_state(package):
+    model = runner.load(package)
+    program = model.loop.program
+    program.prefill(torch.tensor([[5, 6, 7]]), torch.arange(3))
+    cache = program.constants["network.model.layers.2.self_attn.cache.k"]
+    assert cache[0, :3].abs().sum() > 0 and not cache[0, 3:].any()
+    held = cache[0, :3].clone()
+    program.decode(torch.tensor([[9]]), torch.tensor([3]))
+    assert torch.equal(cache[0, :3], held) and cache[0, 3].any()
+
+
+def test_the_artifact_holds_every_weight_once(package, tiny_checkpoint):
+    stored = (package / "model.safetensors").stat().st_size
+    # The frequencies, and a header of its own.
+    assert stored < (tiny_checkpoint / "model.safetensors").stat().st_size + 4096
+    views = json.loads((package / "manifest.json").read_text())["weights"]["views"]
+    assert any(view["shape"] == [259, 64] for view in views.values())
+
+
+def test_two_models_of_one_artifact_do_not_disturb_each_other(package, model):
+    other, expected = runner.load(package), [ids_of(model, prompt)[0] for prompt in PROMPTS[1:3]]
+    first, second = model.generate(PROMPTS[1], 60), other.generate(PROMPTS[2], 60)
+    for _ in itertools.zip_longest(first, second):
+        pass
+    assert [first.token_ids, second.token_ids] == expected
+
+
+def test_two_exports_give_the_same_bytes(package, export_artifact, tiny_checkpoint):
+    again = export_artifact("tiny-inductor-again", "--model", tiny_checkpoint, *INDUCTOR)
+    for file in ("model.safetensors", "manifest.json", "model.pt2"):
+        assert (package / file).read_bytes() == (again / file).read_bytes(), file
+
+
+# Weights of other types
+
+
+@pytest.mark.parametrize("quant", ["bf16", "int8"])
+def test_other_weights_run_and_are_smaller(export_artifact, tiny_checkpoint, package, quant):
+    directory = export_artifact(
+        f"tiny-inductor-{quant}", "--model", tiny_checkpoint, *INDUCTOR, "--quant", quant
+    )
+    size = (directory / "model.safetensors").stat().st_size
+    assert size < 0.56 * (package / "model.safetensors").stat().st_size
+    model = runner.load(directory)
+    expected = ids_of(model, PROMPTS[2], 20)
+    assert len(set(expected[0])) > 5
+    for options in VARIANTS[::3]:
+        assert ids_of(model, PROMPTS[2], 20, options) == expected
+
+
+def test_random_weights_are_the_same_each_time(export_artifact, tiny_checkpoint):
+    config = tiny_checkpoint / "config.json"
+    directory = export_artifact("tiny-random", "--random-weights", config, *INDUCTOR)
+    assert not (directory / "model.safetensors").exists()
+    prompt = list(b"hello")
+    first, second = (ids_of(runner.load(directory), prompt, 20) for _ in range(2))
+    assert first == second
+
+
+# What does not fit
+
+
+@pytest.fixture
+def altered(package, tmp_path):
+    """A function: changes of the manifest -> the artifact's copy with them."""
+
+    def change(**entries):
+        directory = tmp_path / "altered"
+        shutil.copytree(package, directory)
+        manifest = json.loads((directory / "manifest.json").read_text()) | entries
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        return directory
+
+    return change
+
+
+def refused(directory) -> str:
+    with pytest.raises(RunnerError) as caught:
+        runner.load(directory)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def test_a_package_of_another_torch_is_refused(altered):
+    line = refused(altered(versions={"torch": "1.2.3"}))
+    assert "compiled by torch 1.2.3" in line and torch.__version__.split("+")[0] in line
+
+
+def test_a_package_for_another_processor_is_refused(altered):
+    assert "compiled for SSE9, and this machine's cpu is" in refused(altered(processor="SSE9"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_package_for_a_gpu_is_refused_where_there_is_none(altered):
+    line = refused(altered(device="cuda", processor="sm_90"))
+    assert "is for a CUDA GPU, and torch sees none here" in line
+
+
+def test_missing_and_truncated_weights_are_refused(altered):
+    directory = altered()
+    weights = directory / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1])
+    assert "model.safetensors has" in refused(directory)
+    weights.unlink()
+    assert "model.safetensors is missing" in refused(directory)
+
+
+def test_damaged_weights_are_refused(altered):
+    directory = altered()
+    weights = directory / "model.safetensors"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    assert "model.safetensors is damaged" in refused(directory)
+
+
+def test_a_damaged_program_is_refused(altered):
+    directory = altered()
+    program = directory / "model.pt2"
+    program.write_bytes(b"\xff" * program.stat().st_size)
+    assert "model.pt2 cannot be loaded" in refused(directory)
+
+
+def test_a_tensor_that_is_nowhere_is_named(altered, package):
+    manifest = json.loads((package / "manifest.json").read_text())
+    state = [e for e in manifest["state"] if not e["name"].endswith("layers.1.self_attn.cache.v")]
+    line = refused(altered(state=state))
+    assert "needs the tensor network.model.layers.1.self_attn.cache.v" in line
+
+
+def test_a_package_that_cannot_sample_says_so(altered, package):
+    methods = json.loads((package / "manifest.json").read_text())["methods"]
+    model = runner.load(altered(methods=[name for name in methods if name != "sample"]))
+    with pytest.raises(RunnerError, match="has no method sample"):
+        model.generate([2], 4, temperature=1.0)
+
+
+def test_run_ahead_needs_tokens_that_the_host_does_not_feed():
+    with pytest.raises(RunnerError, match="run_ahead is 2 and feed 'host'"):
+        LoopOptions("host", run_ahead=2)
+    with pytest.raises(RunnerError, match="run_ahead is 0"):
+        LoopOptions(run_ahead=0)
+
+
+def test_a_gpu_is_needed_to_export_for_one(run_script, tiny_checkpoint, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    arguments = ("--model", tiny_checkpoint, "--backend", "inductor", "--device", "cuda")
+    done = run_script("export/gemma.py", *arguments, "--output", tmp_path / "x", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    assert done.stderr == (
+        "export/gemma.py: error: --device cuda needs a CUDA GPU here: kernels are compiled and "
+        "tried on it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "--device cuda needs --backend inductor"),
+        (["--quant", "int4"], "--quant int4 is not for --backend xnnpack"),
+        (["--backend", "inductor", "--quant", "8da4w"], "--quant 8da4w is not for --backend ind"),
+        (["--random-weights", "x"], "--random-weights needs --backend inductor"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(run_script, tmp_path, arguments, message):
+    done = run_script("export/gemma.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
