@@ -169,7 +169,8 @@ def last_input(
     return tl.where(source >= start, x, before).to(state_ptrs.dtype.element_ty)
 
 
-@triton.jit
+# A kernel for all lengths: none is compiled anew for a number of tokens or sequences.
+@triton.jit(do_not_specialize=["tokens", "sequences", "pad_slot_id"])
 def causal_conv1d_kernel(
     x_ptr, weight_ptr, bias_ptr, query_start_loc_ptr, state_ptr, cache_indices_ptr,
     has_initial_ptr, out_ptr,
@@ -266,7 +267,7 @@ def causal_conv1d_kernel(
         start = stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pad_slot_id"])
 def causal_conv1d_update_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, cache_indices_ptr, has_initial_ptr, out_ptr,
     dim, pad_slot_id,
