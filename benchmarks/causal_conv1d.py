@@ -29,7 +29,14 @@ from torch import Tensor
 
 from benchmarks.cuda_common import copy_bandwidth, median_us, save
 from models.operators import conv1d, cuda
-from models.operators.triton_conv1d import last_input, load_bias, load_rows, load_slot, roll
+from models.operators.triton_conv1d import (
+    last_input,
+    load_bias,
+    load_rows,
+    load_slot,
+    load_weights,
+    roll,
+)
 
 DIMS = 4096, 8192
 TOKENS = 2048, 8192, 32_768, 65_536
@@ -63,14 +70,14 @@ def by_sequence_kernel(
     channels = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     in_dim = channels < dim
     x_ptrs, out_ptrs = x_ptr + channels, out_ptr + channels
-    weight_ptrs = weight_ptr + channels * weight_stride_dim
+    weights = load_weights(weight_ptr + channels * weight_stride_dim, 1, in_dim, WIDTH)
     bias = load_bias(weight_ptr, channels, in_dim, False)
     rows = load_rows(x_ptrs, in_dim, begin, stop, x_stride_token, WIDTH, BLOCK_TOKENS)
     nothing = tl.zeros([], tl.int64)
     if begin > start:
         roll(
-            rows, out_ptrs, weight_ptrs, bias, in_dim, begin, stop, start, nothing, 0,
-            out_stride_token, 1, WIDTH, True, False, BLOCK_TOKENS,
+            rows, out_ptrs, weights, bias, in_dim, begin, stop, start, nothing, 0,
+            out_stride_token, WIDTH, True, False, BLOCK_TOKENS,
         )  # fmt: skip
         return
     slot = load_slot(cache_indices_ptr, sequence, True)
@@ -81,8 +88,8 @@ def by_sequence_kernel(
         before = before + (tl.load(state_ptrs + column, mask=in_dim & started, other=0.0),)
     # Before the start there is the state: no token is too early.
     roll(
-        before + rows[WIDTH - 1 :], out_ptrs, weight_ptrs, bias, in_dim, begin, stop,
-        start - (WIDTH - 1), nothing, 0, out_stride_token, 1, WIDTH, True, False, BLOCK_TOKENS,
+        before + rows[WIDTH - 1 :], out_ptrs, weights, bias, in_dim, begin, stop,
+        start - (WIDTH - 1), nothing, 0, out_stride_token, WIDTH, True, False, BLOCK_TOKENS,
     )  # fmt: skip
     bounds = start, stop, started, x_stride_token, 1
     last = ()

@@ -7,8 +7,7 @@ goes through the sequences that begin in its block: their first tokens are compu
 the state, and their last inputs replace it. One program does both, also where the tokens reach into
 the next block; were they two, one could write the slot before the other has read it.
 
-Taps are counted backwards, 0 being a token's own. Loops are `while`: Triton's interpreter cannot
-make a range of tensors.
+Loops are `while`: Triton's interpreter cannot make a range of tensors.
 """
 
 import triton
@@ -44,12 +43,13 @@ def load_bias(bias_ptr, channels, in_dim, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def load_weight(weight_ptrs, stride, in_dim, BACK: tl.constexpr, WIDTH: tl.constexpr):
-    if BACK < WIDTH:
-        weight = tl.load(weight_ptrs + (WIDTH - 1 - BACK) * stride, mask=in_dim, other=0.0)
-    else:
-        weight = tl.zeros(in_dim.shape, tl.float32)
-    return weight.to(tl.float32)
+def load_weights(weight_ptrs, stride, in_dim, WIDTH: tl.constexpr):
+    """The taps, float32 [BLOCK_DIM] each, the oldest input's first."""
+    weights = ()
+    for tap in tl.static_range(WIDTH):
+        weight = tl.load(weight_ptrs + tap * stride, mask=in_dim, other=0.0)
+        weights = weights + (weight.to(tl.float32),)
+    return weights
 
 
 @triton.jit
@@ -84,49 +84,39 @@ def load_rows(x_ptrs, in_dim, begin, tokens, stride, WIDTH: tl.constexpr, COUNT:
 
 @triton.jit
 def roll(
-    rows, out_ptrs, weight_ptrs, bias, in_dim, begin, tokens, first_start, firsts, skip,
-    out_stride_token, weight_stride_tap,
+    rows, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
+    out_stride_token,
     WIDTH: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A block token by token, of inputs that have been loaded once. INNER: all of it is within one
-    sequence, and all of it is to be stored."""
-    w3 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 3, WIDTH)
-    w2 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 2, WIDTH)
-    w1 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 1, WIDTH)
-    w0 = load_weight(weight_ptrs, weight_stride_tap, in_dim, 0, WIDTH)
-    x1 = tl.where(begin - 1 >= first_start, rows[WIDTH - 2].to(tl.float32), 0.0)
-    x2, x3 = x1, x1
-    if WIDTH > 2:
-        x2 = tl.where(begin - 2 >= first_start, rows[WIDTH - 3].to(tl.float32), 0.0)
-    if WIDTH > 3:
-        x3 = tl.where(begin - 3 >= first_start, rows[WIDTH - 4].to(tl.float32), 0.0)
+    """A block token by token, of what load_rows gave. INNER: all of it is within one sequence, and
+    all of it is to be stored."""
+    past = ()
+    for i in tl.static_range(WIDTH - 1):
+        known = begin - (WIDTH - 1) + i >= first_start
+        past = past + (tl.where(known, rows[i].to(tl.float32), 0.0),)
     out_row = out_ptrs + begin.to(tl.int64) * out_stride_token
     for i in tl.static_range(BLOCK_TOKENS):
-        x0 = rows[WIDTH - 1 + i].to(tl.float32)
         stored = in_dim
         if not INNER:
             stored = in_dim & (begin + i < tokens) & (i >= skip)
             is_first = ((firsts >> i) & 1) != 0
-            x3 = tl.where(is_first, 0.0, x3)
-            x2 = tl.where(is_first, 0.0, x2)
-            x1 = tl.where(is_first, 0.0, x1)
+            before = past
+            past = ()
+            for tap in tl.static_range(WIDTH - 1):
+                past = past + (tl.where(is_first, 0.0, before[tap]),)
+        past = past + (rows[WIDTH - 1 + i].to(tl.float32),)
         sums = bias
-        if WIDTH > 3:
-            sums = tl.fma(w3, x3, sums)
-        if WIDTH > 2:
-            sums = tl.fma(w2, x2, sums)
-        sums = tl.fma(w0, x0, tl.fma(w1, x1, sums))
+        for tap in tl.static_range(WIDTH):
+            sums = tl.fma(weights[tap], past[tap], sums)
         out = activated(sums, SILU).to(out_row.dtype.element_ty)
         tl.store(out_row + i * out_stride_token, out, mask=stored)
-        x3 = x2
-        x2 = x1
-        x1 = x0
+        past = past[1:]
 
 
 @triton.jit
 def whole(
-    x_ptrs, out_ptrs, weight_ptrs, bias, in_dim, begin, end, first, first_start, sequences, skip,
-    query_start_loc_ptr, x_stride_token, out_stride_token, weight_stride_tap,
+    x_ptrs, out_ptrs, weights, bias, in_dim, begin, end, first, first_start, sequences, skip,
+    query_start_loc_ptr, x_stride_token, out_stride_token,
     WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A block at once, each tap loading its own inputs, which caches serve."""
@@ -145,8 +135,7 @@ def whole(
             x_ptrs[:, None] + source.to(tl.int64)[None, :] * x_stride_token,
             mask=mask & (source >= start)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
-        weight = load_weight(weight_ptrs, weight_stride_tap, in_dim, WIDTH - 1 - tap, WIDTH)
-        sums = tl.fma(weight[:, None], x, sums)
+        sums = tl.fma(weights[tap][:, None], x, sums)
     out = activated(sums, SILU).to(out_ptrs.dtype.element_ty)
     stored = mask & (token >= begin + skip)[None, :]
     tl.store(out_ptrs[:, None] + token.to(tl.int64)[None, :] * out_stride_token, out, mask=stored)
@@ -189,10 +178,10 @@ def causal_conv1d_kernel(
     x_ptrs = x_ptr + channels.to(tl.int64) * x_stride_dim
     out_ptrs = out_ptr + channels.to(tl.int64) * out_stride_dim
     weight_ptrs = weight_ptr + channels * weight_stride_dim
+    # All loads before all else: nothing waits for the search, and no store is between them.
     bias = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
-
+    weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
     if ROLLING:
-        # All loads before all else: nothing waits for the search, and no store is between them.
         rows = load_rows(x_ptrs, in_dim, begin, tokens, x_stride_token, WIDTH, BLOCK_TOKENS)
 
     # 1. Where sequences begin, and how many of the first tokens the block before computes.
@@ -208,19 +197,18 @@ def causal_conv1d_kernel(
     if ROLLING:
         if (firsts == 0) & (skip == 0) & (begin + BLOCK_TOKENS <= tokens):
             roll(
-                rows, out_ptrs, weight_ptrs, bias, in_dim, begin, tokens, first_start, firsts, skip,
-                out_stride_token, weight_stride_tap, WIDTH, SILU, True, BLOCK_TOKENS,
+                rows, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
+                out_stride_token, WIDTH, SILU, True, BLOCK_TOKENS,
             )  # fmt: skip
             return
         roll(
-            rows, out_ptrs, weight_ptrs, bias, in_dim, begin, tokens, first_start, firsts, skip,
-            out_stride_token, weight_stride_tap, WIDTH, SILU, False, BLOCK_TOKENS,
+            rows, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
+            out_stride_token, WIDTH, SILU, False, BLOCK_TOKENS,
         )  # fmt: skip
     else:
         whole(
-            x_ptrs, out_ptrs, weight_ptrs, bias, in_dim, begin, end, first, first_start, sequences,
-            skip, query_start_loc_ptr, x_stride_token, out_stride_token, weight_stride_tap,
-            WIDTH, SILU, BLOCK_TOKENS,
+            x_ptrs, out_ptrs, weights, bias, in_dim, begin, end, first, first_start, sequences,
+            skip, query_start_loc_ptr, x_stride_token, out_stride_token, WIDTH, SILU, BLOCK_TOKENS,
         )  # fmt: skip
 
     # 3. The sequences that begin here: their first tokens with the state, and their state anew.
@@ -244,25 +232,16 @@ def causal_conv1d_kernel(
                         else:
                             source = (start + (i + tap - (WIDTH - 1))).to(tl.int64)
                             x = tl.load(x_ptrs + source * x_stride_token, mask, other=0.0)
-                        weight = load_weight(
-                            weight_ptrs, weight_stride_tap, in_dim, WIDTH - 1 - tap, WIDTH
-                        )
-                        sums = tl.fma(weight, x.to(tl.float32), sums)
+                        sums = tl.fma(weights[tap], x.to(tl.float32), sums)
                     out = activated(sums, SILU).to(out_ptr.dtype.element_ty)
                     tl.store(out_ptrs + (start + i).to(tl.int64) * out_stride_token, out, mask=mask)
             bounds = start, stop, started, x_stride_token, state_stride_tap
-            s0 = last_input(x_ptrs, state_ptrs, in_dim, *bounds, 0, WIDTH)
-            s1, s2 = s0, s0
-            if WIDTH > 2:
-                s1 = last_input(x_ptrs, state_ptrs, in_dim, *bounds, 1, WIDTH)
-            if WIDTH > 3:
-                s2 = last_input(x_ptrs, state_ptrs, in_dim, *bounds, 2, WIDTH)
+            left = ()
+            for column in tl.static_range(WIDTH - 1):
+                left = left + (last_input(x_ptrs, state_ptrs, in_dim, *bounds, column, WIDTH),)
             tl.debug_barrier()
-            tl.store(state_ptrs, s0, mask=in_dim)
-            if WIDTH > 2:
-                tl.store(state_ptrs + state_stride_tap, s1, mask=in_dim)
-            if WIDTH > 3:
-                tl.store(state_ptrs + 2 * state_stride_tap, s2, mask=in_dim)
+            for column in tl.static_range(WIDTH - 1):
+                tl.store(state_ptrs + column * state_stride_tap, left[column], mask=in_dim)
         sequence += 1
         start = stop
 
@@ -286,14 +265,14 @@ def causal_conv1d_update_kernel(
     weight_ptrs = weight_ptr + channels * weight_stride_dim
     state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
     x_ptrs = x_ptr + row.to(tl.int64) * x_stride_row + channels * x_stride_dim
+    weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
     sums = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
     for tap in tl.static_range(WIDTH):
         if tap < WIDTH - 1:
             x = tl.load(state_ptrs + tap * state_stride_tap, mask=started, other=0.0)
         else:
             x = tl.load(x_ptrs, mask=in_dim, other=0.0)
-        weight = load_weight(weight_ptrs, weight_stride_tap, in_dim, WIDTH - 1 - tap, WIDTH)
-        sums = tl.fma(weight, x.to(tl.float32), sums)
+        sums = tl.fma(weights[tap], x.to(tl.float32), sums)
         # Each column moves on by one, into that which has been read.
         if tap > 0:
             column = x.to(state_ptr.dtype.element_ty)
