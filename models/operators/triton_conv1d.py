@@ -191,7 +191,8 @@ def causal_conv1d_kernel(
     if (first_start < begin) & (begin < first_start + WIDTH - 1) & (first < sequences):
         is_pad = load_slot(cache_indices_ptr, first, HAS_INDICES) == pad_slot_id
         if (tl.load(has_initial_ptr + first) != 0) & (is_pad == 0):
-            skip = first_start + WIDTH - 1 - begin
+            first_stop = tl.load(query_start_loc_ptr + first + 1)
+            skip = tl.minimum(first_start + WIDTH - 1, first_stop) - begin
 
     # 2. All tokens, as if sequences began with zeros.
     if ROLLING:

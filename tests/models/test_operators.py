@@ -131,6 +131,25 @@ def test_inputs_may_have_any_strides(operators, layout):
 
 
 @BOTH
+@pytest.mark.parametrize("seed", range(5))
+def test_short_sequences_may_begin_with_states_or_zeros_in_any_order(operators, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 5, (6,), generator=generator).tolist()
+    case = Convolution(lengths, 4, LAYOUTS[seed % 2], seed=seed)
+    case.started = torch.rand(6, generator=generator) < 0.5
+    case.check(operators)
+
+
+@BOTH
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_a_state_reaches_no_further_than_its_sequence(operators, layout):
+    # Of blocks of 4 and of 16 tokens: two begin one token before an end and have one more.
+    case = Convolution([3, 2, 10, 2, 4], 4, layout)
+    case.started = torch.tensor([False, True, False, True, False])
+    case.check(operators)
+
+
+@BOTH
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_a_sequence_without_a_slot_and_what_follows_the_last_begin_with_zeros(operators, layout):
     case = Convolution([6, 2, 5, 1], 3, layout, rest=7)
@@ -335,6 +354,14 @@ def test_heads_that_do_not_divide_are_refused():
     case = Delta(1, key_heads=3)
     with pytest.raises(ValueError, match="4 value heads .* 3 key heads"):
         delta_rule.gated_delta_rule(*case.inputs(), case.state, case.indices, case.started)
+
+
+def test_gates_of_bfloat16_are_float32_and_near_what_transformers_rounds():
+    a, b, A_log, dt_bias = torch.randn(4, 1000, generator=torch.Generator().manual_seed(9))
+    g, beta = delta_rule.gates(a.bfloat16(), 4 * b.bfloat16(), A_log, dt_bias)
+    assert g.dtype == beta.dtype == torch.float32
+    rounded = (4 * b.bfloat16()).sigmoid().float()
+    assert 0 < (beta - rounded).abs().max() <= 2**-9
 
 
 @needs_gpu

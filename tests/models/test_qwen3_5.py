@@ -225,6 +225,18 @@ def test_states_are_of_the_dtype_asked_for_but_the_recurrent_one():
     assert model.max_chunk == 8 and not [name for name in model.state_dict() if "cache" in name]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_a_gpu_kernels_give_what_torch_gives_on_the_cpu(layout):
+    plain, model = ours(layout, batch=2), ours(layout, batch=2).cuda()
+    step = torch.tensor([[3], [5]]), torch.tensor([0, 68])
+    for begin, count in ((0, 2), (2, 66)):
+        chunk = prompt(count), torch.arange(begin, begin + count), torch.tensor([1])
+        assert_near(model.prefill(*(x.cuda() for x in chunk)).cpu(), plain.prefill(*chunk))
+    for _ in range(2):
+        assert_near(model.decode(*(x.cuda() for x in step)).cpu(), plain.decode(*step))
+
+
 class Method(torch.nn.Module):
     """A method of a model as a module's forward."""
 
