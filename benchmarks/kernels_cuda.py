@@ -397,14 +397,14 @@ def main() -> None:
         torch.cuda.empty_cache()
         print(f"{time.monotonic() - start:.0f} s: {name}", flush=True)
 
-    for name, matrices, layout in layers:
-        for bits in FORMS:
-            section(f"{name} layer", measure_layer, name, matrices, layout, bits)
-    for layout in LAYOUTS:
-        section(layout.name, measure_attention, layout)
     for bits in FORMS:
         for matrix in MATRICES:
             section(matrix.name, measure_matrix, matrix, bits)
+    for layout in LAYOUTS:
+        section(layout.name, measure_attention, layout)
+    for name, matrices, layout in layers:
+        for bits in FORMS:
+            section(f"{name} layer", measure_layer, name, matrices, layout, bits)
     print(report.table())
     answer = {
         "benchmark": "kernels_cuda",

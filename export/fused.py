@@ -11,76 +11,67 @@ class FusedDecode(nn.Module):
     """token int64 [B, 1], position int64 [B] -> logits float32 [B, V], as the network's decode.
 
     `bits` of the layers' weights are 4 or 8, or 0 for those that the network has; the embedding and
-    the head stay as they are.
+    the head stay as they are. Nothing of the network that only prefill reads is in here: what is
+    compiled may not take two tensors of one memory where it writes to any.
     """
 
     def __init__(self, network: nn.Module, bits: int = 0):
         super().__init__()
-        backbone = network.model
-        self.network = network
+        backbone, head = network.model, network.lm_head
+        self.embed_tokens, self.embed = backbone.embed_tokens, backbone.embed
+        self.rope, self.norm, self.head = backbone.rope, backbone.norm, head
         self.layers = nn.ModuleList(FusedLayer(block, bits) for block in backbone.layers)
-        # nn.Linear's own weight: it may be the embedding's.
-        self.head = network.lm_head
+        self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
         widest = max(layer.gate_up.weight.shape[0] for layer in self.layers)
-        kv_heads = max(block.self_attn.cache.k.shape[2] for block in backbone.layers)
-        size = cuda.counters_size(network.batch, max(widest, self.head.out_features), kv_heads)
-        counters = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
+        kv_heads = max(layer.cache.k.shape[2] for layer in self.layers)
+        size = cuda.counters_size(network.batch, max(widest, head.out_features), kv_heads)
+        counters = torch.zeros(size, dtype=torch.int32, device=head.weight.device)
         self.register_buffer("counters", counters, persistent=False)
 
     def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        backbone = self.network.model
-        x, branch, before = self.network.embed(token)[:, 0], None, None
+        x, branch, before = self.embed(token)[:, 0], None, None
         for layer in self.layers:
-            block = layer.block
-            x, qkv = self._after(before, x, branch, block.input_layernorm, layer.qkv)
-            attended = self._attend(block.self_attn, backbone.rope, qkv, position)
-            branch = self._linear(attended, layer.o)
-            post = block.branch_norms[0]
+            x, qkv = self._after(before, x, branch, layer.input_norm, layer.qkv)
+            branch = self._linear(self._attend(layer, qkv, position), layer.o)
             x, hidden = cuda.add_norm_linear(
-                x, branch, weight_of(post), None, block.mlp_norm.weight,
+                x, branch, weight_of(layer.post_attention_norm), None, layer.mlp_norm.weight,
                 *_tensors(layer.gate_up), self.counters,
-                eps=block.mlp_norm.eps, offset=block.mlp_norm.offset, activation=layer.activation,
+                eps=layer.mlp_norm.eps, offset=layer.mlp_norm.offset, activation=layer.activation,
             )  # fmt: skip
-            branch = self._linear(hidden, layer.down)
-            before = block
-        cap = getattr(self.network.config, "final_logit_softcapping", None)
-        options = {"wide": True, "soft_cap": cap or 0.0}
-        return self._after(before, x, branch, backbone.norm, self.head, **options)[1]
+            branch, before = self._linear(hidden, layer.down), layer
+        options = {"wide": True, "soft_cap": self.soft_cap}
+        return self._after(before, x, branch, self.norm, self.head, **options)[1]
 
     def _after(
         self,
-        before: nn.Module | None,
+        before: FusedLayer | None,
         x: Tensor,
         branch: Tensor | None,
         norm: nn.Module,
         rows: nn.Module,
         **options,
     ) -> tuple[Tensor, Tensor]:
-        """The residual after the block `before`, and the linear layer of its norm."""
+        """The residual after the layer `before`, and the linear layer of its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
         tensors = *_tensors(rows), self.counters
         if before is None:
             return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
-        post, scalar = before.branch_norms[1], getattr(before, "layer_scalar", None)
+        post = weight_of(before.post_mlp_norm)
         return cuda.add_norm_linear(
-            x, branch, weight_of(post), scalar, norm.weight, *tensors, **options
+            x, branch, post, before.layer_scalar, norm.weight, *tensors, **options
         )
 
     def _linear(self, x: Tensor, rows: Rows) -> Tensor:
         return cuda.linear(x, *_tensors(rows), self.counters)
 
-    def _attend(
-        self, attention: nn.Module, rope: nn.ModuleDict, qkv: Tensor, position: Tensor
-    ) -> Tensor:
-        cache, q_norm = attention.cache, attention.q_norm
-        normed = not isinstance(q_norm, nn.Identity)
+    def _attend(self, layer: FusedLayer, qkv: Tensor, position: Tensor) -> Tensor:
+        cache, q_norm = layer.cache, layer.q_norm
         return cuda.attend_step(
-            qkv, position, cache.k, cache.v, weight_of(q_norm), weight_of(attention.k_norm),
-            rope[attention.kind].inv_freq, self.counters,
-            scale=attention.scale,
-            eps=q_norm.eps if normed else 0.0, offset=q_norm.offset if normed else 0.0,
-            value_norm=hasattr(attention, "v_norm"),
-            values_are_keys=getattr(attention, "keys_are_values", False),
+            qkv, position, cache.k, cache.v, weight_of(q_norm), weight_of(layer.k_norm),
+            self.rope[layer.kind].inv_freq, self.counters,
+            scale=layer.scale, eps=getattr(q_norm, "eps", 0.0),
+            offset=getattr(q_norm, "offset", 0.0),
+            value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
         )  # fmt: skip
 
 

@@ -69,8 +69,8 @@ def write_package(
 ) -> list[str]:
     """Compile the methods for the device that the model is on, into a .pt2 file; their names.
 
-    `decode` is Decode(model), or does the same. The package's constants have the names that they
-    have in it, and the model there is `network`.
+    `decode` is Decode(model), or does the same. Constants have the names that they have in the
+    method, and those of prefill begin with "network".
     """
     batch, vocab_size = model.batch, model.config.vocab_size
     device = model.lm_head.weight.device
@@ -99,41 +99,44 @@ def write_package(
     files = {}
     for name, (method, example, shapes) in methods.items():
         progress(f"compiling {name}")
-        program = torch.export.export(method, example, dynamic_shapes=shapes)
+        # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
+        program = torch.export.export(
+            method,
+            example,
+            dynamic_shapes=shapes,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
         files[name] = aot_compile(program.module(), example, options=OPTIONS)
     progress("writing")
     package_aoti(str(path), files)
     return sorted(methods)
 
 
-def tensors_of(decode: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
-    """What a package needs: weights, views of them, and state, by name.
+def tensors_of(
+    *methods: nn.Module,
+) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
+    """What the methods' packages need: weights, views of weights or state, and state, by name.
 
-    A view is contiguous: the weight's name `of`, the `offset` of its first element, its `shape`.
-    Tensors with several names are in only one of them.
+    A view is contiguous: the name `of` the whole, the `offset` of its first element, its `shape`.
+    Tensors with several names are weights or state under only one of them.
     """
-    weights, views, state = {}, {}, {}
-    named = dict(decode.named_parameters(remove_duplicate=False))
-    named |= dict(decode.named_buffers(remove_duplicate=False))
+    weights, views, state, named = {}, {}, {}, {}
+    for method in methods:
+        named |= dict(method.named_parameters(remove_duplicate=False))
+        named |= dict(method.named_buffers(remove_duplicate=False))
     # Whole tensors before their parts, and of equals the one with the shortest name.
     owners: dict[int, str] = {}
     for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
-        tensor, storage = named[name], named[name].untyped_storage().data_ptr()
-        owner = owners.setdefault(storage, name)
-        if is_state(name):
-            if owner == name:
-                state[name] = tensor
-            else:
-                views[name] = view_entry(tensor, owner)
-        elif owner == name:
-            weights[name] = tensor
+        tensor = named[name]
+        owner = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
+        if owner != name:
+            offset, shape = tensor.storage_offset(), list(tensor.shape)
+            views[name] = {"of": owner, "offset": offset, "shape": shape}
+        elif is_state(name):
+            state[name] = tensor
         else:
-            views[name] = view_entry(tensor, owner)
+            weights[name] = tensor
     return weights, views, state
-
-
-def view_entry(tensor: Tensor, owner: str) -> dict:
-    return {"of": owner, "offset": tensor.storage_offset(), "shape": list(tensor.shape)}
 
 
 def is_state(name: str) -> bool:

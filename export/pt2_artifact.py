@@ -35,7 +35,7 @@ class Pt2Artifact:
     ) -> dict:
         """Write model.pt2 and model.safetensors, and return the manifest's entries about them."""
         progress("importing torch.export")
-        from export.pt2 import Decode, tensors_of, write_package
+        from export.pt2 import Decode, Prefill, tensors_of, write_package
 
         model.to(self.device)
         bits = INTEGER_BITS[self.options.quant]
@@ -50,7 +50,7 @@ class Pt2Artifact:
             decode = Decode(model)
         program = directory / "model.pt2"
         methods = write_package(model, decode, max_prefill, program, progress)
-        tensors, views, state = tensors_of(decode)
+        tensors, views, state = tensors_of(Prefill(model), decode)
         return {
             "program": {"file": program.name, "bytes": program.stat().st_size},
             "weights": self._write_weights(tensors, directory) | {"views": views},

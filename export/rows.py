@@ -58,7 +58,8 @@ class RowsView(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """What a layer's launches read. `block` is changed: its linear layers become views."""
+    """What a decode step's launches read of a block, which is changed: its linear layers, which
+    prefill uses, become views."""
 
     def __init__(self, block: nn.Module, bits: int):
         super().__init__()
@@ -68,8 +69,14 @@ class FusedLayer(nn.Module):
         self.o = _fuse(attention, ["o_proj"], bits)
         self.gate_up = _fuse(mlp, ["gate_proj", "up_proj"], bits)
         self.down = _fuse(mlp, ["down_proj"], bits)
-        self.block = block
         self.activation = ACTIVATIONS[type(mlp.act)]
+        self.input_norm, self.mlp_norm = block.input_layernorm, block.mlp_norm
+        self.post_attention_norm, self.post_mlp_norm = block.branch_norms
+        self.layer_scalar = getattr(block, "layer_scalar", None)
+        self.cache, self.q_norm, self.k_norm = attention.cache, attention.q_norm, attention.k_norm
+        self.kind, self.scale = attention.kind, attention.scale
+        self.value_norm = hasattr(attention, "v_norm")
+        self.values_are_keys = getattr(attention, "keys_are_values", False)
 
 
 def _fuse(parent: nn.Module, names: list[str], bits: int) -> Rows:

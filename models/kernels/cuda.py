@@ -12,7 +12,7 @@ launch leaves them 0, so that one tensor serves a whole network.
 """
 
 import triton
-from torch import Tensor, empty, empty_like, float32
+from torch import Tensor, bfloat16, empty, empty_like, float32
 from torch.library import triton_op, wrap_triton
 
 from models.kernels.attention import attend_kernel
@@ -24,6 +24,12 @@ from models.kernels.tiles import SHARED_NORM, AttendTiles, LinearTiles, attend_t
 def counters_size(rows: int, outputs: int, kv_heads: int) -> int:
     """How many `counters` the operators need for so many rows and outputs of a linear layer."""
     return max(triton.cdiv(rows, 16) * triton.cdiv(outputs, 16), rows * kv_heads)
+
+
+def _check_contiguous(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} of strides {x.stride()} is not contiguous")
 
 
 def launch_linear(
@@ -38,9 +44,15 @@ def launch_linear(
     wide: bool = False,
     tiles: LinearTiles | None = None,
 ) -> Tensor:
-    """`linear`, cut as `tiles` say."""
+    """`linear`, cut as `tiles` say.
+
+    Raises ValueError for a weight or scale that does not fit, or what the kernels cannot read.
+    """
+    _check_contiguous(x=x, weight=weight, scale=scale, bias=bias)
     rows, inputs = x.shape
     bits = weight_bits(weight, inputs)
+    if x.dtype != (bfloat16 if bits else weight.dtype):
+        raise ValueError(f"activations are {x.dtype}, the weight {weight.dtype}")
     if bits and (scale is None or inputs % scale.shape[1]):
         given = None if scale is None else tuple(scale.shape)
         raise ValueError(f"scale of shape {given}: a weight of {bits} bits needs equal groups")
@@ -84,6 +96,7 @@ def _norm(
     eps: float,
     offset: float,
 ) -> tuple[Tensor | None, Tensor]:
+    _check_contiguous(x=x, branch=branch)
     rows, size = x.shape
     total = None if branch is None else empty_like(x)
     h = empty_like(x)
@@ -114,6 +127,7 @@ def _norm_linear(
     if tiles.dot or inputs > tiles.block_k or rows > SHARED_NORM:
         total, h = _norm(*residual, eps, offset)
         return total, launch_linear(h, weight, scale, bias, counters, **options, tiles=tiles)
+    _check_contiguous(x=x, branch=branch, weight=weight, bias=bias)
     total = None if branch is None else empty_like(x)
     dtype = float32 if options["wide"] else x.dtype
     y = empty(rows, outputs, dtype=dtype, device=x.device)
@@ -226,9 +240,18 @@ def launch_attend(
     values_are_keys: bool = False,
     tiles: AttendTiles | None = None,
 ) -> Tensor:
-    """`attend_step`, cut as `tiles` say."""
+    """`attend_step`, cut as `tiles` say.
+
+    Raises ValueError for projections that the caches do not fit.
+    """
+    _check_contiguous(qkv=qkv, k_cache=k_cache, v_cache=v_cache)
     rows, slots, kv_heads, head_dim = k_cache.shape
     groups = qkv.shape[1] // (kv_heads * head_dim) - (1 if values_are_keys else 2)
+    if qkv.shape[1] % (kv_heads * head_dim) or groups < 1 or qkv.dtype != k_cache.dtype:
+        raise ValueError(
+            f"projections {qkv.dtype} {tuple(qkv.shape)} do not fit caches {k_cache.dtype} "
+            f"{tuple(k_cache.shape)}"
+        )
     tiles = tiles or attend_tiles(slots, kv_heads, head_dim, qkv.dtype)
     splits = min(tiles.splits, triton.next_power_of_2(triton.cdiv(slots, tiles.block_s)))
     stored = triton.next_power_of_2(groups)

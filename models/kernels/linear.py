@@ -5,6 +5,8 @@ takes all rows at once through the tensor cores, with the weight as the left, la
 reads integer weights too (packing.py says how they lie). In neither does a row's result depend on
 the number of rows: each output is summed over the inputs in one order.
 
+Numbers such as `eps` are constants: as arguments the compiler of torch would pass them as float64.
+
 Names: row b of `rows`, output n of N, input k of K. A gated layer's weight has 2 N rows, of which
 one program takes n and N + n.
 """
@@ -109,7 +111,8 @@ def norm_row(
 
 @triton.jit
 def norm_kernel(
-    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K, eps, offset,
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K,
+    eps: tl.constexpr, offset: tl.constexpr,
     ADD: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Norm a row, after adding a branch to it if ADD."""
@@ -138,19 +141,18 @@ def finish(y, up, bias_ptr, n, N, soft_cap, ACTIVATION: tl.constexpr, SOFT_CAP: 
 
 
 @triton.jit
-def products(acc, w_ptr, n, k, h, N, K):
-    """acc [n, k] plus weights [n, k] times h [k]."""
+def load_weights(w_ptr, n, k, N, K):
+    """Weights [n, k]."""
     # Rows beyond the last are the last: a load without mask, whose results are not stored.
     offsets = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
-    w = tl.load(w_ptr + offsets, mask=(k < K)[None, :], other=0.0)
-    return acc + w.to(tl.float32) * h[None, :]
+    return tl.load(w_ptr + offsets, mask=(k < K)[None, :], other=0.0)
 
 
 # One program for any number of rows: none is a special case with other arithmetic.
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, w_ptr, bias_ptr, total_ptr, y_ptr,
-    rows, N, K, eps, offset, soft_cap,
+    rows, N, K, eps: tl.constexpr, offset: tl.constexpr, soft_cap: tl.constexpr,
     NORM: tl.constexpr, ADD: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -161,24 +163,28 @@ def rows_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    second_ptr = w_ptr + N.to(tl.int64) * K
+    second_ptr = w_ptr + tl.cast(N, tl.int64) * K
     if NORM:
         k = tl.arange(0, BLOCK_K)
+        # The weights do not wait for the norm.
+        w = load_weights(w_ptr, n, k, N, K)
+        if ACTIVATION is not None:
+            second = load_weights(second_ptr, n, k, N, K)
         total, h = norm_row(
             x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset, ADD
         )
         if ADD and tile == 0:
             tl.store(total_ptr + b * K + k, total, mask=k < K)
-        gate = products(gate, w_ptr, n, k, h.to(tl.float32), N, K)
+        gate += w.to(tl.float32) * h.to(tl.float32)[None, :]
         if ACTIVATION is not None:
-            up = products(up, second_ptr, n, k, h.to(tl.float32), N, K)
+            up += second.to(tl.float32) * h.to(tl.float32)[None, :]
     else:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            h = tl.load(x_ptr + b * K + k, mask=k < K, other=0.0).to(tl.float32)
-            gate = products(gate, w_ptr, n, k, h, N, K)
+            h = tl.load(x_ptr + b * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+            gate += load_weights(w_ptr, n, k, N, K).to(tl.float32) * h
             if ACTIVATION is not None:
-                up = products(up, second_ptr, n, k, h, N, K)
+                up += load_weights(second_ptr, n, k, N, K).to(tl.float32) * h
     y = finish(tl.sum(gate, 1), tl.sum(up, 1), bias_ptr, n, N, soft_cap, ACTIVATION, SOFT_CAP)
     y_offsets = b.to(tl.int64) * N + n
     tl.store(y_ptr + y_offsets, y.to(y_ptr.dtype.element_ty), mask=n < N)
@@ -283,7 +289,7 @@ def combined(partial_ptr, offsets, mask, stride, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "steps"])
 def dot_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, counter_ptr, y_ptr,
-    rows, N, K, width, steps, soft_cap,
+    rows, N, K, width, steps, soft_cap: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
@@ -324,7 +330,7 @@ def dot_kernel(
     mask = (n < N)[:, None] & (b < rows)[None, :]
     y_offsets = b.to(tl.int64)[None, :] * N + n[:, None]
     if SPLITS > 1:
-        size = rows.to(tl.int64) * N
+        size = tl.cast(rows, tl.int64) * N
         stride = size if ACTIVATION is None else 2 * size
         tl.store(partial_ptr + split * stride + y_offsets, gate, mask=mask)
         if ACTIVATION is not None:

@@ -40,7 +40,7 @@ def linear_tiles(
     """For `rows` of `inputs`, and weights of so many bits, 0 where they are of `dtype`."""
     if dtype == torch.float32 and not bits:
         return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256)
-    if not bits and inputs <= 1024 and outputs <= 8192:
+    if not bits and inputs <= 2048 and outputs <= 8192:
         return LinearTiles(False, 8, 1024)
     # Small layers need parts of the inputs to have a program for every processor.
     splits = 1
@@ -53,5 +53,5 @@ def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
     """For caches of [slots, kv_heads, head_dim] a row."""
     splits = max(8, 128 // kv_heads)
     if dtype == torch.float32:
-        return AttendTiles(16, splits, stages=1)
+        return AttendTiles(16, splits, warps=8, stages=1)
     return AttendTiles(32 if head_dim > 128 else 64, splits)
