@@ -1,20 +1,18 @@
 """Hybrid text models, named as in transformers: Qwen3.5's dense one, and Qwen3-Next's layout of it.
 
-Most layers are gated delta nets (arXiv:2412.06464), which remember a matrix for each head and the
-last inputs of a short convolution, whatever the context; every fourth is attention with an output
-gate over a KV cache. A prompt goes through the chunked form of the delta rule, a step through its
-recurrence. Shapes: B rows, T tokens, D hidden size, G key heads and H value heads of sizes K and V.
+Most layers are gated delta nets, which remember the same amount whatever the context; every fourth
+is attention with an output gate over a KV cache. Shapes: B rows, T tokens, D hidden size, H heads.
 """
 
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import decoder, layers, operators
+from models import decoder, layers
 from models.cache import KVCache
-from models.layers import MLP, RopeConfig, RotaryEmbedding, kv_cache, normalize, rotate
+from models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
+from models.layers import MLP, RopeConfig, RotaryEmbedding, kv_cache, rotate
 from models.operators.conv1d import WIDTHS
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -51,11 +49,7 @@ UNSUPPORTED = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate"
 
 @dataclass(frozen=True)
 class Qwen3_5Config:
-    """The shape of one hybrid text model; `from_dict` reads a Hugging Face config.
-
-    `fused_projections` is Qwen3-Next's layout: one projection to queries, keys, values and gates,
-    grouped by key head, and one to b and a.
-    """
+    """The shape of one hybrid text model; `from_dict` reads a Hugging Face config."""
 
     vocab_size: int
     hidden_size: int
@@ -66,15 +60,10 @@ class Qwen3_5Config:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    linear_conv_kernel_dim: int
-    linear_key_head_dim: int
-    linear_value_head_dim: int
-    linear_num_key_heads: int
-    linear_num_value_heads: int
     layer_types: tuple[str, ...]
     rope: RopeConfig
     rotary_dim: int
-    fused_projections: bool
+    delta_net: DeltaNetConfig
 
     @classmethod
     def from_dict(cls, config: dict) -> "Qwen3_5Config":
@@ -91,30 +80,32 @@ class Qwen3_5Config:
             value = config.get(key)
             if value is not None and value != supported:
                 raise ValueError(f"{key} = {value!r} is not supported: only {supported!r}")
-        derived = ("layer_types", "rope", "rotary_dim", "fused_projections")
+        derived = ("layer_types", "rope", "rotary_dim", "delta_net")
         plain = [field.name for field in fields(cls) if field.name not in derived]
-        missing = [key for key in (*plain, "num_hidden_layers") if config.get(key) is None]
+        linear = [field.name for field in fields(DeltaNetConfig) if field.name.startswith("linear")]
+        missing = [key for key in (*plain, *linear, "num_hidden_layers") if config.get(key) is None]
         if missing:
             raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-        shape = {key: config[key] for key in plain}
         for many, few in (
             ("num_attention_heads", "num_key_value_heads"),
             ("linear_num_value_heads", "linear_num_key_heads"),
         ):
-            if shape[many] % shape[few]:
-                raise ValueError(f"{many} = {shape[many]} is no multiple of {few} = {shape[few]}")
-        if shape["linear_conv_kernel_dim"] not in WIDTHS:
+            if config[many] % config[few]:
+                raise ValueError(f"{many} = {config[many]} is no multiple of {few} = {config[few]}")
+        if config["linear_conv_kernel_dim"] not in WIDTHS:
             raise ValueError(
-                f"linear_conv_kernel_dim = {shape['linear_conv_kernel_dim']}: one of {WIDTHS}"
+                f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"
             )
         _refuse_experts(config)
         rope, partial = _rope(config)
         return cls(
-            **shape,
+            **{key: config[key] for key in plain},
             layer_types=_layer_types(config),
             rope=rope,
-            rotary_dim=int(shape["head_dim"] * partial),
-            fused_projections=model_type == "qwen3_next",
+            rotary_dim=int(config["head_dim"] * partial),
+            delta_net=DeltaNetConfig(
+                **{key: config[key] for key in linear}, fused_projections=model_type == "qwen3_next"
+            ),
         )
 
 
@@ -169,19 +160,6 @@ class RMSNorm(layers.RMSNorm):
     offset = 1.0
 
 
-class RMSNormGated(nn.Module):
-    """weight * normalize(x) * silu(gate) over the last axis, in float32."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
-
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        normal = self.weight * normalize(x, self.eps).to(x.dtype)
-        return (normal * F.silu(gate.float())).to(x.dtype)
-
-
 class Attention(layers.Attention):
     """Grouped-query attention with normalised queries and keys and a gate for what comes out."""
 
@@ -217,106 +195,6 @@ def turn(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first part of each head of x [B, T, H, head_dim], as long as the angles are."""
     size = rope[0].shape[-1]
     return torch.cat([rotate(x[..., :size], rope), x[..., size:]], -1)
-
-
-class DeltaNetCache(nn.Module):
-    """What a gated delta net remembers of each row: the convolution's last inputs, `conv`
-    [B, channels, width - 1], and `recurrent` float32 [B, H, K, V]."""
-
-    def __init__(self, config: Qwen3_5Config, batch: int, dtype: torch.dtype):
-        super().__init__()
-        c = config
-        keys, values = c.linear_num_key_heads, c.linear_num_value_heads
-        channels = 2 * keys * c.linear_key_head_dim + values * c.linear_value_head_dim
-        shape = batch, values, c.linear_key_head_dim, c.linear_value_head_dim
-        conv = torch.zeros(batch, channels, c.linear_conv_kernel_dim - 1, dtype=dtype)
-        self.register_buffer("conv", conv, persistent=False)
-        self.register_buffer("recurrent", torch.zeros(shape), persistent=False)
-
-
-class GatedDeltaNet(nn.Module):
-    """A gated delta net. A row begins anew at position 0: what it remembered is not looked at.
-
-    `max_chunk` bounds the tokens of a prefill that is exported.
-    """
-
-    def __init__(self, config: Qwen3_5Config, cache: DeltaNetCache, max_chunk: int):
-        super().__init__()
-        size, self.max_chunk = config.hidden_size, max_chunk
-        self.fused = config.fused_projections
-        self.key_heads, self.key_size = config.linear_num_key_heads, config.linear_key_head_dim
-        self.value_heads = config.linear_num_value_heads
-        self.value_size = config.linear_value_head_dim
-        key_dim = self.key_heads * self.key_size
-        value_dim = self.value_heads * self.value_size
-        self.parts = key_dim, key_dim, value_dim
-        channels, width = sum(self.parts), config.linear_conv_kernel_dim
-        if self.fused:
-            self.in_proj_qkvz = nn.Linear(size, channels + value_dim, bias=False)
-            self.in_proj_ba = nn.Linear(size, 2 * self.value_heads, bias=False)
-        else:
-            self.in_proj_qkv = nn.Linear(size, channels, bias=False)
-            self.in_proj_z = nn.Linear(size, value_dim, bias=False)
-            self.in_proj_b = nn.Linear(size, self.value_heads, bias=False)
-            self.in_proj_a = nn.Linear(size, self.value_heads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
-        self.A_log = nn.Parameter(torch.empty(self.value_heads))
-        self.norm = RMSNormGated(self.value_size, config.rms_norm_eps)
-        self.out_proj = nn.Linear(value_dim, size, bias=False)
-        self.cache = cache
-
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(inputs of the convolution [B, T, channels], a and b [B, T, H]), and gates
-        [B, T, H, V]; positions do not matter here."""
-        heads = self.value_heads, self.value_size
-        if not self.fused:
-            z = self.in_proj_z(x).unflatten(-1, heads)
-            return (self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)), z
-        shared = self.value_heads // self.key_heads  # value heads of a key head
-        sizes = self.key_size, self.key_size, shared * self.value_size, shared * self.value_size
-        grouped = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, sum(sizes)))
-        q, k, v, z = (part.flatten(2) for part in grouped.split(sizes, -1))
-        grouped = self.in_proj_ba(x).unflatten(-1, (self.key_heads, 2 * shared))
-        b, a = (part.flatten(2) for part in grouped.split(shared, -1))
-        return (torch.cat([q, k, v], -1), a, b), z.unflatten(-1, heads)
-
-    def prefill(
-        self, qkv: Tensor, a: Tensor, b: Tensor, positions: Tensor, row: Tensor | None
-    ) -> Tensor:
-        """[1, T, H, V] of a chunk of one row."""
-        cache, started = self.cache, positions[:1] > 0
-        row = None if row is None else row.int()
-        ends = torch.arange(2, dtype=torch.int32, device=qkv.device) * qkv.shape[1]
-        weight = self.conv1d.weight[:, 0]
-        mixed = operators.causal_conv1d(
-            qkv[0].T, weight, None, ends, cache.conv, row, started, "silu"
-        ).T[None]
-        gates = a, b, self.A_log, self.dt_bias
-        return operators.gated_delta_rule(
-            *self.split(mixed), *gates, cache.recurrent, row, started, self.max_chunk
-        )
-
-    def decode(self, qkv: Tensor, a: Tensor, b: Tensor, position: Tensor) -> Tensor:
-        """[B, 1, H, V] of a step of all rows."""
-        cache, started = self.cache, position > 0
-        mixed = operators.causal_conv1d_update(
-            qkv[:, 0], self.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"
-        )
-        gates = a[:, 0], b[:, 0], self.A_log, self.dt_bias
-        return operators.gated_delta_rule_update(
-            *self.split(mixed), *gates, cache.recurrent, None, started
-        )[:, None]
-
-    def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys [..., G, K] and values [..., H, V] of [..., channels]."""
-        q, k, v = mixed.split(self.parts, -1)
-        q, k = (x.unflatten(-1, (self.key_heads, self.key_size)) for x in (q, k))
-        return q, k, v.unflatten(-1, (self.value_heads, self.value_size))
-
-    def combine(self, out: Tensor, gate: Tensor) -> Tensor:
-        """The heads' results [B, T, H, V], normalised, gated and brought back to [B, T, D]."""
-        return self.out_proj(self.norm(out, gate).flatten(2))
 
 
 class Block(nn.Module):
@@ -389,8 +267,9 @@ class Qwen3_5(decoder.CausalLM):
                 return Attention(config, kv_cache(FULL, 0, batch, max_seq_len, *heads, dtype))
             # A cache holds activations, so it is real where parameters may still be on "meta".
             with torch.device("cpu"):
-                cache = DeltaNetCache(config, batch, dtype)
-            return GatedDeltaNet(config, cache, max_chunk)
+                cache = DeltaNetCache(config.delta_net, batch, dtype)
+            size, eps = config.hidden_size, config.rms_norm_eps
+            return GatedDeltaNet(size, config.delta_net, eps, cache, max_chunk)
 
         model = Backbone(
             nn.Embedding(config.vocab_size, config.hidden_size),
