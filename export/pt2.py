@@ -106,7 +106,9 @@ def write_package(
             dynamic_shapes=shapes,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        files[name] = aot_compile(program.module(), example, options=OPTIONS)
+        compiled = aot_compile(program.module(), example, options=OPTIONS)
+        # Sources say in which temporary directory they were compiled, and are not needed.
+        files[name] = [file for file in compiled if not file.endswith(".cpp")]
     progress("writing")
     package_aoti(str(path), files)
     return sorted(methods)
