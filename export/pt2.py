@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,24 @@ def write_package(
     progress("compiling the selection methods")
     files |= selection.result()
     progress("writing")
-    package_aoti(str(path), files)
+    with TemporaryDirectory() as directory:
+        package_aoti(str(path), without_sources(files, Path(directory)))
     return sorted(files)
+
+
+def without_sources(files: dict[str, list[str]], directory: Path) -> dict[str, list[str]]:
+    """The methods' files with empty ones in `directory` for the sources: these say where they were
+    compiled, so that no two exports would be the same. Nobody reads them, but the loader finds the
+    metadata by the source's name."""
+
+    def emptied(file: str) -> str:
+        if not file.endswith(".cpp"):
+            return file
+        path = directory / Path(file).name
+        path.touch()
+        return str(path)
+
+    return {name: [emptied(file) for file in of_method] for name, of_method in files.items()}
 
 
 def compile_selection(
@@ -124,9 +141,7 @@ def compile_method(
         dynamic_shapes=dynamic_shapes,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    files = aot_compile(program.module(), example, options=OPTIONS)
-    # Sources say in which temporary directory they were compiled, and are not needed.
-    return [file for file in files if not file.endswith(".cpp")]
+    return aot_compile(program.module(), example, options=OPTIONS)
 
 
 def tensors_of(
