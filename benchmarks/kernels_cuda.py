@@ -245,7 +245,7 @@ def measure_matrix(report: Report, matrix: Matrix, bits: int, counters: Tensor, 
     def product(x: Tensor, copy: list[Tensor], tiles: LinearTiles) -> Tensor:
         scale = copy[1] if bits else None
         options = {"activation": activation, "tiles": tiles}
-        return cuda.launch_linear(x, copy[0], scale, None, counters, **options)
+        return cuda.launch_linear(x, copy[0], scale, None, counters, **options)[1]
 
     expected = reference.linear(
         all_x, tensors[0], tensors[1] if bits else None, None, counters,

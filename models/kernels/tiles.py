@@ -14,7 +14,8 @@ SHARED_NORM = 4
 
 class LinearTiles(NamedTuple):
     """Outputs and inputs of one program and step, parts of the inputs, warps, stages of the
-    pipeline; by tensor cores or, a row a program, by plain products."""
+    pipeline; by tensor cores or, a row a program, by plain products. With `norm` each program of a
+    few rows norms them itself, where a norm comes first."""
 
     dot: bool
     block_n: int
@@ -22,6 +23,7 @@ class LinearTiles(NamedTuple):
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    norm: bool = False
 
 
 class AttendTiles(NamedTuple):
@@ -39,9 +41,9 @@ def linear_tiles(
 ) -> LinearTiles:
     """For `rows` of `inputs`, and weights of so many bits, 0 where they are of `dtype`."""
     if dtype == torch.float32 and not bits:
-        return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256)
+        return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256, norm=inputs <= 1024)
     if not bits and inputs <= 2048 and outputs <= 8192:
-        return LinearTiles(False, 8, 1024)
+        return LinearTiles(False, 4, 1024, norm=inputs <= 1024)
     # Small layers need parts of the inputs to have a program for every processor.
     splits = 1
     while splits < 8 and outputs // 64 * splits < 256 and inputs // splits >= 1024:

@@ -88,7 +88,7 @@ def quantized(weight: torch.Tensor, bits: int, group_size: int = 0):
 def test_packed_values_come_back(bits, inputs):
     values = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, inputs), dtype=torch.int32)
     words = pack(values, bits)
-    assert words.shape[1] % 32 == 0
+    assert words.dtype == torch.int16 and words.shape[1] % 64 == 0
     assert torch.equal(unpack(words, bits, inputs), values)
 
 
@@ -99,8 +99,8 @@ def test_what_cannot_be_packed_is_refused():
         pack(torch.zeros(1, 128, dtype=torch.int32), 4)
     with pytest.raises(ValueError, match="group_size = 96 .* 256 inputs"):
         quantize_int4(torch.zeros(1, 256), 96)
-    with pytest.raises(ValueError, match="31 words are not 256 inputs"):
-        reference.dequantize(torch.zeros(1, 31, dtype=torch.int32), None, 256)
+    with pytest.raises(ValueError, match="63 words are not 256 inputs"):
+        reference.dequantize(torch.zeros(1, 63, dtype=torch.int16), None, 256)
 
 
 def test_what_the_kernels_cannot_read_is_refused(normal, counters):
@@ -111,7 +111,7 @@ def test_what_the_kernels_cannot_read_is_refused(normal, counters):
     for message, function, arguments in (
         ("weight of strides", cuda.linear, (x[:, :8].contiguous(), weight.T, None)),
         ("activations are torch.float32", cuda.linear, (x.float(), words, scale)),
-        ("a weight of 4 bits needs equal groups", cuda.linear, (x, words, None)),
+        ("a weight of 4 bits needs groups of", cuda.linear, (x, words, None)),
     ):
         with pytest.raises(ValueError, match=message):
             function(*arguments, None, counters)
@@ -131,22 +131,22 @@ def test_linear_is_the_reference(normal, counters, dtype, tiles, activation):
             arguments = (x, weight, None, bias, counters)
             options = {"activation": activation, "soft_cap": soft_cap, "wide": wide}
             expected = reference.linear(*arguments, **options)
-            got = cuda.launch_linear(*arguments, **options, tiles=tiles)
+            got = cuda.launch_linear(*arguments, **options, tiles=tiles)[1]
             assert_close(got, expected, dtype)
 
 
-@pytest.mark.parametrize("bits, group_size", [(8, 0), (4, 32), (4, 64), (4, 128), (4, 384)])
+@pytest.mark.parametrize("bits, group_size", [(8, 0), (4, 64), (4, 128), (4, 256)])
 @pytest.mark.parametrize("activation, splits", [(None, 1), ("silu", 2)])
 def test_linear_of_integer_weights_is_exact_but_for_the_order_of_sums(
     normal, counters, bits, group_size, activation, splits
 ):
-    inputs = 5376 if ON_GPU else 384
+    inputs = 5376 if ON_GPU else 512 if group_size == 256 else 384
     x = normal(3, inputs, dtype=torch.bfloat16)
     weight = normal(2 * OUTPUTS, inputs, scale=inputs**-0.5)
     arguments = (x, *quantized(weight, bits, group_size), None, counters)
     options = {"activation": activation, "wide": True}
     expected = reference.linear(*arguments, **options)
-    got = cuda.launch_linear(*arguments, **options, tiles=DOT._replace(splits=splits))
+    got = cuda.launch_linear(*arguments, **options, tiles=DOT._replace(splits=splits))[1]
     assert_close(got, expected, torch.float32)
 
 
@@ -163,10 +163,10 @@ def test_a_row_of_a_batch_is_that_row_alone(normal, counters, bits, tiles):
         weight, scale = quantized(weight, bits, 128)
     else:
         weight = weight.bfloat16()
-    together = cuda.launch_linear(x, weight, scale, None, counters, wide=True, tiles=tiles)
+    together = cuda.launch_linear(x, weight, scale, None, counters, wide=True, tiles=tiles)[1]
     for i in (0, 16, x.shape[0] - 1):
         row = x[i : i + 1]
-        alone = cuda.launch_linear(row, weight, scale, None, counters, wide=True, tiles=tiles)
+        alone = cuda.launch_linear(row, weight, scale, None, counters, wide=True, tiles=tiles)[1]
         # NumPy's products, the interpreter's, depend on the company.
         difference = (alone[0] - together[i]).abs().max()
         assert difference == 0 if ON_GPU else difference < 1e-5
