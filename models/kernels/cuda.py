@@ -20,12 +20,21 @@ from torch.library import triton_op, wrap_triton
 from models.kernels.attention import attend_kernel
 from models.kernels.linear import dot_kernel, norm_kernel, rows_kernel
 from models.kernels.packing import GROUP_SIZES, SPAN_WORDS, WORD_BITS, weight_bits
-from models.kernels.tiles import SHARED_NORM, AttendTiles, LinearTiles, attend_tiles, linear_tiles
+from models.kernels.tiles import (
+    FAN,
+    SHARED_NORM,
+    AttendTiles,
+    LinearTiles,
+    attend_tiles,
+    linear_tiles,
+    most_splits,
+)
 
 
 def counters_size(rows: int, outputs: int, kv_heads: int) -> int:
     """How many `counters` the operators need for so many rows and outputs of a linear layer."""
-    return max(triton.cdiv(rows, 16) * triton.cdiv(outputs, 16), rows * kv_heads)
+    groups = triton.cdiv(most_splits(kv_heads), FAN)
+    return max(triton.cdiv(rows, 16) * triton.cdiv(outputs, 16), rows * kv_heads * (1 + groups))
 
 
 def _check_contiguous(**tensors: Tensor | None) -> None:
@@ -247,7 +256,9 @@ def launch_attend(
             f"{tuple(k_cache.shape)}"
         )
     tiles = tiles or attend_tiles(slots, kv_heads, head_dim, qkv.dtype)
-    splits = min(tiles.splits, triton.next_power_of_2(triton.cdiv(slots, tiles.block_s)))
+    parts = triton.cdiv(slots, tiles.block_s * tiles.least)
+    splits = min(tiles.splits, triton.next_power_of_2(parts))
+    fan = min(tiles.fan, splits)
     stored = triton.next_power_of_2(groups)
     new = {"dtype": float32, "device": qkv.device}
     out = empty(rows, kv_heads * groups * head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -259,8 +270,9 @@ def launch_attend(
         out, acc, largest, total, counters, slots, scale, eps, offset,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
         VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys,
-        SPLITS=splits, BLOCK_S=tiles.block_s, BLOCK_G=max(16, stored),
-        PARTS=max(1, min(splits, tiles.combined // (stored * head_dim))),
+        SPLITS=splits, FAN=fan, BLOCK_S=tiles.block_s, LEAST=tiles.least,
+        BLOCK_G=max(16, stored),
+        PARTS=max(1, min(fan, tiles.combined // (stored * head_dim))),
         STORED=stored, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ if triton.knobs.runtime.interpret:
 
     @triton.jit
     def prefetch(pointers):
-        pass
+        return tl.zeros(pointers.shape, tl.int32)
 
 else:
 
@@ -69,10 +69,14 @@ else:
 
     @triton.jit
     def prefetch(pointers):
-        """Ask for the lines of L2 that `pointers` are in; nothing waits for them."""
-        tl.inline_asm_elementwise(
+        """Zeros, having asked for the lines of L2 that `pointers` are in; nothing waits for them.
+
+        The zeros are to be used: an operation with effects torch would take for one that may write
+        to any argument, so this one may be left out as having none.
+        """
+        return tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
+            dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
 
 
@@ -260,10 +264,11 @@ def block_products(
 
 @triton.jit
 def prefetch_rows(w_ptr, n, start, width):
-    """Ask for the first lines of a program's weights [n, start:], which do not wait for a norm."""
+    """0, having asked for the first lines of a program's weights [n, start:], which need not wait
+    for a norm."""
     # A line of 128 bytes is 64 elements.
     columns = tl.minimum(start + 64 * tl.arange(0, 16), width - 1)
-    prefetch(w_ptr + n[:, None] * width + columns[None, :])
+    return tl.max(prefetch(w_ptr + n[:, None] * width + columns[None, :]))
 
 
 @triton.jit
@@ -317,11 +322,11 @@ def dot_kernel(
     end = tl.minimum(begin + steps, tl.cdiv(K, step))
     if NORM_K > 0:
         start = begin * (step if BITS == 0 else WORDS)
-        prefetch_rows(w_ptr, first, start, width)
+        zero = prefetch_rows(w_ptr, first, start, width)
         if ACTIVATION is not None:
-            prefetch_rows(w_ptr, second, start, width)
+            zero += prefetch_rows(w_ptr, second, start, width)
         k = tl.arange(0, NORM_K)
-        for row in range(rows):
+        for row in range(rows + zero):
             total, h = norm_row(
                 x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, row, k, K, eps, offset, ADD
             )

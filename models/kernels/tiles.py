@@ -11,6 +11,9 @@ import torch
 # With more rows than this each program of a linear layer would norm too much: it is done once.
 SHARED_NORM = 4
 
+# Parts of attention that one program adds up.
+FAN = 8
+
 
 class LinearTiles(NamedTuple):
     """Outputs and inputs of one program and step, parts of the inputs, warps, stages of the
@@ -27,12 +30,15 @@ class LinearTiles(NamedTuple):
 
 
 class AttendTiles(NamedTuple):
-    """Slots of one step, most parts of them, warps, stages, elements combined at once."""
+    """Slots of one step, most parts of them, least steps of a part, warps, stages, parts that a
+    program adds up and elements that it does at once."""
 
     block_s: int
     splits: int
+    least: int = 1
     warps: int = 4
     stages: int = 2
+    fan: int = FAN
     combined: int = 8192
 
 
@@ -51,9 +57,14 @@ def linear_tiles(
     return LinearTiles(True, 64, 128, splits)
 
 
+def most_splits(kv_heads: int) -> int:
+    """Parts of the slots of a row and key/value head, a power of two."""
+    return max(8, 128 // kv_heads)
+
+
 def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> AttendTiles:
     """For caches of [slots, kv_heads, head_dim] a row."""
-    splits = max(8, 128 // kv_heads)
+    splits = most_splits(kv_heads)
     if dtype == torch.float32:
         return AttendTiles(16, splits, warps=8, stages=1)
     return AttendTiles(32 if head_dim > 128 else 64, splits)
