@@ -82,7 +82,7 @@ def store_part(acc_ptr, max_ptr, sum_ptr, entry, mask, whole, acc, largest, tota
 def attend_kernel(
     qkv_ptr, position_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr,
     out_ptr, acc_ptr, max_ptr, sum_ptr, counter_ptr,
-    slots, scale, eps, offset,
+    slots, scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     VALUE_NORM: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr,
     SPLITS: tl.constexpr, FAN: tl.constexpr, BLOCK_S: tl.constexpr, LEAST: tl.constexpr,
