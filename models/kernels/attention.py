@@ -90,8 +90,9 @@ def attend_kernel(
 ):  # fmt: skip
     """One part of the slots of a row and key/value head.
 
-    A part is of LEAST blocks of slots at least. BLOCK_G is HEADS padded for a matrix product, STORED
-    to a power of two; PARTS are added up at once. Counters are [B, KV, 1 + SPLITS / FAN]. Partial results: acc [B, KV, SPLITS, STORED, Dh], max and sum [B, KV, SPLITS, STORED].
+    A part has at least LEAST blocks of slots. BLOCK_G is HEADS padded for a matrix product, STORED
+    to a power of two; PARTS are added up at once. Partial results: acc [B, KV, SPLITS, STORED, Dh],
+    max and sum [B, KV, SPLITS, STORED]; counters [B, KV, 1 + SPLITS / FAN].
     """
     SIZE: tl.constexpr = 2 * HALF
     LINES: tl.constexpr = SIZE // 64 if SIZE > 64 else 1
@@ -185,9 +186,7 @@ def attend_kernel(
     pair = row * KV + kv
     first = pair * SPLITS
     entry = (first + split) * STORED + g
-    store_part(
-        acc_ptr, max_ptr, sum_ptr, entry, g < STORED, whole, acc, largest, total, SIZE
-    )
+    store_part(acc_ptr, max_ptr, sum_ptr, entry, g < STORED, whole, acc, largest, total, SIZE)
     group = split // FAN
     groups = tl.cdiv(active, FAN)
     members = tl.minimum(FAN, active - group * FAN)

@@ -211,6 +211,29 @@ def test_a_norm_within_a_linear_layer_is_the_norm_alone(normal, counters, monkey
         assert_close(got, right, dtype)
 
 
+@pytest.mark.parametrize("bits, splits", [(0, 1), (0, 2), (4, 1)])
+def test_a_norm_within_products_of_matrices_is_the_norm_alone(normal, counters, bits, splits):
+    size, rows = (5376, 4) if ON_GPU else (256, 3)
+    x, branch = (normal(rows, size, dtype=torch.bfloat16) for _ in range(2))
+    matrix, scale = normal(2 * OUTPUTS, size, scale=size**-0.5).bfloat16(), None
+    if bits:
+        matrix, scale = quantized(matrix, bits, 128)
+    for with_branch in (False, True):
+        norm = cuda.Norm(normal(size), EPS, 1.0)
+        if with_branch:
+            norm = norm._replace(branch=branch, post_weight=normal(size), layer_scalar=normal(1))
+
+        def product(within, norm=norm):
+            tiles = DOT._replace(splits=splits, norm=within)
+            options = {"activation": "silu", "norm": norm, "tiles": tiles}
+            return cuda.launch_linear(x, matrix, scale, None, counters, **options)
+
+        (total, y), (right_total, right) = product(True), product(False)
+        assert torch.equal(y, right)
+        assert (total is None) == (not with_branch)
+        assert total is None or torch.equal(total, right_total)
+
+
 def attention(normal, layout, slots, dtype, values_are_keys):
     """The arguments and options of attend_step for three rows, but for their positions."""
     kv_heads, groups, head_dim = layout
@@ -236,12 +259,16 @@ def test_attention_and_the_caches_are_the_reference_s(
 ):
     slots = 1000 if ON_GPU else 19
     qkv, caches, norms, inv_freq, options = attention(normal, layout, slots, dtype, values_are_keys)
-    small = AttendTiles(16 if ON_GPU else 4, 4, stages=1, combined=64)
-    for position in ([0, 3, slots - 1], [slots, 2 * slots - 1, 7 * slots + 5], [1, 9 * slots, 4]):
+    for position, fan, least in (
+        ([0, 3, slots - 1], 2, 1),
+        ([slots, 2 * slots - 1, 7 * slots + 5], 4, 1),
+        ([1, 9 * slots, 4], 2, 2),
+    ):
         position = torch.tensor(position, device=DEVICE)
+        tiles = AttendTiles(16 if ON_GPU else 4, 4, least, stages=1, fan=fan, combined=64)
         mine, theirs = [[x.clone() for x in caches] for _ in range(2)]
         got = cuda.launch_attend(
-            qkv, position, *mine, *norms, inv_freq, counters, **options, tiles=small
+            qkv, position, *mine, *norms, inv_freq, counters, **options, tiles=tiles
         )
         expected = reference.attend_step(
             qkv, position, *theirs, *norms, inv_freq, counters, **options
