@@ -96,7 +96,8 @@ def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]
         shapes += [(32, 128, 4, 4), (16, 128, 1, 3), (64, 128, 2, 3)]
         shapes = shapes if bits == 4 else shapes[:4]
     elif small:
-        shapes = [(16, 128, 4, 4), (16, 256, 4, 3), (16, 128, 2, 4), (64, 128, 4, 4)]
+        shapes = [(16, 128, 4, 4), (16, 256, 4, 3), (16, 128, 4, 8), (16, 128, 2, 8)]
+        shapes += [(64, 128, 4, 4), (32, 128, 4, 8)]
     else:
         shapes = [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4)]
     ways = [own]

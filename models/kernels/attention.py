@@ -99,9 +99,10 @@ def attend_kernel(
     WIDTH: tl.constexpr = (HEADS + (1 if VALUES_ARE_KEYS else 2)) * KV * SIZE
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     split, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(position_ptr + row)
-    slot = (position % slots).to(tl.int32)
-    filled = tl.minimum(position + 1, slots).to(tl.int32)
+    # Remainders of 64 bits are slow.
+    position = tl.load(position_ptr + row).to(tl.int32)
+    slot = position % slots
+    filled = tl.minimum(position + 1, slots)
     size = tl.maximum(tl.cdiv(tl.cdiv(filled, BLOCK_S), SPLITS), LEAST) * BLOCK_S
     active = tl.cdiv(filled, size)
     if split >= active:
