@@ -19,14 +19,26 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def normed(x1, x2, weight_ptr, i, eps, offset, HALF: tl.constexpr):
-    """RMSNorm of rows in halves [..., HALF]; unchanged without a weight."""
+def load_halves(ptr, i, HALF: tl.constexpr):
+    return tl.load(ptr + i).to(tl.float32), tl.load(ptr + HALF + i).to(tl.float32)
+
+
+@triton.jit
+def load_norm(weight_ptr, i, offset, HALF: tl.constexpr):
+    """A norm's weights in halves; None without one."""
     if weight_ptr is None:
+        return None, None
+    w1, w2 = load_halves(weight_ptr, i, HALF)
+    return offset + w1, offset + w2
+
+
+@triton.jit
+def normed(x1, x2, w1, w2, eps):
+    """RMSNorm of rows in halves [..., HALF]; unchanged without weights."""
+    if w1 is None:
         return x1, x2
-    w1 = offset + tl.load(weight_ptr + i).to(tl.float32)
-    w2 = offset + tl.load(weight_ptr + HALF + i).to(tl.float32)
     axis: tl.constexpr = len(x1.shape) - 1
-    mean = tl.sum(x1 * x1 + x2 * x2, axis, keep_dims=True) / (2 * HALF)
+    mean = tl.sum(x1 * x1 + x2 * x2, axis, keep_dims=True) / (2 * x1.shape[axis])
     scale = 1 / tl.sqrt_rn(mean + eps)
     return x1 * scale * w1, x2 * scale * w2
 
@@ -34,11 +46,6 @@ def normed(x1, x2, weight_ptr, i, eps, offset, HALF: tl.constexpr):
 @triton.jit
 def rotated(x1, x2, cos, sin, dtype: tl.constexpr):
     return (x1 * cos - x2 * sin).to(dtype), (x2 * cos + x1 * sin).to(dtype)
-
-
-@triton.jit
-def load_halves(ptr, i, HALF: tl.constexpr):
-    return tl.load(ptr + i).to(tl.float32), tl.load(ptr + HALF + i).to(tl.float32)
 
 
 @triton.jit
@@ -101,6 +108,26 @@ def attend_kernel(
     split, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Remainders of 64 bits are slow.
     position = tl.load(position_ptr + row).to(tl.int32)
+
+    # All that does not depend on the position is asked for before anything waits for it.
+    qkv_ptr += row * WIDTH
+    i = tl.arange(0, HALF)
+    whole = tl.arange(0, SIZE)
+    g = tl.arange(0, BLOCK_G)
+    q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
+    present = (g < HEADS)[:, None]
+    q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0)
+    q2 = tl.load(qkv_ptr + HALF + q_offsets, mask=present, other=0.0)
+    key_ptr = qkv_ptr + (HEADS * KV + kv) * SIZE
+    value_ptr = key_ptr
+    if not VALUES_ARE_KEYS:
+        value_ptr = key_ptr + KV * SIZE
+    new_k1, new_k2 = load_halves(key_ptr, i, HALF)
+    new_v = tl.load(value_ptr + whole)
+    inv_freq = tl.load(inv_freq_ptr + i)
+    q_weight1, q_weight2 = load_norm(q_norm_ptr, i, offset, HALF)
+    k_weight1, k_weight2 = load_norm(k_norm_ptr, i, offset, HALF)
+
     slot = position % slots
     filled = tl.minimum(position + 1, slots)
     size = tl.maximum(tl.cdiv(tl.cdiv(filled, BLOCK_S), SPLITS), LEAST) * BLOCK_S
@@ -119,17 +146,9 @@ def attend_kernel(
     lines = ahead[:, None] + 64 * tl.arange(0, LINES)[None, :]
     end += tl.max(prefetch(k_ptr + lines) + prefetch(v_ptr + lines))
 
-    qkv_ptr += row * WIDTH
-    i = tl.arange(0, HALF)
-    whole = tl.arange(0, SIZE)
-    g = tl.arange(0, BLOCK_G)
-    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + i)
+    angle = position.to(tl.float32) * inv_freq
     cos, sin = tl.cos(angle), tl.sin(angle)
-    q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
-    present = (g < HEADS)[:, None]
-    q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0).to(tl.float32)
-    q2 = tl.load(qkv_ptr + HALF + q_offsets, mask=present, other=0.0).to(tl.float32)
-    q1, q2 = normed(q1, q2, q_norm_ptr, i, eps, offset, HALF)
+    q1, q2 = normed(q1.to(tl.float32), q2.to(tl.float32), q_weight1, q_weight2, eps)
     q1, q2 = rotated(q1, q2, cos[None, :], sin[None, :], dtype)
 
     # In units of exp2.
@@ -139,14 +158,9 @@ def attend_kernel(
     acc = tl.zeros([BLOCK_G, SIZE], tl.float32)
     if (slot >= begin) & (slot < end):
         # The new token is this program's, and is not read back from the caches.
-        key_ptr = qkv_ptr + (HEADS * KV + kv) * SIZE
-        value_ptr = key_ptr
-        if not VALUES_ARE_KEYS:
-            value_ptr = key_ptr + KV * SIZE
-        k1, k2 = load_halves(key_ptr, i, HALF)
-        k1, k2 = normed(k1, k2, k_norm_ptr, i, eps, offset, HALF)
+        k1, k2 = normed(new_k1, new_k2, k_weight1, k_weight2, eps)
         k1, k2 = rotated(k1, k2, cos, sin, dtype)
-        v = tl.load(value_ptr + whole)
+        v = new_v
         if VALUE_NORM:
             wide = v.to(tl.float32)
             mean = tl.sum(wide * wide, 0) / SIZE
