@@ -200,9 +200,9 @@ class Report:
         self.rows.append(row)
 
     def table(self) -> str:
-        lines = [f"{'what':<18}{'form':<6}{'B':>3} {'us':>9}{'share':>7}{'error':>9}  way"]
+        lines = [f"{'what':<22}{'form':<6}{'B':>3} {'us':>9}{'share':>7}{'error':>9}  way"]
         for row in self.rows:
-            head = f"{row['name']:<18}{row['form']:<6}{row['rows']:>3} "
+            head = f"{row['name']:<22}{row['form']:<6}{row['rows']:>3} "
             if "failure" in row:
                 lines.append(f"{head}{'-':>9}{'':>16}  {row['way']}: {row['failure']}")
             else:
