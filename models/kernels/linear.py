@@ -247,7 +247,7 @@ def span_products(acc, w_ptr, scales, x_ptr, n, b, span, rows, K, width, BITS: t
         if BITS == 8:
             acc += part
         else:
-            acc += part * scales[group][:, None]
+            acc += part * scales[group].to(tl.float32)[:, None]
     return acc
 
 

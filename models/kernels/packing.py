@@ -19,10 +19,12 @@ WORD_BITS = 16
 GROUP_SIZES = 64, 128, 256
 
 
-def _round(weight: Tensor, group_size: int, largest: int) -> tuple[Tensor, Tensor]:
+def _round(
+    weight: Tensor, group_size: int, largest: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     grouped = weight.float().view(outputs, inputs // group_size, group_size)
-    scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
+    scale = (grouped.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest).to(dtype)
     values = (grouped / scale).round().clamp(-largest, largest).int()
     return values.view(outputs, inputs), scale[..., 0]
 
@@ -58,12 +60,12 @@ def unpack(words: Tensor, bits: int, inputs: int) -> Tensor:
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """float [N, K] -> words int16 [N, W] and scales float32 [N, 1], by each row's largest."""
-    values, scale = _round(weight, weight.shape[1], 127)
+    values, scale = _round(weight, weight.shape[1], 127, torch.float32)
     return pack(values, 8), scale
 
 
 def quantize_int4(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
-    """float [N, K] -> words int16 [N, W] and scales float32 [N, K / group_size].
+    """float [N, K] -> words int16 [N, W] and scales bfloat16 [N, K / group_size].
 
     Raises ValueError for other groups than of GROUP_SIZES, and where they do not fill a row.
     """
@@ -72,7 +74,7 @@ def quantize_int4(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor
             f"group_size = {group_size} must be one of {GROUP_SIZES} and divide the "
             f"{weight.shape[1]} inputs"
         )
-    values, scale = _round(weight, group_size, 7)
+    values, scale = _round(weight, group_size, 7, torch.bfloat16)
     return pack(values, 4), scale
 
 
