@@ -54,6 +54,9 @@ def linear_tiles(
     splits = 1
     while splits < 8 and outputs // 64 * splits < 256 and inputs // splits >= 1024:
         splits *= 2
+    # Short blocks and a long pipeline begin sooner.
+    if not bits and outputs * inputs < 2**24:
+        return LinearTiles(True, 64, 64, splits, stages=6)
     return LinearTiles(True, 64, 128, splits)
 
 
@@ -67,4 +70,4 @@ def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
     splits = most_splits(kv_heads)
     if dtype == torch.float32:
         return AttendTiles(16, splits, warps=8, stages=1)
-    return AttendTiles(32 if head_dim > 128 else 64, splits)
+    return AttendTiles(16 if head_dim > 256 else 32, splits, stages=3)
