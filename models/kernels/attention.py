@@ -25,17 +25,19 @@ def load_halves(ptr, i, HALF: tl.constexpr):
 
 @triton.jit
 def load_norm(weight_ptr, i, offset, HALF: tl.constexpr):
-    """A norm's weights in halves; None without one."""
+    """A norm's weights in halves; ones without one."""
     if weight_ptr is None:
-        return None, None
-    w1, w2 = load_halves(weight_ptr, i, HALF)
-    return offset + w1, offset + w2
+        w1, w2 = tl.full([HALF], 1.0, tl.float32), tl.full([HALF], 1.0, tl.float32)
+    else:
+        w1, w2 = load_halves(weight_ptr, i, HALF)
+        w1, w2 = offset + w1, offset + w2
+    return w1, w2
 
 
 @triton.jit
-def normed(x1, x2, w1, w2, eps):
-    """RMSNorm of rows in halves [..., HALF]; unchanged without weights."""
-    if w1 is None:
+def normed(x1, x2, w1, w2, eps, NORM: tl.constexpr):
+    """RMSNorm of rows in halves [..., HALF] if NORM."""
+    if not NORM:
         return x1, x2
     axis: tl.constexpr = len(x1.shape) - 1
     mean = tl.sum(x1 * x1 + x2 * x2, axis, keep_dims=True) / (2 * x1.shape[axis])
@@ -148,7 +150,9 @@ def attend_kernel(
 
     angle = position.to(tl.float32) * inv_freq
     cos, sin = tl.cos(angle), tl.sin(angle)
-    q1, q2 = normed(q1.to(tl.float32), q2.to(tl.float32), q_weight1, q_weight2, eps)
+    q1, q2 = normed(
+        q1.to(tl.float32), q2.to(tl.float32), q_weight1, q_weight2, eps, q_norm_ptr is not None
+    )
     q1, q2 = rotated(q1, q2, cos[None, :], sin[None, :], dtype)
 
     # In units of exp2.
@@ -158,7 +162,7 @@ def attend_kernel(
     acc = tl.zeros([BLOCK_G, SIZE], tl.float32)
     if (slot >= begin) & (slot < end):
         # The new token is this program's, and is not read back from the caches.
-        k1, k2 = normed(new_k1, new_k2, k_weight1, k_weight2, eps)
+        k1, k2 = normed(new_k1, new_k2, k_weight1, k_weight2, eps, k_norm_ptr is not None)
         k1, k2 = rotated(k1, k2, cos, sin, dtype)
         v = new_v
         if VALUE_NORM:
