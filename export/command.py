@@ -92,11 +92,12 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     output = DEFAULT_OUTPUT.replace("{name}", family.name)
     parser.add_argument("--output", type=Path, help=f"the artifact's directory (default: {output})")
     options = parser.parse_args(arguments)
-    only = {"inductor": None, "cuda": "cuda"}.get(options.backend, "cpu")
     if options.device is None:
-        options.device = only or "cpu"
-    if only not in (None, options.device):
-        parser.error(f"--device {options.device} needs --backend inductor")
+        options.device = "cuda" if options.backend == "cuda" else "cpu"
+    if options.device == "cuda" and options.backend not in ("inductor", "cuda"):
+        parser.error("--device cuda needs --backend inductor or cuda")
+    if options.device == "cpu" and options.backend == "cuda":
+        parser.error("--device cpu is not for --backend cuda")
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[options.backend][0]
     if options.quant not in FOR_BACKEND[options.backend]:

@@ -21,9 +21,10 @@ SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def portable(export_artifact, tiny_checkpoint):
+def portable(export_artifact, make_checkpoint):
     """An artifact of three rows for ExecuTorch's plain kernels."""
-    arguments = ("--model", tiny_checkpoint, "--backend", "portable", "--batch", 3)
+    checkpoint = make_checkpoint(num_hidden_layers=1, layer_types=["sliding_attention"])
+    arguments = ("--model", checkpoint, "--backend", "portable", "--batch", 3)
     return export_artifact("portable", *arguments, "--max-seq-len", 60, "--max-prefill", 7)
 
 
