@@ -10,7 +10,6 @@ measured; the one the operators use is marked with *.
 import argparse
 import datetime
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cuda_common import copy_bandwidth, median_us
 from models.kernels import cuda, reference
 from models.kernels.packing import quantize_int4, quantize_int8
 from models.kernels.tiles import AttendTiles, LinearTiles, attend_tiles, linear_tiles
@@ -128,47 +128,12 @@ def attend_candidates(layout: Layout) -> list[AttendTiles]:
     return list(dict.fromkeys(ways))
 
 
-def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Microseconds of one of `calls`, in a graph of them all."""
-    graph = capture(calls)
-    times = []
-    for i in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 2:
-            times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
 def build(calls: list[Callable[[], object]]) -> None:
     """Compile what the calls need side by side. One that fails will fail again, and be reported,
     where it is measured."""
     with ThreadPoolExecutor(16) as pool:
         wait([pool.submit(call) for call in calls])
     torch.cuda.synchronize()
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second read and written by a copy within the device."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / (median_us([lambda: target.copy_(source)], 10) * 1e-6)
 
 
 def copies_of(tensors: list[Tensor], used: float | None = None) -> list[list[Tensor]]:

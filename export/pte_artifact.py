@@ -21,7 +21,7 @@ class PteArtifact:
     # Of the weights as they are read, and of the caches.
     dtype = torch.float32
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int):
+    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
         self.options = options
         self.selection = SelectionExport(options.batch, vocab_size, options.backend)
 
@@ -82,7 +82,7 @@ class CudaPteArtifact:
     """Compiles the network's methods for the GPU that is here, by ExecuTorch's CudaBackend:
     model.pte, and model.ptd with the weights and the state."""
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int):
+    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
         self.options = options
         self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
         if not torch.cuda.is_available():

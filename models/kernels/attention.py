@@ -44,7 +44,7 @@ def load_halves(ptr, i, HALF: tl.constexpr):
 def attend_kernel(
     qkv_ptr, position_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr,
     out_ptr, acc_ptr, max_ptr, sum_ptr, counter_ptr,
-    slots, scale, eps, offset,
+    slots, scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     VALUE_NORM: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,

@@ -5,6 +5,8 @@ takes all rows at once through the tensor cores, with the weight as the left, la
 reads integer weights too (packing.py says how they lie). In neither does a row's result depend on
 the number of rows: each output is summed over the inputs in one order.
 
+Numbers such as `eps` are constants: as arguments the compiler of torch would pass them as float64.
+
 Names: row b of `rows`, output n of N, input k of K. A gated layer's weight has 2 N rows, of which
 one program takes n and N + n.
 """
@@ -109,7 +111,8 @@ def norm_row(
 
 @triton.jit
 def norm_kernel(
-    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K, eps, offset,
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K,
+    eps: tl.constexpr, offset: tl.constexpr,
     ADD: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Norm a row, after adding a branch to it if ADD."""
@@ -149,7 +152,7 @@ def load_weights(w_ptr, n, k, N, K):
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, w_ptr, bias_ptr, total_ptr, y_ptr,
-    rows, N, K, eps, offset, soft_cap,
+    rows, N, K, eps: tl.constexpr, offset: tl.constexpr, soft_cap: tl.constexpr,
     NORM: tl.constexpr, ADD: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -286,7 +289,7 @@ def combined(partial_ptr, offsets, mask, stride, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "steps"])
 def dot_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, counter_ptr, y_ptr,
-    rows, N, K, width, steps, soft_cap,
+    rows, N, K, width, steps, soft_cap: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,

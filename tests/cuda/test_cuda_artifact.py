@@ -1,0 +1,176 @@
+"""Packages on a CUDA GPU: graph, plain and eager give the same ids; the profiler sees the copies
+that the runner counts. Where there is no GPU all of it is skipped."""
+
+import itertools
+import json
+import shutil
+
+import pytest
+import torch
+
+import runner
+from export.checkpoint import load_weights, open_checkpoint
+from models import gemma3
+from runner import LoopOptions, Request, RunnerError
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+VARIANTS = [
+    LoopOptions(*variant, 1, graph)
+    for graph in (True, False)
+    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+]
+VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
+PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
+SAMPLED = {"temperature": 0.9, "top_k": 60, "top_p": 0.9, "seed": 7}
+CUDA = ("--backend", "inductor", "--device", "cuda", "--max-seq-len", 200, "--max-prefill", 7)
+
+
+@pytest.fixture(scope="module")
+def package(export_artifact, tiny_checkpoint):
+    return export_artifact("tiny-cuda", "--model", tiny_checkpoint, *CUDA, "--quant", "fp32")
+
+
+@pytest.fixture(scope="module")
+def model(package):
+    loaded = runner.load(package)
+    loaded.tokenizer.eos_token_ids.clear()
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_checkpoint):
+    """A function: prompt, count -> the greedy ids of the network itself, on the CPU."""
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    config = gemma3.Config.from_dict(checkpoint.config)
+
+    def run(prompt, count):
+        with torch.device("meta"):
+            network = gemma3.Network(config, 200)
+        load_weights(network, checkpoint, gemma3.checkpoint_name)
+        ids = []
+        with torch.no_grad():
+            for position in range(len(prompt) + count - 1):
+                token = (prompt + ids)[position]
+                logits = network.decode(torch.tensor([[token]]), torch.tensor([position]))
+                if position >= len(prompt) - 1:
+                    ids.append(logits.argmax().item())
+        return ids
+
+    return run
+
+
+def ids_of(model, prompt, count=60, options=None, **parameters):
+    return model.generate(prompt, count, options=options, **parameters).run().token_ids
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_every_variant_gives_the_eager_networks_ids(model, eager, prompt):
+    expected = eager(prompt, 60)
+    for options in VARIANTS:
+        assert ids_of(model, prompt, options=options) == expected, options
+
+
+def test_every_variant_samples_the_same_ids(model):
+    expected = ids_of(model, PROMPTS[2], **SAMPLED)
+    assert len(set(expected)) > 20
+    for options in VARIANTS:
+        assert ids_of(model, PROMPTS[2], options=options, **SAMPLED) == expected, options
+
+
+def test_rows_that_join_and_leave_give_what_each_gives_alone(
+    export_artifact, tiny_checkpoint, model
+):
+    artifact = export_artifact(
+        "tiny-cuda-batch", "--model", tiny_checkpoint, *CUDA, "--quant", "fp32", "--batch", 3
+    )
+    several = runner.load(artifact)
+    several.tokenizer.eos_token_ids.clear()
+    requests = [
+        Request(prompt, 9 + 5 * i, **(SAMPLED if i % 2 else {}))
+        for i, prompt in enumerate(PROMPTS + PROMPTS[::-1])
+    ]
+    expected = [
+        ids_of(model, r.prompt, r.max_new_tokens, **(SAMPLED if r.temperature else {}))
+        for r in requests
+    ]
+    for options in VARIANTS:
+        results = several.generate_batch(requests, options).run()
+        assert [result.token_ids for result in results] == expected, options
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_the_profiler_sees_the_copies_that_the_runner_counts(model, options):
+    from benchmarks.cuda_common import copies, profiled
+
+    model.generate(PROMPTS[2], 40, options=options).run()
+    done = []
+    events = profiled(lambda: done.append(model.generate(PROMPTS[2], 40, options=options).run()))
+    assert copies(events) == done[0].stats.transfers
+
+
+def test_a_step_is_one_graph_launch_without_an_upload(model):
+    from benchmarks.cuda_common import copies, launches, profiled
+
+    seen = {}
+    for count in (10, 50):
+        model.generate(PROMPTS[2], count).run()
+        events = profiled(lambda count=count: model.generate(PROMPTS[2], count).run())
+        seen[count] = launches(events), copies(events)
+    (few, few_copies), (many, many_copies) = seen.values()
+    assert many["graphs"] - few["graphs"] == 40 and many["kernels"] == few["kernels"]
+    assert many_copies["host_to_device"] == few_copies["host_to_device"]
+    assert many_copies["host_to_device"]["count"] <= 5
+    assert many_copies["device_to_device"] == few_copies["device_to_device"]
+    assert many_copies["device_to_host"] == {"count": 50, "bytes": 8 * 50}
+
+
+def test_two_models_do_not_disturb_each_other(package, model):
+    other = runner.load(package)
+    other.tokenizer.eos_token_ids.clear()
+    expected = [ids_of(model, prompt) for prompt in PROMPTS[1:3]]
+    first, second = model.generate(PROMPTS[1], 60), other.generate(PROMPTS[2], 60)
+    for _ in itertools.zip_longest(first, second):
+        pass
+    assert [first.token_ids, second.token_ids] == expected
+
+
+@pytest.mark.parametrize("quant", ["bf16", "int8"])
+def test_other_weights_give_the_same_ids_in_every_variant(export_artifact, tiny_checkpoint, quant):
+    artifact = export_artifact(
+        f"tiny-cuda-{quant}", "--model", tiny_checkpoint, *CUDA, "--quant", quant
+    )
+    model = runner.load(artifact)
+    expected = ids_of(model, PROMPTS[2])
+    assert len(set(expected)) > 5
+    for options in VARIANTS:
+        assert ids_of(model, PROMPTS[2], options=options) == expected, options
+
+
+@pytest.fixture
+def altered(package, tmp_path):
+    """A function: changes of the manifest -> the artifact's copy with them."""
+
+    def change(**entries):
+        directory = tmp_path / "altered"
+        shutil.copytree(package, directory)
+        manifest = json.loads((directory / "manifest.json").read_text()) | entries
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        return directory
+
+    return change
+
+
+def test_a_package_for_another_architecture_is_refused(altered):
+    with pytest.raises(RunnerError, match="compiled for sm_70, and this machine's cuda is sm_"):
+        runner.load(altered(processor="sm_70"))
+
+
+def test_what_does_not_fit_the_memory_is_one_line(altered, package):
+    state = json.loads((package / "manifest.json").read_text())["state"]
+    state[0] = state[0] | {"shape": [2**40]}
+    with pytest.raises(RunnerError, match="does not fit the GPU's memory") as caught:
+        runner.load(altered(state=state))
+    assert len(str(caught.value).splitlines()) == 1
