@@ -32,8 +32,9 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Any:
             else:
                 from runner.inductor_program import InductorProgram as Program
         except ImportError as error:
+            others = "executorch" if engine == "executorch" else "safetensors"
             raise RunnerError(
-                f"{artifact.directory} needs torch and safetensors ({error}): install them"
+                f"{artifact.directory} needs torch and {others} ({error}): install them"
             ) from None
     else:
         raise RunnerError(
