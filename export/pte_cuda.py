@@ -26,19 +26,13 @@ from torch.export import ExportedProgram
 from export.artifact import SmallWrites
 from export.pt2 import Decode, Prefill, integers, prompt_chunk
 from sampler.greedy import greedy
-from sampler.sample import sample
 
 
-class Select(nn.Module):
-    """`function` of the sampler as a method: logits float32 [B, V] and what else it takes ->
-    token int64 [B, 1]."""
+class Greedy(nn.Module):
+    """logits float32 [B, V] -> token int64 [B, 1]: sampler.greedy."""
 
-    def __init__(self, function: Callable[..., Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, logits: Tensor, *sampling: Tensor) -> Tensor:
-        return self.function(logits, *sampling)
+    def forward(self, logits: Tensor) -> Tensor:
+        return greedy(logits)
 
 
 class OwnConstants(ExportedProgramPassBase):
@@ -71,13 +65,11 @@ def trace(model: nn.Module, max_prefill: int) -> dict[str, ExportedProgram]:
         "prefill": torch.export.export(Prefill(model), chunk, dynamic_shapes=shapes, **later),
         "decode": torch.export.export(Decode(model), step),
     }
+    # No `sample`: Inductor of torch 2.11 gives no valid code for Philox's products of an index, nor
+    # for sums along a large vocabulary; and the sampler's own kernels are no ATen operators.
     for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
-        # Each a tensor of its own: torch.export takes one that is passed twice for one argument.
-        logits, temperature, top_p = (torch.ones(rows, *more) for more in [(vocab_size,), (), ()])
-        top_k, seed, position = (integers(rows) for _ in range(3))
-        sampling = temperature, top_k, top_p, seed, position
-        methods["greedy" + suffix] = torch.export.export(Select(greedy), (logits,))
-        methods["sample" + suffix] = torch.export.export(Select(sample), (logits, *sampling))
+        logits = torch.zeros(rows, vocab_size)
+        methods["greedy" + suffix] = torch.export.export(Greedy(), (logits,))
     return methods
 
 

@@ -39,9 +39,12 @@ class Artifact:
         """The methods that sample. Errors: RunnerError where they are not among those `present`."""
         names = ["sample"] + ["sample_row"] * (self.manifest["batch"] > 1)
         if missing := set(names) - set(present):
+            # What is exported for CudaBackend never samples.
+            cuda = self.manifest["backend"] == "cuda"
             raise RunnerError(
                 f"{self.directory} has no method {' or '.join(sorted(missing))}, and so only "
-                "temperature 0 is possible: export it again"
+                "temperature 0 is possible: export it "
+                + ("with --backend inductor" if cuda else "again")
             )
         return names
 
