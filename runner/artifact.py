@@ -1,6 +1,7 @@
 """The artifact directory as the runner sees it: a manifest that has been checked."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,19 @@ class Artifact:
     @property
     def program_file(self) -> Path:
         return self.directory / self.manifest["program"]["file"]
+
+    def sampling_methods(self, present: Iterable[str]) -> list[str]:
+        """The methods that sample. Errors: RunnerError where they are not among those `present`."""
+        names = ["sample"] + ["sample_row"] * (self.manifest["batch"] > 1)
+        if missing := set(names) - set(present):
+            # What is exported for CudaBackend never samples.
+            cuda = self.manifest["backend"] == "cuda"
+            raise RunnerError(
+                f"{self.directory} has no method {' or '.join(sorted(missing))}, and so only "
+                "temperature 0 is possible: export it "
+                + ("with --backend inductor" if cuda else "again")
+            )
+        return names
 
 
 def open_artifact(directory: Path) -> Artifact:
