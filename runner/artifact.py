@@ -23,6 +23,11 @@ KEYS = {
     "program": dict,
 }
 
+# What only some engines need.
+ENGINE_KEYS = {
+    "inductor": {"processor": str, "weights": dict, "state": list, "versions": dict},
+}
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -71,7 +76,7 @@ def open_artifact(directory: Path) -> Artifact:
             f"{path} has the format {found!r}, and this tokenloop runs format {FORMAT_VERSION}: "
             "export it again"
         )
-    for key, kind in KEYS.items():
+    for key, kind in (KEYS | ENGINE_KEYS.get(manifest.get("engine"), {})).items():
         if not isinstance(manifest.get(key), kind):
             raise RunnerError(
                 f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"
