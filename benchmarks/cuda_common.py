@@ -50,19 +50,39 @@ def decode_ms(model, position: int, steps: int, repeats: int, options) -> list[f
     return times
 
 
+def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
+    """Microseconds of one of `calls`, in a graph of them all."""
+    graph = capture(calls)
+    times = []
+    for i in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
 def copy_bandwidth() -> float:
     """Bytes per second read and written by a copy within the device."""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    times = []
-    for _ in range(23):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return 2 * source.nbytes / statistics.median(times[3:])
+    return 2 * source.nbytes / (median_us([lambda: target.copy_(source)], 20) * 1e-6)
 
 
 def profiled(action: Callable[[], object]) -> list[dict]:

@@ -11,7 +11,6 @@ import argparse
 import datetime
 import json
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cuda_common import copy_bandwidth
+from benchmarks.cuda_common import copy_bandwidth, median_us
 from models.kernels import cuda, reference
 from models.kernels.packing import quantize_int4, quantize_int8
 from models.kernels.tiles import AttendTiles, LinearTiles, attend_tiles, linear_tiles, most_splits
@@ -130,34 +129,6 @@ def attend_candidates(layout: Layout) -> list[AttendTiles]:
         AttendTiles(block, splits, stages=3, combined=4096),
     ]
     return list(dict.fromkeys(ways))
-
-
-def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Microseconds of one of `calls`, in a graph of them all."""
-    graph = capture(calls)
-    times = []
-    for i in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 2:
-            times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def build(calls: list[Callable[[], object]]) -> None:

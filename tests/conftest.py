@@ -70,13 +70,10 @@ def make_checkpoint(tmp_path_factory):
     """A function (**config) -> directory of the tiny checkpoint, with other values in its config:
     written by transformers, with a tokenizer of one id for each byte."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", *alphabet])}
     shape = {
-        "vocab_size": len(vocabulary),
+        "vocab_size": 259,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
@@ -102,17 +99,84 @@ def make_checkpoint(tmp_path_factory):
             if "q_norm" in name:
                 parameter.data += 1.0
         model.save_pretrained(directory)
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens(["<pad>", "<eos>", "<bos>"])
-        tokenizer.save(str(directory / "tokenizer.json"))
+        write_byte_tokenizer(directory, ["<pad>", "<eos>", "<bos>"])
         (directory / "tokenizer_config.json").write_text(
             '{"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": true}'
         )
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_qwen_checkpoint(tmp_path_factory):
+    """A function (model_type, **config) -> directory of a tiny Qwen checkpoint, as make_checkpoint
+    makes Gemmas; its texts begin with no token of their own."""
+    import torch
+    from transformers import (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    shape = {
+        "vocab_size": 258,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": 1,
+    }
+    own = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+        "qwen3_moe": (
+            Qwen3MoeConfig,
+            Qwen3MoeForCausalLM,
+            {
+                "head_dim": 32,
+                "num_experts": 7,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "norm_topk_prob": True,
+            },
+        ),
+    }
+
+    def make(model_type: str, **changes) -> Path:
+        directory = tmp_path_factory.mktemp(model_type)
+        config_class, model_class, more = own[model_type]
+        torch.manual_seed(0)
+        model = model_class(config_class(**shape | more | changes))
+        for name, parameter in model.named_parameters():
+            # The head may be the embedding.
+            torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.2)
+            if "norm" in name:
+                parameter.data += 1.0
+        model.save_pretrained(directory)
+        write_byte_tokenizer(directory, ["<|endoftext|>", "<|im_end|>"])
+        (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        return directory
+
+    return make
+
+
+def write_byte_tokenizer(directory: Path, special: list[str]) -> None:
+    """A tokenizer.json of the special tokens and one id for each byte after them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")

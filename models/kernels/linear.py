@@ -58,6 +58,8 @@ else:
         lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA;
         sub.rn.bf16x2 $0, t, s;
     }}"""
+    # On one line: torch's compiler copies them into a string with their escapes processed.
+    _NIBBLES, _BYTES = " ".join(_NIBBLES.split()), " ".join(_BYTES.split())
     NIBBLES = tl.constexpr(tuple(_NIBBLES.format(shift=4 * i) for i in range(4)))
     BYTES = tl.constexpr(tuple(_BYTES.format(shift=8 * i) for i in range(2)))
 

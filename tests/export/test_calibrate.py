@@ -7,7 +7,7 @@ from export.command import parse_arguments
 from export.gemma import FAMILY
 from export.quantize import QuantizedLinear
 from export.recipes import RECIPES
-from models import gemma3
+from models import gemma3, qwen3
 
 IDS = [2, *(3 + (7 * i) % 250 for i in range(60))]
 
@@ -42,6 +42,21 @@ def test_smoothing_changes_nothing_in_float32(model):
     calibrate(model, IDS)
     assert not torch.equal(model.model.layers[0].mlp.down_proj.weight, weights)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe"])
+def test_smoothing_changes_nothing_of_biased_layers_and_experts(make_qwen_checkpoint, model_type):
+    checkpoint = open_checkpoint(make_qwen_checkpoint(model_type))
+    with torch.device("meta"):
+        model = qwen3.Qwen3(qwen3.Qwen3Config.from_dict(checkpoint.config), 100)
+    load_weights(model, checkpoint, qwen3.checkpoint_name)
+    layer = model.model.layers[0]
+    layer.input_layernorm.weight[3] = 40.0
+    before, weights = logits(model), layer.self_attn.v_proj.weight.clone()
+    calibrate(model, IDS)
+    assert not torch.equal(layer.self_attn.v_proj.weight, weights)
+    tolerance = 1e-5 * before.abs().max().item()
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=tolerance)
 
 
 def test_every_factor_is_a_power_of_two(model):

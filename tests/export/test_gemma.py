@@ -142,7 +142,10 @@ def test_a_cache_longer_than_the_models_positions(refuses, checkpoint):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--backend", "portable", "--quant", "8da8w"), "--quant 8da8w needs --backend xnnpack"),
+        (
+            ("--backend", "portable", "--quant", "8da8w"),
+            "--quant 8da8w is not for --backend portable",
+        ),
         (("--max-seq-len", 1), "--max-seq-len is 1; it must be at least 2"),
         (("--max-prefill", -1), "--max-prefill is -1; it must be at least 1"),
         (("--batch", 0), "--batch is 0; it must be at least 1"),

@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import warnings
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -13,10 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import export.attention
-import export.command
-import export.pte
-import export.pte_artifact
 from export.gemma import FAMILY
 from export.pte import rescore
 from export.quantize import QuantizedEmbedding, Shortlist, dot_products, quantize_rows
@@ -24,6 +19,13 @@ from export.selection import Greedy
 from runner.artifact import open_artifact
 from runner.executorch_program import ExecuTorchProgram
 from sampler.greedy import greedy
+from tests.export.programs import (
+    assert_near,
+    assert_near_of_quantized,
+    even,
+    export_here,
+    feed,
+)
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ONE_HEAD = {"num_key_value_heads": 1, "num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}
@@ -77,47 +79,14 @@ def export_of(make_checkpoint, tmp_path_factory):
     def make(name: str):
         made = (ARTIFACTS | BATCHES)[name]
         directory = tmp_path_factory.mktemp("exported") / "artifact"
-        options = export.command.parse_arguments(
-            FAMILY,
-            [
-                *("--model", str(make_checkpoint(**made.config)), "--quant", made.quant),
-                *("--max-seq-len", str(made.max_seq_len), "--max-prefill", str(made.max_prefill)),
-                *("--backend", made.backend, "--batch", str(made.batch)),
-                *("--output", str(directory)),
-            ],
-        )
-        networks = []
-
-        def build_program(model, *arguments):
-            networks.append(copy.deepcopy(model))
-            return build(model, *arguments)
-
-        build = export.pte.build_program
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            patch.setattr(export.attention, "FIRST_BLOCK", made.first_block)
-            patch.setattr(export.attention, "FIRST_BLOCK_OF_ROWS", made.first_block)
-            patch.setattr(export.pte, "build_program", build_program)
-            patch.setattr(export.pte_artifact, "SelectionExport", GreedyExport)
-            export.command.export(FAMILY, options, lambda _: None)
-        return directory, *networks
+        arguments = [
+            *("--model", make_checkpoint(**made.config), "--quant", made.quant),
+            *("--max-seq-len", made.max_seq_len, "--max-prefill", made.max_prefill),
+            *("--backend", made.backend, "--batch", made.batch, "--output", directory),
+        ]
+        return directory, export_here(FAMILY, arguments, made.first_block)
 
     return make
-
-
-class GreedyExport:
-    """What of export.background.SelectionExport these tests need: `sample` takes long to export."""
-
-    def __init__(self, batch: int, vocab_size: int, backend: str):
-        rows = {"greedy": batch} if batch == 1 else {"greedy": batch, "greedy_row": 1}
-        self.methods = list(rows)
-        self._exported = {
-            name: torch.export.export(Greedy(), (torch.zeros(count, vocab_size),))
-            for name, count in rows.items()
-        }
-
-    def result(self):
-        return export.pte.to_program(self._exported, {}, True, lambda _: None).executorch_program
 
 
 @pytest.fixture(scope="module")
@@ -141,42 +110,6 @@ def text_of(export_of):
         return ids.numpy(), torch.cat(logits).numpy()
 
     return run
-
-
-def feed(program, ids: np.ndarray, chunks, decoded: int = 0) -> np.ndarray:
-    """Prefill chunks of these lengths from position 0 on, decode some more ids: the logits after
-    each call."""
-    rows, start = [], 0
-    for length in chunks:
-        positions = np.arange(start, start + length)
-        rows.append(program.prefill(ids[:, start : start + length], positions)[0].copy())
-        start += length
-    for position in range(start, start + decoded):
-        row = program.decode(ids[:, position : position + 1], np.array([position]))
-        rows.append(row[0].copy())
-    return np.array(rows)
-
-
-def even(length: int, chunk: int) -> list[int]:
-    """So many positions in chunks of this size, and what is left."""
-    return [chunk] * (length // chunk) + [length % chunk] * (length % chunk > 0)
-
-
-def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
-    """The same logits but for rounding: these differ by 0.15 from token to token."""
-    np.testing.assert_allclose(actual, expected, rtol=0.0, atol=1e-5)
-    assert np.array_equal(actual.argmax(1), expected.argmax(1))
-
-
-def assert_near_of_quantized(
-    actual: np.ndarray, expected: np.ndarray, same: float, limit: float
-) -> None:
-    """The same logits but for codes that lie between two: they may be rounded up here and down
-    there, which shows in a text from then on, but no more than `limit`. The others are the same,
-    which are at least this part of them."""
-    error = np.abs(actual - expected).max(1)
-    assert error.max() < limit
-    assert np.quantile(error, same) < 1e-5
 
 
 # Against the eager network

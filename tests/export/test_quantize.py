@@ -20,6 +20,7 @@ from export.quantize import (
     restore,
 )
 from export.recipes import RECIPES, Recipe
+from models.moe import MoeConfig, SparseMoe
 
 TINY = torch.finfo(torch.float32).tiny
 SMALLEST_VOCABULARY = 64 * 256  # that a shortlist fits
@@ -168,9 +169,13 @@ def test_rows_that_are_not_whole_groups_are_refused():
         quantize_rows(torch.zeros(2, 40), 4, 32)
 
 
-def test_a_linear_layer_with_a_bias_is_refused():
-    with pytest.raises(ValueError, match="bias"):
-        QuantizedLinear(nn.Linear(32, 4), 8, None)
+@pytest.mark.parametrize("mean", [None, torch.ones(32)])
+def test_a_linear_layers_own_bias_is_added_as_it_is(mean):
+    layer, biased = linear(5, 32), nn.Linear(32, 5)
+    biased.weight = layer.weight
+    x = random(1, 3, 32)
+    without, module = (QuantizedLinear(each, 8, None, mean) for each in (layer, biased))
+    torch.testing.assert_close(module(x), without(x) + biased.bias)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32)])
@@ -514,3 +519,47 @@ def test_a_model_that_asks_for_gradients_can_be_quantized_and_copied():
     assert not any(buffer.requires_grad for buffer in model.buffers())
     tokens = torch.arange(40)[None]
     assert torch.equal(copy.deepcopy(model)(tokens), model(tokens))
+
+
+# Experts, and heads of their own
+
+
+class Mixture(nn.Module):
+    """As much of a network as `quantize` looks at, with experts and an untied head."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(vocabulary, 32)
+        self.model.mlp = SparseMoe(32, MoeConfig(5, 2, 16, norm_topk_prob=True))
+        self.lm_head = nn.Linear(32, vocabulary, bias=False)
+        for i, parameter in enumerate(self.parameters()):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
+        self.requires_grad_(False)
+
+
+def test_experts_keep_their_rows_in_8_bits_and_the_router_its_weights():
+    network = Mixture(64)
+    moe = network.model.mlp
+    router, gate_up, down = moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj
+    quantize(network, RECIPES["8da4w"])
+    assert moe.gate.weight is router
+    for codes, scales, weight in (
+        (moe.experts.gate_up_proj_codes, moe.experts.gate_up_proj_scales, gate_up),
+        (moe.experts.down_proj_codes, moe.experts.down_proj_scales, down),
+    ):
+        assert codes.dtype == torch.int8 and codes.shape == weight.shape
+        error = (codes * scales[..., None] - weight).abs()
+        assert (error <= scales[..., None] * 0.5001).all()
+    x = random(1, 4, 32)
+    torch.testing.assert_close(moe(x[:, :1]), moe(x)[:, :1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_untied_heads_best_tokens_are_scored_with_the_heads_own_rows():
+    network = Mixture(SMALLEST_VOCABULARY)
+    head = network.lm_head
+    quantize(network, RECIPES["8da8w"])
+    rows = network.lm_head.shortlist.embedding
+    assert rows is not network.model.embed_tokens
+    ids = torch.tensor([3, 16_000])
+    torch.testing.assert_close(rows(ids), head.weight[ids], rtol=0, atol=0.02)

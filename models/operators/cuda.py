@@ -1,0 +1,120 @@
+"""The operators on CUDA: the functions of conv1d.py and delta_rule.py by Triton kernels.
+
+They give what those give, to rounding, in one launch each that depends on shapes alone: nothing is
+read back, so they can be captured in a CUDA graph. They are operators too, torch.ops.tokenloop.*,
+whose kernels torch.export and AOTInductor see, and whose changes to the states are declared.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from models.operators import conv1d, delta_rule
+from models.operators.slots import PAD_SLOT_ID
+from models.operators.triton_conv1d import causal_conv1d_kernel, causal_conv1d_update_kernel
+from models.operators.triton_delta_rule import gated_delta_rule_update_kernel
+
+# Tokens (at most 64), channels and warps of one program: where channels are adjacent in memory, so
+# that it keeps all its tokens in registers, 4 channels to a thread; and elsewhere, where tokens may
+# be adjacent.
+ROLLING = 16, 256, 2
+WHOLE = 64, 32, 4
+UPDATE_DIM = 256
+# Columns of a state to one program: 16 KiB of one of 128 rows.
+BLOCK_VALUES = 32
+
+
+@triton_op("tokenloop::causal_conv1d", mutates_args={"conv_state"})
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    query_start_loc: Tensor,
+    conv_state: Tensor,
+    cache_indices: Tensor | None,
+    has_initial_state: Tensor,
+    activation: str | None = None,
+    pad_slot_id: int = PAD_SLOT_ID,
+) -> Tensor:
+    """As conv1d.causal_conv1d. The result has x's layout."""
+    conv1d.check(weight, activation)
+    dim, tokens = x.shape
+    rolling = x.stride(0) == 1
+    if rolling:
+        out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device).T
+    else:
+        out = torch.empty(dim, tokens, dtype=x.dtype, device=x.device)
+    block_tokens, block_dim, warps = ROLLING if rolling else WHOLE
+    wrap_triton(causal_conv1d_kernel)[
+        (triton.cdiv(tokens, block_tokens) * triton.cdiv(dim, block_dim),)
+    ](
+        x, weight, bias, query_start_loc, conv_state, cache_indices, has_initial_state, out,
+        dim, tokens, query_start_loc.shape[0] - 1, pad_slot_id,
+        *x.stride(), *out.stride(), *weight.stride(), *conv_state.stride(),
+        WIDTH=weight.shape[1], HAS_BIAS=bias is not None, HAS_INDICES=cache_indices is not None,
+        SILU=activation is not None, ROLLING=rolling, BLOCK_TOKENS=block_tokens,
+        BLOCK_DIM=block_dim, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@triton_op("tokenloop::causal_conv1d_update", mutates_args={"conv_state"})
+def causal_conv1d_update(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_state: Tensor,
+    cache_indices: Tensor | None,
+    has_initial_state: Tensor,
+    activation: str | None = None,
+    pad_slot_id: int = PAD_SLOT_ID,
+) -> Tensor:
+    """As conv1d.causal_conv1d_update."""
+    conv1d.check(weight, activation)
+    batch, dim = x.shape
+    out = torch.empty(batch, dim, dtype=x.dtype, device=x.device)
+    wrap_triton(causal_conv1d_update_kernel)[(batch, triton.cdiv(dim, UPDATE_DIM))](
+        x, weight, bias, conv_state, cache_indices, has_initial_state, out, dim, pad_slot_id,
+        *x.stride(), *weight.stride(), *conv_state.stride(),
+        WIDTH=weight.shape[1], HAS_BIAS=bias is not None, HAS_INDICES=cache_indices is not None,
+        SILU=activation is not None, BLOCK_DIM=UPDATE_DIM,
+    )  # fmt: skip
+    return out
+
+
+@triton_op("tokenloop::gated_delta_rule_update", mutates_args={"state"})
+def gated_delta_rule_update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    cache_indices: Tensor | None,
+    has_initial_state: Tensor,
+    pad_slot_id: int = PAD_SLOT_ID,
+) -> Tensor:
+    """As delta_rule.gated_delta_rule_update; raises ValueError besides where a head of q, k or v or
+    the state is not contiguous."""
+    delta_rule.check(q, v, state)
+    if not state.is_contiguous() or any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise ValueError(
+            f"strides of q, k, v and state are {q.stride()}, {k.stride()}, {v.stride()} and "
+            f"{state.stride()}: heads of q, k and v and the whole state must be contiguous"
+        )
+    batch, heads, value_size = v.shape
+    key_size = q.shape[2]
+    out = torch.empty(batch, heads, value_size, dtype=v.dtype, device=v.device)
+    wrap_triton(gated_delta_rule_update_kernel)[
+        (batch * heads, triton.cdiv(value_size, BLOCK_VALUES))
+    ](
+        q, k, v, a, b, A_log, dt_bias, state, cache_indices, has_initial_state, out,
+        heads, heads // q.shape[1], key_size, value_size, key_size**-0.5, pad_slot_id,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *a.stride(), *b.stride(),
+        HAS_INDICES=cache_indices is not None, KEYS=triton.next_power_of_2(key_size),
+        BLOCK_VALUES=BLOCK_VALUES,
+    )  # fmt: skip
+    return out

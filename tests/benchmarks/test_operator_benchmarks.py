@@ -1,0 +1,72 @@
+"""The benchmarks of the linear-attention operators measure what they say: their ways agree with the
+reference, on small inputs in Triton's interpreter, and their flags are checked."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, Triton's own among them.
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+if not torch.cuda.is_available() and isinstance(tl.philox, triton.JITFunction):
+    pytest.skip("triton was imported for a GPU before this file", allow_module_level=True)
+
+from benchmarks import causal_conv1d, gated_delta  # noqa: E402
+from models.operators import conv1d, delta_rule  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Two roundings to bfloat16, which Triton's interpreter does towards zero.
+ERROR = 2**-6
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+@pytest.mark.parametrize("sequences", [1, 8, 64])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_lengths_add_up_and_are_even_or_skewed(sequences, skewed):
+    lengths = causal_conv1d.lengths_of(2048, sequences, skewed)
+    assert sum(lengths) == 2048 and len(lengths) == sequences and min(lengths) > 0
+    if skewed:
+        assert max(lengths) > 2048 - 8 * sequences
+    else:
+        assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("lengths", [[11], [1, 2, 9, 3], [5, 0, 4]], ids=str)
+def test_both_grids_of_the_convolution_give_the_reference_s_output_and_states(lengths):
+    work = causal_conv1d.make_work(10, lengths, DEVICE)
+    state = work.state.clone()
+    with causal_conv1d.cut_into((4, 8, 1)):
+        assert work.error(work.ours) < ERROR
+    assert work.error(lambda x: work.by_sequence(x, (4, 8, 1))) < ERROR
+    assert torch.equal(work.state, state)
+
+
+def test_a_wrong_convolution_is_found_out():
+    work = causal_conv1d.make_work(10, [6, 3], DEVICE)
+    with causal_conv1d.cut_into((4, 8, 1)):
+        assert work.error(lambda x: work.ours(x) * 1.1) > ERROR
+        assert work.error(lambda x: work.ours(x.flip(1)).flip(1)) == torch.inf
+
+
+def test_the_step_and_its_convolution_give_the_reference_s_outputs_and_states():
+    work = gated_delta.make_work(2, 2, 1, 8, DEVICE, 1)
+    for block in (4, 8):
+        with gated_delta.columns(block):
+            assert work.error(work.step, delta_rule, work.states[0]) < ERROR
+    assert work.error(work.convolve, conv1d, work.convs[0]) < ERROR
+
+
+@pytest.mark.parametrize("benchmark", [causal_conv1d, gated_delta])
+def test_what_cannot_be_measured_is_one_line_and_status_2(benchmark, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, message in ((["--repeats", "0"], "--repeats is 0"), ([], "no CUDA GPU")):
+        with pytest.raises(SystemExit) as exit_:
+            benchmark.parse(arguments)
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,86 @@
+"""What tests of whole programs share: an export in this process, and feeding what it made."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import export.attention
+import export.command
+import export.pte
+import export.pte_artifact
+from export.selection import Greedy
+
+
+def export_here(family: export.command.Family, arguments: list, first_block: int):
+    """Export as the script does, with caches of such a first block: a copy of the network that the
+    program was made of."""
+    options = export.command.parse_arguments(family, [str(argument) for argument in arguments])
+    networks = []
+
+    def build_program(model, *arguments):
+        networks.append(copy.deepcopy(model))
+        return build(model, *arguments)
+
+    build = export.pte.build_program
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(export.attention, "FIRST_BLOCK", first_block)
+        patch.setattr(export.attention, "FIRST_BLOCK_OF_ROWS", first_block)
+        patch.setattr(export.pte, "build_program", build_program)
+        patch.setattr(export.pte_artifact, "SelectionExport", GreedyExport)
+        export.command.export(family, options, lambda _: None)
+    return networks[0]
+
+
+class GreedyExport:
+    """What of export.background.SelectionExport these tests need: `sample` takes long to export."""
+
+    def __init__(self, batch: int, vocab_size: int, backend: str):
+        rows = {"greedy": batch} if batch == 1 else {"greedy": batch, "greedy_row": 1}
+        self.methods = list(rows)
+        self._exported = {
+            name: torch.export.export(Greedy(), (torch.zeros(count, vocab_size),))
+            for name, count in rows.items()
+        }
+
+    def result(self):
+        return export.pte.to_program(self._exported, {}, True, lambda _: None).executorch_program
+
+
+def feed(program, ids: np.ndarray, chunks, decoded: int = 0) -> np.ndarray:
+    """Prefill chunks of these lengths from position 0 on, decode some more ids: the logits after
+    each call."""
+    rows, start = [], 0
+    for length in chunks:
+        positions = np.arange(start, start + length)
+        rows.append(program.prefill(ids[:, start : start + length], positions)[0].copy())
+        start += length
+    for position in range(start, start + decoded):
+        row = program.decode(ids[:, position : position + 1], np.array([position]))
+        rows.append(row[0].copy())
+    return np.array(rows)
+
+
+def even(length: int, chunk: int) -> list[int]:
+    """So many positions in chunks of this size, and what is left."""
+    return [chunk] * (length // chunk) + [length % chunk] * (length % chunk > 0)
+
+
+def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
+    """The same logits but for rounding: these differ by 0.15 from token to token."""
+    np.testing.assert_allclose(actual, expected, rtol=0.0, atol=1e-5)
+    assert np.array_equal(actual.argmax(1), expected.argmax(1))
+
+
+def assert_near_of_quantized(
+    actual: np.ndarray, expected: np.ndarray, same: float, limit: float
+) -> None:
+    """The same logits but for codes that lie between two: they may be rounded up here and down
+    there, which shows in a text from then on, but no more than `limit`. The others are the same,
+    which are at least this part of them."""
+    error = np.abs(actual - expected).max(1)
+    assert error.max() < limit
+    assert np.quantile(error, same) < 1e-5

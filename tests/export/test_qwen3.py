@@ -1,0 +1,185 @@
+"""Qwen's programs against the eager network, and its scripts against transformers."""
+
+import functools
+import json
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from export.errors import ExportError
+from export.qwen3 import FAMILY
+from runner.artifact import open_artifact
+from runner.executorch_program import ExecuTorchProgram
+from tests.export.programs import (
+    assert_near,
+    assert_near_of_quantized,
+    even,
+    export_here,
+    feed,
+)
+
+MAX_SEQ_LEN, MAX_PREFILL = 40, 7
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an artifact is made of."""
+
+    model_type: str
+    config: dict = field(default_factory=dict)
+    quant: str = "fp32"
+    backend: str = "xnnpack"
+    batch: int = 1
+
+
+LARGE = {"vocab_size": 16384, "num_hidden_layers": 1}
+EXACT = {
+    "qwen2, tied": Made("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": Made("qwen3"),
+    "qwen3_moe": Made("qwen3_moe"),
+    "qwen3_moe, portable": Made("qwen3_moe", backend="portable"),
+}
+QUANTIZED = {
+    "qwen2, 8da4w": Made("qwen2", quant="8da4w"),
+    "qwen3, 8da8w, shortlist": Made("qwen3", LARGE, "8da8w"),
+    "qwen3, tied, 8da8w, shortlist": Made("qwen3", LARGE | {"tie_word_embeddings": True}, "8da8w"),
+    "qwen3_moe, 8da8w": Made("qwen3_moe", quant="8da8w"),
+}
+# Of 3 rows two experts each are fewer than 7, of 4 rows they are not.
+BATCHES = {f"qwen3_moe, {n} rows": Made("qwen3_moe", batch=n) for n in (3, 4)}
+BATCHES["qwen2, 3 rows"] = Made("qwen2", batch=3)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def export_of(make_qwen_checkpoint, tmp_path_factory):
+    """A function: name of an artifact -> its directory, and a copy of the network in it."""
+
+    @functools.cache
+    def make(name: str):
+        made = (EXACT | QUANTIZED | BATCHES)[name]
+        directory = tmp_path_factory.mktemp("exported") / "artifact"
+        arguments = [
+            *("--model", make_qwen_checkpoint(made.model_type, **made.config)),
+            *("--quant", made.quant, "--backend", made.backend, "--batch", made.batch),
+            *("--max-seq-len", MAX_SEQ_LEN, "--max-prefill", MAX_PREFILL, "--output", directory),
+        ]
+        return directory, export_here(FAMILY, arguments, first_block=8)
+
+    return make
+
+
+def program_of(directory) -> ExecuTorchProgram:
+    return ExecuTorchProgram(open_artifact(directory))
+
+
+def text_of(model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that fill the cache, and the eager network's logits [T, V] after each of them."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (1, MAX_SEQ_LEN), generator=generator)
+    with torch.no_grad():
+        logits = [model.decode(ids[:, [i]], torch.tensor([i])) for i in range(MAX_SEQ_LEN)]
+    return ids.numpy(), torch.cat(logits).numpy()
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("chunk", [1, 5, 7])
+def test_chunks_and_steps_give_the_eager_networks_logits(export_of, name, chunk):
+    directory, model = export_of(name)
+    ids, expected = text_of(model)
+    chunks = even(17, chunk)
+    ends = [*accumulate(chunks), *range(18, MAX_SEQ_LEN + 1)]
+    actual = feed(program_of(directory), ids, chunks, MAX_SEQ_LEN - 17)
+    assert_near(actual, expected[np.array(ends) - 1])
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_program_gives_the_quantized_networks_logits(export_of, name):
+    directory, model = export_of(name)
+    ids, expected = text_of(model)
+    chunks = even(17, MAX_PREFILL)
+    ends = [*accumulate(chunks), *range(18, MAX_SEQ_LEN + 1)]
+    actual = feed(program_of(directory), ids, chunks, MAX_SEQ_LEN - 17)
+    assert_near_of_quantized(actual, expected[np.array(ends) - 1], same=0.2, limit=0.1)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_rows_of_a_program_give_the_eager_networks_logits(export_of, name):
+    directory, model = export_of(name)
+    program, rows = program_of(directory), model.batch
+    ids = np.random.default_rng(0).integers(3, 258, (rows, 20))
+    lengths = [9, 1, 5, 12][:rows]
+    for row, length in enumerate(lengths):
+        start = 0
+        for count in even(length, MAX_PREFILL):
+            chunk = ids[row : row + 1, start : start + count], np.arange(start, start + count)
+            actual = program.prefill(*chunk, np.array([row])).copy()
+            with torch.no_grad():
+                arguments = map(torch.from_numpy, (*chunk, np.array([row])))
+                assert_near(actual, model.prefill(*arguments).numpy())
+            start += count
+    for step in range(8):
+        position = np.array(lengths) + step
+        token = ids[np.arange(rows), position][:, None]
+        actual = program.decode(token, position).copy()
+        with torch.no_grad():
+            expected = model.decode(torch.from_numpy(token), torch.from_numpy(position)).numpy()
+        assert_near(actual, expected)
+
+
+# The real command lines
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_the_scripts_give_transformers_greedy_ids(
+    make_qwen_checkpoint, run_script, tmp_path, model_type
+):
+    checkpoint, output = make_qwen_checkpoint(model_type), tmp_path / "artifact"
+    flags = ("--quant", "fp32", "--max-seq-len", 100, "--max-prefill", 4, "--output", output)
+    done = run_script("export/qwen3.py", "--model", checkpoint, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_script(
+        *("runner/run.py", "--artifact", output, "--json", "--max-new-tokens", 40, "Größe: 5 µm"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    model, prompt = AutoModelForCausalLM.from_pretrained(checkpoint), result["prompt_ids"]
+    assert len(prompt) == len("Größe: 5 µm".encode())
+    tokens = torch.tensor([prompt])
+    mask = torch.ones_like(tokens)
+    made = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=40)
+    expected = made[0, len(prompt) :].tolist()
+    assert result["token_ids"] == [token for token in expected if token != 1]
+    assert len(set(expected)) > 5
+
+
+def test_the_same_export_gives_the_same_bytes(export_of, make_qwen_checkpoint, tmp_path):
+    arguments = ["--model", make_qwen_checkpoint("qwen3_moe"), "--quant", "8da8w"]
+    arguments += ["--max-seq-len", 40, "--max-prefill", 7, "--output", tmp_path / "again"]
+    export_here(FAMILY, arguments, first_block=8)
+    directory, _ = export_of("qwen3_moe, 8da8w")
+    # The manifest names the checkpoint, whose directory is another one here.
+    for name in ("model.pte", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_experts_are_not_made_integers_of_without_a_word(make_qwen_checkpoint, tmp_path):
+    arguments = ["--model", make_qwen_checkpoint("qwen3_moe"), "--backend", "inductor"]
+    arguments += ["--quant", "int8", "--output", tmp_path / "artifact"]
+    with pytest.raises(ExportError, match="--quant int8 is not for experts with --backend induct"):
+        export_here(FAMILY, arguments, first_block=8)
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_a_model_the_script_asks_for_one(run_script, tmp_path):
+    done = run_script("export/qwen3.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "export/qwen3.py: error: no --model; give it a .gguf file or a Hugging Face directory\n"
+    )
