@@ -77,8 +77,8 @@ def write_package(
     """
     device = model.lm_head.weight.device
     with device:
-        token, position = _integers(model.batch, 1), _integers(model.batch)
-        chunk, shapes = _chunk(model.batch, max_prefill)
+        token, position = integers(model.batch, 1), integers(model.batch)
+        chunk, shapes = prompt_chunk(model.batch, max_prefill)
     progress("compiling prefill")
     files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
     progress("compiling decode")
@@ -118,12 +118,12 @@ def compile_selection(
             from sampler import cuda
 
             functions = {"greedy": cuda.greedy, "sample": cuda.sample}
-            example = _integers(max_seq_len, batch), _integers(1), _integers(batch)
+            example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
-            logits, next_id = torch.zeros(rows, vocab_size), _integers(rows, 1)
-            numbers, integers = torch.ones(rows), _integers(rows)
-            sampling = numbers, integers, numbers.clone(), integers.clone(), integers.clone()
+            logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
+            numbers, counts = torch.ones(rows), integers(rows)
+            sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
             arguments = {"greedy": (logits, next_id), "sample": (logits, *sampling, next_id)}
             for name, function in functions.items():
                 files[name + suffix] = compile_method(Select(function), arguments[name])
@@ -180,17 +180,17 @@ def is_state(name: str) -> bool:
     return ".cache." in name or name == "counters"
 
 
-def _chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
+def prompt_chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
     """Prefill's example inputs and their dynamic shapes."""
     # One token at most is no dynamic size.
     length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
     traced = min(TRACED_LENGTH, max_prefill)
-    example = _integers(1, traced), torch.arange(traced)
+    example = integers(1, traced), torch.arange(traced)
     shapes = [{1: length}, {0: length}]
     if batch > 1:
-        example, shapes = (*example, _integers(1)), [*shapes, None]
+        example, shapes = (*example, integers(1)), [*shapes, None]
     return example, shapes if length is not None else None
 
 
-def _integers(*shape: int) -> Tensor:
+def integers(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
