@@ -149,7 +149,7 @@ def tensors_of(
 ) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
     """What the methods' packages need: weights, views of weights or state, and state, by name.
 
-    A view is contiguous: the name `of` the whole, the `offset` of its first element, its `shape`.
+    A view is the name `of` the whole, the `offset` of its first element, its `shape` and `stride`.
     Tensors with several names are weights or state under only one of them.
     """
     weights, views, state, named = {}, {}, {}, {}
@@ -162,8 +162,12 @@ def tensors_of(
         tensor = named[name]
         owner = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
         if owner != name:
-            offset, shape = tensor.storage_offset(), list(tensor.shape)
-            views[name] = {"of": owner, "offset": offset, "shape": shape}
+            views[name] = {
+                "of": owner,
+                "offset": tensor.storage_offset(),
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+            }
         elif is_state(name):
             state[name] = tensor
         else:

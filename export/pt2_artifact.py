@@ -56,6 +56,8 @@ class Pt2Artifact:
         from export.pt2 import Decode, Prefill, tensors_of, write_package
 
         model.to(self.device)
+        # Modules with the tensors that those of the step are views of.
+        whole = []
         # The fused step knows no experts.
         if self.device.type == "cuda" and not experts:
             from export.fused import FusedDecode
@@ -63,12 +65,12 @@ class Pt2Artifact:
             decode = FusedDecode(model, bits)
         else:
             if bits:
-                for block in model.model.layers:
-                    FusedLayer(block, bits)
+                layers = nn.ModuleList(FusedLayer(block, bits) for block in model.model.layers)
+                whole = [nn.ModuleDict({"layers": layers})]
             decode = Decode(model)
         program = directory / "model.pt2"
         methods = write_package(model, decode, max_prefill, self.selection, program, progress)
-        tensors, views, state = tensors_of(Prefill(model), decode)
+        tensors, views, state = tensors_of(Prefill(model), decode, *whole)
         return {
             "program": {"file": program.name, "bytes": program.stat().st_size},
             "weights": self._write_weights(tensors, directory) | {"views": views},

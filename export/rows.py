@@ -33,12 +33,12 @@ class Rows(nn.Module):
         """Layers like those that these rows were made of, in the same memory."""
         sizes = [linear.out_features for linear in linears]
 
-        def split(tensor: Tensor | None) -> list[Tensor | None]:
+        def split(tensor: Tensor | None, axis: int) -> list[Tensor | None]:
             if tensor is None:
                 return [None] * len(sizes)
-            return [nn.Parameter(part, requires_grad=False) for part in tensor.split(sizes)]
+            return [nn.Parameter(part, requires_grad=False) for part in tensor.split(sizes, axis)]
 
-        parts = zip(*(split(tensor) for tensor in (self.weight, self.scale, self.bias)))
+        parts = zip(split(self.weight, 0), split(self.scale, 1), split(self.bias, 0))
         return [RowsView(self.inputs, *part) for part in parts]
 
 

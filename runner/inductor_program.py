@@ -1,6 +1,5 @@
 """An AOTInductor package driven method by method: weights and state are there once, for all."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -177,9 +176,8 @@ def _constants(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
         dtype = getattr(torch, state["dtype"])
         tensors[state["name"]] = torch.zeros(state["shape"], dtype=dtype, device=device)
     for name, view in entry["views"].items():
-        whole = tensors[view["of"]].flatten()
-        size = math.prod(view["shape"])
-        tensors[name] = whole[view["offset"] : view["offset"] + size].view(view["shape"])
+        layout = view["shape"], view["stride"], view["offset"]
+        tensors[name] = tensors[view["of"]].as_strided(*layout)
     return tensors
 
 

@@ -29,7 +29,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, inputs: int) -> Tensor:
     if not bits:
         return weight.float()
     values = unpack(weight, bits, inputs).float()
-    return values * scale.repeat_interleave(inputs // scale.shape[1], 1)
+    return values * scale.T.repeat_interleave(inputs // scale.shape[0], 1)
 
 
 def linear(
@@ -45,9 +45,9 @@ def linear(
 ) -> Tensor:
     """x [B, K] times the weight's transpose -> [B, N], of x's dtype or, if `wide`, float32.
 
-    weight: float [N, K], or words of packing.py with their `scale`. With an `activation` the
-    weight has 2 N rows, and activation(first half) * second half is given. A soft_cap c above 0
-    makes it c * tanh(y / c).
+    weight: float [N, K], or words of packing.py with their `scale` [K / group, N]. With an
+    `activation` the weight has 2 N rows, and activation(first half) * second half is given. A
+    soft_cap c above 0 makes it c * tanh(y / c).
     """
     y = x.float() @ dequantize(weight, scale, x.shape[1]).T
     if bias is not None:

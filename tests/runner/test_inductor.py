@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import runner
+from models.kernels.reference import dequantize
 from runner import LoopOptions, Request, RunnerError
 
 VARIANTS = [
@@ -183,6 +185,39 @@ def test_other_weights_run_and_are_smaller(export_artifact, tiny_checkpoint, pac
     assert len(set(expected[0])) > 5
     for options in VARIANTS[::3]:
         assert ids_of(model, PROMPTS[2], 20, options) == expected
+
+
+@pytest.fixture(scope="module")
+def integer_package(export_artifact, make_checkpoint, tiny_checkpoint):
+    """A function: "int8" or "int4" -> a package of such weights, and its checkpoint."""
+
+    def make(quant):
+        checkpoint = tiny_checkpoint
+        if quant == "int4":
+            # Rows of 4 bits are of more than 128 inputs.
+            sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+            checkpoint = make_checkpoint(**sizes)
+        arguments = ("--model", checkpoint, *INDUCTOR, "--quant", quant)
+        return export_artifact(f"tiny-inductor-{quant}", *arguments), checkpoint
+
+    return make
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_integer_weights_are_the_checkpoint_s_within_half_a_step(integer_package, quant):
+    directory, checkpoint = integer_package(quant)
+    model = runner.load(directory)
+    constants, weights = model.loop.program.constants, load_file(checkpoint / "model.safetensors")
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    for layer in attention + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]:
+        name = f"model.layers.1.{layer}"
+        weight = weights[f"{name}.weight"].bfloat16().float()
+        words, scale = (constants[f"network.{name}.{part}"] for part in ("weight", "scale"))
+        error = (dequantize(words, scale, weight.shape[1]) - weight).abs()
+        step = scale.float().T.repeat_interleave(weight.shape[1] // scale.shape[0], 1)
+        assert (error <= 0.501 * step).all(), layer
+    expected = ids_of(model, PROMPTS[2], 20)
+    assert ids_of(model, PROMPTS[2], 20, VARIANTS[-1]) == expected
 
 
 def test_random_weights_are_the_same_each_time(export_artifact, tiny_checkpoint):
