@@ -187,6 +187,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
                 "max_seq_len": max_seq_len,
                 "max_prefill": max_prefill,
                 "vocab_size": config.vocab_size,
+                "hidden_size": config.hidden_size,
                 "quant": options.quant,
                 "tokenizer": tokenizer,
                 "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},

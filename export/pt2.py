@@ -33,11 +33,23 @@ class Prefill(nn.Module):
         return self.network.prefill(tokens, positions, row)
 
 
-class Decode(Prefill):
-    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
+class Embed(nn.Module):
+    """token int64 [B, 1] -> hidden [B, 1, D], what decode_embedded takes of it."""
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        return self.network.decode(token, position)
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        # Here for its weight's name, and nothing else of the network.
+        self.embed_tokens, self.embed = network.model.embed_tokens, network.embed
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.embed(token)
+
+
+class DecodeEmbedded(Prefill):
+    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
+
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode_embedded(hidden, position)
 
 
 class Select(nn.Module):
@@ -51,6 +63,34 @@ class Select(nn.Module):
     def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
         *sampling, next_id = sampling_and_next_id
         next_id.copy_(self.function(logits, *sampling))
+
+
+class SelectEmbed(Embed):
+    """What Select takes, and then hidden [B, 1, D], which is written as well: the embedding of
+    next_id."""
+
+    def __init__(self, network: nn.Module, function: Callable[..., Tensor]):
+        super().__init__(network)
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
+        *sampling, next_id, hidden = sampling_and_outputs
+        token = self.function(logits, *sampling)
+        next_id.copy_(token)
+        hidden.copy_(self.embed(token))
+
+
+class CudaSelectEmbed(Embed):
+    """The same by a function of sampler.cuda, whose last launch looks the embedding up."""
+
+    def __init__(self, network: nn.Module, function: Callable[..., None]):
+        super().__init__(network)
+        self.function, self.scale = function, network.embed_scale
+
+    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
+        *sampling, next_id, hidden = sampling_and_outputs
+        table = self.embed_tokens.weight
+        self.function(logits, *sampling, table, next_id, hidden, scale=self.scale)
 
 
 class NextPositions(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 from runner.errors import RunnerError
 
 # The one manifest format that this runner drives; export/artifact.py writes it.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KEYS = {
     "engine": str,
     "backend": str,
@@ -18,6 +18,7 @@ KEYS = {
     "max_seq_len": int,
     "max_prefill": int,
     "vocab_size": int,
+    "hidden_size": int,
     "tokenizer": dict,
     "program": dict,
 }
