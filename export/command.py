@@ -154,7 +154,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     else:
         from export.pte_artifact import PteArtifact as Artifact
     with new_artifact(options.output) as directory, torch.no_grad():
-        engine = Artifact(options, config.vocab_size)
+        engine = Artifact(options, config.vocab_size, max_seq_len)
         if options.random_weights is None:
             tokenizer = write_tokenizer(checkpoint, directory)
         else:

@@ -9,6 +9,7 @@ from torch._inductor import aot_compile
 from torch._inductor.package import package_aoti
 from torch.export import Dim
 
+from export.background import Background
 from sampler.greedy import greedy
 from sampler.sample import sample
 
@@ -104,54 +105,68 @@ def write_package(
     model: nn.Module,
     decode: nn.Module,
     max_prefill: int,
+    selection: Background,
     path: Path,
     progress: Callable[[str], None],
 ) -> list[str]:
     """Compile the methods for the device that the model is on, into a .pt2 file; their names.
 
     `decode` is Decode(model), or does the same. Constants have the names that they have in the
-    method, and those of prefill begin with "network".
+    method, and those of prefill begin with "network". `selection` computes compile_selection.
     """
-    batch, vocab_size = model.batch, model.config.vocab_size
     device = model.lm_head.weight.device
     with device:
-        methods = {
-            "prefill": (Prefill(model), *_chunk(batch, max_prefill)),
-            "decode": (decode, (_integers(batch, 1), _integers(batch)), None),
-        }
-        functions = {"greedy": greedy, "sample": sample}
-        if device.type == "cuda":
+        token, position = _integers(model.batch, 1), _integers(model.batch)
+        chunk, shapes = _chunk(model.batch, max_prefill)
+    progress("compiling prefill")
+    files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
+    progress("compiling decode")
+    files["decode"] = compile_method(decode, (token, position))
+    progress("compiling the selection methods")
+    files |= selection.result()
+    progress("writing")
+    package_aoti(str(path), files)
+    return sorted(files)
+
+
+def compile_selection(
+    batch: int, vocab_size: int, max_seq_len: int, device: str
+) -> dict[str, list[str]]:
+    """The compiled files of greedy and sample, of all rows and of one; with CUDA next_positions."""
+    functions = {"greedy": greedy, "sample": sample}
+    files = {}
+    with torch.device(device), torch.no_grad():
+        if device == "cuda":
             from models.kernels import positions  # noqa: F401  (registers the operator)
             from sampler import cuda
 
             functions = {"greedy": cuda.greedy, "sample": cuda.sample}
-            lines = _integers(model.max_seq_len, batch)
-            methods["next_positions"] = (
-                NextPositions(), (lines, _integers(1), _integers(batch)), None,
-            )  # fmt: skip
+            example = _integers(max_seq_len, batch), _integers(1), _integers(batch)
+            files["next_positions"] = compile_method(NextPositions(), example)
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
             logits, next_id = torch.zeros(rows, vocab_size), _integers(rows, 1)
             numbers, integers = torch.ones(rows), _integers(rows)
             sampling = numbers, integers, numbers.clone(), integers.clone(), integers.clone()
             arguments = {"greedy": (logits, next_id), "sample": (logits, *sampling, next_id)}
             for name, function in functions.items():
-                methods[name + suffix] = Select(function), arguments[name], None
-    files = {}
-    for name, (method, example, shapes) in methods.items():
-        progress(f"compiling {name}")
-        # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
-        program = torch.export.export(
-            method,
-            example,
-            dynamic_shapes=shapes,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-        compiled = aot_compile(program.module(), example, options=OPTIONS)
-        # Sources say in which temporary directory they were compiled, and are not needed.
-        files[name] = [file for file in compiled if not file.endswith(".cpp")]
-    progress("writing")
-    package_aoti(str(path), files)
-    return sorted(methods)
+                files[name + suffix] = compile_method(Select(function), arguments[name])
+    return files
+
+
+def compile_method(
+    method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None = None
+) -> list[str]:
+    """The files of a package's method, compiled for the device of its example inputs."""
+    # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
+    program = torch.export.export(
+        method,
+        example,
+        dynamic_shapes=dynamic_shapes,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    files = aot_compile(program.module(), example, options=OPTIONS)
+    # Sources say in which temporary directory they were compiled, and are not needed.
+    return [file for file in files if not file.endswith(".cpp")]
 
 
 def tensors_of(

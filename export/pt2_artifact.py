@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from export.background import Background
 from export.errors import ExportError
 from export.recipes import INTEGER_BITS
 from export.rows import FusedLayer
@@ -15,9 +16,10 @@ from models.moe import SparseMoe
 
 
 class Pt2Artifact:
-    """Compiles the network's methods for the device that the options name."""
+    """Compiles the methods for the device that the options name: those of selection at once, in
+    another process, the others in `write`."""
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int):
+    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
         self.options, self.device = options, torch.device(options.device)
         # Of the weights as they are read, of activations and of caches.
         self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
@@ -25,6 +27,11 @@ class Pt2Artifact:
             raise ExportError(
                 "--device cuda needs a CUDA GPU here: kernels are compiled and tried on it"
             )
+        self.selection = Background(
+            "the selection methods",
+            _compile_selection,
+            (options.batch, vocab_size, max_seq_len, options.device),
+        )
 
     def write(
         self,
@@ -60,7 +67,7 @@ class Pt2Artifact:
                     FusedLayer(block, bits)
             decode = Decode(model)
         program = directory / "model.pt2"
-        methods = write_package(model, decode, max_prefill, program, progress)
+        methods = write_package(model, decode, max_prefill, self.selection, program, progress)
         tensors, views, state = tensors_of(Prefill(model), decode)
         return {
             "program": {"file": program.name, "bytes": program.stat().st_size},
@@ -80,6 +87,13 @@ class Pt2Artifact:
         path = directory / "model.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         return {"file": path.name, "bytes": path.stat().st_size}
+
+
+def _compile_selection(arguments: tuple) -> dict[str, list[str]]:
+    # Imports of seconds, in the other process.
+    from export.pt2 import compile_selection
+
+    return compile_selection(*arguments)
 
 
 def _entries(tensors: dict[str, Tensor]) -> list[dict]:

@@ -20,7 +20,7 @@ class PteArtifact:
     # Of the weights as they are read, and of the caches.
     dtype = torch.float32
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int):
+    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
         self.options = options
         self.selection = SelectionExport(options.batch, vocab_size, options.backend)
 
