@@ -1,4 +1,4 @@
-"""A decode step on CUDA by models/kernels: five launches a layer, and two for the ends."""
+"""A decode step on CUDA by models/kernels: five launches a layer, and one for the end."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,8 @@ from models.kernels import cuda
 
 
 class FusedDecode(nn.Module):
-    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V], as the network's decode.
+    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
+    decode_embedded.
 
     `bits` of the layers' weights are 4 or 8, or 0 for those that the network has; the embedding and
     the head stay as they are. Nothing of the network that only prefill reads is in here: what is
@@ -18,7 +19,6 @@ class FusedDecode(nn.Module):
     def __init__(self, network: nn.Module, bits: int = 0):
         super().__init__()
         backbone, head = network.model, network.lm_head
-        self.embed_tokens, self.embed = backbone.embed_tokens, backbone.embed
         self.rope, self.norm, self.head = backbone.rope, backbone.norm, head
         self.layers = nn.ModuleList(FusedLayer(block, bits) for block in backbone.layers)
         self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
@@ -28,17 +28,17 @@ class FusedDecode(nn.Module):
         counters = torch.zeros(size, dtype=torch.int32, device=head.weight.device)
         self.register_buffer("counters", counters, persistent=False)
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        x, branch, before = self.embed(token)[:, 0], None, None
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        x, branch, before = hidden[:, 0], None, None
         for layer in self.layers:
             x, qkv = self._after(before, x, branch, layer.input_norm, layer.qkv)
             branch = self._linear(self._attend(layer, qkv, position), layer.o)
-            x, hidden = cuda.add_norm_linear(
+            x, gated = cuda.add_norm_linear(
                 x, branch, weight_of(layer.post_attention_norm), None, layer.mlp_norm.weight,
                 *_tensors(layer.gate_up), self.counters,
                 eps=layer.mlp_norm.eps, offset=layer.mlp_norm.offset, activation=layer.activation,
             )  # fmt: skip
-            branch, before = self._linear(hidden, layer.down), layer
+            branch, before = self._linear(gated, layer.down), layer
         options = {"wide": True, "soft_cap": self.soft_cap}
         return self._after(before, x, branch, self.norm, self.head, **options)[1]
 

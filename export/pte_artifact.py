@@ -15,14 +15,18 @@ from export.tokenizer_files import encode
 
 
 class PteArtifact:
-    """Begins to export the selection methods at once, in another process; the rest in `write`."""
+    """Exports the selection methods from `begin` on, in another process; the rest in `write`."""
 
     # Of the weights as they are read, and of the caches.
     dtype = torch.float32
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
+    def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.selection = SelectionExport(options.batch, vocab_size, options.backend)
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin with what needs no weights."""
+        vocab_size = model.config.vocab_size
+        self.selection = SelectionExport(model.batch, vocab_size, self.options.backend)
 
     def write(
         self,

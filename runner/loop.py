@@ -9,7 +9,6 @@ from runner.errors import RunnerError
 from runner.rows import Rows, Sequence
 from runner.transfers import Transfers
 
-
 FEEDS = ("auto", "embed", "alias", "host")
 
 

@@ -13,7 +13,7 @@ from runner import LoopOptions, Request, RunnerError
 
 VARIANTS = [
     LoopOptions(*variant)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
 ]
 VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 # Chunks are of 7 tokens and the window is 16: within one, across both, and the least.
