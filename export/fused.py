@@ -1,10 +1,11 @@
-"""A decode step on CUDA by models/kernels: five launches a layer, and one for the end."""
+"""A decode step on CUDA by models/kernels: five launches a layer, or eight with routed experts, and
+one for the end."""
 
 import torch
 from torch import Tensor, nn
 
 from export.rows import FusedLayer, Rows
-from models.kernels import cuda
+from models.kernels import cuda, experts
 
 
 class FusedDecode(nn.Module):
@@ -22,7 +23,8 @@ class FusedDecode(nn.Module):
         self.rope, self.norm, self.head = backbone.rope, backbone.norm, head
         self.layers = nn.ModuleList(FusedLayer(block, bits) for block in backbone.layers)
         self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
-        widest = max(layer.gate_up.weight.shape[0] for layer in self.layers)
+        linears = (part for part in self.layers.modules() if isinstance(part, (Rows, nn.Linear)))
+        widest = max(linear.weight.shape[0] for linear in linears)
         kv_heads = max(layer.cache.k.shape[2] for layer in self.layers)
         size = cuda.counters_size(network.batch, max(widest, head.out_features), kv_heads)
         counters = torch.zeros(size, dtype=torch.int32, device=head.weight.device)
@@ -33,14 +35,27 @@ class FusedDecode(nn.Module):
         for layer in self.layers:
             x, qkv = self._after(before, x, branch, layer.input_norm, layer.qkv)
             branch = self._linear(self._attend(layer, qkv, position), layer.o)
-            x, gated = cuda.add_norm_linear(
-                x, branch, weight_of(layer.post_attention_norm), None, layer.mlp_norm.weight,
-                *_tensors(layer.gate_up), self.counters,
-                eps=layer.mlp_norm.eps, offset=layer.mlp_norm.offset, activation=layer.activation,
-            )  # fmt: skip
-            branch, before = self._linear(gated, layer.down), layer
+            x, branch = self._feed_forward(layer, x, branch)
+            before = layer
         options = {"wide": True, "soft_cap": self.soft_cap}
         return self._after(before, x, branch, self.norm, self.head, **options)[1]
+
+    def _feed_forward(self, layer: FusedLayer, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual after the attention, whose branch is given, and the feed-forward's own."""
+        norm = layer.mlp_norm
+        residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
+        options = {"eps": norm.eps, "offset": norm.offset}
+        if layer.moe is None:
+            tensors = *_tensors(layer.gate_up), self.counters
+            options["activation"] = layer.activation
+            x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
+            return x, self._linear(gated, layer.down)
+        x, normed = cuda.add_norm(*residual, **options)
+        config, weights = layer.moe.config, layer.moe.experts
+        routed = experts.route(
+            self._linear(normed, layer.moe.gate), config.num_experts_per_tok, config.norm_topk_prob
+        )
+        return x, experts.experts(normed, *routed, weights.gate_up_proj, weights.down_proj)
 
     def _after(
         self,
@@ -61,7 +76,7 @@ class FusedDecode(nn.Module):
             x, branch, post, before.layer_scalar, norm.weight, *tensors, **options
         )
 
-    def _linear(self, x: Tensor, rows: Rows) -> Tensor:
+    def _linear(self, x: Tensor, rows: nn.Module) -> Tensor:
         return cuda.linear(x, *_tensors(rows), self.counters)
 
     def _attend(self, layer: FusedLayer, qkv: Tensor, position: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch._inductor.package import package_aoti
 from torch.export import Dim
 
 from export.background import Background
+from export.embedding import Embed
 from models.decoder import Backbone
 from models.layers import rounded
 from sampler.greedy import greedy
@@ -34,18 +35,6 @@ class Prefill(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
         return self.network.prefill(tokens, positions, row)
-
-
-class Embed(nn.Module):
-    """token int64 [B, 1] -> hidden [B, 1, D], what decode_embedded takes of it."""
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        # No more of the network than the table.
-        self.embed_tokens, self.embed = backbone.embed_tokens, backbone.embed
-
-    def forward(self, token: Tensor) -> Tensor:
-        return self.embed(token)
 
 
 class DecodeEmbedded(Prefill):
@@ -140,7 +129,7 @@ def compile_selection(
     dtype: torch.dtype, device: str,
 ) -> dict[str, list[str]]:  # fmt: skip
     """The compiled files of what is between a step's logits and the next step: the lookup alone,
-    selection of all rows and of one, without it and with it; with CUDA next_positions.
+    selection without it and with it, and of one row of several; with CUDA next_positions.
 
     The table of embeddings is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
     """
@@ -162,15 +151,15 @@ def compile_selection(
         files["embed"] = compile_method(Embed(backbone), (_integers(batch, 1),))
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
             logits, next_id = torch.zeros(rows, vocab_size), _integers(rows, 1)
-            hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)
             numbers, integers = torch.ones(rows), _integers(rows)
             sampling = numbers, integers, numbers.clone(), integers.clone(), integers.clone()
             inputs = {"greedy": (logits,), "sample": (logits, *sampling)}
             for (name, example), plain, fused in zip(inputs.items(), functions, embedding):
                 files[name + suffix] = compile_method(Select(plain), (*example, next_id))
-                method = select_embed(backbone, fused)
-                example = *example, next_id, hidden
-                files[f"{name}_embed{suffix}"] = compile_method(method, example)
+                if not suffix:
+                    hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)
+                    method, example = select_embed(backbone, fused), (*example, next_id, hidden)
+                    files[f"{name}_embed"] = compile_method(method, example)
     return files
 
 

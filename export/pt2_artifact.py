@@ -62,11 +62,11 @@ class Pt2Artifact:
                 "and fp32 are"
             )
         progress("importing torch.export")
-        from export.pt2 import DecodeEmbedded, Embed, Prefill, tensors_of, write_package
+        from export.embedding import Embed
+        from export.pt2 import DecodeEmbedded, Prefill, tensors_of, write_package
 
         model.to(self.device)
-        # The fused step knows no experts.
-        if self.device.type == "cuda" and not experts:
+        if self.device.type == "cuda":
             from export.fused import FusedDecode
 
             decode = FusedDecode(model, bits)

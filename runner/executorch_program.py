@@ -20,9 +20,7 @@ INT64 = np.dtype("int64")
 FLOAT32 = np.dtype("float32")
 # What selects for all rows, and writes next_id buffers; and what an artifact may leave out.
 BUFFERED = {"greedy", "sample", "greedy_embed", "sample_embed"}
-OPTIONAL = {"decode_embedded"} | {
-    name + row for name in BUFFERED - {"greedy"} for row in ("", "_row")
-}
+OPTIONAL = {"decode_embedded", "embed", "sample_row"} | BUFFERED - {"greedy"}
 
 
 class ExecuTorchProgram:
@@ -54,11 +52,13 @@ class ExecuTorchProgram:
         with _native_stderr():
             self._open(threads)
         self._batch: int = artifact.manifest["batch"]
-        self.embeds = {"decode_embedded", "greedy_embed"} <= set(self._program.method_names())
+        self.embeds = {"embed", "decode_embedded", "greedy_embed"} <= set(
+            self._program.method_names()
+        )
         self._loaded: dict[str, list[Method]] = {}
-        greedy = selection_name(False, self.embeds)
-        forward = "decode_embedded" if self.embeds else "decode"
-        for name in ("prefill", forward, greedy, greedy + "_row")[: 3 + (self._batch > 1)]:
+        names = [selection_name(False, self.embeds)]
+        names += ["prefill", "decode_embedded" if self.embeds else "decode"]
+        for name in names + ["greedy_row"] * (self._batch > 1):
             self._load(name)
 
     def _open(self, threads: int | None) -> None:
@@ -101,8 +101,7 @@ class ExecuTorchProgram:
 
     def load_sampling(self, embed: bool = False) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        name = selection_name(True, embed)
-        names = [name, name + "_row"][: 1 + (self._batch > 1)]
+        names = [selection_name(True, embed)] + ["sample_row"] * (self._batch > 1)
         if missing := set(names) - set(self._program.method_names()):
             raise RunnerError(
                 f"{self._artifact.directory} has no method {' or '.join(sorted(missing))}, and so "
@@ -138,23 +137,23 @@ class ExecuTorchProgram:
         outputs = methods[buffer].call([logits, *sampling])
         return outputs[0], outputs[-1]
 
-    def select_row(
-        self, logits: np.ndarray, *sampling: np.ndarray, embed: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `select`, of one row of a batch of several, in memory of its own."""
-        (method,) = self._load(selection_name(bool(sampling), embed) + "_row")
-        outputs = method.call([logits, *sampling])
-        return outputs[0], outputs[-1]
+    def select_row(self, logits: np.ndarray, *sampling: np.ndarray) -> np.ndarray:
+        """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
+        (method,) = self._load(selection_name(bool(sampling)) + "_row")
+        return method.call([logits, *sampling])[0]
+
+    def embed(self, token: np.ndarray, buffer: int) -> np.ndarray:
+        """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer, as `select`
+        gives it: hidden float32 [B, 1, D]."""
+        return self._load("embed")[0].call([token])[0]
 
     def empty(self, *shape: int) -> np.ndarray:
         """Memory int64 of that shape, for tokens."""
         return np.empty(shape, np.int64)
 
-    def buffers(self, buffer: int, embed: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """The next_id buffer int64 [B, 1] that greedy selection writes, and anyone may; and what
-        the next step is fed, as `select` gives it."""
-        outputs = self._load(selection_name(False, embed))[buffer].outputs()
-        return outputs[0], outputs[-1]
+    def next_id(self, buffer: int) -> np.ndarray:
+        """The next_id buffer int64 [B, 1] that greedy selection writes, and anyone may."""
+        return self._load(selection_name(False, self.embeds))[buffer].outputs()[0]
 
 
 def _check_methods(program: Program, artifact: Artifact) -> None:
@@ -218,11 +217,16 @@ def _slots(manifest: dict) -> dict[str, tuple[list, list]]:
         "prefill": (prompt + [("row", INT64, (1,))] * (batch > 1), [logits(1)]),
         "decode": ([token(batch), position], [logits(batch)]),
         "decode_embedded": ([hidden(batch), position], [logits(batch)]),
+        "embed": ([token(batch)], [hidden(batch)]),
+        "greedy": ([logits(batch)], [token(batch)]),
+        "sample": ([logits(batch), *sampling(batch)], [token(batch)]),
     }
-    for suffix, rows in [("", batch), ("_row", 1)][: 1 + (batch > 1)]:
-        for name, inputs in (("greedy", []), ("sample", sampling(rows))):
-            slots[name + suffix] = [logits(rows), *inputs], [token(rows)]
-            slots[f"{name}_embed{suffix}"] = [logits(rows), *inputs], [token(rows), hidden(rows)]
+    for name in ("greedy", "sample"):
+        inputs, outputs = slots[name]
+        slots[f"{name}_embed"] = inputs, [*outputs, hidden(batch)]
+    if batch > 1:
+        slots["greedy_row"] = [logits(1)], [token(1)]
+        slots["sample_row"] = [logits(1), *sampling(1)], [token(1)]
     return slots
 
 

@@ -46,17 +46,20 @@ class InductorProgram:
         self.has_graphs = self._device.type == "cuda"
         with self._on_stream(), _explained(artifact):
             self.constants = _constants(artifact, self._device)
-            self.embeds = {"greedy_embed"} <= set(manifest["methods"])
-            names = ["prefill", "decode_embedded", "next_positions"][: 2 + self.has_graphs]
-            greedy = selection_name(False, self.embeds)
-            names += [greedy, greedy + "_row"][: 1 + (self._batch > 1)]
+            self.embeds = {"embed", "greedy_embed"} <= set(manifest["methods"])
+            names = ["prefill", "decode_embedded", selection_name(False, self.embeds)]
+            names += ["greedy_row"] * (self._batch > 1) + ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
-            # Of each of the two, and of one row: next_id and hidden.
-            dtype, width = getattr(torch, manifest["dtype"]), manifest["hidden_size"]
-            *self._buffers, self._row = (
-                (self.empty(n, 1), torch.zeros(n, 1, width, dtype=dtype, device=self._device))
-                for n in (self._batch, self._batch, 1)
+            # Of each of the two buffers: next_id, and what is fed of it with `embed`.
+            dtype, shape = (
+                getattr(torch, manifest["dtype"]),
+                (self._batch, 1, manifest["hidden_size"]),
             )
+            self._buffers = [
+                (self.empty(self._batch, 1), torch.zeros(shape, dtype=dtype, device=self._device))
+                for _ in range(2)
+            ]
+            self._row_id = self.empty(1, 1)
             self.slots = {
                 name: memory.new(np.zeros(self._batch, dtype)) for name, dtype in PARAMETERS.items()
             }
@@ -67,8 +70,7 @@ class InductorProgram:
 
     def load_sampling(self, embed: bool = False) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        name = selection_name(True, embed)
-        names = [name, name + "_row"][: 1 + (self._batch > 1)]
+        names = [selection_name(True, embed)] + ["sample_row"] * (self._batch > 1)
         if missing := set(names) - set(self._artifact.manifest["methods"]):
             raise RunnerError(
                 f"{self._artifact.directory} has no method {' or '.join(sorted(missing))}, and so "
@@ -116,26 +118,28 @@ class InductorProgram:
         `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
         top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
         """
-        return self._select("", logits, sampling, self._buffers[buffer], embed)
-
-    def select_row(
-        self, logits: Tensor, *sampling: Tensor, embed: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """As `select`, of one row of a batch of several, in memory of its own."""
-        return self._select("_row", logits, sampling, self._row, embed)
-
-    def _select(
-        self, suffix: str, logits: Tensor, sampling: tuple, out: tuple[Tensor, Tensor], embed: bool
-    ) -> tuple[Tensor, Tensor]:
-        name = selection_name(bool(sampling), embed) + suffix
-        self._call(name, logits, *sampling, *out[: 1 + embed])
-        return out[0], out[embed]
-
-    def buffers(self, buffer: int, embed: bool = False) -> tuple[Tensor, Tensor]:
-        """The next_id buffer int64 [B, 1] that selection writes, and anyone may; and what the next
-        step is fed, as `select` gives it."""
         out = self._buffers[buffer]
+        self._call(selection_name(bool(sampling), embed), logits, *sampling, *out[: 1 + embed])
         return out[0], out[embed]
+
+    def select_row(self, logits: Tensor, *sampling: Tensor) -> Tensor:
+        """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
+        self._call(selection_name(bool(sampling)) + "_row", logits, *sampling, self._row_id)
+        return self._row_id
+
+    def embed(self, token: Tensor, buffer: int) -> Tensor:
+        """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer, as `select`
+        gives it: hidden [B, 1, D]."""
+        self.transfers.copy(self._call("embed", token), self._buffers[buffer][1])
+        return self._buffers[buffer][1]
+
+    def next_id(self, buffer: int) -> Tensor:
+        """The next_id buffer int64 [B, 1] that selection writes, and anyone may."""
+        return self._buffers[buffer][0]
+
+    def fed(self, buffer: int, embed: bool) -> Tensor:
+        """What a step is fed that follows `select` into this buffer."""
+        return self._buffers[buffer][embed]
 
     def empty(self, *shape: int) -> Tensor:
         """Memory int64 of that shape, for tokens."""

@@ -165,11 +165,12 @@ class Steps:
             self._gathered = None
             return
         if self._token is None:
-            self._token, self._fed = self._program.buffers(self._buffer, self._embed)
-        token, fed = self._program.select_row(logits, *sampling, embed=self._embed)
+            self._token = self._program.next_id(self._buffer)
+        token = self._program.select_row(logits, *sampling)
         self._transfers.copy(token, self._token[row : row + 1])
+        self._fed = self._token
         if self._embed:
-            self._transfers.copy(fed, self._fed[row : row + 1])
+            self._fed = self._program.embed(self._token, self._buffer)
         if self._gathered is not None:
             self._transfers.copy(token[0], self._gathered[-1, row : row + 1])
 
@@ -192,8 +193,9 @@ class Steps:
         count = self._options.run_ahead
         lines = self._half_of_the_ring() if count > 1 else None
         if ids is not None:
-            token, _ = self._program.buffers(self._buffer)
-            self._fed = self._transfers.upload([[i] for i in ids], out=token)
+            self._fed = self._transfers.upload(
+                [[i] for i in ids], out=self._program.next_id(self._buffer)
+            )
         done = 0
         while done < count and self._rows.need_a_step():
             positions, sampling = self._rows.next_step()

@@ -17,7 +17,7 @@ PARAMETERS = {
 }
 
 
-def selection_name(sampled: bool, embed: bool) -> str:
+def selection_name(sampled: bool, embed: bool = False) -> str:
     """The method that chooses tokens and, with `embed`, looks up their embeddings."""
     return ("sample" if sampled else "greedy") + ("_embed" if embed else "")
 

@@ -44,9 +44,8 @@ class StepGraphs:
         """Capture the steps of greedy selection, at position 0, which every sequence overwrites."""
         embed = self._program.embeds
         for buffer in (0, 1):
-            token, fed = self._program.buffers(1 - buffer, embed)
-            token.zero_()
-            self.step(fed, self._lines[0], buffer, embed=embed)
+            self._program.next_id(1 - buffer).zero_()
+            self.step(self._program.fed(1 - buffer, embed), self._lines[0], buffer, embed=embed)
 
     def step(
         self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool
@@ -54,7 +53,7 @@ class StepGraphs:
         """Submit a step: `fed` and what it gives as of `decode` and `select`; positions int64 [B]
         (one of `lines`, if they are not the host's), with `sampling` the parameters."""
         # A token that the host fed is in the buffer; so is every other.
-        assert fed.data_ptr() == self._program.buffers(1 - buffer, embed)[1].data_ptr()
+        assert fed.data_ptr() == self._program.fed(1 - buffer, embed).data_ptr()
         line = self._line_of(positions)
         if line is None:
             self._transfers.copy(positions, self._position)
@@ -70,14 +69,13 @@ class StepGraphs:
                 self._graphs[key] = self._capture(key)
         if line is not None:
             self._expected = line + 1
-        return self._program.buffers(buffer, embed)
+        return self._program.next_id(buffer), self._program.fed(buffer, embed)
 
     def _run(self, buffer: int, sampled: bool, from_lines: bool, embed: bool) -> None:
         program = self._program
         if from_lines:
             program.next_positions(self._lines, self._next_line, self._position)
-        _, fed = program.buffers(1 - buffer, embed)
-        logits = program.decode(fed, self._position, embed)
+        logits = program.decode(program.fed(1 - buffer, embed), self._position, embed)
         sampling = (*self._parameters, self._position) if sampled else ()
         program.select(logits, buffer, *sampling, embed=embed)
 

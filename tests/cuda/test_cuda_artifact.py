@@ -20,7 +20,7 @@ pytestmark = [
 VARIANTS = [
     LoopOptions(*variant, 1, graph)
     for graph in (True, False)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
 ]
 VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
