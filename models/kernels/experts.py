@@ -109,7 +109,10 @@ def route(scores: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]
 
 @triton_op("tokenloop::experts", mutates_args={})
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """See reference.experts. Tensors are contiguous."""
+    """See reference.experts. Raises ValueError for a tensor that is not contiguous."""
+    for name, tensor in (("x", x), ("chosen", chosen), ("weights", weights)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} of strides {tensor.stride()} is not contiguous")
     rows, count = chosen.shape
     _, size, inner = down.shape
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)

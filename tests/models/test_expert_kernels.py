@@ -56,11 +56,17 @@ def test_a_row_of_nan_chooses_experts_that_exist():
 @pytest.mark.parametrize("rows", ROWS)
 def test_chosen_experts_give_what_the_reference_gives(rows, dtype):
     x = made(rows, SIZE, dtype=dtype)
-    routed = reference.route(made(rows, EXPERTS, dtype=dtype, seed=3), CHOICES, True)
+    routed = experts.route(made(rows, EXPERTS, dtype=dtype, seed=3), CHOICES, True)
     actual = experts.experts(x, *routed, *weights_of(dtype))
     expected = reference.experts(x, *routed, *weights_of(dtype))
     assert actual.dtype == dtype
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_what_is_not_contiguous_is_refused():
+    x, chosen = made(2, SIZE), torch.zeros(CHOICES, 2, dtype=torch.int64, device=DEVICE).T
+    with pytest.raises(ValueError, match=r"^chosen of strides \(1, 2\) is not contiguous"):
+        experts.experts(x, chosen, made(2, CHOICES), *weights_of(torch.float32))
 
 
 def test_experts_that_are_not_chosen_are_not_read():

@@ -146,6 +146,21 @@ def test_prefill_and_decode_share_the_state(package):
     assert torch.equal(cache[0, :3], held) and cache[0, 3].any()
 
 
+def test_selection_looks_up_the_embedding_that_decode_would(package):
+    program = runner.load(package).loop.program
+    logits = torch.randn(1, 259, generator=torch.Generator().manual_seed(0))
+    token, hidden = program.select(logits, 1, embed=True)
+    assert token.item() == logits.argmax()
+    assert torch.equal(hidden, program.embed(token, 0)) and hidden.any()
+    expected = program.decode(token, torch.tensor([0])).clone()
+    assert torch.equal(program.decode(hidden, torch.tensor([0]), embed=True), expected)
+    tables = {
+        program.constants[name].data_ptr()
+        for name in ("embed_tokens.weight", "network.model.embed_tokens.weight")
+    }
+    assert len(tables) == 1
+
+
 def test_the_artifact_holds_every_weight_once(package, tiny_checkpoint):
     stored = (package / "model.safetensors").stat().st_size
     # The frequencies, and a header of its own.
