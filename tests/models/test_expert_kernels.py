@@ -17,7 +17,11 @@ from models.moe import MoeConfig, SparseMoe  # isort: skip
 
 EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
 ROWS = [1, 2, 7]
-pytestmark = pytest.mark.usefixtures("one_thread")
+# NumPy's, of NaN.
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 
 def made(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
