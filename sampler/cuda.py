@@ -109,15 +109,14 @@ def _tokens(
 ) -> Tensor:
     """int64 [B, 1], or `out`; with a table, hidden is written as well."""
     batch, splits = maxima.shape
-    token = out
+    token, width = out, 0 if table is None else table.shape[1]
     if token is None:
         token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
     wrap_triton(token_kernel)[(batch,)](
         logits, maxima, cutoff, *sampling, scores, token, table, hidden,
-        logits.shape[1], logits.stride(0), logits.stride(1), splits,
-        0 if table is None else table.shape[1], scale,
+        logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
         SAMPLED=scores is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
-        TILE=tile, SPLITS=triton.next_power_of_2(splits), BLOCK_D=1024,
+        TILE=tile, SPLITS=triton.next_power_of_2(splits), BLOCK_D=triton.next_power_of_2(width),
     )  # fmt: skip
     return token
 

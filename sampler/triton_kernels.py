@@ -279,8 +279,7 @@ def token_kernel(
     token = ID_MASK - (best & ID_MASK)
     tl.store(token_ptr + row, token)
     if EMBED:
-        for start in range(0, width, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            x = tl.load(table_ptr + token * width + d, mask=d < width, other=0.0)
-            x = (x.to(tl.float32) * embed_scale).to(x.dtype)
-            tl.store(hidden_ptr + row * width + d, x, mask=d < width)
+        d = tl.arange(0, BLOCK_D)
+        x = tl.load(table_ptr + token * width + d, mask=d < width, other=0.0)
+        x = (x.to(tl.float32) * embed_scale).to(x.dtype)
+        tl.store(hidden_ptr + row * width + d, x, mask=d < width)

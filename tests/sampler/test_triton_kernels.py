@@ -306,4 +306,6 @@ def test_the_last_launch_looks_up_the_chosen_tokens_embeddings(dtype, width, sca
         hidden = torch.zeros(3, 1, width, dtype=dtype, device=DEVICE)
         function(*arguments, table, next_id, hidden, scale=scale, tile=TILE)
         assert torch.equal(next_id, plain(*arguments, tile=TILE))
-        assert torch.equal(hidden, table[next_id] * scale)
+        # The interpreter cuts bfloat16 off where a GPU rounds.
+        rtol = 2**-7 if dtype == torch.bfloat16 and not ON_GPU else 0.0
+        torch.testing.assert_close(hidden, table[next_id] * scale, rtol=rtol, atol=0.0)
