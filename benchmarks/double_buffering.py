@@ -59,6 +59,8 @@ def measure(model, count: int, repeats: int) -> list[dict]:
     rows = []
     for i, options in enumerate(VARIANTS):
         row = {
+            "batch": model.batch,
+            "max_seq_len": model.max_seq_len,
             "feed": options.feed,
             "double_buffering": options.double_buffering,
             "ms": statistics.median(times[i]),
@@ -125,7 +127,7 @@ def main() -> int:
             model = runner.load(artifact)
             model.tokenizer.eos_token_ids.clear()
             for row in measure(model, options.steps + 1, options.repeats):
-                rows.append({"config": config, "batch": model.batch, **row})
+                rows.append({"config": config, "quant": model.manifest["quant"]} | row)
                 print(*(f"{key}={value}" for key, value in rows[-1].items() if key != "all_ms"))
             # Before the next one's weights come.
             del model
@@ -138,8 +140,6 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "device": device,
         "torch": torch.__version__,
-        "quant": "bf16",
-        "max_seq_len": options.max_seq_len,
         "steps": options.steps,
         "rows": rows,
     }

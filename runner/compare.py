@@ -12,7 +12,7 @@ from runner.loop import LoopOptions
 from runner.model import Model
 from runner.request import Request
 
-RUN_AHEAD = 4
+RUN_AHEAD = 8
 COPIES = {"H2D": "host_to_device", "D2D": "device_to_device", "D2H": "device_to_host"}
 # Of a table that is not for a terminal.
 WIDTH = 120
