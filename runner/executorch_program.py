@@ -58,7 +58,9 @@ class ExecuTorchProgram:
         self._loaded: dict[str, list[Method]] = {}
         names = [selection_name(False, self.embeds)]
         names += ["prefill", "decode_embedded" if self.embeds else "decode"]
-        for name in names + ["greedy_row"] * (self._batch > 1):
+        if self._batch > 1:
+            names += ["greedy_row"] + ["embed"] * self.embeds
+        for name in names:
             self._load(name)
 
     def _open(self, threads: int | None) -> None:
