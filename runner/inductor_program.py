@@ -26,8 +26,8 @@ class InductorProgram:
     """The loaded methods of a .pt2 on its device.
 
     `transfers` copies to, from and within the device; `embeds` says whether selection can look up
-    the next step's embedding. On CUDA a step can be one launch of a graph
-    that was captured: it takes the next positions from `slots["lines"]`, or the table, by itself.
+    the next step's embedding. On CUDA a step can be one launch of a graph that was captured: it
+    takes the next positions from `slots["lines"]`, or the table, by itself.
     """
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
@@ -48,17 +48,13 @@ class InductorProgram:
             self.constants = _constants(artifact, self._device)
             self.embeds = {"embed", "greedy_embed"} <= set(manifest["methods"])
             names = ["prefill", "decode_embedded", selection_name(False, self.embeds)]
-            names += ["greedy_row"] * (self._batch > 1) + ["next_positions"] * self.has_graphs
+            names += ["greedy_row", "embed"] * (self._batch > 1)
+            names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
-            # Of each of the two buffers: next_id, and what is fed of it with `embed`.
-            dtype, shape = (
-                getattr(torch, manifest["dtype"]),
-                (self._batch, 1, manifest["hidden_size"]),
-            )
-            self._buffers = [
-                (self.empty(self._batch, 1), torch.zeros(shape, dtype=dtype, device=self._device))
-                for _ in range(2)
-            ]
+            # Of each of the two buffers: next_id, and hidden beside it.
+            shape, dtype = (self._batch, 1, manifest["hidden_size"]), manifest["dtype"]
+            hidden = torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+            self._buffers = [(self.empty(self._batch, 1), hidden.clone()) for _ in range(2)]
             self._row_id = self.empty(1, 1)
             self.slots = {
                 name: memory.new(np.zeros(self._batch, dtype)) for name, dtype in PARAMETERS.items()
