@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +112,8 @@ def write_package(
     weight = model.lm_head.weight
     with weight.device:
         hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
-        position = _integers(model.batch)
-        chunk, shapes = _chunk(model.batch, max_prefill)
+        position = integers(model.batch)
+        chunk, shapes = prompt_chunk(model.batch, max_prefill)
     progress("compiling prefill")
     files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
     progress("compiling decode")
@@ -120,8 +121,24 @@ def write_package(
     progress("compiling the selection methods")
     files |= selection.result()
     progress("writing")
-    package_aoti(str(path), files)
+    with TemporaryDirectory() as directory:
+        package_aoti(str(path), without_sources(files, Path(directory)))
     return sorted(files)
+
+
+def without_sources(files: dict[str, list[str]], directory: Path) -> dict[str, list[str]]:
+    """The methods' files with empty ones in `directory` for the sources: these say where they were
+    compiled, so that no two exports would be the same. Nobody reads them, but the loader finds the
+    metadata by the source's name."""
+
+    def emptied(file: str) -> str:
+        if not file.endswith(".cpp"):
+            return file
+        path = directory / Path(file).name
+        path.touch()
+        return str(path)
+
+    return {name: [emptied(file) for file in of_method] for name, of_method in files.items()}
 
 
 def compile_selection(
@@ -142,17 +159,17 @@ def compile_selection(
 
             functions, select_embed = (cuda.greedy, cuda.sample), CudaSelectEmbed
             embedding = cuda.greedy_embed, cuda.sample_embed
-            example = _integers(max_seq_len, batch), _integers(1), _integers(batch)
+            example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
         # Compiled code is given its weights when it is loaded: these are never looked at.
         table = torch.empty(vocab_size, hidden_size, dtype=dtype)
         table = nn.Embedding.from_pretrained(table)
         backbone = Backbone(table, [], nn.Identity(), {}, embed_scale)
-        files["embed"] = compile_method(Embed(backbone), (_integers(batch, 1),))
+        files["embed"] = compile_method(Embed(backbone), (integers(batch, 1),))
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
-            logits, next_id = torch.zeros(rows, vocab_size), _integers(rows, 1)
-            numbers, integers = torch.ones(rows), _integers(rows)
-            sampling = numbers, integers, numbers.clone(), integers.clone(), integers.clone()
+            logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
+            numbers, counts = torch.ones(rows), integers(rows)
+            sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
             inputs = {"greedy": (logits,), "sample": (logits, *sampling)}
             for (name, example), plain, fused in zip(inputs.items(), functions, embedding):
                 files[name + suffix] = compile_method(Select(plain), (*example, next_id))
@@ -174,9 +191,7 @@ def compile_method(
         dynamic_shapes=dynamic_shapes,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    files = aot_compile(program.module(), example, options=OPTIONS)
-    # Sources say in which temporary directory they were compiled, and are not needed.
-    return [file for file in files if not file.endswith(".cpp")]
+    return aot_compile(program.module(), example, options=OPTIONS)
 
 
 def tensors_of(
@@ -211,17 +226,17 @@ def is_state(name: str) -> bool:
     return ".cache." in name or name == "counters"
 
 
-def _chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
+def prompt_chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
     """Prefill's example inputs and their dynamic shapes."""
     # One token at most is no dynamic size.
     length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
     traced = min(TRACED_LENGTH, max_prefill)
-    example = _integers(1, traced), torch.arange(traced)
+    example = integers(1, traced), torch.arange(traced)
     shapes = [{1: length}, {0: length}]
     if batch > 1:
-        example, shapes = (*example, _integers(1)), [*shapes, None]
+        example, shapes = (*example, integers(1)), [*shapes, None]
     return example, shapes if length is not None else None
 
 
-def _integers(*shape: int) -> Tensor:
+def integers(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)

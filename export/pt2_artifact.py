@@ -87,12 +87,12 @@ class Pt2Artifact:
             "processor": processor(self.device),
             "methods": methods,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "state": _entries(state),
+            "state": entries(state),
         }
 
     def _write_weights(self, tensors: dict[str, Tensor], directory: Path) -> dict:
         if self.options.random_weights:
-            return {"random": _entries(tensors)}
+            return {"random": entries(tensors)}
         path = directory / "model.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         return {"file": path.name, "bytes": path.stat().st_size}
@@ -105,7 +105,7 @@ def _compile_selection(*arguments) -> dict[str, list[str]]:
     return compile_selection(*arguments)
 
 
-def _entries(tensors: dict[str, Tensor]) -> list[dict]:
+def entries(tensors: dict[str, Tensor]) -> list[dict]:
     """Names, shapes and dtypes, for the manifest."""
     return [
         {
