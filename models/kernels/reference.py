@@ -183,3 +183,26 @@ def attend_step(
     scores = scores.masked_fill(~filled[:, None, None], -torch.inf).softmax(-1)
     out = torch.einsum("bghs,bsgd->bghd", scores, v_cache.float())
     return out.reshape(rows, -1).to(qkv.dtype)
+
+
+def route(scores: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The `count` experts with the largest of scores [B, E], int64 [B, count], the first of equal
+    ones first; and their probabilities, of the scores' dtype, which add up to 1 if `normalized`."""
+    probabilities = F.softmax(scores.float(), dim=-1)
+    weights, chosen = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    weights, chosen = weights[:, :count], chosen[:, :count]
+    if normalized:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return chosen, weights.to(scores.dtype)
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """SiLU-gated feed-forwards of x [B, K], by the experts chosen int64 [B, C], weighted with
+    weights [B, C] and added up: [B, K].
+
+    gate_up [E, 2 I, K], down [E, K, I]. What lies between the two is rounded to x's dtype.
+    """
+    gate, up = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float()).chunk(2, dim=-1)
+    hidden = (F.silu(gate) * up).to(x.dtype).float()
+    out = torch.einsum("bci,bcki->bck", hidden, down[chosen].float())
+    return (out * weights.float()[..., None]).sum(1).to(x.dtype)
