@@ -47,7 +47,12 @@ def step_bytes(model, position: int) -> float:
     """Bytes that a step at `position` has to read: every weight once, but of an embedding that is
     not the head as well only a row; and what the caches hold."""
     manifest = model.manifest
-    entries = manifest["weights"]["random"]
+    # An embedding that is the head as well goes by the head's name.
+    entries = [
+        entry
+        for entry in manifest["weights"]["random"]
+        if not entry["name"].endswith("embed_tokens.weight")
+    ]
     size = sum(math.prod(e["shape"]) * getattr(torch, e["dtype"]).itemsize for e in entries)
     for entry in manifest["state"]:
         if len(entry["shape"]) == 4:

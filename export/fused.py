@@ -4,7 +4,7 @@ one for the end."""
 import torch
 from torch import Tensor, nn
 
-from export.rows import FusedLayer, Rows
+from export.rows import FusedLayer, IntegerHead, Rows
 from models.kernels import cuda, experts
 
 
@@ -12,22 +12,25 @@ class FusedDecode(nn.Module):
     """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
     decode_embedded.
 
-    `bits` of the layers' weights are 4 or 8, or 0 for those that the network has; the embedding and
-    the head stay as they are. Nothing of the network that only prefill reads is in here: what is
-    compiled may not take two tensors of one memory where it writes to any.
+    `bits` of the layers' weights are 4 or 8, and the head's then 8, or 0 for those that the network
+    has; the embedding stays as it is. Nothing of the network that only prefill reads is in here:
+    what is compiled may not take two tensors of one memory where it writes to any.
     """
 
     def __init__(self, network: nn.Module, bits: int = 0):
         super().__init__()
-        backbone, head = network.model, network.lm_head
-        self.rope, self.norm, self.head = backbone.rope, backbone.norm, head
+        backbone = network.model
+        self.rope, self.norm = backbone.rope, backbone.norm
         self.layers = nn.ModuleList(FusedLayer(block, bits) for block in backbone.layers)
+        if bits:
+            network.lm_head = IntegerHead(network.lm_head)
+        self.head: nn.Module = network.lm_head.rows if bits else network.lm_head
         self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
         linears = (part for part in self.layers.modules() if isinstance(part, (Rows, nn.Linear)))
-        widest = max(linear.weight.shape[0] for linear in linears)
+        widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
         kv_heads = max(layer.cache.k.shape[2] for layer in self.layers)
-        size = cuda.counters_size(network.batch, max(widest, head.out_features), kv_heads)
-        counters = torch.zeros(size, dtype=torch.int32, device=head.weight.device)
+        size = cuda.counters_size(network.batch, widest, kv_heads)
+        counters = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
         self.register_buffer("counters", counters, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:

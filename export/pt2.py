@@ -112,7 +112,7 @@ def write_package(
     Constants have the names that they have in the method, and those of prefill begin with
     "network". `selection` computes compile_selection.
     """
-    weight = model.lm_head.weight
+    weight = model.model.embed_tokens.weight
     with weight.device:
         hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
         position = integers(model.batch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from export.background import Background
 from export.errors import ExportError
 from export.recipes import INTEGER_BITS
-from export.rows import FusedLayer
+from export.rows import FusedLayer, IntegerHead
 from models.moe import SparseMoe
 
 
@@ -76,6 +76,7 @@ class Pt2Artifact:
             if bits:
                 layers = nn.ModuleList(FusedLayer(block, bits) for block in model.model.layers)
                 whole = [nn.ModuleDict({"layers": layers})]
+                model.lm_head = IntegerHead(model.lm_head)
             decode = DecodeEmbedded(model)
         program = directory / "model.pt2"
         methods = write_package(model, decode, max_prefill, self.selection, program, progress)

@@ -58,6 +58,25 @@ class RowsView(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
+class IntegerHead(nn.Module):
+    """An output head whose weights are int8: hidden [B, 1, D] -> logits float32 [B, 1, V]. The
+    embedding that it may have shared its weights with keeps its own."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.rows = Rows([linear], 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight, scale = self.rows.weight, self.rows.scale
+        if not hidden.is_cuda:
+            return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
+        from models.kernels import cuda
+
+        size = cuda.counters_size(len(hidden), len(weight), 1)
+        counters = torch.zeros(size, dtype=torch.int32, device=hidden.device)
+        return cuda.linear(hidden[:, 0], weight, scale, None, counters, wide=True)[:, None]
+
+
 class FusedLayer(nn.Module):
     """What a decode step's launches read of a block, which is changed: its linear layers, which
     prefill uses, become views. Routed experts, `moe`, stay as they are, whatever the bits."""
