@@ -279,3 +279,12 @@ class Qwen3_5(decoder.CausalLM):
         )
         tied = config.tie_word_embeddings
         super().__init__(config, model, max_seq_len, batch, max_chunk, tied)
+
+    def limit_chunks(self, tokens: int) -> None:
+        super().limit_chunks(tokens)
+        for layer in self.model.layers:
+            if isinstance(layer.mixer, GatedDeltaNet):
+                layer.mixer.max_chunk = self.max_chunk
+
+
+Network, Config = Qwen3_5, Qwen3_5Config
