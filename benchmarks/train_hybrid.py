@@ -1,12 +1,12 @@
-"""Train the small hybrid of tests/data/austen on Jane Austen's six novels, on a CUDA GPU, in minutes.
+"""Train the small hybrid of tests/data/austen on Jane Austen's six novels, on a GPU, in minutes.
 
 The text is Debian's package r-cran-janeaustenr 1.0.0-1 (public domain, from Project Gutenberg):
 
     apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb novels
-    python benchmarks/train_hybrid.py --text novels/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb
+    python benchmarks/train_hybrid.py --text $(find novels -name Rdata.rdb)
 
-The end of the last novel is held out. The network is models/qwen3_5.py's, its delta rule the chunked
-form in torch; what is written is a Hugging Face directory of bfloat16 weights.
+The end of the last novel is held out. The network is models/qwen3_5.py's, its delta rule the
+chunked form in torch; what is written is a Hugging Face directory of bfloat16 weights.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def mixed(layer: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def logits_of(model: Qwen3_5, tokens: Tensor, dropout: float = 0.0) -> Tensor:
-    """Logits [B, T, V] of whole sequences, tokens int64 [B, T]; `dropout` of what each block adds."""
+    """Logits [B, T, V] of whole sequences, tokens int64 [B, T]; `dropout` is of what blocks add."""
     x = model.embed(tokens)
     rope = model.model.rope[FULL](torch.arange(tokens.shape[1], device=tokens.device))
     for layer in model.model.layers:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from export.rows import FusedLayer, Rows
+from export.rows import FusedLayer, Rows, fuse_layers
 from models.kernels import cuda
 
 
@@ -15,15 +15,17 @@ class FusedDecode(nn.Module):
     compiled may not take two tensors of one memory where it writes to any.
     """
 
+    fuse_layers = staticmethod(fuse_layers)
+
     def __init__(self, network: nn.Module, bits: int = 0):
         super().__init__()
         backbone, head = network.model, network.lm_head
         self.embed_tokens, self.embed = backbone.embed_tokens, backbone.embed
         self.rope, self.norm, self.head = backbone.rope, backbone.norm, head
-        self.layers = nn.ModuleList(FusedLayer(block, bits) for block in backbone.layers)
+        self.layers = nn.ModuleList(self.fuse_layers(network, bits))
         self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
         widest = max(layer.gate_up.weight.shape[0] for layer in self.layers)
-        kv_heads = max(layer.cache.k.shape[2] for layer in self.layers)
+        kv_heads = max(layer.kv_heads for layer in self.layers)
         size = cuda.counters_size(network.batch, max(widest, head.out_features), kv_heads)
         counters = torch.zeros(size, dtype=torch.int32, device=head.weight.device)
         self.register_buffer("counters", counters, persistent=False)

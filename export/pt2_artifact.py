@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from export import hybrid_rows, rows
 from export.errors import ExportError
 from export.recipes import INTEGER_BITS
-from export.rows import FusedLayer
 from models.moe import SparseMoe
+from models.qwen3_5 import Qwen3_5
 
 
 class Pt2Artifact:
@@ -39,6 +40,7 @@ class Pt2Artifact:
         Errors: ExportError for experts that would have to be integers.
         """
         bits = INTEGER_BITS[self.options.quant]
+        hybrid = isinstance(model, Qwen3_5)
         experts = any(isinstance(block.mlp, SparseMoe) for block in model.model.layers)
         if bits and experts:
             raise ExportError(
@@ -51,13 +53,15 @@ class Pt2Artifact:
         model.to(self.device)
         # The fused step knows no experts.
         if self.device.type == "cuda" and not experts:
-            from export.fused import FusedDecode
+            if hybrid:
+                from export.fused_hybrid import HybridDecode as FusedDecode
+            else:
+                from export.fused import FusedDecode
 
             decode = FusedDecode(model, bits)
         else:
             if bits:
-                for block in model.model.layers:
-                    FusedLayer(block, bits)
+                (hybrid_rows if hybrid else rows).fuse_layers(model, bits)
             decode = Decode(model)
         program = directory / "model.pt2"
         methods = write_package(model, decode, max_prefill, program, progress)
