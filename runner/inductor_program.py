@@ -48,7 +48,8 @@ class InductorProgram:
             names = ["prefill", "decode", "greedy"] + ["greedy_row"] * (self._batch > 1)
             names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
-            self._next_ids = [self.empty(self._batch, 1) for _ in range(2)]
+            # Rows without a sequence are fed what is there: it must be a token.
+            self._next_ids = [self.empty(self._batch, 1).zero_() for _ in range(2)]
             self._row_id = self.empty(1, 1)
             self.slots = {
                 name: memory.new(np.zeros(self._batch, dtype)) for name, dtype in PARAMETERS.items()
