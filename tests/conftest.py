@@ -173,6 +173,8 @@ def make_hybrid_checkpoint(tmp_path_factory):
     import torch
     from transformers import (
         Qwen3_5ForCausalLM,
+        Qwen3_5MoeForCausalLM,
+        Qwen3_5MoeTextConfig,
         Qwen3_5TextConfig,
         Qwen3NextConfig,
         Qwen3NextForCausalLM,
@@ -195,6 +197,16 @@ def make_hybrid_checkpoint(tmp_path_factory):
     }
     own = {
         "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, {}),
+        "qwen3_5_moe_text": (
+            Qwen3_5MoeTextConfig,
+            Qwen3_5MoeForCausalLM,
+            {
+                "num_experts": 7,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 40,
+            },
+        ),
         "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM, {"num_experts": 0}),
     }
 

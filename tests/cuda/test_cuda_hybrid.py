@@ -27,8 +27,8 @@ VARIANTS = [
 VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 # Chunks are of 70 tokens, and those of the delta rule of 64.
 PROMPTS = [[2], [2, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(90)]]
-# Each layout, one of them with several rows.
-ROWS = {"qwen3_5_text": 1, "qwen3_next": 3}
+# Each layout, one of them with several rows, and experts.
+ROWS = {"qwen3_5_text": 1, "qwen3_next": 3, "qwen3_5_moe_text": 1}
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,9 @@ def test_a_step_is_one_graph_launch_without_an_upload(exported):
         seen[count] = launches(events), copies(events)
     (few, few_copies), (many, many_copies) = seen.values()
     assert many["graphs"] - few["graphs"] == 40 and many["kernels"] == few["kernels"]
+    # Of several rows the lines of positions go up at once, whose size depends on the steps.
     for direction in ("host_to_device", "device_to_device"):
-        assert many_copies[direction] == few_copies[direction]
+        assert many_copies[direction]["count"] == few_copies[direction]["count"] <= 5
     assert many_copies["device_to_host"] == {"count": 50, "bytes": 8 * 50 * model.batch}
 
 

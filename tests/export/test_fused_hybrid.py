@@ -81,6 +81,16 @@ def test_an_arranged_network_computes_what_it_did(networks, layout):
     assert_near(arranged.decode(*step), plain.decode(*step))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_integer_weights_are_near_what_they_stand_for(networks, layout):
+    plain, rounded = networks(layout, 1)
+    fuse_layers(rounded, 8)
+    chunk = prompt(9).to(DEVICE), torch.arange(9, device=DEVICE)
+    expected = plain.prefill(*chunk)
+    difference = rounded.prefill(*chunk) - expected
+    assert 0 < difference.abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("layout", "batch"), zip(LAYOUTS, [1, 3]))
 def test_a_fused_step_gives_the_networks_logits(networks, layout, batch):
     plain, changed = networks(layout, batch)
