@@ -111,7 +111,7 @@ def test_a_step_is_one_graph_launch_without_an_upload(exported):
     assert many["graphs"] - few["graphs"] == 40 and many["kernels"] == few["kernels"]
     # Of several rows the lines of positions go up at once, whose size depends on the steps.
     for direction in ("host_to_device", "device_to_device"):
-        assert many_copies[direction]["count"] == few_copies[direction]["count"] <= 5
+        assert many_copies[direction]["count"] == few_copies[direction]["count"]
     assert many_copies["device_to_host"] == {"count": 50, "bytes": 8 * 50 * model.batch}
 
 
