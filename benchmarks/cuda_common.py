@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +85,14 @@ def copy_bandwidth() -> float:
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / (median_us([lambda: target.copy_(source)], 20) * 1e-6)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of the weights that cuBLAS reads in a product with one vector, bfloat16:
+    what a decode step does, and more than a copy reaches."""
+    weight = torch.randn(2**18, 2**13, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(1, 2**13, dtype=torch.bfloat16, device="cuda")
+    return weight.nbytes / (median_us([lambda: F.linear(x, weight)], 20) * 1e-6)
 
 
 def profiled(action: Callable[[], object]) -> list[dict]:

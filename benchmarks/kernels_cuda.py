@@ -10,6 +10,7 @@ measured; the one the operators use is marked with *.
 import argparse
 import datetime
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -28,13 +29,13 @@ from torch import Tensor
 from benchmarks.cuda_common import copy_bandwidth, median_us
 from models.kernels import cuda, reference
 from models.kernels.packing import quantize_int4, quantize_int8
-from models.kernels.tiles import AttendTiles, LinearTiles, attend_tiles, linear_tiles
+from models.kernels.tiles import AttendTiles, LinearTiles, attend_tiles, linear_tiles, most_splits
 
 BATCHES = 1, 8, 32
 CONTEXTS = 256, 1024, 8192
 COLD_BYTES = 200e6  # several times the largest L2
 MOST_COPIES = 96
-FORMS = {0: "bf16", 8: "int8", 4: "int4"}
+FORMS = {4: "int4", 0: "bf16", 8: "int8"}
 EPS = 1e-6
 
 
@@ -87,27 +88,27 @@ LAYOUTS = (
 def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]:
     """Ways to cut a product, the operators' own first."""
     own = linear_tiles(rows, matrix.outputs, matrix.inputs, bits, torch.bfloat16)
-    if bits:
-        # Integer weights go by spans, whatever the block of inputs.
-        shapes = [(64, 128, 4, 4), (128, 128, 4, 4), (128, 128, 8, 4), (64, 128, 4, 6)]
-    else:
-        shapes = [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4), (64, 256, 4, 3)]
     small = matrix.inputs <= 2048 and matrix.outputs <= 4096
-    if small:
-        shapes = [(16, 128, 4, 4), (32, 128, 4, 4), (64, 128, 4, 4)]
+    # Integer weights go by spans, whatever the block of inputs.
+    if bits:
+        shapes = [(64, 128, 4, 3), (64, 128, 4, 4), (32, 128, 2, 3), (32, 128, 2, 4)]
+        shapes += [(32, 128, 4, 4), (16, 128, 1, 3), (64, 128, 2, 3)]
+        shapes = shapes if bits == 4 else shapes[:4]
+    elif small:
+        shapes = [(16, 128, 4, 4), (16, 256, 4, 3), (16, 128, 4, 8), (16, 128, 2, 8)]
+        shapes += [(64, 128, 4, 4), (32, 128, 4, 8)]
+    else:
+        shapes = [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4)]
     ways = [own]
     for block_n, block_k, warps, stages in shapes:
         tiles = -(-matrix.outputs // block_n)
-        for target in (264,) if small or bits else (264, 640):
+        for target in (1, 264) if small else (264, 528):
             splits = 1
             while splits < 8 and tiles * splits < target and matrix.inputs >= 1024 * splits:
                 splits *= 2
             ways.append(LinearTiles(True, block_n, block_k, splits, warps, stages))
-    if not bits and rows <= 8:
-        if matrix.inputs <= 1024:
-            plain = [(4, 1024, 4), (8, 1024, 4), (16, 1024, 8)]
-        else:
-            plain = [(8, 512, 4), (16, 512, 4), (16, 256, 4), (4, 1024, 4)]
+    if not bits and rows <= 8 and small:
+        plain = [(4, 1024, 4), (2, 1024, 2), (4, 1024, 2), (8, 1024, 8)]
         ways += [LinearTiles(False, n, k, warps=warps) for n, k, warps in plain]
     return list(dict.fromkeys(ways))
 
@@ -115,15 +116,17 @@ def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]
 def attend_candidates(layout: Layout) -> list[AttendTiles]:
     """Ways to cut attention, the operator's own first."""
     own = attend_tiles(layout.slots, layout.kv_heads, layout.head_dim, torch.bfloat16)
-    splits = max(8, 128 // layout.kv_heads)
-    block = 32 if layout.head_dim > 128 else 64
-    ways = [
-        own,
-        AttendTiles(block, splits, stages=2),
-        AttendTiles(block, splits, stages=3),
-        AttendTiles(block, splits, warps=8, stages=2),
-        AttendTiles(block // 2, splits, stages=3),
-        AttendTiles(block, splits // 2, stages=3),
+    splits = most_splits(layout.kv_heads)
+    block = 16 if layout.head_dim > 256 else 32
+    ways = [own]
+    for block_s in (block, 2 * block):
+        for most, least in ((splits, 1), (splits, 2), (splits // 2, 1), (splits // 2, 4)):
+            ways.append(AttendTiles(block_s, most, least, stages=3))
+    ways += [
+        AttendTiles(2 * block, splits // 4, stages=3),
+        AttendTiles(block, splits, stages=3, fan=16),
+        AttendTiles(block, splits, stages=3, fan=4),
+        AttendTiles(block, splits, stages=3, combined=4096),
     ]
     return list(dict.fromkeys(ways))
 
@@ -168,9 +171,9 @@ class Report:
         self.rows.append(row)
 
     def table(self) -> str:
-        lines = [f"{'what':<18}{'form':<6}{'B':>3} {'us':>9}{'share':>7}{'error':>9}  way"]
+        lines = [f"{'what':<22}{'form':<6}{'B':>3} {'us':>9}{'share':>7}{'error':>9}  way"]
         for row in self.rows:
-            head = f"{row['name']:<18}{row['form']:<6}{row['rows']:>3} "
+            head = f"{row['name']:<22}{row['form']:<6}{row['rows']:>3} "
             if "failure" in row:
                 lines.append(f"{head}{'-':>9}{'':>16}  {row['way']}: {row['failure']}")
             else:
@@ -183,9 +186,10 @@ class Report:
 def describe(tiles: LinearTiles | AttendTiles, own: bool) -> str:
     if isinstance(tiles, LinearTiles):
         kind = "dot" if tiles.dot else "rows"
-        text = f"{kind} n{tiles.block_n} k{tiles.block_k} split{tiles.splits}"
+        within = " norm" if tiles.norm else ""
+        text = f"{kind} n{tiles.block_n} k{tiles.block_k} split{tiles.splits}{within}"
     else:
-        text = f"slots{tiles.block_s} split{tiles.splits}"
+        text = f"slots{tiles.block_s} split{tiles.splits} least{tiles.least} fan{tiles.fan}"
     return f"{text} warps{tiles.warps} stages{tiles.stages}{' *' if own else ''}"
 
 
@@ -210,7 +214,7 @@ def measure_matrix(report: Report, matrix: Matrix, bits: int, counters: Tensor, 
     def product(x: Tensor, copy: list[Tensor], tiles: LinearTiles) -> Tensor:
         scale = copy[1] if bits else None
         options = {"activation": activation, "tiles": tiles}
-        return cuda.launch_linear(x, copy[0], scale, None, counters, **options)
+        return cuda.launch_linear(x, copy[0], scale, None, counters, **options)[1]
 
     expected = reference.linear(
         all_x, tensors[0], tensors[1] if bits else None, None, counters,
@@ -252,6 +256,39 @@ def measure_matrix(report: Report, matrix: Matrix, bits: int, counters: Tensor, 
         except Exception as failure:
             unequal.append(f"{describe(tiles, False)}: {type(failure).__name__}")
     print(f"{matrix.name} {FORMS[bits]}: rows that differ in company: {unequal or 'none'}")
+
+
+def measure_norm(report: Report, matrix: Matrix, bits: int, counters: Tensor, repeats: int) -> None:
+    """One row's product after a branch is added and normed: a launch of its own, or within."""
+    generator = torch.Generator("cuda").manual_seed(matrix.outputs)
+    new = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    shape = (matrix.outputs * (2 if matrix.gated else 1), matrix.inputs)
+    weight = torch.randn(shape, **new) * matrix.inputs**-0.5
+    copies = copies_of([x for x in quantized(weight, bits) if x is not None])
+    size = sum(x.nbytes for x in copies[0])
+    x, branch, post_weight, norm_weight = (torch.randn(1, matrix.inputs, **new) for _ in range(4))
+    norm = cuda.Norm(norm_weight[0], EPS, 0.0, branch, post_weight[0])
+    options = {"activation": "gelu_tanh" if matrix.gated else None, "norm": norm}
+    ways = []
+    for tiles in linear_candidates(matrix, bits, 1):
+        apart, within = (tiles._replace(norm=norm) for norm in (False, True))
+        ways += [apart, within] if tiles.dot or matrix.inputs <= tiles.block_k else [apart]
+    ways = list(dict.fromkeys(ways))[: 99 if matrix.inputs <= 1024 else 6]
+
+    def product(copy: list[Tensor], tiles: LinearTiles) -> Tensor:
+        scale = copy[1] if bits else None
+        return cuda.launch_linear(x, copy[0], scale, None, counters, **options, tiles=tiles)[1]
+
+    build([lambda tiles=tiles: product(copies[0], tiles) for tiles in ways])
+    for tiles in ways:
+
+        def work(tiles=tiles):
+            apart = product(copies[0], tiles._replace(norm=False))
+            error = relative_error(product(copies[0], tiles), apart)
+            return [lambda copy=copy: product(copy, tiles) for copy in copies], error
+
+        row = {"name": f"{matrix.name} normed", "form": FORMS[bits], "rows": 1}
+        report.measure(row | {"way": describe(tiles, False)}, size, repeats, work)
 
 
 def measure_attention(report: Report, layout: Layout, counters: Tensor, repeats: int) -> None:
@@ -362,7 +399,12 @@ def main() -> None:
         "--seconds", type=float, default=220, metavar="S",
         help="what has not begun by then is left out (default: 220)",
     )  # fmt: skip
-    parser.add_argument("--only", default="", metavar="TEXT", help="names that contain this")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="parts whose name matches, such as 'layer|int4'",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
     options = parser.parse_args()
     if options.repeats < 1:
@@ -386,7 +428,7 @@ def main() -> None:
     )
 
     def section(name: str, action: Callable[..., None], *arguments) -> None:
-        if options.only not in name or time.monotonic() > report.deadline:
+        if not re.search(options.only, name) or time.monotonic() > report.deadline:
             return
         try:
             action(report, *arguments, counters, options.repeats)
@@ -399,12 +441,16 @@ def main() -> None:
 
     for bits in FORMS:
         for matrix in MATRICES:
-            section(matrix.name, measure_matrix, matrix, bits)
+            section(f"{matrix.name} {FORMS[bits]}", measure_matrix, matrix, bits)
+    for matrix in MATRICES:
+        if matrix.name.endswith(("qkv", "full qk", "gate up")):
+            for bits in (0, 4):
+                section(f"{matrix.name} {FORMS[bits]} normed", measure_norm, matrix, bits)
     for layout in LAYOUTS:
-        section(layout.name, measure_attention, layout)
+        section(f"{layout.name} attention", measure_attention, layout)
     for name, matrices, layout in layers:
         for bits in FORMS:
-            section(f"{name} layer", measure_layer, name, matrices, layout, bits)
+            section(f"{name} {FORMS[bits]} layer", measure_layer, name, matrices, layout, bits)
     print(report.table())
     answer = {
         "benchmark": "kernels_cuda",

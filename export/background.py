@@ -3,49 +3,58 @@
 Tracing is Python's work on one core; `sample` alone would take a fifth of the whole time.
 """
 
+import logging
 import multiprocessing
 import signal
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
     from executorch.exir.schema import Program
 
 
-class SelectionExport:
-    """`result()` is the program of export.selection.selection_methods, begun at once, `methods` are
-    their names."""
+class Background:
+    """A function's result, computed in another process that begins at once."""
+
+    def __init__(self, what: str, function: Callable, *arguments: Any):
+        """`what` fails, says `result` where it does; `function` is of a module."""
+        self._what = what
+        context = multiprocessing.get_context("spawn")
+        self._results, results = context.Pipe(duplex=False)
+        # Being a daemon it does not outlive this process.
+        process = context.Process(target=_send, args=(results, function, arguments), daemon=True)
+        process.start()
+        results.close()
+
+    def result(self) -> Any:
+        """Wait for it. Raises RuntimeError when the other process failed: it has written why."""
+        try:
+            return self._results.recv()
+        except EOFError:
+            raise RuntimeError(f"{self._what} could not be exported") from None
+
+
+class SelectionExport(Background):
+    """`result()` is the program of export.selection.selection_methods, `methods` has names."""
 
     def __init__(self, batch: int, vocab_size: int, backend: str):
         self.methods = ["greedy", "sample"]
         if batch > 1:
             self.methods += ["greedy_row", "sample_row"]
-        context = multiprocessing.get_context("spawn")
-        self._results, results = context.Pipe(duplex=False)
-        # Being a daemon it does not outlive this process.
-        process = context.Process(
-            target=_export, args=(results, batch, vocab_size, backend), daemon=True
-        )
-        process.start()
-        results.close()
-
-    def result(self) -> "Program":
-        """Wait for the program. Raises RuntimeError when the other process failed: it has written
-        why."""
-        try:
-            return self._results.recv()
-        except EOFError:
-            raise RuntimeError("the selection methods could not be exported") from None
+        super().__init__("the selection methods", _export, batch, vocab_size, backend)
 
 
-def _export(results, batch: int, vocab_size: int, backend: str) -> None:
+def _send(results, function: Callable, arguments: tuple) -> None:
     # An interrupt is for the process that the user sees.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import logging
-    import warnings
-
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    results.send(function(*arguments))
+
+
+def _export(batch: int, vocab_size: int, backend: str) -> "Program":
     import torch
 
     torch.set_num_threads(1)
@@ -54,7 +63,7 @@ def _export(results, batch: int, vocab_size: int, backend: str) -> None:
 
     methods = selection_methods(batch, vocab_size, delegates=backend == "xnnpack")
     program = to_program(methods, {}, backend == "xnnpack", lambda what: None)
-    results.send(program.executorch_program)
+    return program.executorch_program
 
 
 def merge(manager: "ExecutorchProgramManager", other: "Program"):

@@ -62,18 +62,21 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         "--backend",
         choices=family.backends,
         default=family.backends[0],
-        help="ExecuTorch's XNNPACK or its plain kernels (a .pte), or AOTInductor (a .pt2)",
+        help="ExecuTorch's XNNPACK, its plain kernels or its CUDA backend (a .pte), or AOTInductor "
+        "(a .pt2)",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of --backend inductor"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="of --backend inductor (default: cpu); the others have one device each",
     )
     parser.add_argument(
         "--quant",
         choices=tuple(dict.fromkeys(name for names in FOR_BACKEND.values() for name in names)),
         help="xnnpack: 8da8w or 8da4w, weights of 8 bits per output channel or most of them of 4 "
         "in groups of 32, with int8 activations and a head of 4 bits whose best tokens are scored "
-        "again in 8; inductor: bf16, or with it layers of int8 or int4 weights; all: fp32 "
-        "(default: 8da8w with xnnpack, bf16 with a GPU, else fp32)",
+        "again in 8; cuda: bf16; inductor: bf16, or with it layers of int8 or int4 "
+        "weights; all: fp32 (default: 8da8w with xnnpack, bf16 with a GPU, else fp32)",
     )
     parser.add_argument(
         "--max-seq-len",
@@ -91,6 +94,12 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     output = DEFAULT_OUTPUT.replace("{name}", family.name)
     parser.add_argument("--output", type=Path, help=f"the artifact's directory (default: {output})")
     options = parser.parse_args(arguments)
+    if options.device is None:
+        options.device = "cuda" if options.backend == "cuda" else "cpu"
+    if options.device == "cuda" and options.backend not in ("inductor", "cuda"):
+        parser.error("--device cuda needs --backend inductor or cuda")
+    if options.device == "cpu" and options.backend == "cuda":
+        parser.error("--device cpu is not for --backend cuda")
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[options.backend][0]
     if options.quant not in FOR_BACKEND[options.backend]:
@@ -98,8 +107,6 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
             f"--quant {options.quant} is not for --backend {options.backend}, which has "
             + ", ".join(FOR_BACKEND[options.backend])
         )
-    if options.backend != "inductor" and options.device != "cpu":
-        parser.error(f"--device {options.device} needs --backend inductor")
     if options.random_weights is not None:
         if options.backend != "inductor":
             parser.error("--random-weights needs --backend inductor")
@@ -153,10 +160,12 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         )
     if options.backend == "inductor":
         from export.pt2_artifact import Pt2Artifact as Artifact
+    elif options.backend == "cuda":
+        from export.pte_artifact import CudaPteArtifact as Artifact
     else:
         from export.pte_artifact import PteArtifact as Artifact
     with new_artifact(options.output) as directory, torch.no_grad():
-        engine = Artifact(options, config.vocab_size)
+        engine = Artifact(options, config.vocab_size, max_seq_len)
         if options.random_weights is None:
             tokenizer = write_tokenizer(checkpoint, directory)
         else:

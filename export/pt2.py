@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch._inductor import aot_compile
 from torch._inductor.package import package_aoti
 from torch.export import Dim
 
+from export.background import Background
 from sampler.greedy import greedy
 from sampler.sample import sample
 
@@ -64,54 +66,82 @@ def write_package(
     model: nn.Module,
     decode: nn.Module,
     max_prefill: int,
+    selection: Background,
     path: Path,
     progress: Callable[[str], None],
 ) -> list[str]:
     """Compile the methods for the device that the model is on, into a .pt2 file; their names.
 
     `decode` is Decode(model), or does the same. Constants have the names that they have in the
-    method, and those of prefill begin with "network".
+    method, and those of prefill begin with "network". `selection` computes compile_selection.
     """
-    batch, vocab_size = model.batch, model.config.vocab_size
     device = model.lm_head.weight.device
     with device:
-        methods = {
-            "prefill": (Prefill(model), *_chunk(batch, max_prefill)),
-            "decode": (decode, (_integers(batch, 1), _integers(batch)), None),
-        }
-        functions = {"greedy": greedy, "sample": sample}
-        if device.type == "cuda":
+        token, position = integers(model.batch, 1), integers(model.batch)
+        chunk, shapes = prompt_chunk(model.batch, max_prefill)
+    progress("compiling prefill")
+    files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
+    progress("compiling decode")
+    files["decode"] = compile_method(decode, (token, position))
+    progress("compiling the selection methods")
+    files |= selection.result()
+    progress("writing")
+    with TemporaryDirectory() as directory:
+        package_aoti(str(path), without_sources(files, Path(directory)))
+    return sorted(files)
+
+
+def without_sources(files: dict[str, list[str]], directory: Path) -> dict[str, list[str]]:
+    """The methods' files with empty ones in `directory` for the sources: these say where they were
+    compiled, so that no two exports would be the same. Nobody reads them, but the loader finds the
+    metadata by the source's name."""
+
+    def emptied(file: str) -> str:
+        if not file.endswith(".cpp"):
+            return file
+        path = directory / Path(file).name
+        path.touch()
+        return str(path)
+
+    return {name: [emptied(file) for file in of_method] for name, of_method in files.items()}
+
+
+def compile_selection(
+    batch: int, vocab_size: int, max_seq_len: int, device: str
+) -> dict[str, list[str]]:
+    """The compiled files of greedy and sample, of all rows and of one; with CUDA next_positions."""
+    functions = {"greedy": greedy, "sample": sample}
+    files = {}
+    with torch.device(device), torch.no_grad():
+        if device == "cuda":
             from models.kernels import positions  # noqa: F401  (registers the operator)
             from sampler import cuda
 
             functions = {"greedy": cuda.greedy, "sample": cuda.sample}
-            lines = _integers(model.max_seq_len, batch)
-            methods["next_positions"] = (
-                NextPositions(), (lines, _integers(1), _integers(batch)), None,
-            )  # fmt: skip
+            example = integers(max_seq_len, batch), integers(1), integers(batch)
+            files["next_positions"] = compile_method(NextPositions(), example)
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
-            logits, next_id = torch.zeros(rows, vocab_size), _integers(rows, 1)
-            numbers, integers = torch.ones(rows), _integers(rows)
-            sampling = numbers, integers, numbers.clone(), integers.clone(), integers.clone()
+            logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
+            numbers, counts = torch.ones(rows), integers(rows)
+            sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
             arguments = {"greedy": (logits, next_id), "sample": (logits, *sampling, next_id)}
             for name, function in functions.items():
-                methods[name + suffix] = Select(function), arguments[name], None
-    files = {}
-    for name, (method, example, shapes) in methods.items():
-        progress(f"compiling {name}")
-        # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
-        program = torch.export.export(
-            method,
-            example,
-            dynamic_shapes=shapes,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-        compiled = aot_compile(program.module(), example, options=OPTIONS)
-        # Sources say in which temporary directory they were compiled, and are not needed.
-        files[name] = [file for file in compiled if not file.endswith(".cpp")]
-    progress("writing")
-    package_aoti(str(path), files)
-    return sorted(methods)
+                files[name + suffix] = compile_method(Select(function), arguments[name])
+    return files
+
+
+def compile_method(
+    method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None = None
+) -> list[str]:
+    """The files of a package's method, compiled for the device of its example inputs."""
+    # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
+    program = torch.export.export(
+        method,
+        example,
+        dynamic_shapes=dynamic_shapes,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    return aot_compile(program.module(), example, options=OPTIONS)
 
 
 def tensors_of(
@@ -146,17 +176,17 @@ def is_state(name: str) -> bool:
     return ".cache." in name or name == "counters"
 
 
-def _chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
+def prompt_chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
     """Prefill's example inputs and their dynamic shapes."""
     # One token at most is no dynamic size.
     length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
     traced = min(TRACED_LENGTH, max_prefill)
-    example = _integers(1, traced), torch.arange(traced)
+    example = integers(1, traced), torch.arange(traced)
     shapes = [{1: length}, {0: length}]
     if batch > 1:
-        example, shapes = (*example, _integers(1)), [*shapes, None]
+        example, shapes = (*example, integers(1)), [*shapes, None]
     return example, shapes if length is not None else None
 
 
-def _integers(*shape: int) -> Tensor:
+def integers(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export import hybrid_rows, rows
+from export.background import Background
 from export.errors import ExportError
 from export.recipes import INTEGER_BITS
 from models.moe import SparseMoe
@@ -16,9 +17,10 @@ from models.qwen3_5 import Qwen3_5
 
 
 class Pt2Artifact:
-    """Compiles the network's methods for the device that the options name."""
+    """Compiles the methods for the device that the options name: those of selection at once, in
+    another process, the others in `write`."""
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int):
+    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
         self.options, self.device = options, torch.device(options.device)
         # Of the weights as they are read, of activations and of caches.
         self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
@@ -26,6 +28,11 @@ class Pt2Artifact:
             raise ExportError(
                 "--device cuda needs a CUDA GPU here: kernels are compiled and tried on it"
             )
+        self.selection = Background(
+            "the selection methods",
+            _compile_selection,
+            (options.batch, vocab_size, max_seq_len, options.device),
+        )
 
     def write(
         self,
@@ -64,7 +71,7 @@ class Pt2Artifact:
                 (hybrid_rows if hybrid else rows).fuse_layers(model, bits)
             decode = Decode(model)
         program = directory / "model.pt2"
-        methods = write_package(model, decode, max_prefill, program, progress)
+        methods = write_package(model, decode, max_prefill, self.selection, program, progress)
         tensors, views, state = tensors_of(Prefill(model), decode)
         return {
             "program": {"file": program.name, "bytes": program.stat().st_size},
@@ -75,18 +82,25 @@ class Pt2Artifact:
             "processor": processor(self.device),
             "methods": methods,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "state": _entries(state),
+            "state": entries(state),
         }
 
     def _write_weights(self, tensors: dict[str, Tensor], directory: Path) -> dict:
         if self.options.random_weights:
-            return {"random": _entries(tensors)}
+            return {"random": entries(tensors)}
         path = directory / "model.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         return {"file": path.name, "bytes": path.stat().st_size}
 
 
-def _entries(tensors: dict[str, Tensor]) -> list[dict]:
+def _compile_selection(arguments: tuple) -> dict[str, list[str]]:
+    # Imports of seconds, in the other process.
+    from export.pt2 import compile_selection
+
+    return compile_selection(*arguments)
+
+
+def entries(tensors: dict[str, Tensor]) -> list[dict]:
     """Names, shapes and dtypes, for the manifest."""
     return [
         {

@@ -1,4 +1,5 @@
-"""An artifact for ExecuTorch: the network calibrated, quantized, and written as model.pte."""
+"""Artifacts for ExecuTorch: model.pte, of the network calibrated and quantized for a CPU; or, for
+CUDA, of the network as it is, with model.ptd beside it."""
 
 import argparse
 from collections.abc import Callable
@@ -20,7 +21,7 @@ class PteArtifact:
     # Of the weights as they are read, and of the caches.
     dtype = torch.float32
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int):
+    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
         self.options = options
         self.selection = SelectionExport(options.batch, vocab_size, options.backend)
 
@@ -57,18 +58,10 @@ class PteArtifact:
                 f"--quant {self.options.quant} does not fit this checkpoint: {error}"
             ) from error
 
-        # 2. The program. These are the names that ExecuTorch's own runners ask for.
-        metadata = {
-            "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
-            "get_eos_ids": tokenizer["eos_token_ids"],
-            "get_max_seq_len": max_prefill,
-            "get_max_context_len": model.max_seq_len,
-            "get_vocab_size": model.config.vocab_size,
-            "use_kv_cache": True,
-            "enable_dynamic_shape": True,
-        }
+        # 2. The program.
+        constants = metadata(model, max_prefill, tokenizer)
         program, methods = build_program(
-            model, self.options.backend, max_prefill, metadata, self.selection, progress
+            model, self.options.backend, max_prefill, constants, self.selection, progress
         )
         progress("writing")
         path = directory / "model.pte"
@@ -83,3 +76,61 @@ class PteArtifact:
             "dtype": "float32",
             "state": state_entries(model),
         }
+
+
+class CudaPteArtifact:
+    """Compiles the network's methods for the GPU that is here, by ExecuTorch's CudaBackend:
+    model.pte, and model.ptd with the weights and the state."""
+
+    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
+        self.options = options
+        self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
+        if not torch.cuda.is_available():
+            raise ExportError(
+                "--backend cuda needs a CUDA GPU here: kernels are compiled and tried on it"
+            )
+
+    def write(
+        self,
+        model: nn.Module,
+        max_prefill: int,
+        tokenizer: dict,
+        directory: Path,
+        progress: Callable[[str], None],
+    ) -> dict:
+        """Write model.pte and model.ptd, and return the manifest's entries about them."""
+        progress("importing executorch")
+        from export.pt2 import Decode, tensors_of
+        from export.pt2_artifact import entries, processor
+        from export.pte_cuda import build_program, write_program
+
+        constants = metadata(model, max_prefill, tokenizer)
+        program, methods = build_program(model, max_prefill, constants, progress)
+        progress("writing")
+        path = directory / "model.pte"
+        weights = write_program(program, path)
+        _, _, state = tensors_of(Decode(model))
+        return {
+            "program": {"file": path.name, "bytes": path.stat().st_size},
+            "weights": {"file": weights.name, "bytes": weights.stat().st_size},
+            "engine": "executorch",
+            "backend": "cuda",
+            "device": "cuda",
+            "processor": processor(torch.device("cuda")),
+            "methods": methods,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state": entries(state),
+        }
+
+
+def metadata(model: nn.Module, max_prefill: int, tokenizer: dict) -> dict:
+    """The program's constants, by the names that ExecuTorch's own runners ask for."""
+    return {
+        "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
+        "get_eos_ids": tokenizer["eos_token_ids"],
+        "get_max_seq_len": max_prefill,
+        "get_max_context_len": model.max_seq_len,
+        "get_vocab_size": model.config.vocab_size,
+        "use_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }

@@ -32,6 +32,7 @@ RECIPES: dict[str, Recipe | None] = {
 FOR_BACKEND = {
     "xnnpack": ("8da8w", "8da4w", "fp32"),
     "portable": ("fp32",),
+    "cuda": ("bf16", "fp32"),
     "inductor": ("fp32", "bf16", "int8", "int4"),
 }
 # Of --backend inductor: the bits of the layers' weights where they are integers.

@@ -17,7 +17,7 @@ ACTIVATIONS = {nn.GELU: "gelu_tanh", nn.SiLU: "silu"}
 
 class Rows(nn.Module):
     """The weights of linear layers, one below the other: float [N, K], or words of
-    models/kernels/packing.py with scales float32 [N, K / G]."""
+    models/kernels/packing.py with its scales."""
 
     def __init__(self, linears: list[nn.Linear], bits: int):
         super().__init__()

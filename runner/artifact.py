@@ -1,6 +1,7 @@
 """The artifact directory as the runner sees it: a manifest that has been checked."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ KEYS = {
     "program": dict,
 }
 
+# What only some engines need.
+ENGINE_KEYS = {
+    "inductor": {"processor": str, "weights": dict, "state": list, "versions": dict},
+}
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -33,6 +39,19 @@ class Artifact:
     @property
     def program_file(self) -> Path:
         return self.directory / self.manifest["program"]["file"]
+
+    def sampling_methods(self, present: Iterable[str]) -> list[str]:
+        """The methods that sample. Errors: RunnerError where they are not among those `present`."""
+        names = ["sample"] + ["sample_row"] * (self.manifest["batch"] > 1)
+        if missing := set(names) - set(present):
+            # What is exported for CudaBackend never samples.
+            cuda = self.manifest["backend"] == "cuda"
+            raise RunnerError(
+                f"{self.directory} has no method {' or '.join(sorted(missing))}, and so only "
+                "temperature 0 is possible: export it "
+                + ("with --backend inductor" if cuda else "again")
+            )
+        return names
 
 
 def open_artifact(directory: Path) -> Artifact:
@@ -57,7 +76,7 @@ def open_artifact(directory: Path) -> Artifact:
             f"{path} has the format {found!r}, and this tokenloop runs format {FORMAT_VERSION}: "
             "export it again"
         )
-    for key, kind in KEYS.items():
+    for key, kind in (KEYS | ENGINE_KEYS.get(manifest.get("engine"), {})).items():
         if not isinstance(manifest.get(key), kind):
             raise RunnerError(
                 f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"

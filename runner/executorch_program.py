@@ -10,10 +10,16 @@ import numpy as np
 from runner import executorch_runtime
 from runner.artifact import Artifact
 from runner.errors import RunnerError
-from runner.executorch_runtime import ExecuTorchError, Method, Program
+from runner.executorch_runtime import Method, Program
 from runner.transfers import Transfers
 
 BACKENDS = {"xnnpack": "XnnpackBackend", "portable": None, "cuda": "CudaBackend"}
+# Which ExecuTorch has a backend.
+BUILDS = {
+    "XnnpackBackend": "the wheel from PyPI",
+    "CudaBackend": "ExecuTorch's CUDA wheel (PyPI's is without it) or a build with "
+    "EXECUTORCH_BUILD_CUDA=ON",
+}
 WITH_THIS_VERSION = "export it again with this version of ExecuTorch"
 INT64 = np.dtype("int64")
 FLOAT32 = np.dtype("float32")
@@ -39,12 +45,9 @@ class ExecuTorchProgram:
         Errors: RunnerError for a file that is no program, a backend that this ExecuTorch lacks,
         and a method whose inputs or outputs are not what the manifest says.
         """
-        backend = artifact.manifest["backend"]
-        if backend not in BACKENDS:
-            raise RunnerError(f"backend {backend!r} is unknown: {', '.join(BACKENDS)} are known")
         self._artifact = artifact
         self.transfers = Transfers()
-        with _native_stderr():
+        with native_stderr():
             self._open(threads)
         greedy_row = ["greedy_row"] if artifact.manifest["batch"] > 1 else []
         self._prefill, self._decode, *methods = self._load(
@@ -55,49 +58,26 @@ class ExecuTorchProgram:
         self._sample_row: list[Method] = []
 
     def _open(self, threads: int | None) -> None:
-        artifact, path = self._artifact, self._artifact.program_file
-        registered = executorch_runtime.registered_backends()
-        backend = BACKENDS[artifact.manifest["backend"]]
-        if backend is not None and backend not in registered:
-            raise RunnerError(
-                f"this ExecuTorch has no {backend}, which {artifact.directory} needs "
-                f"(it has {', '.join(sorted(registered))}): install a build that has it, or "
-                "export with another --backend"
-            )
+        backend = check_backend(self._artifact, executorch_runtime.registered_backends())
         if backend == "XnnpackBackend":
             # Weights are packed once for all methods, and not once for each.
             executorch_runtime.set_backend_option(backend, "weight_cache_enabled", True)
         # Before the methods: they keep the pool of threads that they were loaded with.
         executorch_runtime.set_num_threads(threads)
-        with path.open("rb") as file:
-            identifier = file.read(8)[4:]
-        # ExecuTorch would log the identifier as it is, whatever a terminal makes of it.
-        if identifier[:2] != b"ET" or not identifier[2:].isdigit():
-            raise RunnerError(
-                f"{path} is not a program that ExecuTorch can load (its identifier is "
-                f"{identifier}; one such as b'ET12' is right): export it again"
-            )
-        with _explained(f"{path} is not a program that ExecuTorch can load", "export it again"):
-            self._program = Program(path)
-        with _explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
-            _check_methods(self._program, artifact)
+        self._program = open_program(self._artifact)
 
     def _load(self, *names: str) -> list[Method]:
         path = self._artifact.program_file
-        with _explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
+        with explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
             return [self._program.load_method(name) for name in names]
 
     def load_sampling(self) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
         if self._sample:
             return
-        names = ["sample", "sample", *(["sample_row"] if self._greedy_row else [])]
-        if missing := set(names) - set(self._program.method_names()):
-            raise RunnerError(
-                f"{self._artifact.directory} has no method {' or '.join(sorted(missing))}, and so "
-                "only temperature 0 is possible: export it again"
-            )
-        methods = self._load(*names)
+        methods = self._load(
+            "sample", *self._artifact.sampling_methods(self._program.method_names())
+        )
         self._sample, self._sample_row = methods[:2], methods[2:]
 
     def prefill(
@@ -135,6 +115,41 @@ class ExecuTorchProgram:
         return self._greedy[buffer].outputs()[0]
 
 
+def check_backend(artifact: Artifact, registered: list[str]) -> str | None:
+    """The name of the backend that the artifact needs, None where plain kernels are all. Errors:
+    RunnerError for one that is not among those `registered`, or not known at all."""
+    name = artifact.manifest["backend"]
+    if name not in BACKENDS:
+        raise RunnerError(f"backend {name!r} is unknown: {', '.join(BACKENDS)} are known")
+    backend = BACKENDS[name]
+    if backend is not None and backend not in registered:
+        raise RunnerError(
+            f"this ExecuTorch has no {backend}, which {artifact.directory} needs "
+            f"(it has {', '.join(sorted(registered))}): install {BUILDS[backend]}, or export with "
+            "another --backend"
+        )
+    return backend
+
+
+def open_program(artifact: Artifact) -> Program:
+    """The artifact's program, whose methods have the slots that the runner relies on. Errors:
+    RunnerError for a file that is no program, and for other slots."""
+    path = artifact.program_file
+    with path.open("rb") as file:
+        identifier = file.read(8)[4:]
+    # ExecuTorch would log the identifier as it is, whatever a terminal makes of it.
+    if identifier[:2] != b"ET" or not identifier[2:].isdigit():
+        raise RunnerError(
+            f"{path} is not a program that ExecuTorch can load (its identifier is "
+            f"{identifier}; one such as b'ET12' is right): export it again"
+        )
+    with explained(f"{path} is not a program that ExecuTorch can load", "export it again"):
+        program = Program(path)
+    with explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
+        _check_methods(program, artifact)
+    return program
+
+
 def _check_methods(program: Program, artifact: Artifact) -> None:
     """The runner relies on these slots; a program with others must not get as far as a call."""
     manifest = artifact.manifest
@@ -165,10 +180,13 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
                     f"{artifact.program_file}: {name}'s {slot} is {found}; the manifest says "
                     f"{shape} of {dtype}"
                 )
-        if meta.outputs[0].is_memory_planned:
+        # On a GPU only planned memory is the GPU's.
+        planned = manifest["backend"] == "cuda"
+        if meta.outputs[0].is_memory_planned != planned:
+            where = "memory of the host" if planned else "memory that the next method overwrites"
             raise RunnerError(
-                f"{artifact.program_file}: {name}'s output lies in memory that the next method "
-                "overwrites; it must be exported with alloc_graph_output=False"
+                f"{artifact.program_file}: {name}'s output lies in {where}; it must be exported "
+                f"with alloc_graph_output={planned}"
             )
 
 
@@ -200,28 +218,28 @@ def _slots(manifest: dict) -> dict[str, tuple]:
     return slots
 
 
-def _reason(log, error: ExecuTorchError) -> str:
+def _reason(log, error: RuntimeError) -> str:
     """The newest error that ExecuTorch logged, or an operator that it has no kernel for."""
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line[:2] == "E "]
     # A line begins with the time and the place in the source.
     reasons = [line.partition("] ")[2].strip() for line in lines]
     missing = [reason for reason in reasons if reason.startswith("Missing operator")]
-    return (missing or reasons or [str(error)])[-1]
+    return (missing or reasons or str(error).splitlines()[:1])[-1]
 
 
 @contextmanager
-def _explained(fault: str, advice: str) -> Iterator[None]:
+def explained(fault: str, advice: str) -> Iterator[None]:
     """Make one line of an error of ExecuTorch's, with the reason that it logged."""
-    with _native_stderr() as log:
+    with native_stderr() as log:
         try:
             yield
-        except ExecuTorchError as error:
+        except RuntimeError as error:
             raise RunnerError(f"{fault} ({_reason(log, error)}): {advice}") from None
 
 
 @contextmanager
-def _native_stderr() -> Iterator:
+def native_stderr() -> Iterator:
     """Keep what native code writes to file descriptor 2 out of sight: ExecuTorch logs the
     processor's features there, and on an error the reason."""
     with tempfile.TemporaryFile() as log:

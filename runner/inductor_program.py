@@ -16,10 +16,8 @@ from runner.artifact import Artifact
 from runner.errors import RunnerError
 from runner.rows import PARAMETERS
 from runner.step_graphs import StepGraphs
-from runner.torch_memory import TorchMemory
+from runner.torch_memory import Aligned, TorchMemory
 from runner.transfers import Transfers
-
-ALIGNMENT = 16
 
 
 class InductorProgram:
@@ -56,17 +54,11 @@ class InductorProgram:
             }
             if self.has_graphs and self._batch > 1:
                 self.slots["lines"] = self.empty(manifest["max_seq_len"], self._batch).zero_()
-        # By what is needed; see `_aligned`.
-        self._copies: dict[tuple, Tensor] = {}
+        self._aligned = Aligned(self.transfers)
 
     def load_sampling(self) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        names = ["sample"] + ["sample_row"] * (self._batch > 1)
-        if missing := set(names) - set(self._artifact.manifest["methods"]):
-            raise RunnerError(
-                f"{self._artifact.directory} has no method {' or '.join(sorted(missing))}, and so "
-                "only temperature 0 is possible: export it again"
-            )
+        names = self._artifact.sampling_methods(self._artifact.manifest["methods"])
         with self._on_stream(), _explained(self._artifact):
             for name in names:
                 if name not in self._methods:
@@ -138,17 +130,6 @@ class InductorProgram:
         with self._on_stream():
             outputs = self._methods[name](list(map(self._aligned, inputs)))
         return outputs[0] if outputs else None
-
-    def _aligned(self, tensor: Tensor) -> Tensor:
-        """The tensor, or, where it is a view that begins at an odd element, a copy at an address
-        that compiled kernels can take; it is valid until the next of the same shape."""
-        if self._stream is None or tensor.data_ptr() % ALIGNMENT == 0:
-            return tensor
-        key = (*tensor.shape, tensor.dtype)
-        if key not in self._copies:
-            self._copies[key] = torch.empty_like(tensor)
-        self.transfers.copy(tensor, self._copies[key])
-        return self._copies[key]
 
     def _on_stream(self) -> Any:
         return torch.cuda.stream(self._stream)

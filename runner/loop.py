@@ -46,7 +46,7 @@ class Loop:
     """
 
     def __init__(self, program: Any, batch: int, max_seq_len: int, max_prefill: int):
-        """`program` is an ExecuTorchProgram or an InductorProgram."""
+        """`program` is what runner.model.load_program gives."""
         self.program, self.batch = program, batch
         self.max_seq_len, self.max_prefill = max_seq_len, max_prefill
         self.transfers: Transfers = program.transfers

@@ -18,18 +18,23 @@ ENGINES = ("executorch", "inductor")
 
 
 def load_program(artifact: Artifact, threads: int | None = None) -> Any:
-    """The artifact's methods in the engine that it was exported for: an ExecuTorchProgram or an
-    InductorProgram. Errors: RunnerError for what the engine's own constructor refuses."""
-    engine = artifact.manifest["engine"]
-    # Only the inductor needs torch, which takes a second to import, and 200 MB.
-    if engine == "executorch":
+    """The artifact's methods in the engine that it was exported for: an ExecuTorchProgram, an
+    ExecuTorchCudaProgram or an InductorProgram. Errors: RunnerError for what the engine's own
+    constructor refuses."""
+    engine, backend = artifact.manifest["engine"], artifact.manifest["backend"]
+    # ExecuTorch on a CPU needs no torch, which takes a second to import, and 200 MB.
+    if engine == "executorch" and backend != "cuda":
         from runner.executorch_program import ExecuTorchProgram as Program
-    elif engine == "inductor":
+    elif engine in ENGINES:
         try:
-            from runner.inductor_program import InductorProgram as Program
+            if engine == "executorch":
+                from runner.executorch_cuda_program import ExecuTorchCudaProgram as Program
+            else:
+                from runner.inductor_program import InductorProgram as Program
         except ImportError as error:
+            others = "executorch" if engine == "executorch" else "safetensors"
             raise RunnerError(
-                f"{artifact.directory} needs torch and safetensors ({error}): install them"
+                f"{artifact.directory} needs torch and {others} ({error}): install them"
             ) from None
     else:
         raise RunnerError(

@@ -4,15 +4,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runner.transfers import Transfers
+
+ALIGNMENT = 16
+
 
 class TorchMemory:
-    """What Transfers needs of memory. On CUDA all of it happens on one stream of its own, but for
-    prefetched reads, which have a second one: they wait for what was submitted before them, and
-    what is submitted after them does not wait for them."""
+    """What Transfers needs of memory. On CUDA all of it happens on one stream, but for prefetched
+    reads, which have another one: they wait for what was submitted before them, and what is
+    submitted after them does not wait for them."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None):
+        """`stream` is the device's stream to use, by default one of its own."""
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if stream is None and device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+        self.stream = stream
         self._reads = torch.cuda.Stream(device) if self.stream else None
         # By shape: pinned buffers and events that take turns, and what is in them at present.
         self._pinned: dict[tuple[int, ...], list[tuple[Tensor, torch.cuda.Event]]] = {}
@@ -58,3 +65,22 @@ class TorchMemory:
         numbers = buffer.flatten().tolist()
         self._pinned[tuple(buffer.shape)].append((buffer, event))
         return numbers
+
+
+class Aligned:
+    """A function of a tensor that gives it or, where it is a view on a GPU that begins at an odd
+    element, a copy at an address that compiled kernels can take, which is valid until the next of
+    the same shape."""
+
+    def __init__(self, transfers: Transfers):
+        self._transfers = transfers
+        self._copies: dict[tuple, Tensor] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda or tensor.data_ptr() % ALIGNMENT == 0:
+            return tensor
+        key = (*tensor.shape, tensor.dtype)
+        if key not in self._copies:
+            self._copies[key] = torch.empty_like(tensor)
+        self._transfers.copy(tensor, self._copies[key])
+        return self._copies[key]

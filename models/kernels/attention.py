@@ -3,7 +3,8 @@
 The filled slots of a row and key/value head are cut into at most SPLITS parts, one a program
 (flash decoding, https://pytorch.org/blog/flash-decoding/). How they are cut depends on the row's
 position alone: not on its company, and no launch on what a position is. Programs without a part
-leave at once; the last to come adds up the parts.
+leave at once. The last to come of FAN programs adds their parts up, and the last of those who did
+so adds up what they have.
 
 Names: query head g of the HEADS that share a key/value head; slot s; head elements i, or the
 first and second half of them, which rotation pairs (x1, x2).
@@ -12,20 +13,34 @@ first and second half of them, which rotation pairs (x1, x2).
 import triton
 import triton.language as tl
 
-from models.kernels.linear import arrive, dot
+from models.kernels.linear import arrive, dot, prefetch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def normed(x1, x2, weight_ptr, i, eps, offset, HALF: tl.constexpr):
-    """RMSNorm of rows in halves [..., HALF]; unchanged without a weight."""
+def load_halves(ptr, i, HALF: tl.constexpr):
+    return tl.load(ptr + i).to(tl.float32), tl.load(ptr + HALF + i).to(tl.float32)
+
+
+@triton.jit
+def load_norm(weight_ptr, i, offset, HALF: tl.constexpr):
+    """A norm's weights in halves; ones without one."""
     if weight_ptr is None:
+        w1, w2 = tl.full([HALF], 1.0, tl.float32), tl.full([HALF], 1.0, tl.float32)
+    else:
+        w1, w2 = load_halves(weight_ptr, i, HALF)
+        w1, w2 = offset + w1, offset + w2
+    return w1, w2
+
+
+@triton.jit
+def normed(x1, x2, w1, w2, eps, NORM: tl.constexpr):
+    """RMSNorm of rows in halves [..., HALF] if NORM."""
+    if not NORM:
         return x1, x2
-    w1 = offset + tl.load(weight_ptr + i).to(tl.float32)
-    w2 = offset + tl.load(weight_ptr + HALF + i).to(tl.float32)
     axis: tl.constexpr = len(x1.shape) - 1
-    mean = tl.sum(x1 * x1 + x2 * x2, axis, keep_dims=True) / (2 * HALF)
+    mean = tl.sum(x1 * x1 + x2 * x2, axis, keep_dims=True) / (2 * x1.shape[axis])
     scale = 1 / tl.sqrt_rn(mean + eps)
     return x1 * scale * w1, x2 * scale * w2
 
@@ -36,8 +51,40 @@ def rotated(x1, x2, cos, sin, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_halves(ptr, i, HALF: tl.constexpr):
-    return tl.load(ptr + i).to(tl.float32), tl.load(ptr + HALF + i).to(tl.float32)
+def merged(
+    acc_ptr, max_ptr, sum_ptr, first, step, count, h, whole,
+    MOST: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """acc [h, whole], max [h] and sum [h] of parts first, first + step, ...: `count` of them, at
+    most MOST."""
+    # Written by other programs: not to be read from this processor's own cache.
+    p = tl.arange(0, MOST)
+    entries = (first + p * step)[:, None] * STORED + h[None, :]
+    known = (p < count)[:, None]
+    maxima = tl.load(max_ptr + entries, mask=known, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(sum_ptr + entries, mask=known, other=0.0, cache_modifier=".cg")
+    largest = tl.max(maxima, 0)
+    total = tl.sum(sums * tl.exp2(maxima - largest[None, :]), 0)
+    acc = tl.zeros([STORED, SIZE], tl.float32)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS)
+        places = (first + part * step)[:, None] * STORED + h[None, :]
+        held = (part < count)[:, None]
+        peaks = tl.load(max_ptr + places, mask=held, other=float("-inf"), cache_modifier=".cg")
+        parts = tl.load(
+            acc_ptr + places.to(tl.int64)[:, :, None] * SIZE + whole[None, None, :],
+            mask=held[:, :, None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        acc += tl.sum(parts * tl.exp2(peaks - largest[None, :])[:, :, None], 0)
+    return acc, largest, total
+
+
+@triton.jit
+def store_part(acc_ptr, max_ptr, sum_ptr, entry, mask, whole, acc, largest, total, SIZE):
+    tl.store(max_ptr + entry, largest, mask=mask)
+    tl.store(sum_ptr + entry, total, mask=mask)
+    offsets = entry.to(tl.int64)[:, None] * SIZE + whole[None, :]
+    tl.store(acc_ptr + offsets, acc, mask=mask[:, None])
 
 
 @triton.jit
@@ -47,60 +94,77 @@ def attend_kernel(
     slots, scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     VALUE_NORM: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
-    PARTS: tl.constexpr, STORED: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, FAN: tl.constexpr, BLOCK_S: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_G: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of the slots of a row and key/value head.
 
-    BLOCK_G is HEADS padded for a matrix product, STORED to a power of two; PARTS are added up at
-    once. Partial results: acc [B, KV, SPLITS, STORED, Dh], max and sum [B, KV, SPLITS, STORED].
+    A part has at least LEAST blocks of slots. BLOCK_G is HEADS padded for a matrix product, STORED
+    to a power of two; PARTS are added up at once. Partial results: acc [B, KV, SPLITS, STORED, Dh],
+    max and sum [B, KV, SPLITS, STORED]; counters [B, KV, 1 + SPLITS / FAN].
     """
     SIZE: tl.constexpr = 2 * HALF
+    LINES: tl.constexpr = SIZE // 64 if SIZE > 64 else 1
     WIDTH: tl.constexpr = (HEADS + (1 if VALUES_ARE_KEYS else 2)) * KV * SIZE
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     split, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    position = tl.load(position_ptr + row)
-    slot = (position % slots).to(tl.int32)
-    filled = tl.minimum(position + 1, slots).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(filled, BLOCK_S), SPLITS) * BLOCK_S
+    # Remainders of 64 bits are slow.
+    position = tl.load(position_ptr + row).to(tl.int32)
+
+    # All that does not depend on the position is asked for before anything waits for it.
+    qkv_ptr += row * WIDTH
+    i = tl.arange(0, HALF)
+    whole = tl.arange(0, SIZE)
+    g = tl.arange(0, BLOCK_G)
+    q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
+    present = (g < HEADS)[:, None]
+    q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0)
+    q2 = tl.load(qkv_ptr + HALF + q_offsets, mask=present, other=0.0)
+    key_ptr = qkv_ptr + (HEADS * KV + kv) * SIZE
+    value_ptr = key_ptr
+    if not VALUES_ARE_KEYS:
+        value_ptr = key_ptr + KV * SIZE
+    new_k1, new_k2 = load_halves(key_ptr, i, HALF)
+    new_v = tl.load(value_ptr + whole)
+    inv_freq = tl.load(inv_freq_ptr + i)
+    q_weight1, q_weight2 = load_norm(q_norm_ptr, i, offset, HALF)
+    k_weight1, k_weight2 = load_norm(k_norm_ptr, i, offset, HALF)
+
+    slot = position % slots
+    filled = tl.minimum(position + 1, slots)
+    size = tl.maximum(tl.cdiv(tl.cdiv(filled, BLOCK_S), SPLITS), LEAST) * BLOCK_S
     active = tl.cdiv(filled, size)
     if split >= active:
         return
     begin = split * size
     end = tl.minimum(begin + size, filled)
 
-    qkv_ptr += row * WIDTH
-    i = tl.arange(0, HALF)
-    whole = tl.arange(0, SIZE)
-    g = tl.arange(0, BLOCK_G)
-    angle = position.to(tl.float32) * tl.load(inv_freq_ptr + i)
-    cos, sin = tl.cos(angle), tl.sin(angle)
-    q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
-    present = (g < HEADS)[:, None]
-    q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0).to(tl.float32)
-    q2 = tl.load(qkv_ptr + HALF + q_offsets, mask=present, other=0.0).to(tl.float32)
-    q1, q2 = normed(q1, q2, q_norm_ptr, i, eps, offset, HALF)
-    q1, q2 = rotated(q1, q2, cos[None, :], sin[None, :], dtype)
-
-    # In units of exp2.
-    scale = scale * LOG2_E
     head = (row.to(tl.int64) * slots * KV + kv) * SIZE
     stride: tl.constexpr = KV * SIZE
     k_ptr += head
     v_ptr += head
+    # The first slots need not wait for the queries. A line of 128 bytes is 64 elements.
+    ahead = tl.minimum(begin + tl.arange(0, 2 * BLOCK_S), end - 1).to(tl.int64) * stride
+    lines = ahead[:, None] + 64 * tl.arange(0, LINES)[None, :]
+    end += tl.max(prefetch(k_ptr + lines) + prefetch(v_ptr + lines))
+
+    angle = position.to(tl.float32) * inv_freq
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    q1, q2 = normed(
+        q1.to(tl.float32), q2.to(tl.float32), q_weight1, q_weight2, eps, q_norm_ptr is not None
+    )
+    q1, q2 = rotated(q1, q2, cos[None, :], sin[None, :], dtype)
+
+    # In units of exp2.
+    scale = scale * LOG2_E
     largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, SIZE], tl.float32)
     if (slot >= begin) & (slot < end):
         # The new token is this program's, and is not read back from the caches.
-        key_ptr = qkv_ptr + (HEADS * KV + kv) * SIZE
-        value_ptr = key_ptr
-        if not VALUES_ARE_KEYS:
-            value_ptr = key_ptr + KV * SIZE
-        k1, k2 = load_halves(key_ptr, i, HALF)
-        k1, k2 = normed(k1, k2, k_norm_ptr, i, eps, offset, HALF)
+        k1, k2 = normed(new_k1, new_k2, k_weight1, k_weight2, eps, k_norm_ptr is not None)
         k1, k2 = rotated(k1, k2, cos, sin, dtype)
-        v = tl.load(value_ptr + whole)
+        v = new_v
         if VALUE_NORM:
             wide = v.to(tl.float32)
             mean = tl.sum(wide * wide, 0) / SIZE
@@ -139,38 +203,33 @@ def attend_kernel(
         tl.store(out_ptr + out_offsets, (acc / total[:, None]).to(dtype), mask=present)
         return
     pair = row * KV + kv
-    entry = (pair * SPLITS + split) * STORED + g
-    stored = g < STORED
-    tl.store(max_ptr + entry, largest, mask=stored)
-    tl.store(sum_ptr + entry, total, mask=stored)
-    tl.store(
-        acc_ptr + entry.to(tl.int64)[:, None] * SIZE + whole[None, :], acc, mask=stored[:, None]
-    )
-    if not arrive(counter_ptr + pair, active):
+    first = pair * SPLITS
+    entry = (first + split) * STORED + g
+    store_part(acc_ptr, max_ptr, sum_ptr, entry, g < STORED, whole, acc, largest, total, SIZE)
+    group = split // FAN
+    groups = tl.cdiv(active, FAN)
+    members = tl.minimum(FAN, active - group * FAN)
+    counter_ptr += pair * (SPLITS // FAN + 1)
+    if not arrive(counter_ptr + 1 + group, members):
         return
-
-    # Written by other programs: not to be read from this processor's own cache.
     h = tl.arange(0, STORED)
-    p = tl.arange(0, SPLITS)
-    entries = (pair * SPLITS + p)[:, None] * STORED + h[None, :]
-    known = (p < active)[:, None]
-    maxima = tl.load(max_ptr + entries, mask=known, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(sum_ptr + entries, mask=known, other=0.0, cache_modifier=".cg")
-    overall = tl.max(maxima, 0)
-    denominator = tl.sum(sums * tl.exp2(maxima - overall[None, :]), 0)
-    result = tl.zeros([STORED, SIZE], tl.float32)
-    for start in range(0, active, PARTS):
-        part = start + tl.arange(0, PARTS)
-        places = (pair * SPLITS + part)[:, None] * STORED + h[None, :]
-        held = (part < active)[:, None]
-        peaks = tl.load(max_ptr + places, mask=held, other=float("-inf"), cache_modifier=".cg")
-        share = tl.exp2(peaks - overall[None, :])
-        parts = tl.load(
-            acc_ptr + places.to(tl.int64)[:, :, None] * SIZE + whole[None, None, :],
-            mask=held[:, :, None], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        result += tl.sum(parts * share[:, :, None], 0)
+    acc, largest, total = merged(
+        acc_ptr, max_ptr, sum_ptr, first + group * FAN, 1, members, h, whole,
+        FAN, PARTS, STORED, SIZE,
+    )  # fmt: skip
     out_offsets = h[:, None] * SIZE + whole[None, :]
-    tl.store(
-        out_ptr + out_offsets, (result / denominator[:, None]).to(dtype), mask=(h < HEADS)[:, None]
-    )
+    present = (h < HEADS)[:, None]
+    if groups == 1:
+        tl.store(out_ptr + out_offsets, (acc / total[:, None]).to(dtype), mask=present)
+        return
+    # In place of the group's first part, which has been read.
+    entry = (first + group * FAN) * STORED + h
+    tl.debug_barrier()
+    store_part(acc_ptr, max_ptr, sum_ptr, entry, h < STORED, whole, acc, largest, total, SIZE)
+    if not arrive(counter_ptr, groups):
+        return
+    acc, largest, total = merged(
+        acc_ptr, max_ptr, sum_ptr, first, FAN, groups, h, whole,
+        SPLITS // FAN, PARTS, STORED, SIZE,
+    )  # fmt: skip
+    tl.store(out_ptr + out_offsets, (acc / total[:, None]).to(dtype), mask=present)

@@ -11,25 +11,47 @@ launch leaves them 0, so that one tensor serves a whole network.
     norm_linear, add_norm_linear          1 where rows are short and few, else 2
 """
 
+from typing import NamedTuple
+
 import triton
 from torch import Tensor, bfloat16, empty, empty_like, float32
 from torch.library import triton_op, wrap_triton
 
 from models.kernels.attention import attend_kernel
 from models.kernels.linear import dot_kernel, norm_kernel, rows_kernel
-from models.kernels.packing import SPAN_WORDS, weight_bits
-from models.kernels.tiles import SHARED_NORM, AttendTiles, LinearTiles, attend_tiles, linear_tiles
+from models.kernels.packing import GROUP_SIZES, SPAN_WORDS, WORD_BITS, weight_bits
+from models.kernels.tiles import (
+    FAN,
+    SHARED_NORM,
+    AttendTiles,
+    LinearTiles,
+    attend_tiles,
+    linear_tiles,
+    most_splits,
+)
 
 
 def counters_size(rows: int, outputs: int, kv_heads: int) -> int:
     """How many `counters` the operators need for so many rows and outputs of a linear layer."""
-    return max(triton.cdiv(rows, 16) * triton.cdiv(outputs, 16), rows * kv_heads)
+    groups = triton.cdiv(most_splits(kv_heads), FAN)
+    return max(triton.cdiv(rows, 16) * triton.cdiv(outputs, 16), rows * kv_heads * (1 + groups))
 
 
 def _check_contiguous(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} of strides {x.stride()} is not contiguous")
+
+
+class Norm(NamedTuple):
+    """A norm before a linear layer, of a residual to which a branch may be added first."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+    branch: Tensor | None = None
+    post_weight: Tensor | None = None
+    layer_scalar: Tensor | None = None
 
 
 def launch_linear(
@@ -42,9 +64,11 @@ def launch_linear(
     activation: str | None = None,
     soft_cap: float = 0.0,
     wide: bool = False,
+    norm: Norm | None = None,
     tiles: LinearTiles | None = None,
-) -> Tensor:
-    """`linear`, cut as `tiles` say.
+) -> tuple[Tensor | None, Tensor]:
+    """The new residual where a norm adds a branch to it, and `linear` of x or of its norm, cut as
+    `tiles` say.
 
     Raises ValueError for a weight or scale that does not fit, or what the kernels cannot read.
     """
@@ -53,22 +77,31 @@ def launch_linear(
     bits = weight_bits(weight, inputs)
     if x.dtype != (bfloat16 if bits else weight.dtype):
         raise ValueError(f"activations are {x.dtype}, the weight {weight.dtype}")
-    if bits and (scale is None or inputs % scale.shape[1]):
-        given = None if scale is None else tuple(scale.shape)
-        raise ValueError(f"scale of shape {given}: a weight of {bits} bits needs equal groups")
+    group = _group_size(scale, inputs, bits)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype)
+    total = h = None
+    if norm is not None and (rows > SHARED_NORM or not tiles.norm):
+        total, x = _norm(x, norm)
+        norm = None
+    if norm is not None:
+        _check_contiguous(branch=norm.branch)
+        total = None if norm.branch is None else empty_like(x)
+        h = empty_like(x) if tiles.dot else None
+    # Of the kernels' arguments: a norm's tensors, its numbers.
+    tensors = (None,) * 4 if norm is None else (*norm[3:], norm.weight)
+    numbers = (0.0, 0.0, soft_cap) if norm is None else (norm.eps, norm.offset, soft_cap)
     y = empty(rows, outputs, dtype=float32 if wide else x.dtype, device=x.device)
     if not tiles.dot:
         grid = (rows * triton.cdiv(outputs, tiles.block_n),)
         wrap_triton(rows_kernel)[grid](
-            x, None, None, None, None, weight, bias, None, y,
-            rows, outputs, inputs, 0.0, 0.0, soft_cap,
-            NORM=False, ADD=False, ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
+            x, *tensors, weight, bias, total, y, rows, outputs, inputs, *numbers,
+            NORM=norm is not None, ADD=total is not None and norm is not None,
+            ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
             BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, num_warps=tiles.warps,
         )  # fmt: skip
-        return y
-    block = SPAN_WORDS * (32 // bits) if bits else tiles.block_k
+        return total, y
+    block = SPAN_WORDS * (WORD_BITS // bits) if bits else tiles.block_k
     steps = triton.cdiv(triton.cdiv(inputs, block), tiles.splits)
     block_b = 16 if rows <= 16 else 32
     grid = (triton.cdiv(outputs, tiles.block_n), tiles.splits, triton.cdiv(rows, block_b))
@@ -77,67 +110,37 @@ def launch_linear(
         halves = 1 if activation is None else 2
         partial = empty(tiles.splits, halves, rows, outputs, dtype=float32, device=x.device)
     wrap_triton(dot_kernel)[grid](
-        x, weight, scale, bias, partial, counters, y,
-        rows, outputs, inputs, weight.shape[1], steps, soft_cap,
-        BITS=bits, GROUP=inputs // scale.shape[1] if bits == 4 else 0,
+        x, *tensors, weight, scale, bias, total, h, partial, counters, y,
+        rows, outputs, inputs, weight.shape[1], steps, *numbers,
+        NORM_K=0 if norm is None else triton.next_power_of_2(inputs),
+        ADD=total is not None and norm is not None, BITS=bits, GROUP=group,
         ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
         EVEN=inputs % block == 0, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
-    return y
+    return total, y
 
 
-def _norm(
-    x: Tensor,
-    branch: Tensor | None,
-    post_weight: Tensor | None,
-    layer_scalar: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    offset: float,
-) -> tuple[Tensor | None, Tensor]:
-    _check_contiguous(x=x, branch=branch)
+def _group_size(scale: Tensor | None, inputs: int, bits: int) -> int:
+    """Inputs of a scale of 4 bits, else 0."""
+    groups = 1 if scale is None else scale.shape[1]
+    known = GROUP_SIZES if bits == 4 else (inputs,)
+    if bits and (scale is None or inputs % groups or inputs // groups not in known):
+        given = None if scale is None else tuple(scale.shape)
+        raise ValueError(f"scale of shape {given}: a weight of {bits} bits needs groups of {known}")
+    return inputs // groups if bits == 4 else 0
+
+
+def _norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
+    _check_contiguous(x=x, branch=norm.branch)
     rows, size = x.shape
-    total = None if branch is None else empty_like(x)
+    total = None if norm.branch is None else empty_like(x)
     h = empty_like(x)
     wrap_triton(norm_kernel)[(rows,)](
-        x, branch, post_weight, layer_scalar, norm_weight, total, h, size, eps, offset,
-        ADD=branch is not None, BLOCK_K=triton.next_power_of_2(size), num_warps=8,
+        x, *norm[3:], norm.weight, total, h, size, norm.eps, norm.offset,
+        ADD=total is not None, BLOCK_K=triton.next_power_of_2(size), num_warps=8,
     )  # fmt: skip
     return total, h
-
-
-def _norm_linear(
-    residual: tuple[Tensor | None, ...],
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    counters: Tensor,
-    eps: float,
-    offset: float,
-    options: dict,
-    tiles: LinearTiles | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    x, branch, post_weight, layer_scalar, norm_weight = residual
-    rows, inputs = x.shape
-    activation, soft_cap = options["activation"], options["soft_cap"]
-    bits = weight_bits(weight, inputs)
-    outputs = weight.shape[0] // (1 if activation is None else 2)
-    tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype)
-    if tiles.dot or inputs > tiles.block_k or rows > SHARED_NORM:
-        total, h = _norm(*residual, eps, offset)
-        return total, launch_linear(h, weight, scale, bias, counters, **options, tiles=tiles)
-    _check_contiguous(x=x, branch=branch, weight=weight, bias=bias)
-    total = None if branch is None else empty_like(x)
-    dtype = float32 if options["wide"] else x.dtype
-    y = empty(rows, outputs, dtype=dtype, device=x.device)
-    wrap_triton(rows_kernel)[(rows * triton.cdiv(outputs, tiles.block_n),)](
-        x, branch, post_weight, layer_scalar, norm_weight, weight, bias, total, y,
-        rows, outputs, inputs, eps, offset, soft_cap,
-        NORM=True, ADD=branch is not None, ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
-        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, num_warps=tiles.warps,
-    )  # fmt: skip
-    return total, y
 
 
 @triton_op("tokenloop::linear", mutates_args={"counters"})
@@ -154,13 +157,13 @@ def linear(
 ) -> Tensor:
     """See reference.linear."""
     options = {"activation": activation, "soft_cap": soft_cap, "wide": wide}
-    return launch_linear(x, weight, scale, bias, counters, **options)
+    return launch_linear(x, weight, scale, bias, counters, **options)[1]
 
 
 @triton_op("tokenloop::norm", mutates_args={})
 def norm(x: Tensor, norm_weight: Tensor, *, eps: float, offset: float = 0.0) -> Tensor:
     """See reference.norm."""
-    return _norm(x, None, None, None, norm_weight, eps, offset)[1]
+    return _norm(x, Norm(norm_weight, eps, offset))[1]
 
 
 @triton_op("tokenloop::add_norm", mutates_args={})
@@ -175,7 +178,7 @@ def add_norm(
     offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """See reference.add_norm."""
-    return _norm(x, branch, post_weight, layer_scalar, norm_weight, eps, offset)
+    return _norm(x, Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar))
 
 
 @triton_op("tokenloop::norm_linear", mutates_args={"counters"})
@@ -195,8 +198,8 @@ def norm_linear(
 ) -> Tensor:
     """See reference.norm_linear."""
     options = {"activation": activation, "soft_cap": soft_cap, "wide": wide}
-    residual = (x, None, None, None, norm_weight)
-    return _norm_linear(residual, weight, scale, bias, counters, eps, offset, options)[1]
+    norm = Norm(norm_weight, eps, offset)
+    return launch_linear(x, weight, scale, bias, counters, **options, norm=norm)[1]
 
 
 @triton_op("tokenloop::add_norm_linear", mutates_args={"counters"})
@@ -219,8 +222,8 @@ def add_norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """See reference.add_norm_linear."""
     options = {"activation": activation, "soft_cap": soft_cap, "wide": wide}
-    residual = (x, branch, post_weight, layer_scalar, norm_weight)
-    return _norm_linear(residual, weight, scale, bias, counters, eps, offset, options)
+    norm = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar)
+    return launch_linear(x, weight, scale, bias, counters, **options, norm=norm)
 
 
 def launch_attend(
@@ -253,7 +256,9 @@ def launch_attend(
             f"{tuple(k_cache.shape)}"
         )
     tiles = tiles or attend_tiles(slots, kv_heads, head_dim, qkv.dtype)
-    splits = min(tiles.splits, triton.next_power_of_2(triton.cdiv(slots, tiles.block_s)))
+    parts = triton.cdiv(slots, tiles.block_s * tiles.least)
+    splits = min(tiles.splits, triton.next_power_of_2(parts))
+    fan = min(tiles.fan, splits)
     stored = triton.next_power_of_2(groups)
     new = {"dtype": float32, "device": qkv.device}
     out = empty(rows, kv_heads * groups * head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -265,8 +270,9 @@ def launch_attend(
         out, acc, largest, total, counters, slots, scale, eps, offset,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
         VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys,
-        SPLITS=splits, BLOCK_S=tiles.block_s, BLOCK_G=max(16, stored),
-        PARTS=max(1, min(splits, tiles.combined // (stored * head_dim))),
+        SPLITS=splits, FAN=fan, BLOCK_S=tiles.block_s, LEAST=tiles.least,
+        BLOCK_G=max(16, stored),
+        PARTS=max(1, min(fan, tiles.combined // (stored * head_dim))),
         STORED=stored, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out

@@ -14,9 +14,10 @@ one program takes n and N + n.
 import triton
 import triton.language as tl
 
-from models.kernels.packing import SPAN_WORDS
+from models.kernels.packing import SPAN_WORDS, WORD_BITS
 
 WORDS = tl.constexpr(SPAN_WORDS)
+BITS_OF_WORD = tl.constexpr(WORD_BITS)
 
 # The interpreter holds bfloat16 as integers, and computes with them as such.
 if triton.knobs.runtime.interpret:
@@ -26,16 +27,14 @@ if triton.knobs.runtime.interpret:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
     @triton.jit
-    def minus(x, y):
-        return (x.to(tl.float32) - y.to(tl.float32)).to(tl.bfloat16)
+    def field(words, INDEX: tl.constexpr, BITS: tl.constexpr):
+        values = (words.to(tl.int32) >> (BITS * INDEX)) & (2**BITS - 1)
+        values = values - 8 if BITS == 4 else values - ((values & 128) << 1)
+        return values.to(tl.float32).to(tl.bfloat16)
 
     @triton.jit
-    def centred(x):
-        return (x.to(tl.float32) - 136.0).to(tl.bfloat16)
-
-    @triton.jit
-    def biased(x, MASK: tl.constexpr):
-        return (x & MASK) | 0x43004300
+    def prefetch(pointers):
+        return tl.zeros(pointers.shape, tl.int32)
 
 else:
 
@@ -43,19 +42,44 @@ else:
     def dot(a, b, acc):
         return tl.dot(a, b, acc, input_precision="ieee")
 
-    @triton.jit
-    def minus(x, y):
-        return x - y
+    # With 7 bits of mantissa 0x4300 | u is 128 + u for u < 128: conversions are slow.
+    _NIBBLES = """{{
+        .reg .b32 t, c;
+        mov.b32 c, 0x43084308;
+        shr.b32 t, $1, {shift};
+        lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
+        sub.rn.bf16x2 $0, t, c;
+    }}"""
+    # 128, or 256 where the sign bit is set, is taken off.
+    _BYTES = """{{
+        .reg .b32 s, t;
+        shr.b32 t, $1, {shift};
+        lop3.b32 s, t, 0x00800080, 0x43004300, 0xEA;
+        lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA;
+        sub.rn.bf16x2 $0, t, s;
+    }}"""
+    # On one line: torch's compiler copies them into a string with their escapes processed.
+    _NIBBLES, _BYTES = " ".join(_NIBBLES.split()), " ".join(_BYTES.split())
+    NIBBLES = tl.constexpr(tuple(_NIBBLES.format(shift=4 * i) for i in range(4)))
+    BYTES = tl.constexpr(tuple(_BYTES.format(shift=8 * i) for i in range(2)))
 
     @triton.jit
-    def centred(x):
-        return x - 136.0
-
-    @triton.jit
-    def biased(x, MASK: tl.constexpr):
-        # LLVM would take the halves apart and not find this one instruction: (a & b) | c.
+    def field(words, INDEX: tl.constexpr, BITS: tl.constexpr):
+        """Field INDEX of int16 words as exact bfloat16, two words at once."""
         return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, 1124090624, 0xEA;", "=r,r,n", [x, MASK],
+            NIBBLES[INDEX] if BITS == 4 else BYTES[INDEX], "=r,r", [words],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+
+    @triton.jit
+    def prefetch(pointers):
+        """Zeros, having asked for the lines of L2 that `pointers` are in; nothing waits for them.
+
+        The zeros are to be used: an operation with effects torch would take for one that may write
+        to any argument, so this one may be left out as having none.
+        """
+        return tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
             dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
 
@@ -191,31 +215,6 @@ def rows_kernel(
 
 
 @triton.jit
-def field(words, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """Field INDEX of int32 words as exact bfloat16, by bits alone: conversions are slow.
-
-    With 7 bits of mantissa 0x4300 | u is 128 + u for u < 128. Two fields, 16 bits apart, are made
-    by the same operations.
-    """
-    HALF: tl.constexpr = 16 // BITS
-    shifted = words >> (BITS * (INDEX % HALF))
-    if BITS == 4:
-        return centred(_half(biased(shifted, 0x000F000F), INDEX >= HALF))
-    low = _half(biased(shifted, 0x007F007F), INDEX >= HALF)
-    sign = _half(
-        biased(shifted, 0x00800080), INDEX >= HALF
-    )  # 128, or 256 where the sign bit is set
-    return minus(low, sign)
-
-
-@triton.jit
-def _half(pair, UPPER: tl.constexpr):
-    if UPPER:
-        pair = pair >> 16
-    return pair.to(tl.int16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
 def load_rows(x_ptr, b, k, rows, K):
     """Activations [k, b], zero beyond either."""
     mask = (k < K)[:, None] & (b < rows)[None, :]
@@ -223,30 +222,34 @@ def load_rows(x_ptr, b, k, rows, K):
 
 
 @triton.jit
-def span_products(
-    acc, w_ptr, scale_ptr, x_ptr, n, b, span, rows, K, width,
-    BITS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def load_scales(scale_ptr, n, span, K, GROUP: tl.constexpr):
+    """Scales [n] of each group of a span of 4 bits."""
+    scales = ()
+    for i in tl.static_range(WORDS * (BITS_OF_WORD // 4) // GROUP):
+        # What is padded has no scale of its own, and needs none.
+        group = tl.minimum(span * (WORDS * (BITS_OF_WORD // 4) // GROUP) + i, K // GROUP - 1)
+        scales = scales + (tl.load(scale_ptr + n * (K // GROUP) + group),)
+    return scales
+
+
+@triton.jit
+def span_products(acc, w_ptr, scales, x_ptr, n, b, span, rows, K, width, BITS: tl.constexpr):
     """acc [n, b] plus one span of weights [n, k] times activations [k, b].
 
-    Scales of 8 bits are left to the end; of 4 bits there is one for every GROUP inputs.
+    Scales of 8 bits are left to the end; of 4 bits each of `scales` is of as many fields.
     """
-    SPAN: tl.constexpr = WORDS * (32 // BITS)
-    # Inputs that share a scale, as far as they lie in one span.
-    SHARED: tl.constexpr = SPAN if GROUP == 0 or GROUP > SPAN else GROUP
+    FIELDS: tl.constexpr = BITS_OF_WORD // BITS
+    SHARED: tl.constexpr = FIELDS if BITS == 8 else FIELDS // len(scales)
     words = tl.load(w_ptr + n[:, None] * width + span * WORDS + tl.arange(0, WORDS)[None, :])
-    for group in tl.static_range(SPAN // SHARED):
+    for group in tl.static_range(FIELDS // SHARED):
         part = tl.zeros(acc.shape, tl.float32)
-        for i in tl.static_range(SHARED // WORDS):
-            k = span * SPAN + group * SHARED + i * WORDS + tl.arange(0, WORDS)
-            a = field(words, group * (SHARED // WORDS) + i, BITS)
-            part = dot(a, load_rows(x_ptr, b, k, rows, K), part)
-        if GROUP == 0:
+        for i in tl.static_range(group * SHARED, (group + 1) * SHARED):
+            k = (span * FIELDS + i) * WORDS + tl.arange(0, WORDS)
+            part = dot(field(words, i, BITS), load_rows(x_ptr, b, k, rows, K), part)
+        if BITS == 8:
             acc += part
         else:
-            # What is padded has no scale of its own, and needs none.
-            index = tl.minimum((span * SPAN + group * SHARED) // GROUP, K // GROUP - 1)
-            acc += part * tl.load(scale_ptr + n * (K // GROUP) + index)[:, None]
+            acc += part * scales[group].to(tl.float32)[:, None]
     return acc
 
 
@@ -262,6 +265,15 @@ def block_products(
     else:
         w = tl.load(w_ptr + offsets, mask=(k < K)[None, :], other=0.0)
     return dot(w, load_rows(x_ptr, b, k, rows, K), acc)
+
+
+@triton.jit
+def prefetch_rows(w_ptr, n, start, width):
+    """0, having asked for the first lines of a program's weights [n, start:], which need not wait
+    for a norm."""
+    # A line of 128 bytes is 64 elements.
+    columns = tl.minimum(start + 64 * tl.arange(0, 16), width - 1)
+    return tl.max(prefetch(w_ptr + n[:, None] * width + columns[None, :]))
 
 
 @triton.jit
@@ -288,8 +300,11 @@ def combined(partial_ptr, offsets, mask, stride, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def dot_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, counter_ptr, y_ptr,
-    rows, N, K, width, steps, soft_cap: tl.constexpr,
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr,
+    total_ptr, h_ptr, partial_ptr, counter_ptr, y_ptr,
+    rows, N, K, width, steps,
+    eps: tl.constexpr, offset: tl.constexpr, soft_cap: tl.constexpr,
+    NORM_K: tl.constexpr, ADD: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
@@ -297,7 +312,8 @@ def dot_kernel(
     """BLOCK_N outputs of BLOCK_B rows, over one of SPLITS parts of the inputs.
 
     A part is `steps` blocks of BLOCK_K inputs, or spans of integer weights of `width` words a row.
-    The last program to come adds the parts up.
+    The last program to come adds the parts up. With NORM_K, a power of two not below K, all
+    programs norm the rows first, and write the same to h.
     """
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -307,21 +323,45 @@ def dot_kernel(
     second = first + N
     gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    step: tl.constexpr = BLOCK_K if BITS == 0 else WORDS * (32 // BITS)
-    end = tl.minimum((split + 1) * steps, tl.cdiv(K, step))
-    for i in tl.range(split * steps, end, num_stages=STAGES):
-        if BITS == 0:
+    step: tl.constexpr = BLOCK_K if BITS == 0 else WORDS * (BITS_OF_WORD // BITS)
+    begin = split * steps
+    end = tl.minimum(begin + steps, tl.cdiv(K, step))
+    if NORM_K > 0:
+        start = begin * (step if BITS == 0 else WORDS)
+        zero = prefetch_rows(w_ptr, first, start, width)
+        if ACTIVATION is not None:
+            zero += prefetch_rows(w_ptr, second, start, width)
+        k = tl.arange(0, NORM_K)
+        for row in range(rows + zero):
+            total, h = norm_row(
+                x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, row, k, K, eps, offset, ADD
+            )
+            if ADD and tile + split == 0:
+                tl.store(total_ptr + row * K + k, total, mask=k < K)
+            tl.store(h_ptr + row * K + k, h, mask=k < K)
+        tl.debug_barrier()  # other threads of this program read it
+        x_ptr = h_ptr
+    if BITS == 0:
+        for i in tl.range(begin, end, num_stages=STAGES):
             gate = block_products(gate, w_ptr, x_ptr, first, b, i * step, rows, K, step, EVEN)
             if ACTIVATION is not None:
                 up = block_products(up, w_ptr, x_ptr, second, b, i * step, rows, K, step, EVEN)
-        else:
-            gate = span_products(
-                gate, w_ptr, scale_ptr, x_ptr, first, b, i, rows, K, width, BITS, GROUP
-            )
+    else:
+        # Scales are asked for a span ahead: the pipeline has only what is multiplied as matrices.
+        gates, ups = (), ()
+        if BITS == 4:
+            gates = load_scales(scale_ptr, first, begin, K, GROUP)
             if ACTIVATION is not None:
-                up = span_products(
-                    up, w_ptr, scale_ptr, x_ptr, second, b, i, rows, K, width, BITS, GROUP
-                )
+                ups = load_scales(scale_ptr, second, begin, K, GROUP)
+        for i in tl.range(begin, end, num_stages=STAGES):
+            these, those = gates, ups
+            if BITS == 4:
+                gates = load_scales(scale_ptr, first, i + 1, K, GROUP)
+                if ACTIVATION is not None:
+                    ups = load_scales(scale_ptr, second, i + 1, K, GROUP)
+            gate = span_products(gate, w_ptr, these, x_ptr, first, b, i, rows, K, width, BITS)
+            if ACTIVATION is not None:
+                up = span_products(up, w_ptr, those, x_ptr, second, b, i, rows, K, width, BITS)
     if BITS == 8:
         gate *= tl.load(scale_ptr + first)[:, None]
         if ACTIVATION is not None:

@@ -1,8 +1,9 @@
-"""Integer weights as the kernels read them: int32 words, 32 of which are a span of a row.
+"""Integer weights as the kernels read them: int16 words, 64 of which are a span of a row.
 
-A span holds 32 * (32 / bits) weights of consecutive inputs. Field j of word i, bits j * bits and
-up, is input 32 * j + i of the span: so one load of a span is 128 bytes, and what a field holds in
-all 32 words is 32 neighbours. Rows are padded with zeros to whole spans.
+A span holds 64 * (16 / bits) weights of consecutive inputs. Field j of word i, bits j * bits and
+up, is input 64 * j + i of the span: so one load of a span is 128 bytes, what a field holds in all
+64 words is 64 neighbours, and two words that lie side by side in a register give the pair of
+bfloat16 that a tensor core takes. Rows are padded with zeros to whole spans.
 
 4 bits are stored plus 8, and every group of a row has a scale; 8 bits are two's complement, and a
 row has one scale.
@@ -12,27 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SPAN_WORDS = 32
+SPAN_WORDS = 64
+WORD_BITS = 16
+# A field of a span has one scale, and a span has a whole number of them.
+GROUP_SIZES = 64, 128, 256
 
 
-def _round(weight: Tensor, group_size: int, largest: int) -> tuple[Tensor, Tensor]:
+def _round(
+    weight: Tensor, group_size: int, largest: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     grouped = weight.float().view(outputs, inputs // group_size, group_size)
-    scale = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
+    scale = (grouped.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest).to(dtype)
     values = (grouped / scale).round().clamp(-largest, largest).int()
     return values.view(outputs, inputs), scale[..., 0]
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """int [N, K] values of 4 or 8 bits, symmetric around 0 -> int32 words [N, W].
+    """int [N, K] values of 4 or 8 bits, symmetric around 0 -> int16 words [N, W].
 
     Raises ValueError for other widths, and for rows of 4 bits so short that their words are as
     many as of 8 bits.
     """
     if bits not in (4, 8):
         raise ValueError(f"bits = {bits}: 4 or 8")
-    fields = 32 // bits
-    if values.shape[1] <= SPAN_WORDS * 4 and bits == 4:
+    fields = WORD_BITS // bits
+    if values.shape[1] <= SPAN_WORDS * 2 and bits == 4:
         raise ValueError(f"{values.shape[1]} inputs of 4 bits: they need more than 128")
     values = F.pad(values.int(), (0, -values.shape[1] % (SPAN_WORDS * fields)))
     stored = values + 8 if bits == 4 else values & 0xFF
@@ -40,35 +46,35 @@ def pack(values: Tensor, bits: int) -> Tensor:
     words = torch.zeros_like(stored[:, :, 0])
     for field in range(fields):
         words |= stored[:, :, field] << (bits * field)
-    return words.flatten(1)
+    return words.flatten(1).to(torch.int16)
 
 
 def unpack(words: Tensor, bits: int, inputs: int) -> Tensor:
     """The int32 [N, inputs] that `pack` was given."""
-    fields = words.view(words.shape[0], -1, 1, SPAN_WORDS)
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[:, None]
+    fields = words.int().view(words.shape[0], -1, 1, SPAN_WORDS)
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)[:, None]
     stored = (fields >> shifts) & (2**bits - 1)
     values = stored - 8 if bits == 4 else stored - ((stored & 0x80) << 1)
     return values.flatten(1)[:, :inputs]
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float [N, K] -> words int32 [N, W] and scales float32 [N, 1], by each row's largest."""
-    values, scale = _round(weight, weight.shape[1], 127)
+    """float [N, K] -> words int16 [N, W] and scales float32 [N, 1], by each row's largest."""
+    values, scale = _round(weight, weight.shape[1], 127, torch.float32)
     return pack(values, 8), scale
 
 
 def quantize_int4(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
-    """float [N, K] -> words int32 [N, W] and scales float32 [N, K / group_size].
+    """float [N, K] -> words int16 [N, W] and scales bfloat16 [N, K / group_size].
 
-    Raises ValueError where groups do not fill a row, or a field's 32 inputs have no one scale.
+    Raises ValueError for other groups than of GROUP_SIZES, and where they do not fill a row.
     """
-    if weight.shape[1] % group_size or group_size % SPAN_WORDS:
+    if group_size not in GROUP_SIZES or weight.shape[1] % group_size:
         raise ValueError(
-            f"group_size = {group_size} must be a multiple of {SPAN_WORDS} and divide the "
+            f"group_size = {group_size} must be one of {GROUP_SIZES} and divide the "
             f"{weight.shape[1]} inputs"
         )
-    values, scale = _round(weight, group_size, 7)
+    values, scale = _round(weight, group_size, 7, torch.bfloat16)
     return pack(values, 4), scale
 
 
@@ -82,7 +88,7 @@ def weight_bits(weight: Tensor, inputs: int) -> int:
             raise ValueError(f"a weight of {weight.shape[1]} inputs was given {inputs}")
         return 0
     for bits in (8, 4):
-        span = SPAN_WORDS * (32 // bits)
+        span = SPAN_WORDS * (WORD_BITS // bits)
         if weight.shape[1] == -(-inputs // span) * SPAN_WORDS:
             return bits
     raise ValueError(f"{weight.shape[1]} words are not {inputs} inputs of 4 or 8 bits")

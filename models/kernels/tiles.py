@@ -11,10 +11,14 @@ import torch
 # With more rows than this each program of a linear layer would norm too much: it is done once.
 SHARED_NORM = 4
 
+# Parts of attention that one program adds up.
+FAN = 8
+
 
 class LinearTiles(NamedTuple):
     """Outputs and inputs of one program and step, parts of the inputs, warps, stages of the
-    pipeline; by tensor cores or, a row a program, by plain products."""
+    pipeline; by tensor cores or, a row a program, by plain products. With `norm` each program of a
+    few rows norms them itself, where a norm comes first."""
 
     dot: bool
     block_n: int
@@ -22,15 +26,19 @@ class LinearTiles(NamedTuple):
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    norm: bool = False
 
 
 class AttendTiles(NamedTuple):
-    """Slots of one step, most parts of them, warps, stages, elements combined at once."""
+    """Slots of one step, most parts of them, least steps of a part, warps, stages, parts that a
+    program adds up and elements that it does at once."""
 
     block_s: int
     splits: int
+    least: int = 1
     warps: int = 4
     stages: int = 2
+    fan: int = FAN
     combined: int = 8192
 
 
@@ -39,19 +47,27 @@ def linear_tiles(
 ) -> LinearTiles:
     """For `rows` of `inputs`, and weights of so many bits, 0 where they are of `dtype`."""
     if dtype == torch.float32 and not bits:
-        return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256)
+        return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256, norm=inputs <= 1024)
     if not bits and inputs <= 2048 and outputs <= 8192:
-        return LinearTiles(False, 8, 1024)
+        return LinearTiles(False, 4, 1024, norm=inputs <= 1024)
     # Small layers need parts of the inputs to have a program for every processor.
     splits = 1
     while splits < 8 and outputs // 64 * splits < 256 and inputs // splits >= 1024:
         splits *= 2
+    # Short blocks and a long pipeline begin sooner.
+    if not bits and outputs * inputs < 2**24:
+        return LinearTiles(True, 64, 64, splits, stages=6)
     return LinearTiles(True, 64, 128, splits)
+
+
+def most_splits(kv_heads: int) -> int:
+    """Parts of the slots of a row and key/value head, a power of two."""
+    return max(8, 128 // kv_heads)
 
 
 def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> AttendTiles:
     """For caches of [slots, kv_heads, head_dim] a row."""
-    splits = max(8, 128 // kv_heads)
+    splits = most_splits(kv_heads)
     if dtype == torch.float32:
         return AttendTiles(16, splits, warps=8, stages=1)
-    return AttendTiles(32 if head_dim > 128 else 64, splits)
+    return AttendTiles(16 if head_dim > 256 else 32, splits, stages=3)

@@ -1,0 +1,209 @@
+"""The program for ExecuTorch's CUDA backend. Its kernels are compiled on a GPU; everything around
+them is looked at here, with the methods as CudaBackend is given them in the place of kernels."""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir._serialize._program import deserialize_pte_binary
+from executorch.exir.backend.backend_details import PreprocessResult
+from executorch.exir.schema import DelegateCall, DeviceType
+
+from export.checkpoint import load_weights, open_checkpoint
+from export.pte_cuda import CudaBackend, build_program, write_program
+from models import gemma3
+from sampler.greedy import greedy
+
+CHUNK = 7
+# The methods' inputs, by the number of rows.
+INPUTS = {
+    1: {"decode": 2, "greedy": 1, "prefill": 2},
+    3: {"decode": 2, "greedy": 1, "greedy_row": 1, "prefill": 3},
+}
+
+
+def preprocess(edge_programs, compile_specs, received):
+    """Stands for CudaBackend's: stores each tensor by its name, as that does, and no kernels."""
+    received.programs = {name: program for name, (program,) in edge_programs.items()}
+    received.specs = {name: specs for name, (specs,) in compile_specs.items()}
+    store = NamedDataStore()
+    for program in received.programs.values():
+        for name, tensor in {**program.state_dict, **program.constants}.items():
+            data = bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            store.add_named_data(name, data, external_tag="aoti_cuda_blob")
+    output = store.get_named_data_store_output()
+    return {n: [PreprocessResult(n.encode(), data_store_output=output)] for n in edge_programs}
+
+
+@pytest.fixture(scope="module", params=[(3, "bfloat16"), (1, "float32")], ids=str)
+def made(request, make_checkpoint, tmp_path_factory, one_thread):
+    """A program of a tiny network: what it is made of, and its files."""
+    rows, dtype = request.param[0], getattr(torch, request.param[1])
+    layers = ["sliding_attention", "full_attention"]
+    checkpoint = open_checkpoint(make_checkpoint(num_hidden_layers=2, layer_types=layers))
+    with torch.device("meta"):
+        config = gemma3.Config.from_dict(checkpoint.config)
+        model = gemma3.Network(config, 60, rows, dtype)
+    load_weights(model, checkpoint, gemma3.checkpoint_name, dtype=dtype)
+    model.eval().requires_grad_(False)
+    made = SimpleNamespace(
+        model=model, rows=rows, path=tmp_path_factory.mktemp("program") / "model.pte"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        fake = lambda programs, specs: preprocess(programs, specs, made)  # noqa: E731
+        patch.setattr(CudaBackend, "preprocess_multimethod", fake)
+        program, made.methods = build_program(model, CHUNK, {"get_x": 5}, lambda what: None)
+    made.data = write_program(program, made.path)
+    file = deserialize_pte_binary(made.path.read_bytes())
+    made.plans = {plan.name: plan for plan in file.program.execution_plan}
+    return made
+
+
+def tensors(plan, values):
+    return [plan.values[i].val for i in values]
+
+
+def run(program, **inputs):
+    """What a method gives as its delegate, whose inputs are in the order of their use."""
+    (output,) = program.module()(*(inputs[name] for name in program.graph_signature.user_inputs))
+    return output
+
+
+def test_the_methods_are_those_of_the_other_backends_but_for_sampling(made):
+    assert made.methods == sorted(INPUTS[made.rows])
+    assert set(made.plans) == {*made.methods, "get_x"}
+
+
+def test_a_method_is_one_call_of_a_delegate_and_no_copy(made):
+    for name in made.methods:
+        (chain,) = made.plans[name].chains
+        (instruction,) = chain.instructions
+        assert isinstance(instruction.instr_args, DelegateCall)
+        assert made.plans[name].operators == []
+        assert [delegate.id for delegate in made.plans[name].delegates] == ["CudaBackend"]
+
+
+def test_inputs_are_the_callers_and_outputs_planned_memory_of_the_gpu(made):
+    for name, count in INPUTS[made.rows].items():
+        plan = made.plans[name]
+        inputs, (output,) = tensors(plan, plan.inputs), tensors(plan, plan.outputs)
+        assert len(inputs) == count
+        assert all(tensor.allocation_info is None for tensor in inputs)
+        assert output.allocation_info is not None
+        for tensor in (*inputs, output):
+            assert tensor.extra_tensor_info.device_type == DeviceType.CUDA
+
+
+def test_prefill_and_decode_share_weights_and_state_by_name(made):
+    state = {f"network.model.layers.{i}.self_attn.cache.{n}" for i in range(2) for n in "kv"}
+    weights = []
+    for name in ("prefill", "decode"):
+        program = made.programs[name]
+        assert set(program.graph_signature.buffers_to_mutate.values()) == state
+        assert state <= set(program.constants)
+        weights.append({n: t for n, t in program.state_dict.items() if n.startswith("network.")})
+    assert weights[0].keys() == weights[1].keys()
+    # The embedding is the head: one name.
+    assert Counter(t.shape for t in weights[0].values())[made.model.lm_head.weight.shape] == 1
+
+
+def test_tensors_of_one_name_in_two_methods_are_equal(made):
+    first = {}
+    for program in made.programs.values():
+        for name, tensor in {**program.state_dict, **program.constants}.items():
+            assert torch.equal(first.setdefault(name, tensor), tensor), name
+
+
+def test_weights_are_stored_once_in_a_file_of_their_own(made):
+    assert made.data == made.path.with_suffix(".ptd")
+    files = {file.name for file in made.path.parent.iterdir()}
+    assert files == {"model.pte", "model.ptd"}
+    weights = sum(p.nbytes for p in made.model.parameters())
+    state = sum(b.nbytes for b in made.model.buffers())
+    assert weights + state / 3 < made.data.stat().st_size
+    # All caches are zeros of two shapes; each tensor begins at a multiple of some bytes.
+    assert made.data.stat().st_size < weights + state + 40_000
+    assert made.path.stat().st_size < 100_000
+
+
+def test_attention_has_the_mask_that_the_backends_kernel_takes(made):
+    for name, rows in {"prefill": 1, "decode": made.rows}.items():
+        nodes = made.programs[name].graph.nodes
+        calls = [n for n in nodes if "scaled_dot_product_attention" in str(n.target)]
+        assert len(calls) == 2
+        for call in calls:
+            query, key, _, mask = (argument.meta["val"] for argument in call.args[:4])
+            assert mask.dtype == torch.bool
+            assert mask.shape == (rows, 1, query.shape[2], key.shape[2])
+
+
+def test_the_backends_kernel_is_for_bfloat16_alone(made):
+    mode = b"ON" if made.model.lm_head.weight.dtype == torch.bfloat16 else b"OFF"
+    for name in made.methods:
+        specs = {spec.key: spec.value for spec in made.specs[name]}
+        assert specs["triton_kernel_mode"] == mode and specs["method_name"] == name.encode()
+
+
+def test_selection_is_the_samplers(made):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, made.model.config.vocab_size, generator=generator)
+    logits[1, 40:60] = logits[1].max()
+    logits[2, 5] = torch.nan
+    row = "_row" if made.rows > 1 else ""
+    for rows, suffix in [(slice(0, made.rows), ""), *((slice(i, i + 1), row) for i in range(3))]:
+        chosen = run(made.programs["greedy" + suffix], logits=logits[rows])
+        assert torch.equal(chosen, greedy(logits[rows]))
+
+
+def test_the_networks_methods_give_the_networks_logits(made):
+    prompt = {"tokens": torch.tensor([[2, 70, 40, 121]]), "positions": torch.arange(4)}
+    prompt |= {"row": torch.tensor([1])} if made.rows > 1 else {}
+    actual = run(made.programs["prefill"], **prompt)
+    torch.testing.assert_close(actual, made.model.prefill(**prompt))
+    position = torch.zeros(made.rows, dtype=torch.int64)
+    step = {"token": torch.full((made.rows, 1), 70), "position": position}
+    actual = run(made.programs["decode"], **step)
+    torch.testing.assert_close(actual, made.model.decode(**step))
+
+
+def test_a_gpu_is_needed(run_script, tiny_checkpoint, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    arguments = ("--model", tiny_checkpoint, "--backend", "cuda")
+    done = run_script("export/gemma.py", *arguments, "--output", tmp_path / "x", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    assert done.stderr == (
+        "export/gemma.py: error: --backend cuda needs a CUDA GPU here: kernels are compiled and "
+        "tried on it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "--device cpu is not for --backend cuda"),
+        (["--quant", "int4"], "--quant int4 is not for --backend cuda, which has bf16, fp32"),
+        (["--random-weights", "x"], "--random-weights needs --backend inductor"),
+    ],
+)
+def test_flags_that_are_not_for_cuda_are_refused(run_script, tmp_path, arguments, message):
+    done = run_script("export/gemma.py", "--backend", "cuda", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are compiled on a GPU")
+def test_an_artifact_made_on_a_gpu(export_artifact, tiny_checkpoint):
+    limits = ("--max-seq-len", 60, "--max-prefill", CHUNK)
+    arguments = ("--model", tiny_checkpoint, "--backend", "cuda", *limits)
+    artifact = export_artifact("tiny-cuda", *arguments)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert (manifest["backend"], manifest["device"]) == ("cuda", "cuda")
+    assert (manifest["quant"], manifest["dtype"]) == ("bf16", "bfloat16")
+    assert manifest["methods"] == ["decode", "greedy", "prefill"]
+    file = deserialize_pte_binary((artifact / "model.pte").read_bytes())
+    for plan in file.program.execution_plan:
+        assert plan.operators == []
+    assert (artifact / manifest["weights"]["file"]).stat().st_size == manifest["weights"]["bytes"]

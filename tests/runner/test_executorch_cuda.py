@@ -1,0 +1,122 @@
+"""The program that needs CudaBackend, as far as there is none: what it refuses, and all the rest of
+it on the CPU, with a program for ExecuTorch's plain kernels."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import runner
+from runner.artifact import open_artifact
+from runner.errors import RunnerError
+from runner.executorch_cuda_program import ExecuTorchCudaProgram
+from runner.torch_memory import Aligned
+from runner.transfers import Transfers
+
+PROMPTS = [[2, 70, 40, 121, 33, 56, 78, 99, 104], [2], [2, 90, 91]]
+SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def portable(export_artifact, make_checkpoint):
+    """An artifact of three rows for ExecuTorch's plain kernels."""
+    checkpoint = make_checkpoint(num_hidden_layers=1, layer_types=["sliding_attention"])
+    arguments = ("--model", checkpoint, "--backend", "portable", "--batch", 3)
+    return export_artifact("portable", *arguments, "--max-seq-len", 60, "--max-prefill", 7)
+
+
+@pytest.fixture
+def altered(portable, tmp_path):
+    """A function (**entries) -> a copy of the artifact with these entries in its manifest."""
+
+    def alter(**entries):
+        directory = tmp_path / "copy"
+        shutil.copytree(portable, directory)
+        path = directory / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+        return directory
+
+    return alter
+
+
+def generated(model):
+    """Ids of all prompts, greedy and sampled, in every variant of the loop that matters here."""
+    variants = [runner.LoopOptions(), runner.LoopOptions("host", "host", double_buffering=False)]
+    results = []
+    for options in variants:
+        for sampling in ({}, SAMPLING):
+            requests = [runner.Request(prompt, 12, **sampling) for prompt in PROMPTS]
+            done = model.generate_batch(requests, options).run()
+            results.append([result.token_ids for result in done])
+    return results
+
+
+def test_both_programs_for_executorch_give_the_same_tokens(portable, monkeypatch):
+    expected = generated(runner.load(portable))
+    monkeypatch.setattr(
+        "runner.model.load_program", lambda artifact, threads: ExecuTorchCudaProgram(artifact)
+    )
+    assert generated(runner.load(portable)) == expected
+
+
+def test_outputs_lie_in_memory_of_the_programs_own(portable):
+    program = ExecuTorchCudaProgram(open_artifact(portable))
+    batch = program.next_id(0).shape[0]
+    token, position = program.empty(batch, 1).fill_(70), torch.zeros(batch, dtype=torch.int64)
+    logits = program.decode(token, position)
+    first, before = program.select(logits, 0), logits.clone()
+    second = program.select(logits, 1)
+    assert first.data_ptr() == program.next_id(0).data_ptr() != second.data_ptr()
+    assert torch.equal(first, second) and torch.equal(logits, before)
+    assert program.decode(token, position).data_ptr() == logits.data_ptr()
+
+
+def test_a_missing_backend_is_refused_with_where_to_get_it(altered):
+    with pytest.raises(RunnerError, match="this ExecuTorch has no CudaBackend") as caught:
+        runner.load(altered(backend="cuda", device="cuda"))
+    assert "ExecuTorch's CUDA wheel" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_gpu_is_refused(altered):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RunnerError, match="copy is for a CUDA GPU, and torch sees none here"):
+        ExecuTorchCudaProgram(open_artifact(altered(device="cuda")))
+
+
+def test_an_output_that_is_not_the_gpus_is_refused(altered, monkeypatch):
+    backends = "runner.executorch_cuda_program._C._get_registered_backend_names"
+    monkeypatch.setattr(backends, lambda: ["CudaBackend"])
+    message = "prefill's output lies in memory of the host; it must be exported with alloc_graph_ou"
+    with pytest.raises(RunnerError, match=re.escape(message)):
+        runner.load(altered(backend="cuda", device="cuda"))
+
+
+def test_a_program_of_zeros_is_refused_in_one_line(altered):
+    directory = altered()
+    path = directory / "model.pte"
+    program = path.read_bytes()
+    path.write_bytes(program[:8] + b"\0" * (len(program) - 8))
+    with pytest.raises(RunnerError, match="model.pte is not a program") as caught:
+        ExecuTorchCudaProgram(open_artifact(directory))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_artifact_that_cannot_sample_says_so(altered, portable):
+    methods = json.loads((portable / "manifest.json").read_text())["methods"]
+    program = ExecuTorchCudaProgram(
+        open_artifact(altered(methods=[name for name in methods if "sample" not in name]))
+    )
+    with pytest.raises(RunnerError, match="has no method sample.*only temperature 0"):
+        program.load_sampling()
+
+
+def test_what_lies_on_the_cpu_is_never_copied_to_align_it():
+    transfers = Transfers()
+    table = torch.arange(5)
+    assert Aligned(transfers)(table[1:2]).data_ptr() == table[1:2].data_ptr()
+    assert transfers.device_to_device.count == 0
+    assert np.array_equal(table, np.arange(5))
