@@ -32,7 +32,6 @@ _SHARED_DEFAULTS = {
     "full_attention_interval": 4,
     "partial_rotary_factor": 0.25,
     "rope_theta": 10_000.0,
-    "num_experts": 0,
 }
 _EXPERTS = {
     "num_key_value_heads": 2,
@@ -135,14 +134,11 @@ class Qwen3_5Config:
 
 
 def _sparse(config: dict) -> tuple[bool, ...]:
-    """Which layers have routed experts."""
-    dense = config.get("mlp_only_layers") or ()
-    return tuple(
-        bool(config["num_experts"])
-        and i not in dense
-        and not (i + 1) % config["decoder_sparse_step"]
-        for i in range(config["num_hidden_layers"])
-    )
+    """Which layers have routed experts: of a model that is dense none, and it has no step."""
+    step, dense = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or ()
+    some = step is not None and bool(config.get("num_experts"))
+    layers = range(config["num_hidden_layers"])
+    return tuple(some and i not in dense and (i + 1) % step == 0 for i in layers)
 
 
 def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
