@@ -81,7 +81,9 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 class HybridLayer(nn.Module):
-    """What a decode step's launches read of a block of an arranged network."""
+    """What a decode step's launches read of a block, without experts, of an arranged network."""
+
+    moe = None
 
     def __init__(self, block: Block, bits: int):
         super().__init__()
