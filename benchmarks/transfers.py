@@ -6,7 +6,6 @@ a run without the profiler), whether the ids are identical, and one JSON line.
 
 import argparse
 import datetime
-import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import runner
 from benchmarks.cuda_common import PROMPT, copies, export, launches, profiled, save
 from runner import LoopOptions
+from runner.compare import variants
 
 SHORT = {"host_to_device": "H2D", "device_to_device": "D2D", "device_to_host": "D2H"}
 COLUMNS = (
@@ -27,19 +27,6 @@ COLUMNS = (
     + "".join(f"{name + ' seen':>16}{'counted':>14}" for name in SHORT.values())
     + f"{'graphs':>8}{'kernels':>9}{'tok/s':>9}  ids"
 )
-
-
-def variants() -> list[LoopOptions]:
-    """Every variant, the oldest first; and the newest reading several tokens at once."""
-    found = [
-        LoopOptions(feed, positions, double_buffering, 1, graph)
-        for graph, double_buffering, positions, feed in itertools.product(
-            (False, True), (False, True), ("host", "device"), ("host", "alias")
-        )
-        # The host cannot feed a step that is submitted before its token is read.
-        if not (double_buffering and feed == "host")
-    ]
-    return [*found, LoopOptions(run_ahead=8)]
 
 
 def measure(model, options: LoopOptions, count: int, repeats: int) -> dict:
@@ -96,7 +83,9 @@ def main() -> None:
         print(f"copies / bytes, prompt {len(PROMPT)}, 128 new tokens\n{COLUMNS}")
         rows: list[dict] = []
         lengths = [(LoopOptions(), count, 1) for count in (32, 128, 512)]
-        for variant, count, repeats in [(v, 128, options.repeats) for v in variants()] + lengths:
+        for variant, count, repeats in [
+            (v, 128, options.repeats) for v in variants(model)
+        ] + lengths:
             row = measure(model, variant, count, repeats)
             first = (rows or [row])[0]["ids"]
             row["identical"] = all(a == b for a, b in zip(row["ids"], first))

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from export.errors import ExportError
 
 # Raised when the runner of an older tokenloop could no longer drive the artifact.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 PACKAGES = ("tokenloop", "torch", "executorch")
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from executorch.exir import ExecutorchProgramManager
     from executorch.exir.schema import Program
 
 
@@ -37,12 +36,9 @@ class Background:
 
 
 class SelectionExport(Background):
-    """`result()` is the program of export.selection.selection_methods, `methods` has names."""
+    """`result()` is the program of export.selection.selection_methods."""
 
     def __init__(self, batch: int, vocab_size: int, backend: str):
-        self.methods = ["greedy", "sample"]
-        if batch > 1:
-            self.methods += ["greedy_row", "sample_row"]
         super().__init__("the selection methods", _export, batch, vocab_size, backend)
 
 
@@ -64,27 +60,3 @@ def _export(batch: int, vocab_size: int, backend: str) -> "Program":
     methods = selection_methods(batch, vocab_size, delegates=backend == "xnnpack")
     program = to_program(methods, {}, backend == "xnnpack", lambda what: None)
     return program.executorch_program
-
-
-def merge(manager: "ExecutorchProgramManager", other: "Program"):
-    """The bytes (a Cord) of a .pte with the methods of both: `other` has neither named data nor
-    mutable buffers with contents. (ExecuTorch has no way of its own to add emitted methods.)"""
-    from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
-    from executorch.exir.schema import DataLocation, Tensor
-
-    program = manager.executorch_program
-    # Buffer 0 stands for "no constant" in both.
-    constants = len(program.constant_buffer) - 1
-    delegates = len(program.backend_delegate_data)
-    for plan in other.execution_plan:
-        for value in plan.values:
-            if isinstance(value.val, Tensor) and value.val.data_buffer_idx > 0:
-                value.val.data_buffer_idx += constants
-        for delegate in plan.delegates:
-            assert delegate.processed.location == DataLocation.INLINE
-            delegate.processed.index += delegates
-    program.execution_plan += other.execution_plan
-    program.constant_buffer += other.constant_buffer[1:]
-    program.backend_delegate_data += other.backend_delegate_data
-    file = PTEFile(program, manager._emitter_output.mutable_data, manager._named_data)
-    return serialize_pte_binary(file, extract_delegate_segments=True)

@@ -165,14 +165,15 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     else:
         from export.pte_artifact import PteArtifact as Artifact
     with new_artifact(options.output) as directory, torch.no_grad():
-        engine = Artifact(options, config.vocab_size, max_seq_len)
+        engine = Artifact(options)
+        with torch.device("meta"):
+            model = network.Network(config, max_seq_len, options.batch, engine.dtype)
+        model.limit_chunks(options.max_prefill)
+        engine.begin(model)
         if options.random_weights is None:
             tokenizer = write_tokenizer(checkpoint, directory)
         else:
             tokenizer = write_byte_tokenizer(directory)
-        with torch.device("meta"):
-            model = network.Network(config, max_seq_len, options.batch, engine.dtype)
-        model.limit_chunks(options.max_prefill)
 
         # 2. Weights, one tensor at a time.
         if options.random_weights is not None:
@@ -198,6 +199,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
                 "max_seq_len": max_seq_len,
                 "max_prefill": model.max_chunk,
                 "vocab_size": config.vocab_size,
+                "hidden_size": config.hidden_size,
                 "quant": options.quant,
                 "tokenizer": tokenizer,
                 "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},

@@ -1,14 +1,16 @@
-"""A decode step on CUDA by models/kernels: five launches a layer, and two for the ends."""
+"""A decode step on CUDA by models/kernels: five launches a layer, or eight with routed experts, and
+one for the end."""
 
 import torch
 from torch import Tensor, nn
 
 from export.rows import FusedLayer, Rows, fuse_layers
-from models.kernels import cuda
+from models.kernels import cuda, experts
 
 
 class FusedDecode(nn.Module):
-    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V], as the network's decode.
+    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
+    decode_embedded.
 
     `bits` of the layers' weights are 4 or 8, or 0 for those that the network has; the embedding and
     the head stay as they are. Nothing of the network that only prefill reads is in here: what is
@@ -20,29 +22,42 @@ class FusedDecode(nn.Module):
     def __init__(self, network: nn.Module, bits: int = 0):
         super().__init__()
         backbone, head = network.model, network.lm_head
-        self.embed_tokens, self.embed = backbone.embed_tokens, backbone.embed
         self.rope, self.norm, self.head = backbone.rope, backbone.norm, head
         self.layers = nn.ModuleList(self.fuse_layers(network, bits))
         self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
-        widest = max(layer.gate_up.weight.shape[0] for layer in self.layers)
+        linears = (part for part in self.layers.modules() if isinstance(part, (Rows, nn.Linear)))
+        widest = max(linear.weight.shape[0] for linear in linears)
         kv_heads = max(layer.kv_heads for layer in self.layers)
         size = cuda.counters_size(network.batch, max(widest, head.out_features), kv_heads)
         counters = torch.zeros(size, dtype=torch.int32, device=head.weight.device)
         self.register_buffer("counters", counters, persistent=False)
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        x, branch, before = self.embed(token)[:, 0], None, None
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        x, branch, before = hidden[:, 0], None, None
         for layer in self.layers:
             x, qkv = self._after(before, x, branch, layer.input_norm, layer.qkv)
             branch = self._linear(self._attend(layer, qkv, position), layer.o)
-            x, hidden = cuda.add_norm_linear(
-                x, branch, weight_of(layer.post_attention_norm), None, layer.mlp_norm.weight,
-                *_tensors(layer.gate_up), self.counters,
-                eps=layer.mlp_norm.eps, offset=layer.mlp_norm.offset, activation=layer.activation,
-            )  # fmt: skip
-            branch, before = self._linear(hidden, layer.down), layer
+            x, branch = self._feed_forward(layer, x, branch)
+            before = layer
         options = {"wide": True, "soft_cap": self.soft_cap}
         return self._after(before, x, branch, self.norm, self.head, **options)[1]
+
+    def _feed_forward(self, layer: FusedLayer, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual after the attention, whose branch is given, and the feed-forward's own."""
+        norm = layer.mlp_norm
+        residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
+        options = {"eps": norm.eps, "offset": norm.offset}
+        if layer.moe is None:
+            tensors = *_tensors(layer.gate_up), self.counters
+            options["activation"] = layer.activation
+            x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
+            return x, self._linear(gated, layer.down)
+        x, normed = cuda.add_norm(*residual, **options)
+        config, weights = layer.moe.config, layer.moe.experts
+        routed = experts.route(
+            self._linear(normed, layer.moe.gate), config.num_experts_per_tok, config.norm_topk_prob
+        )
+        return x, experts.experts(normed, *routed, weights.gate_up_proj, weights.down_proj)
 
     def _after(
         self,
@@ -63,7 +78,7 @@ class FusedDecode(nn.Module):
             x, branch, post, before.layer_scalar, norm.weight, *tensors, **options
         )
 
-    def _linear(self, x: Tensor, rows: Rows) -> Tensor:
+    def _linear(self, x: Tensor, rows: nn.Module) -> Tensor:
         return cuda.linear(x, *_tensors(rows), self.counters)
 
     def _attend(self, layer: FusedLayer, qkv: Tensor, position: Tensor) -> Tensor:

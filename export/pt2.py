@@ -11,6 +11,9 @@ from torch._inductor.package import package_aoti
 from torch.export import Dim
 
 from export.background import Background
+from export.embedding import Embed
+from models.decoder import Backbone
+from models.layers import rounded
 from sampler.greedy import greedy
 from sampler.sample import sample
 
@@ -20,6 +23,9 @@ OPTIONS = {
     "aot_inductor.package": True,
     # The runner loads weights and state once for all methods.
     "aot_inductor.package_constants_in_so": False,
+    # The wrapper only launches what is compiled apart from it; optimizing it takes a third of the
+    # whole time.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 
 
@@ -35,11 +41,11 @@ class Prefill(nn.Module):
         return self.network.prefill(tokens, positions, row)
 
 
-class Decode(Prefill):
-    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
+class DecodeEmbedded(Prefill):
+    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        return self.network.decode(token, position)
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode_embedded(hidden, position)
 
 
 class Select(nn.Module):
@@ -53,6 +59,35 @@ class Select(nn.Module):
     def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
         *sampling, next_id = sampling_and_next_id
         next_id.copy_(self.function(logits, *sampling))
+
+
+class SelectEmbed(Embed):
+    """What Select takes, and then hidden [B, 1, D], which is written as well: the embedding of
+    next_id."""
+
+    def __init__(self, backbone: Backbone, function: Callable[..., Tensor]):
+        super().__init__(backbone)
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
+        *sampling, next_id, hidden = sampling_and_outputs
+        token = self.function(logits, *sampling)
+        next_id.copy_(token)
+        hidden.copy_(self.embed(token))
+
+
+class CudaSelectEmbed(Embed):
+    """The same by a function of sampler.cuda, whose last launch looks the embedding up."""
+
+    def __init__(self, backbone: Backbone, function: Callable[..., None]):
+        super().__init__(backbone)
+        self.function = function
+        self.scale = rounded(backbone.embed_scale, self.embed_tokens.weight.dtype)
+
+    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
+        *sampling, next_id, hidden = sampling_and_outputs
+        table = self.embed_tokens.weight
+        self.function(logits, *sampling, table, next_id, hidden, scale=self.scale)
 
 
 class NextPositions(nn.Module):
@@ -72,17 +107,20 @@ def write_package(
 ) -> list[str]:
     """Compile the methods for the device that the model is on, into a .pt2 file; their names.
 
-    `decode` is Decode(model), or does the same. Constants have the names that they have in the
-    method, and those of prefill begin with "network". `selection` computes compile_selection.
+    `decode` is DecodeEmbedded(model), or does the same. There is no method "decode": it would be
+    compiled once more, and round otherwise where an embedding is not rounded between two methods.
+    Constants have the names that they have in the method, and those of prefill begin with
+    "network". `selection` computes compile_selection.
     """
-    device = model.lm_head.weight.device
-    with device:
-        token, position = integers(model.batch, 1), integers(model.batch)
+    weight = model.lm_head.weight
+    with weight.device:
+        hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
+        position = integers(model.batch)
         chunk, shapes = prompt_chunk(model.batch, max_prefill)
     progress("compiling prefill")
     files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
     progress("compiling decode")
-    files["decode"] = compile_method(decode, (token, position))
+    files["decode_embedded"] = compile_method(decode, (hidden, position))
     progress("compiling the selection methods")
     files |= selection.result()
     progress("writing")
@@ -107,26 +145,41 @@ def without_sources(files: dict[str, list[str]], directory: Path) -> dict[str, l
 
 
 def compile_selection(
-    batch: int, vocab_size: int, max_seq_len: int, device: str
-) -> dict[str, list[str]]:
-    """The compiled files of greedy and sample, of all rows and of one; with CUDA next_positions."""
-    functions = {"greedy": greedy, "sample": sample}
+    batch: int, vocab_size: int, max_seq_len: int, hidden_size: int, embed_scale: float,
+    dtype: torch.dtype, device: str,
+) -> dict[str, list[str]]:  # fmt: skip
+    """The compiled files of what is between a step's logits and the next step: the lookup alone,
+    selection without it and with it, and of one row of several; with CUDA next_positions.
+
+    The table of embeddings is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
+    """
+    functions, embedding, select_embed = (greedy, sample), (greedy, sample), SelectEmbed
     files = {}
     with torch.device(device), torch.no_grad():
         if device == "cuda":
             from models.kernels import positions  # noqa: F401  (registers the operator)
             from sampler import cuda
 
-            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
+            functions, select_embed = (cuda.greedy, cuda.sample), CudaSelectEmbed
+            embedding = cuda.greedy_embed, cuda.sample_embed
             example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
+        # Compiled code is given its weights when it is loaded: these are never looked at.
+        table = torch.empty(vocab_size, hidden_size, dtype=dtype)
+        table = nn.Embedding.from_pretrained(table)
+        backbone = Backbone(table, [], nn.Identity(), {}, embed_scale)
+        files["embed"] = compile_method(Embed(backbone), (integers(batch, 1),))
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
             logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
             numbers, counts = torch.ones(rows), integers(rows)
             sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
-            arguments = {"greedy": (logits, next_id), "sample": (logits, *sampling, next_id)}
-            for name, function in functions.items():
-                files[name + suffix] = compile_method(Select(function), arguments[name])
+            inputs = {"greedy": (logits,), "sample": (logits, *sampling)}
+            for (name, example), plain, fused in zip(inputs.items(), functions, embedding):
+                files[name + suffix] = compile_method(Select(plain), (*example, next_id))
+                if not suffix:
+                    hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)
+                    method, example = select_embed(backbone, fused), (*example, next_id, hidden)
+                    files[f"{name}_embed"] = compile_method(method, example)
     return files
 
 
@@ -149,7 +202,7 @@ def tensors_of(
 ) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
     """What the methods' packages need: weights, views of weights or state, and state, by name.
 
-    A view is contiguous: the name `of` the whole, the `offset` of its first element, its `shape`.
+    A view is the name `of` the whole, the `offset` of its first element, its `shape` and `stride`.
     Tensors with several names are weights or state under only one of them.
     """
     weights, views, state, named = {}, {}, {}, {}
@@ -162,8 +215,12 @@ def tensors_of(
         tensor = named[name]
         owner = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
         if owner != name:
-            offset, shape = tensor.storage_offset(), list(tensor.shape)
-            views[name] = {"of": owner, "offset": offset, "shape": shape}
+            views[name] = {
+                "of": owner,
+                "offset": tensor.storage_offset(),
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+            }
         elif is_state(name):
             state[name] = tensor
         else:

@@ -17,10 +17,10 @@ from models.qwen3_5 import Qwen3_5
 
 
 class Pt2Artifact:
-    """Compiles the methods for the device that the options name: those of selection at once, in
-    another process, the others in `write`."""
+    """Compiles the methods for the device that the options name: those of selection from `begin`
+    on, in another process, the others in `write`."""
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
+    def __init__(self, options: argparse.Namespace):
         self.options, self.device = options, torch.device(options.device)
         # Of the weights as they are read, of activations and of caches.
         self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
@@ -28,10 +28,19 @@ class Pt2Artifact:
             raise ExportError(
                 "--device cuda needs a CUDA GPU here: kernels are compiled and tried on it"
             )
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin with what needs no weights."""
         self.selection = Background(
             "the selection methods",
             _compile_selection,
-            (options.batch, vocab_size, max_seq_len, options.device),
+            model.batch,
+            model.config.vocab_size,
+            model.max_seq_len,
+            model.config.hidden_size,
+            model.model.embed_scale,
+            self.dtype,
+            self.device.type,
         )
 
     def write(
@@ -55,11 +64,14 @@ class Pt2Artifact:
                 "and fp32 are"
             )
         progress("importing torch.export")
-        from export.pt2 import Decode, Prefill, tensors_of, write_package
+        from export.embedding import Embed
+        from export.pt2 import DecodeEmbedded, Prefill, tensors_of, write_package
 
         model.to(self.device)
-        # The fused step knows no experts.
-        if self.device.type == "cuda" and not experts:
+        # Modules with the tensors that those of the step are views of.
+        whole = []
+        # A hybrid's experts have a shared one beside them, which the fused step does not know.
+        if self.device.type == "cuda" and not (hybrid and experts):
             if hybrid:
                 from export.fused_hybrid import HybridDecode as FusedDecode
             else:
@@ -68,11 +80,12 @@ class Pt2Artifact:
             decode = FusedDecode(model, bits)
         else:
             if bits:
-                (hybrid_rows if hybrid else rows).fuse_layers(model, bits)
-            decode = Decode(model)
+                layers = nn.ModuleList((hybrid_rows if hybrid else rows).fuse_layers(model, bits))
+                whole = [nn.ModuleDict({"layers": layers})]
+            decode = DecodeEmbedded(model)
         program = directory / "model.pt2"
         methods = write_package(model, decode, max_prefill, self.selection, program, progress)
-        tensors, views, state = tensors_of(Prefill(model), decode)
+        tensors, views, state = tensors_of(Prefill(model), decode, Embed(model.model), *whole)
         return {
             "program": {"file": program.name, "bytes": program.stat().st_size},
             "weights": self._write_weights(tensors, directory) | {"views": views},
@@ -93,7 +106,7 @@ class Pt2Artifact:
         return {"file": path.name, "bytes": path.stat().st_size}
 
 
-def _compile_selection(arguments: tuple) -> dict[str, list[str]]:
+def _compile_selection(*arguments) -> dict[str, list[str]]:
     # Imports of seconds, in the other process.
     from export.pt2 import compile_selection
 

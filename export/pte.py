@@ -16,8 +16,10 @@ from torch.export import Dim, ExportedProgram
 
 from export import attention, xnnpack
 from export.attention import UNIT, BlockCache, Slots
-from export.background import SelectionExport, merge
+from export.background import SelectionExport
+from export.embedding import Embed
 from export.experts import LoweredExperts
+from export.linking import link
 from export.quantize import Shortlist, ShortlistHead
 from export.xnnpack_graph import GraphBuilder, GraphDelegate
 from models.moe import SparseMoe
@@ -32,10 +34,9 @@ class DelegatedMethod(nn.Module):
     def __init__(self, model: nn.Module, lowered: "Lowered", layers: "Regions"):
         super().__init__()
         config = model.config
-        self.embed_tokens = model.model.embed_tokens
+        self.embed_tokens, self.embed = model.model.embed_tokens, model.model.embed
         self.rope = model.model.rope
         self.kinds = [layer.self_attn.kind for layer in model.model.layers]
-        self.embed_scale = model.model.embed_scale
         self.before = nn.ModuleList(layers.before)
         self.after = nn.ModuleList(layers.after)
         mixtures = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, SparseMoe)]
@@ -50,13 +51,10 @@ class DelegatedMethod(nn.Module):
         self.head_dim = config.head_dim
         self.rows = model.batch
 
-    def run(self, tokens: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [N, V] of tokens [1, T]; attend(kind, cache, q, k, v) is the attention, and
-        last(x) picks from [1, T, ...] the N positions whose logits are wanted."""
+    def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
+        """Logits [N, V] of embeddings x [1, T, D]; attend(kind, cache, q, k, v) is the attention,
+        and last(x) picks from [1, T, ...] the N positions whose logits are wanted."""
         rope = {kind: self.rope[kind](positions) for kind in dict.fromkeys(self.kinds)}
-        x = self.embed_tokens(tokens)
-        if self.embed_scale != 1.0:
-            x = x * self.embed_scale
         for i, (kind, cache) in enumerate(zip(self.kinds, self.caches)):
             attended = attend(kind, cache, *self.before[i](x, *rope[kind]))
             if i == len(self.kinds) - 1:
@@ -110,11 +108,11 @@ class Prefill(DelegatedMethod):
             cache.store(k, v, places[kind])
             return attended
 
-        return self.run(tokens, positions, attend, lambda x: x[:, -1:])
+        return self.run(self.embed(tokens), positions, attend, lambda x: x[:, -1:])
 
 
-class Decode(DelegatedMethod):
-    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
+class DecodeEmbedded(DelegatedMethod):
+    """hidden float32 [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
 
     def __init__(self, model: nn.Module, lowered: "Lowered"):
         super().__init__(model, lowered, lowered.decode)
@@ -123,7 +121,7 @@ class Decode(DelegatedMethod):
             {kind: attention.DecodeAttention(slots, *shape) for kind, slots in self.slots.items()}
         )
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         newest = ((position.float() + 0.5) * UNIT)[:, None]
         if self.rows > 1:
             newest = newest[None].expand(self.kv_heads, -1, -1).reshape(-1, 1, 1)
@@ -138,7 +136,7 @@ class Decode(DelegatedMethod):
             return self.attention[kind](q, cache, self.slots[kind], furthest, newest)
 
         # To the regions rows are what tokens are to a chunk.
-        return self.run(token.view(1, -1), position, attend, lambda x: x)
+        return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
 
 
 class PlainPrefill(nn.Module):
@@ -152,11 +150,11 @@ class PlainPrefill(nn.Module):
         return self.network.prefill(tokens, positions, row)
 
 
-class PlainDecode(PlainPrefill):
-    """The model's own decode."""
+class PlainDecodeEmbedded(PlainPrefill):
+    """The model's own decode_embedded."""
 
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        return self.network.decode(token, position)
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode_embedded(hidden, position)
 
 
 def build_program(
@@ -179,11 +177,12 @@ def build_program(
     if backend == "xnnpack":
         xnnpack.prepare(model)
         lowered = lower(model, traced, length, progress)
-        prefill, decode = Prefill(model, lowered, traced), Decode(model, lowered)
+        prefill, decode = Prefill(model, lowered, traced), DecodeEmbedded(model, lowered)
     else:
-        prefill, decode = PlainPrefill(model), PlainDecode(model)
+        prefill, decode = PlainPrefill(model), PlainDecodeEmbedded(model)
     progress("tracing the methods")
     batch = model.batch
+    hidden = torch.zeros(batch, 1, model.config.hidden_size)
     token, position = (torch.zeros(*shape, dtype=torch.int64) for shape in ((batch, 1), (batch,)))
     chunk = torch.zeros(1, traced, dtype=torch.int64), torch.arange(traced)
     shapes = [{1: length}, {0: length}]
@@ -193,11 +192,12 @@ def build_program(
         "prefill": torch.export.export(
             prefill, chunk, dynamic_shapes=shapes if length is not None else None
         ),
-        "decode": torch.export.export(decode, (token, position)),
+        "embed": torch.export.export(Embed(model.model), (token,)),
+        "decode_embedded": torch.export.export(decode, (hidden, position)),
     }
     program = to_program(methods, constants, backend == "xnnpack", progress)
     progress("adding the selection methods")
-    return merge(program, selection.result()), sorted({*methods, *selection.methods})
+    return link(program, selection.result())
 
 
 def to_program(

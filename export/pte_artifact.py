@@ -16,14 +16,18 @@ from export.tokenizer_files import encode
 
 
 class PteArtifact:
-    """Begins to export the selection methods at once, in another process; the rest in `write`."""
+    """Exports the selection methods from `begin` on, in another process; the rest in `write`."""
 
     # Of the weights as they are read, and of the caches.
     dtype = torch.float32
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
+    def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.selection = SelectionExport(options.batch, vocab_size, options.backend)
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin with what needs no weights."""
+        vocab_size = model.config.vocab_size
+        self.selection = SelectionExport(model.batch, vocab_size, self.options.backend)
 
     def write(
         self,
@@ -82,13 +86,16 @@ class CudaPteArtifact:
     """Compiles the network's methods for the GPU that is here, by ExecuTorch's CudaBackend:
     model.pte, and model.ptd with the weights and the state."""
 
-    def __init__(self, options: argparse.Namespace, vocab_size: int, max_seq_len: int):
+    def __init__(self, options: argparse.Namespace):
         self.options = options
         self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
         if not torch.cuda.is_available():
             raise ExportError(
                 "--backend cuda needs a CUDA GPU here: kernels are compiled and tried on it"
             )
+
+    def begin(self, model: nn.Module) -> None:
+        """Nothing is begun before the weights are there."""
 
     def write(
         self,
@@ -100,9 +107,9 @@ class CudaPteArtifact:
     ) -> dict:
         """Write model.pte and model.ptd, and return the manifest's entries about them."""
         progress("importing executorch")
-        from export.pt2 import Decode, tensors_of
+        from export.pt2 import tensors_of
         from export.pt2_artifact import entries, processor
-        from export.pte_cuda import build_program, write_program
+        from export.pte_cuda import Decode, build_program, write_program
 
         constants = metadata(model, max_prefill, tokenizer)
         program, methods = build_program(model, max_prefill, constants, progress)

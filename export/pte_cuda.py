@@ -24,8 +24,15 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from export.artifact import SmallWrites
-from export.pt2 import Decode, Prefill, integers, prompt_chunk
+from export.pt2 import Prefill, integers, prompt_chunk
 from sampler.greedy import greedy
+
+
+class Decode(Prefill):
+    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
+
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode(token, position)
 
 
 class Greedy(nn.Module):

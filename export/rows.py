@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.kernels.packing import quantize_int4, quantize_int8
 from models.kernels.reference import dequantize
+from models.moe import SparseMoe
 
 QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
 ACTIVATIONS = {nn.GELU: "gelu_tanh", nn.SiLU: "silu"}
@@ -33,12 +34,12 @@ class Rows(nn.Module):
         """Layers like those that these rows were made of, in the same memory."""
         sizes = [linear.out_features for linear in linears]
 
-        def split(tensor: Tensor | None) -> list[Tensor | None]:
+        def split(tensor: Tensor | None, axis: int) -> list[Tensor | None]:
             if tensor is None:
                 return [None] * len(sizes)
-            return [nn.Parameter(part, requires_grad=False) for part in tensor.split(sizes)]
+            return [nn.Parameter(part, requires_grad=False) for part in tensor.split(sizes, axis)]
 
-        parts = zip(*(split(tensor) for tensor in (self.weight, self.scale, self.bias)))
+        parts = zip(split(self.weight, 0), split(self.scale, 1), split(self.bias, 0))
         return [RowsView(self.inputs, *part) for part in parts]
 
 
@@ -59,7 +60,7 @@ class RowsView(nn.Module):
 
 class FusedLayer(nn.Module):
     """What a decode step's launches read of a block, which is changed: its linear layers, which
-    prefill uses, become views."""
+    prefill uses, become views. Routed experts, `moe`, stay as they are, whatever the bits."""
 
     def __init__(self, block: nn.Module, bits: int):
         super().__init__()
@@ -67,9 +68,11 @@ class FusedLayer(nn.Module):
         projections = [name for name in ("q_proj", "k_proj", "v_proj") if hasattr(attention, name)]
         self.qkv = fuse(attention, projections, bits)
         self.o = fuse(attention, ["o_proj"], bits)
-        self.gate_up = fuse(mlp, ["gate_proj", "up_proj"], bits)
-        self.down = fuse(mlp, ["down_proj"], bits)
-        self.activation = ACTIVATIONS[type(mlp.act)]
+        self.moe = mlp if isinstance(mlp, SparseMoe) else None
+        if self.moe is None:
+            self.gate_up = fuse(mlp, ["gate_proj", "up_proj"], bits)
+            self.down = fuse(mlp, ["down_proj"], bits)
+            self.activation = ACTIVATIONS[type(mlp.act)]
         self.input_norm, self.mlp_norm = block.input_layernorm, block.mlp_norm
         self.post_attention_norm, self.post_mlp_norm = block.branch_norms
         self.layer_scalar = getattr(block, "layer_scalar", None)

@@ -9,7 +9,7 @@ from typing import Any
 from runner.errors import RunnerError
 
 # The one manifest format that this runner drives; export/artifact.py writes it.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 KEYS = {
     "engine": str,
     "backend": str,
@@ -19,6 +19,7 @@ KEYS = {
     "max_seq_len": int,
     "max_prefill": int,
     "vocab_size": int,
+    "hidden_size": int,
     "tokenizer": dict,
     "program": dict,
 }
@@ -40,9 +41,11 @@ class Artifact:
     def program_file(self) -> Path:
         return self.directory / self.manifest["program"]["file"]
 
-    def sampling_methods(self, present: Iterable[str]) -> list[str]:
-        """The methods that sample. Errors: RunnerError where they are not among those `present`."""
-        names = ["sample"] + ["sample_row"] * (self.manifest["batch"] > 1)
+    def sampling_methods(self, present: Iterable[str], embed: bool) -> list[str]:
+        """The methods that sample, and with `embed` look up the embeddings. Errors: RunnerError
+        where they are not among those `present`."""
+        names = ["sample_embed" if embed else "sample"]
+        names += ["sample_row"] * (self.manifest["batch"] > 1)
         if missing := set(names) - set(present):
             # What is exported for CudaBackend never samples.
             cuda = self.manifest["backend"] == "cuda"

@@ -32,7 +32,7 @@ class ExecuTorchCudaProgram:
     stream between them, such as this copy, puts into an order.
     """
 
-    has_graphs = False
+    has_graphs = embeds = False
     slots: dict[str, Tensor] = {}
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
@@ -75,9 +75,9 @@ class ExecuTorchCudaProgram:
             rows: self._memory.new(np.zeros((rows, vocab_size), np.float32)) for rows in (1, batch)
         }
 
-    def load_sampling(self) -> None:
+    def load_sampling(self, embed: bool = False) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        self._load(*self._artifact.sampling_methods(self._artifact.manifest["methods"]))
+        self._load(*self._artifact.sampling_methods(self._artifact.manifest["methods"], embed))
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
         """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], in the row
@@ -85,18 +85,22 @@ class ExecuTorchCudaProgram:
         inputs = (tokens, positions) if row is None else (tokens, positions, row)
         return self._call("prefill", inputs, self._logits[1])
 
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B]."""
+    def decode(self, token: Tensor, position: Tensor, embed: bool = False) -> Tensor:
+        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B]; never `embed`."""
         return self._call("decode", (token, position), self._logits[len(token)])
 
-    def select(self, logits: Tensor, buffer: int, *sampling: Tensor) -> Tensor:
-        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1.
+    def select(
+        self, logits: Tensor, buffer: int, *sampling: Tensor, embed: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1; twice,
+        for it is also what the next step is fed. Never `embed`.
 
         `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
         top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
         """
         method = "sample" if sampling else "greedy"
-        return self._call(method, (logits, *sampling), self._next_ids[buffer])
+        token = self._call(method, (logits, *sampling), self._next_ids[buffer])
+        return token, token
 
     def select_row(self, logits: Tensor, *sampling: Tensor) -> Tensor:
         """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""

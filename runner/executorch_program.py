@@ -11,6 +11,7 @@ from runner import executorch_runtime
 from runner.artifact import Artifact
 from runner.errors import RunnerError
 from runner.executorch_runtime import Method, Program
+from runner.rows import selection_name
 from runner.transfers import Transfers
 
 BACKENDS = {"xnnpack": "XnnpackBackend", "portable": None, "cuda": "CudaBackend"}
@@ -23,13 +24,17 @@ BUILDS = {
 WITH_THIS_VERSION = "export it again with this version of ExecuTorch"
 INT64 = np.dtype("int64")
 FLOAT32 = np.dtype("float32")
+# What selects for all rows, and writes next_id buffers; and what an artifact may leave out.
+BUFFERED = {"greedy", "sample", "greedy_embed", "sample_embed"}
+OPTIONAL = {"decode_embedded", "embed", "sample_row"} | BUFFERED - {"greedy"}
 
 
 class ExecuTorchProgram:
     """The loaded methods of a .pte. Every output is a view of memory that the method owns, valid
     until the same method runs again; an input's memory is used in place.
 
-    `transfers` copies to, from and within the arrays that the methods take. Nothing is captured
+    `transfers` copies to, from and within the arrays that the methods take; `embeds` says whether
+    selection can look up the next step's embedding. Nothing is captured
     here, and so no input needs a slot of its own.
     """
 
@@ -37,8 +42,8 @@ class ExecuTorchProgram:
     slots: dict[str, np.ndarray] = {}
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
-        """Load prefill, decode, and greedy twice: its two outputs are the two next_id buffers. What
-        samples is loaded when it is first needed, so that greedy users pay nothing for it.
+        """Load what a greedy loop calls. What samples, and what feeds the loop in another way, is
+        loaded when it is first needed, so that who does without pays nothing for it.
 
         `threads` is how many the kernels use, by default as many as there are processors for them.
 
@@ -49,13 +54,17 @@ class ExecuTorchProgram:
         self.transfers = Transfers()
         with native_stderr():
             self._open(threads)
-        greedy_row = ["greedy_row"] if artifact.manifest["batch"] > 1 else []
-        self._prefill, self._decode, *methods = self._load(
-            "prefill", "decode", "greedy", "greedy", *greedy_row
+        self._batch: int = artifact.manifest["batch"]
+        self.embeds = {"embed", "decode_embedded", "greedy_embed"} <= set(
+            self._program.method_names()
         )
-        self._greedy, self._greedy_row = methods[:2], methods[2:]
-        self._sample: list[Method] = []
-        self._sample_row: list[Method] = []
+        self._loaded: dict[str, list[Method]] = {}
+        names = [selection_name(False, self.embeds)]
+        names += ["prefill", "decode_embedded" if self.embeds else "decode"]
+        if self._batch > 1:
+            names += ["greedy_row"] + ["embed"] * self.embeds
+        for name in names:
+            self._load(name)
 
     def _open(self, threads: int | None) -> None:
         backend = check_backend(self._artifact, executorch_runtime.registered_backends())
@@ -66,19 +75,20 @@ class ExecuTorchProgram:
         executorch_runtime.set_num_threads(threads)
         self._program = open_program(self._artifact)
 
-    def _load(self, *names: str) -> list[Method]:
-        path = self._artifact.program_file
-        with explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
-            return [self._program.load_method(name) for name in names]
+    def _load(self, name: str) -> list[Method]:
+        """The method, which is loaded when it is first needed, if not before: twice, if its outputs
+        are the two next_id buffers."""
+        if name not in self._loaded:
+            count = 2 if name in BUFFERED else 1
+            path = self._artifact.program_file
+            with explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
+                self._loaded[name] = [self._program.load_method(name) for _ in range(count)]
+        return self._loaded[name]
 
-    def load_sampling(self) -> None:
+    def load_sampling(self, embed: bool = False) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        if self._sample:
-            return
-        methods = self._load(
-            "sample", *self._artifact.sampling_methods(self._program.method_names())
-        )
-        self._sample, self._sample_row = methods[:2], methods[2:]
+        for name in self._artifact.sampling_methods(self._program.method_names(), embed):
+            self._load(name)
 
     def prefill(
         self, tokens: np.ndarray, positions: np.ndarray, row: np.ndarray | None = None
@@ -86,25 +96,36 @@ class ExecuTorchProgram:
         """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], in the row
         int64 [1] of a batch of several."""
         inputs = [tokens, positions] if row is None else [tokens, positions, row]
-        return self._prefill.call(inputs)[0]
+        return self._load("prefill")[0].call(inputs)[0]
 
-    def decode(self, token: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B]."""
-        return self._decode.call([token, position])[0]
+    def decode(self, fed: np.ndarray, position: np.ndarray, embed: bool = False) -> np.ndarray:
+        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B], which is `fed` or,
+        with `embed`, whose embedding hidden float32 [B, 1, D] is."""
+        (method,) = self._load("decode_embedded" if embed else "decode")
+        return method.call([fed, position])[0]
 
-    def select(self, logits: np.ndarray, buffer: int, *sampling: np.ndarray) -> np.ndarray:
-        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1.
+    def select(
+        self, logits: np.ndarray, buffer: int, *sampling: np.ndarray, embed: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1, and what
+        the next step is fed: the token or, with `embed`, hidden float32 [B, 1, D] beside it.
 
         `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
         top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
         """
-        methods = self._sample if sampling else self._greedy
-        return methods[buffer].call([logits, *sampling])[0]
+        methods = self._load(selection_name(bool(sampling), embed))
+        outputs = methods[buffer].call([logits, *sampling])
+        return outputs[0], outputs[-1]
 
     def select_row(self, logits: np.ndarray, *sampling: np.ndarray) -> np.ndarray:
         """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
-        (method,) = self._sample_row if sampling else self._greedy_row
+        (method,) = self._load(selection_name(bool(sampling)) + "_row")
         return method.call([logits, *sampling])[0]
+
+    def embed(self, token: np.ndarray, buffer: int) -> np.ndarray:
+        """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer, as `select`
+        gives it: hidden float32 [B, 1, D]."""
+        return self._load("embed")[0].call([token])[0]
 
     def empty(self, *shape: int) -> np.ndarray:
         """Memory int64 of that shape, for tokens."""
@@ -112,7 +133,7 @@ class ExecuTorchProgram:
 
     def next_id(self, buffer: int) -> np.ndarray:
         """The next_id buffer int64 [B, 1] that greedy selection writes, and anyone may."""
-        return self._greedy[buffer].outputs()[0]
+        return self._load(selection_name(False, self.embeds))[buffer].outputs()[0]
 
 
 def check_backend(artifact: Artifact, registered: list[str]) -> str | None:
@@ -162,18 +183,18 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
             f"{artifact.program_file}: its caches have {positions} positions; the manifest says "
             f"max_seq_len {manifest['max_seq_len']}"
         )
-    for name, (*inputs, output) in _slots(manifest).items():
+    for name, (inputs, outputs) in _slots(manifest).items():
         if name not in names:
-            if name in ("sample", "sample_row"):
+            if name in OPTIONAL:
                 continue
             raise RunnerError(f"{artifact.program_file} has no method {name}: export it again")
         meta = program.method_meta(name)
-        if (len(meta.inputs), len(meta.outputs)) != (len(inputs), 1):
+        if (len(meta.inputs), len(meta.outputs)) != (len(inputs), len(outputs)):
             raise RunnerError(
                 f"{artifact.program_file}: {name} has {len(meta.inputs)} inputs and "
-                f"{len(meta.outputs)} outputs; {len(inputs)} and 1 are right"
+                f"{len(meta.outputs)} outputs; {len(inputs)} and {len(outputs)} are right"
             )
-        for (slot, dtype, shape), tensor in zip((*inputs, output), meta.inputs + meta.outputs):
+        for (slot, dtype, shape), tensor in zip(inputs + outputs, meta.inputs + meta.outputs):
             if tensor is None or (tensor.dtype, tensor.shape) != (dtype, shape):
                 found = f"{tensor.shape} of {tensor.dtype}" if tensor else "no tensor"
                 raise RunnerError(
@@ -182,7 +203,7 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
                 )
         # On a GPU only planned memory is the GPU's.
         planned = manifest["backend"] == "cuda"
-        if meta.outputs[0].is_memory_planned != planned:
+        if any(output.is_memory_planned != planned for output in meta.outputs):
             where = "memory of the host" if planned else "memory that the next method overwrites"
             raise RunnerError(
                 f"{artifact.program_file}: {name}'s output lies in {where}; it must be exported "
@@ -190,8 +211,8 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
             )
 
 
-def _slots(manifest: dict) -> dict[str, tuple]:
-    """Name, type and largest shape of each method's inputs and, last, its output."""
+def _slots(manifest: dict) -> dict[str, tuple[list, list]]:
+    """Name, type and largest shape of each method's inputs, and of its outputs."""
     batch, chunk = manifest["batch"], manifest["max_prefill"]
 
     def logits(rows):
@@ -200,21 +221,30 @@ def _slots(manifest: dict) -> dict[str, tuple]:
     def token(rows):
         return "token", INT64, (rows, 1)
 
+    def hidden(rows):
+        return "hidden", FLOAT32, (rows, 1, manifest["hidden_size"])
+
     def sampling(rows):
         types = {"temperature": FLOAT32, "top_k": INT64, "top_p": FLOAT32, "seed": INT64}
         types["position"] = INT64
         return [(name, dtype, (rows,)) for name, dtype in types.items()]
 
-    prompt = ("tokens", INT64, (1, chunk)), ("positions", INT64, (chunk,))
+    prompt = [("tokens", INT64, (1, chunk)), ("positions", INT64, (chunk,))]
+    position = "position", INT64, (batch,)
     slots = {
-        "prefill": (*prompt, *([("row", INT64, (1,))] if batch > 1 else []), logits(1)),
-        "decode": (token(batch), ("position", INT64, (batch,)), logits(batch)),
-        "greedy": (logits(batch), token(batch)),
-        "sample": (logits(batch), *sampling(batch), token(batch)),
+        "prefill": (prompt + [("row", INT64, (1,))] * (batch > 1), [logits(1)]),
+        "decode": ([token(batch), position], [logits(batch)]),
+        "decode_embedded": ([hidden(batch), position], [logits(batch)]),
+        "embed": ([token(batch)], [hidden(batch)]),
+        "greedy": ([logits(batch)], [token(batch)]),
+        "sample": ([logits(batch), *sampling(batch)], [token(batch)]),
     }
+    for name in ("greedy", "sample"):
+        inputs, outputs = slots[name]
+        slots[f"{name}_embed"] = inputs, [*outputs, hidden(batch)]
     if batch > 1:
-        slots["greedy_row"] = logits(1), token(1)
-        slots["sample_row"] = logits(1), *sampling(1), token(1)
+        slots["greedy_row"] = [logits(1)], [token(1)]
+        slots["sample_row"] = [logits(1), *sampling(1)], [token(1)]
     return slots
 
 

@@ -60,7 +60,7 @@ class Generation(Result):
 
     def __init__(self, model: "Model", request: Request, options: LoopOptions):
         """Errors: RunnerError for a request that the model cannot run."""
-        super().__init__(request, model.tokenizer, *model.fit(request))
+        super().__init__(request, model.tokenizer, *model.fit(request, options))
         self._model, self._options = model, options
         self._transfers: Transfers | None = None
         self._start = self._prefilled = self._first = self._last = 0.0
@@ -139,13 +139,14 @@ class BatchGeneration:
             pass
         return self.results
 
-    def _accepted(self) -> Iterator[Result]:
+    def _accepted(self, options: LoopOptions) -> Iterator[Result]:
         """The results to be of the requests that can run, taken from the input one by one."""
         for index, request in enumerate(self._requests):
             if not isinstance(request, Request):
                 request = Request(request)
             try:
-                result = Result(request, self._model.tokenizer, *self._model.fit(request), index)
+                fitted = self._model.fit(request, options)
+                result = Result(request, self._model.tokenizer, *fitted, index)
             except RunnerError as error:
                 result = Result(request, self._model.tokenizer, [], 0, index)
                 result.refuse(f"request {index + 1}: {error}")
@@ -157,7 +158,7 @@ class BatchGeneration:
         loop = self._model.loop
         before, steps, prefill_s = loop.transfers.snapshot(), loop.steps, loop.prefill_s
         start = time.perf_counter()
-        for result, token_id in self._model.tokens(self, self._accepted(), rows, options):
+        for result, token_id in self._model.tokens(self, self._accepted(options), rows, options):
             self._seconds = time.perf_counter() - start
             self._steps, self._prefill_s = loop.steps - steps, loop.prefill_s - prefill_s
             self._transfers = loop.transfers.since(before)

@@ -1,6 +1,5 @@
 """An AOTInductor package driven method by method: weights and state are there once, for all."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from torch._C._aoti import AOTIModelPackageLoader
 
 from runner.artifact import Artifact
 from runner.errors import RunnerError
-from runner.rows import PARAMETERS
+from runner.rows import PARAMETERS, selection_name
 from runner.step_graphs import StepGraphs
 from runner.torch_memory import Aligned, TorchMemory
 from runner.transfers import Transfers
@@ -23,8 +22,9 @@ from runner.transfers import Transfers
 class InductorProgram:
     """The loaded methods of a .pt2 on its device.
 
-    `transfers` copies to, from and within the device. On CUDA a step can be one launch of a graph
-    that was captured: it takes the next positions from `slots["lines"]`, or the table, by itself.
+    `transfers` copies to, from and within the device; `embeds` says whether selection can look up
+    the next step's embedding. On CUDA a step can be one launch of a graph that was captured: it
+    takes the next positions from `slots["lines"]`, or the table, by itself.
     """
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
@@ -43,11 +43,16 @@ class InductorProgram:
         self.has_graphs = self._device.type == "cuda"
         with self._on_stream(), _explained(artifact):
             self.constants = _constants(artifact, self._device)
-            names = ["prefill", "decode", "greedy"] + ["greedy_row"] * (self._batch > 1)
+            self.embeds = {"embed", "greedy_embed"} <= set(manifest["methods"])
+            names = ["prefill", "decode_embedded", selection_name(False, self.embeds)]
+            names += ["greedy_row", "embed"] * (self._batch > 1)
             names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
-            # Rows without a sequence are fed what is there: it must be a token.
-            self._next_ids = [self.empty(self._batch, 1).zero_() for _ in range(2)]
+            # Of each of the two buffers: next_id, and hidden beside it. Rows without a sequence are
+            # fed what is there: it must be a token.
+            shape, dtype = (self._batch, 1, manifest["hidden_size"]), manifest["dtype"]
+            hidden = torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+            self._buffers = [(self.empty(self._batch, 1).zero_(), hidden.clone()) for _ in range(2)]
             self._row_id = self.empty(1, 1)
             self.slots = {
                 name: memory.new(np.zeros(self._batch, dtype)) for name, dtype in PARAMETERS.items()
@@ -56,13 +61,10 @@ class InductorProgram:
                 self.slots["lines"] = self.empty(manifest["max_seq_len"], self._batch).zero_()
         self._aligned = Aligned(self.transfers)
 
-    def load_sampling(self) -> None:
+    def load_sampling(self, embed: bool = False) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        names = self._artifact.sampling_methods(self._artifact.manifest["methods"])
-        with self._on_stream(), _explained(self._artifact):
-            for name in names:
-                if name not in self._methods:
-                    self._methods[name] = self._load(name)
+        for name in self._artifact.sampling_methods(self._artifact.manifest["methods"], embed):
+            self._method(name)
 
     def capture(self, table: Tensor) -> None:
         """Capture steps, whose positions are entries of `table` int64 [N], 0 to N - 1, or, of
@@ -70,46 +72,72 @@ class InductorProgram:
         lines = self.slots.get("lines", table[:, None])
         parameters = [self.slots[name] for name in PARAMETERS]
         with self._on_stream(), _explained(self._artifact):
-            self._steps = StepGraphs(
-                self._call, self._next_ids, lines, table, parameters, self.transfers, self._stream
-            )
+            self._steps = StepGraphs(self, lines, table, parameters, self.transfers, self._stream)
             self._steps.warm_up()
 
-    def step(self, token: Tensor, positions: Tensor, buffer: int, *sampling: Tensor) -> Tensor:
+    def step(
+        self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """`decode` and `select` in one launch, after `capture`."""
-        return self._steps.step(token, positions, buffer, *sampling)
+        return self._steps.step(fed, positions, buffer, *sampling, embed=embed)
+
+    def next_positions(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
+        """Fill position int64 [B] from lines int64 [N, B] at next_line int64 [1], and add 1."""
+        self._call("next_positions", lines, next_line, position)
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
         """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], in the row
         int64 [1] of a batch of several."""
         return self._call("prefill", tokens, positions, *(() if row is None else (row,)))
 
-    def decode(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B]."""
-        return self._call("decode", token, position)
+    def decode(self, fed: Tensor, position: Tensor, embed: bool = False) -> Tensor:
+        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B], which is `fed` or,
+        with `embed`, whose embedding hidden [B, 1, D] is."""
+        hidden = fed if embed else self._call("embed", fed)
+        return self._call("decode_embedded", hidden, position)
 
-    def select(self, logits: Tensor, buffer: int, *sampling: Tensor) -> Tensor:
-        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1.
+    def select(
+        self, logits: Tensor, buffer: int, *sampling: Tensor, embed: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1, and what
+        the next step is fed: the token or, with `embed`, hidden [B, 1, D] beside it.
 
         `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
         top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
         """
-        token = self._next_ids[buffer]
-        self._call("sample" if sampling else "greedy", logits, *sampling, token)
-        return token
+        out = self._buffers[buffer]
+        self._call(selection_name(bool(sampling), embed), logits, *sampling, *out[: 1 + embed])
+        return out[0], out[embed]
 
     def select_row(self, logits: Tensor, *sampling: Tensor) -> Tensor:
         """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
-        self._call("sample_row" if sampling else "greedy_row", logits, *sampling, self._row_id)
+        self._call(selection_name(bool(sampling)) + "_row", logits, *sampling, self._row_id)
         return self._row_id
+
+    def embed(self, token: Tensor, buffer: int) -> Tensor:
+        """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer, as `select`
+        gives it: hidden [B, 1, D]."""
+        self.transfers.copy(self._call("embed", token), self._buffers[buffer][1])
+        return self._buffers[buffer][1]
 
     def next_id(self, buffer: int) -> Tensor:
         """The next_id buffer int64 [B, 1] that selection writes, and anyone may."""
-        return self._next_ids[buffer]
+        return self._buffers[buffer][0]
+
+    def fed(self, buffer: int, embed: bool) -> Tensor:
+        """What a step is fed that follows `select` into this buffer."""
+        return self._buffers[buffer][embed]
 
     def empty(self, *shape: int) -> Tensor:
         """Memory int64 of that shape, for tokens."""
         return torch.empty(shape, dtype=torch.int64, device=self._device)
+
+    def _method(self, name: str) -> Callable:
+        """The method, which is loaded when it is first needed, if not before."""
+        if name not in self._methods:
+            with self._on_stream(), _explained(self._artifact):
+                self._methods[name] = self._load(name)
+        return self._methods[name]
 
     def _load(self, name: str) -> Callable:
         path = str(self._artifact.program_file)
@@ -127,8 +155,9 @@ class InductorProgram:
         return package.boxed_run
 
     def _call(self, name: str, *inputs: Tensor) -> Tensor | None:
+        method = self._method(name)
         with self._on_stream():
-            outputs = self._methods[name](list(map(self._aligned, inputs)))
+            outputs = method(list(map(self._aligned, inputs)))
         return outputs[0] if outputs else None
 
     def _on_stream(self) -> Any:
@@ -178,9 +207,8 @@ def _constants(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
         dtype = getattr(torch, state["dtype"])
         tensors[state["name"]] = torch.zeros(state["shape"], dtype=dtype, device=device)
     for name, view in entry["views"].items():
-        whole = tensors[view["of"]].flatten()
-        size = math.prod(view["shape"])
-        tensors[name] = whole[view["offset"] : view["offset"] + size].view(view["shape"])
+        layout = view["shape"], view["stride"], view["offset"]
+        tensors[name] = tensors[view["of"]].as_strided(*layout)
     return tensors
 
 

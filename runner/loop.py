@@ -2,20 +2,24 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import RunnerError
 from runner.rows import Rows, Sequence
 from runner.transfers import Transfers
 
+FEEDS = ("auto", "embed", "alias", "host")
+
 
 @dataclass(frozen=True)
 class LoopOptions:
     """Variants of the loop, for comparison: all of them give the same tokens.
 
-    `feed`: "alias" hands a method's output to the next method as its input, "host" uploads
-    the tokens that the host has read. `positions`: "device" takes them from what went up when the
+    `feed`: "alias" hands a token, a method's output, to the next method as its input, "embed" in
+    its stead the token's embedding, which selection has looked up, "host" uploads the tokens that
+    the host has read; "auto" is "embed" where the artifact has the methods for it, else "alias".
+    `positions`: "device" takes them from what went up when the
     program was loaded or a sequence joined, "host" uploads them for each call. `double_buffering`:
     the next steps are submitted before the newest tokens are read. `run_ahead`: how many steps are
     submitted at once, whose tokens are gathered on the device and read together. Both need a token
@@ -23,13 +27,15 @@ class LoopOptions:
     program can be captured.
     """
 
-    feed: str = "alias"
+    feed: str = "auto"
     positions: str = "device"
     double_buffering: bool = True
     run_ahead: int = 1
     graph: bool = True
 
     def __post_init__(self):
+        if self.feed not in FEEDS:
+            raise RunnerError(f"feed is {self.feed!r}; it must be one of {', '.join(FEEDS)}")
         if self.run_ahead < 1:
             raise RunnerError(f"run_ahead is {self.run_ahead}; it must be at least 1")
         if self.run_ahead > 1 and self.feed == "host":
@@ -59,6 +65,19 @@ class Loop:
         if program.has_graphs:
             program.capture(self._table)
 
+    def variant(self, options: LoopOptions | None) -> LoopOptions:
+        """The variant that `options` mean here, whose feed is a certain one. Errors: RunnerError
+        for one that the program lacks the methods for."""
+        options = options or LoopOptions()
+        if options.feed == "auto":
+            return replace(options, feed="embed" if self.program.embeds else "alias")
+        if options.feed == "embed" and not self.program.embeds:
+            raise RunnerError(
+                "feed is 'embed', and the artifact lacks the methods for it: take 'alias', or "
+                "export it again"
+            )
+        return options
+
     def tokens(
         self, sequences: Iterable[Sequence], used: int, options: LoopOptions
     ) -> Iterator[tuple[Sequence, int]]:
@@ -66,10 +85,11 @@ class Loop:
 
         A sequence is taken when a row is free for it, and leaves when `limit` ids have come or it
         has a `finish_reason`; surplus steps may by then have been submitted, whose results are
-        dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being at least 1.
+        dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being at least 1,
+        and has `options` from `variant`.
         """
         transfers, waiting = self.transfers, iter(sequences)
-        ahead = options.double_buffering and options.feed == "alias"
+        ahead = options.double_buffering and options.feed != "host"
         rows = Rows(
             self.batch, used, self._table, transfers,
             options.positions == "host", self.program.slots,
@@ -127,8 +147,10 @@ class Steps:
     def __init__(self, loop: Loop, rows: Rows, options: LoopOptions):
         self._loop, self._rows, self._options = loop, rows, options
         self._program, self._transfers = loop.program, loop.transfers
-        # The next_id buffer that has, or will have, the newest tokens [B, 1], and its number.
-        self._token, self._buffer = None, 0
+        self._embed = options.feed == "embed"
+        # The next_id buffer that has, or will have, the newest tokens [B, 1], and its number; and
+        # what the next step is fed: these, or the hidden buffer beside them.
+        self._token, self._fed, self._buffer = None, None, 0
         # Tokens [N, B] of the newest steps, gathered in one half of the ring, where they are.
         self._gathered: Any = None
         self._ring: tuple = ()
@@ -137,13 +159,18 @@ class Steps:
         """Select the row's first token from its prompt's logits. Of a batch of one row that is the
         newest token without a copy."""
         if self._loop.batch == 1:
-            self._token = self._program.select(logits, self._buffer, *sampling)
+            self._token, self._fed = self._program.select(
+                logits, self._buffer, *sampling, embed=self._embed
+            )
             self._gathered = None
             return
         if self._token is None:
             self._token = self._program.next_id(self._buffer)
         token = self._program.select_row(logits, *sampling)
         self._transfers.copy(token, self._token[row : row + 1])
+        self._fed = self._token
+        if self._embed:
+            self._fed = self._program.embed(self._token, self._buffer)
         if self._gathered is not None:
             self._transfers.copy(token[0], self._gathered[-1, row : row + 1])
 
@@ -166,7 +193,7 @@ class Steps:
         count = self._options.run_ahead
         lines = self._half_of_the_ring() if count > 1 else None
         if ids is not None:
-            self._token = self._transfers.upload(
+            self._fed = self._transfers.upload(
                 [[i] for i in ids], out=self._program.next_id(self._buffer)
             )
         done = 0
@@ -174,19 +201,21 @@ class Steps:
             positions, sampling = self._rows.next_step()
             self._loop.steps += 1
             self._buffer = 1 - self._buffer
-            self._token = self._step(positions, sampling)
+            self._token, self._fed = self._step(positions, sampling)
             if lines is not None:
                 self._transfers.copy(self._token[:, 0], lines[done])
             done += 1
         if lines is not None:
             self._gathered = lines[:done]
 
-    def _step(self, positions: Any, sampling: tuple) -> Any:
-        """One more token of each row, in the next_id buffer whose turn it is."""
+    def _step(self, positions: Any, sampling: tuple) -> tuple[Any, Any]:
+        """One more token of each row, in the next_id buffer whose turn it is, and what the step
+        after it is fed."""
         if self._program.has_graphs and self._options.graph:
-            return self._program.step(self._token, positions, self._buffer, *sampling)
-        logits = self._program.decode(self._token, positions)
-        return self._program.select(logits, self._buffer, *sampling)
+            step = self._program.step
+            return step(self._fed, positions, self._buffer, *sampling, embed=self._embed)
+        logits = self._program.decode(self._fed, positions, self._embed)
+        return self._program.select(logits, self._buffer, *sampling, embed=self._embed)
 
     def _half_of_the_ring(self) -> Any:
         """Memory int64 [run_ahead, B] that nothing unread is in."""

@@ -89,7 +89,7 @@ class Model:
         prompt that is empty, too long or has ids outside the vocabulary.
         """
         request = Request(prompt, max_new_tokens, temperature, top_k, top_p, seed, stop, chat)
-        self._latest = Generation(self, request, options or LoopOptions())
+        self._latest = Generation(self, request, self.loop.variant(options))
         return self._latest
 
     def generate_batch(
@@ -118,11 +118,11 @@ class Model:
                 f"{rows} rows are asked for and {self._directory} has {self.batch}: export it with "
                 f"--batch {rows}"
             )
-        self._latest = BatchGeneration(self, requests, rows, options or LoopOptions())
+        self._latest = BatchGeneration(self, requests, rows, self.loop.variant(options))
         return self._latest
 
-    def fit(self, request: Request) -> tuple[list[int], int]:
-        """The request's prompt as ids, and how many tokens can come after it.
+    def fit(self, request: Request, options: LoopOptions) -> tuple[list[int], int]:
+        """The request's prompt as ids, and how many tokens can come after it in that variant.
 
         Errors: RunnerError for what `generate` refuses.
         """
@@ -141,7 +141,7 @@ class Model:
                     f"the prompt has the id {token_id!r}; ids are 0 to {self.vocab_size - 1}"
                 )
         if request.temperature > 0:
-            self.loop.program.load_sampling()
+            self.loop.program.load_sampling(options.feed == "embed")
         return ids, min(request.max_new_tokens, self.max_seq_len - len(ids))
 
     def _prompt_ids(self, request: Request) -> list[int]:

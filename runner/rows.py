@@ -17,6 +17,11 @@ PARAMETERS = {
 }
 
 
+def selection_name(sampled: bool, embed: bool = False) -> str:
+    """The method that chooses tokens and, with `embed`, looks up their embeddings."""
+    return ("sample" if sampled else "greedy") + ("_embed" if embed else "")
+
+
 class Sequence(Protocol):
     """What the loop needs of a sequence. It has a `finish_reason` as soon as whoever reads the
     tokens has given it one, and ends there."""

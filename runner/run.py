@@ -72,8 +72,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--stats", action="store_true", help="speed and copies, on standard error")
     loop = parser.add_argument_group("the loop, for comparison (the text is always the same)")
     loop.add_argument(
-        "--feed", choices=("alias", "host"), default="alias",
-        help="hand the token on in place, or read it and upload it again",
+        "--feed", choices=("embed", "alias", "host"), default="auto",
+        help="hand the token's embedding on in place, or the token, or read the token and upload "
+        "it again; auto takes the first that the artifact has the methods for",
     )  # fmt: skip
     loop.add_argument(
         "--positions", choices=("device", "host"), default="device",
@@ -91,18 +92,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--graph", action=argparse.BooleanOptionalAction, default=True,
         help="launch a step as one captured graph, where the artifact is for a GPU",
     )  # fmt: skip
+    loop.add_argument(
+        "--compare", action="store_true",
+        help="run the prompt through every variant of the loop, and print a table of their speed "
+        "and copies, or with --json a line for each; exit status 1 if any text differs",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     for name in RULES:
         if fault := fault_of(name, getattr(options, name)):
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; {fault}")
+            parser.error(f"{flag_of(name)} is {getattr(options, name)}; {fault}")
     for name in ("threads", "batch", "run_ahead"):
         if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            parser.error(f"{flag_of(name)} is {value}; it must be at least 1")
     if options.run_ahead > 1 and options.feed == "host":
-        parser.error("--run-ahead needs --feed alias: the host cannot feed what it has not read")
+        parser.error("--run-ahead and --feed host: the host cannot feed what it has not read")
+    if options.compare:
+        names = ("feed", "positions", "double_buffering", "run_ahead", "graph", "batch")
+        for name in names:
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--compare runs every variant of one row: leave out {flag_of(name)}")
     if options.prompts.count("-") > 1:
         parser.error("- is given twice, and there is one standard input")
     return options
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def print_stats(model, stats, *own_lines: str) -> None:
@@ -132,7 +147,13 @@ def run(options: argparse.Namespace) -> int:
     from runner.model import Model
 
     signal.signal(signal.SIGINT, previous)
+    if options.compare and len(requests) > 1:
+        raise RunnerError(f"--compare takes one prompt, and {len(requests)} are given")
     model = Model(options.artifact, options.threads)
+    if options.compare:
+        from runner.compare import compare
+
+        return compare(model, requests[0], options.json)
     loop = LoopOptions(
         options.feed,
         options.positions,

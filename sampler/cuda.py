@@ -7,6 +7,7 @@ kernels torch.export and AOTInductor see.
     greedy, select_rows  2 launches: the tiles' maxima, one reduction
     sample               the same 2; 7 where rows have a top_k or top_p: between them the row's
                          bins, the plan of what to search, a list of that, the cutoff, the scores
+    ..._embed            as many: the last one looks up the tokens' embeddings as well
 """
 
 import torch
@@ -101,14 +102,21 @@ def _tokens(
     sampling: tuple[Tensor, ...] = (None, None, None),
     scores: Tensor | None = None,
     cutoff: Tensor | None = None,
+    out: Tensor | None = None,
+    table: Tensor | None = None,
+    hidden: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
+    """int64 [B, 1], or `out`; with a table, hidden is written as well."""
     batch, splits = maxima.shape
-    token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
+    token, width = out, 0 if table is None else table.shape[1]
+    if token is None:
+        token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
     wrap_triton(token_kernel)[(batch,)](
-        logits, maxima, cutoff, *sampling, scores, token,
-        logits.shape[1], logits.stride(0), logits.stride(1), splits,
-        SAMPLED=scores is not None, RESTRICTED=cutoff is not None,
-        TILE=tile, SPLITS=triton.next_power_of_2(splits),
+        logits, maxima, cutoff, *sampling, scores, token, table, hidden,
+        logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
+        SAMPLED=scores is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
+        TILE=tile, SPLITS=triton.next_power_of_2(splits), BLOCK_D=triton.next_power_of_2(width),
     )  # fmt: skip
     return token
 
@@ -150,6 +158,60 @@ def sample(
     `tile`, a power of two from 4 on, is the logits of one program; it does not change a token. It
     is slow where thousands of logits tie at the cutoff.
     """
+    arguments = logits, temperature, top_k, top_p, seed, position
+    return _sampled(*arguments, restricted, tile)
+
+
+@triton_op("tokenloop::greedy_embed", mutates_args={"next_id", "hidden"})
+def greedy_embed(
+    logits: Tensor,
+    table: Tensor,
+    next_id: Tensor,
+    hidden: Tensor,
+    *,
+    scale: float = 1.0,
+    tile: int | None = None,
+) -> None:
+    """`greedy`, written to next_id int64 [B, 1], and the tokens' rows of the embedding `table`
+    [V, D] times `scale`, rounded once, to hidden [B, 1, D] of its dtype. All are contiguous."""
+    tile = tile or _greedy_tile(*logits.shape)
+    maxima = _tile_maxima(logits, tile)
+    _tokens(logits, maxima, tile, out=next_id, table=table, hidden=hidden, scale=scale)
+
+
+@triton_op("tokenloop::sample_embed", mutates_args={"next_id", "hidden"})
+def sample_embed(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    table: Tensor,
+    next_id: Tensor,
+    hidden: Tensor,
+    *,
+    scale: float = 1.0,
+    restricted: bool = True,
+    tile: int = TILE,
+) -> None:
+    """`sample`, with the outputs of greedy_embed."""
+    arguments = logits, temperature, top_k, top_p, seed, position
+    written = {"out": next_id, "table": table, "hidden": hidden, "scale": scale}
+    _sampled(*arguments, restricted, tile, **written)
+
+
+def _sampled(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    restricted: bool,
+    tile: int,
+    **written: Tensor | float,
+) -> Tensor:
     sampling, cutoff = (temperature, seed, position), None
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
     scores = torch.empty(batch, splits, device=logits.device)
@@ -162,4 +224,4 @@ def sample(
         )  # fmt: skip
     else:
         maxima = _tile_maxima(logits, tile, sampling=sampling, scores=scores)
-    return _tokens(logits, maxima, tile, sampling, scores, cutoff)
+    return _tokens(logits, maxima, tile, sampling, scores, cutoff, **written)

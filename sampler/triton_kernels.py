@@ -23,8 +23,20 @@ if triton.knobs.runtime.interpret:
     def mul(x, y):
         return x * y
 
+    @triton.jit
+    def quick_log2(x):
+        return tl.log2(x)
+
 else:
     mul = libdevice.mul_rn
+
+    @triton.jit
+    def quick_log2(x):
+        # One instruction where tl.log2 is 25.
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
 
 # What is packed where there is no token: -inf, and the id that loses every tie.
 NOTHING = tl.constexpr(-2139095041 << 32)
@@ -147,7 +159,7 @@ def quick_noise(words):
     # -ln(u), by its series where the hardware's logarithm is not relatively exact: where u is
     # nearly 1, and the winners are.
     near = rest * (1 + rest * (0.5 + rest * (0.33333333 + rest * 0.25)))
-    return -tl.log2(tl.where(rest < 0.0625, near, tl.log2(u) * -0.6931471805599453))
+    return -quick_log2(tl.where(rest < 0.0625, near, quick_log2(u) * -0.6931471805599453))
 
 
 @triton.jit
@@ -236,13 +248,16 @@ def scores_kernel(
 @triton.jit
 def token_kernel(
     logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, scores_ptr,
-    token_ptr, vocab_size, row_stride, column_stride, splits,
-    SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    token_ptr, table_ptr, hidden_ptr, vocab_size, row_stride, column_stride, splits, width,
+    embed_scale: tl.constexpr,
+    SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, EMBED: tl.constexpr,
+    TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The token of each row: that of the largest logit, or of the largest scaled logit + noise.
 
     The latter is in one of the tiles whose quick scores nearly equal the best one, most often in
-    one alone; these are scored exactly.
+    one alone; these are scored exactly. With EMBED its row of the table [V, width], scaled, goes to
+    hidden [B, width].
     """
     row = tl.program_id(0).to(tl.int64)
     best = tl.max(load_maxima(maxima_ptr, row, splits, SPLITS))
@@ -273,4 +288,10 @@ def token_kernel(
                 score = tl.where(pack(x, ids) >= cutoff, score, float("-inf"))
                 best = tl.maximum(best, tl.max(pack(score, ID_MASK - ids)))
                 count -= 1
-    tl.store(token_ptr + row, ID_MASK - (best & ID_MASK))
+    token = ID_MASK - (best & ID_MASK)
+    tl.store(token_ptr + row, token)
+    if EMBED:
+        d = tl.arange(0, BLOCK_D)
+        x = tl.load(table_ptr + token * width + d, mask=d < width, other=0.0)
+        x = (x.to(tl.float32) * embed_scale).to(x.dtype)
+        tl.store(hidden_ptr + row * width + d, x, mask=d < width)

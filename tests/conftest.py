@@ -1,10 +1,12 @@
 """Artifacts that many tests share, exported once in a run by the real command line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,16 +27,35 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
-def export_artifact(tmp_path_factory, run_script):
+def once(tmp_path_factory):
+    """A function (name, make) -> directory that make(directory) has filled, at most once for each
+    name, whichever of the test run's processes needs it first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root = root / "shared"
+    root.mkdir(exist_ok=True)
+
+    def find(name: str, make) -> Path:
+        directory = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not directory.exists():
+                make(directory)
+        return directory
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def export_artifact(once, run_script):
     """A function (name, *arguments) -> directory that exports at most once for each name."""
-    root = tmp_path_factory.mktemp("artifacts")
 
     def export(name: str, *arguments) -> Path:
-        output = root / name
-        if not output.exists():
-            done = run_script("export/gemma.py", "--output", output, *arguments, cwd=root)
+        def make(output):
+            done = run_script("export/gemma.py", "--output", output, *arguments, cwd=output.parent)
             assert done.returncode == 0, done.stderr
-        return output
+
+        return once(name, make)
 
     return export
 
@@ -59,10 +80,10 @@ def tiny_artifact(export_artifact, tiny_checkpoint) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(make_checkpoint) -> Path:
+def tiny_checkpoint(once, make_checkpoint) -> Path:
     """A small random Gemma 3 with a window of 16, whose greedy text does not settle down to
     repeating itself."""
-    return make_checkpoint()
+    return once("tiny-checkpoint", lambda directory: make_checkpoint().rename(directory))
 
 
 @pytest.fixture(scope="session")

@@ -24,21 +24,8 @@ def load_halves(ptr, i, HALF: tl.constexpr):
 
 
 @triton.jit
-def load_norm(weight_ptr, i, offset, HALF: tl.constexpr):
-    """A norm's weights in halves; ones without one."""
-    if weight_ptr is None:
-        w1, w2 = tl.full([HALF], 1.0, tl.float32), tl.full([HALF], 1.0, tl.float32)
-    else:
-        w1, w2 = load_halves(weight_ptr, i, HALF)
-        w1, w2 = offset + w1, offset + w2
-    return w1, w2
-
-
-@triton.jit
-def normed(x1, x2, w1, w2, eps, NORM: tl.constexpr):
-    """RMSNorm of rows in halves [..., HALF] if NORM."""
-    if not NORM:
-        return x1, x2
+def normed(x1, x2, w1, w2, eps):
+    """RMSNorm of rows in halves [..., HALF]."""
     axis: tl.constexpr = len(x1.shape) - 1
     mean = tl.sum(x1 * x1 + x2 * x2, axis, keep_dims=True) / (2 * x1.shape[axis])
     scale = 1 / tl.sqrt_rn(mean + eps)
@@ -127,8 +114,10 @@ def attend_kernel(
     new_k1, new_k2 = load_halves(key_ptr, i, HALF)
     new_v = tl.load(value_ptr + whole)
     inv_freq = tl.load(inv_freq_ptr + i)
-    q_weight1, q_weight2 = load_norm(q_norm_ptr, i, offset, HALF)
-    k_weight1, k_weight2 = load_norm(k_norm_ptr, i, offset, HALF)
+    if q_norm_ptr is not None:
+        q_weight1, q_weight2 = load_halves(q_norm_ptr, i, HALF)
+    if k_norm_ptr is not None:
+        k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
 
     slot = position % slots
     filled = tl.minimum(position + 1, slots)
@@ -150,9 +139,9 @@ def attend_kernel(
 
     angle = position.to(tl.float32) * inv_freq
     cos, sin = tl.cos(angle), tl.sin(angle)
-    q1, q2 = normed(
-        q1.to(tl.float32), q2.to(tl.float32), q_weight1, q_weight2, eps, q_norm_ptr is not None
-    )
+    q1, q2 = q1.to(tl.float32), q2.to(tl.float32)
+    if q_norm_ptr is not None:
+        q1, q2 = normed(q1, q2, offset + q_weight1, offset + q_weight2, eps)
     q1, q2 = rotated(q1, q2, cos[None, :], sin[None, :], dtype)
 
     # In units of exp2.
@@ -162,7 +151,9 @@ def attend_kernel(
     acc = tl.zeros([BLOCK_G, SIZE], tl.float32)
     if (slot >= begin) & (slot < end):
         # The new token is this program's, and is not read back from the caches.
-        k1, k2 = normed(new_k1, new_k2, k_weight1, k_weight2, eps, k_norm_ptr is not None)
+        k1, k2 = new_k1, new_k2
+        if k_norm_ptr is not None:
+            k1, k2 = normed(k1, k2, offset + k_weight1, offset + k_weight2, eps)
         k1, k2 = rotated(k1, k2, cos, sin, dtype)
         v = new_v
         if VALUE_NORM:

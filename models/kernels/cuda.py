@@ -77,7 +77,7 @@ def launch_linear(
     bits = weight_bits(weight, inputs)
     if x.dtype != (bfloat16 if bits else weight.dtype):
         raise ValueError(f"activations are {x.dtype}, the weight {weight.dtype}")
-    group = _group_size(scale, inputs, bits)
+    group = _group_size(scale, weight, inputs, bits)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype)
     total = h = None
@@ -121,14 +121,18 @@ def launch_linear(
     return total, y
 
 
-def _group_size(scale: Tensor | None, inputs: int, bits: int) -> int:
+def _group_size(scale: Tensor | None, weight: Tensor, inputs: int, bits: int) -> int:
     """Inputs of a scale of 4 bits, else 0."""
-    groups = 1 if scale is None else scale.shape[1]
+    if not bits:
+        return 0
     known = GROUP_SIZES if bits == 4 else (inputs,)
-    if bits and (scale is None or inputs % groups or inputs // groups not in known):
-        given = None if scale is None else tuple(scale.shape)
-        raise ValueError(f"scale of shape {given}: a weight of {bits} bits needs groups of {known}")
-    return inputs // groups if bits == 4 else 0
+    shape = None if scale is None else tuple(scale.shape)
+    if shape not in [(inputs // size, weight.shape[0]) for size in known if inputs % size == 0]:
+        raise ValueError(
+            f"scale of shape {shape}: {weight.shape[0]} rows of {bits} bits need one for each row "
+            f"and group of {known}"
+        )
+    return inputs // shape[0] if bits == 4 else 0
 
 
 def _norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:

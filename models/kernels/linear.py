@@ -222,13 +222,13 @@ def load_rows(x_ptr, b, k, rows, K):
 
 
 @triton.jit
-def load_scales(scale_ptr, n, span, K, GROUP: tl.constexpr):
-    """Scales [n] of each group of a span of 4 bits."""
+def load_scales(scale_ptr, n, span, K, count, GROUP: tl.constexpr):
+    """Scales [n] of each group of a span of 4 bits, of a weight of `count` rows."""
     scales = ()
     for i in tl.static_range(WORDS * (BITS_OF_WORD // 4) // GROUP):
         # What is padded has no scale of its own, and needs none.
         group = tl.minimum(span * (WORDS * (BITS_OF_WORD // 4) // GROUP) + i, K // GROUP - 1)
-        scales = scales + (tl.load(scale_ptr + n * (K // GROUP) + group),)
+        scales = scales + (tl.load(scale_ptr + group * count + n),)
     return scales
 
 
@@ -349,16 +349,17 @@ def dot_kernel(
     else:
         # Scales are asked for a span ahead: the pipeline has only what is multiplied as matrices.
         gates, ups = (), ()
+        count = N if ACTIVATION is None else 2 * N
         if BITS == 4:
-            gates = load_scales(scale_ptr, first, begin, K, GROUP)
+            gates = load_scales(scale_ptr, first, begin, K, count, GROUP)
             if ACTIVATION is not None:
-                ups = load_scales(scale_ptr, second, begin, K, GROUP)
+                ups = load_scales(scale_ptr, second, begin, K, count, GROUP)
         for i in tl.range(begin, end, num_stages=STAGES):
             these, those = gates, ups
             if BITS == 4:
-                gates = load_scales(scale_ptr, first, i + 1, K, GROUP)
+                gates = load_scales(scale_ptr, first, i + 1, K, count, GROUP)
                 if ACTIVATION is not None:
-                    ups = load_scales(scale_ptr, second, i + 1, K, GROUP)
+                    ups = load_scales(scale_ptr, second, i + 1, K, count, GROUP)
             gate = span_products(gate, w_ptr, these, x_ptr, first, b, i, rows, K, width, BITS)
             if ACTIVATION is not None:
                 up = span_products(up, w_ptr, those, x_ptr, second, b, i, rows, K, width, BITS)

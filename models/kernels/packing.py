@@ -6,7 +6,8 @@ up, is input 64 * j + i of the span: so one load of a span is 128 bytes, what a 
 bfloat16 that a tensor core takes. Rows are padded with zeros to whole spans.
 
 4 bits are stored plus 8, and every group of a row has a scale; 8 bits are two's complement, and a
-row has one scale.
+row has one scale. The scales of neighbouring rows lie side by side: a program reads one group of
+many rows at a time.
 """
 
 import torch
@@ -26,7 +27,7 @@ def _round(
     grouped = weight.float().view(outputs, inputs // group_size, group_size)
     scale = (grouped.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest).to(dtype)
     values = (grouped / scale).round().clamp(-largest, largest).int()
-    return values.view(outputs, inputs), scale[..., 0]
+    return values.view(outputs, inputs), scale[..., 0].T.contiguous()
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -59,13 +60,13 @@ def unpack(words: Tensor, bits: int, inputs: int) -> Tensor:
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float [N, K] -> words int16 [N, W] and scales float32 [N, 1], by each row's largest."""
+    """float [N, K] -> words int16 [N, W] and scales float32 [1, N], by each row's largest."""
     values, scale = _round(weight, weight.shape[1], 127, torch.float32)
     return pack(values, 8), scale
 
 
 def quantize_int4(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor]:
-    """float [N, K] -> words int16 [N, W] and scales bfloat16 [N, K / group_size].
+    """float [N, K] -> words int16 [N, W] and scales bfloat16 [K / group_size, N].
 
     Raises ValueError for other groups than of GROUP_SIZES, and where they do not fill a row.
     """

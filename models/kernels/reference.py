@@ -29,7 +29,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, inputs: int) -> Tensor:
     if not bits:
         return weight.float()
     values = unpack(weight, bits, inputs).float()
-    return values * scale.repeat_interleave(inputs // scale.shape[1], 1)
+    return values * scale.T.repeat_interleave(inputs // scale.shape[0], 1)
 
 
 def linear(
@@ -45,9 +45,9 @@ def linear(
 ) -> Tensor:
     """x [B, K] times the weight's transpose -> [B, N], of x's dtype or, if `wide`, float32.
 
-    weight: float [N, K], or words of packing.py with their `scale`. With an `activation` the
-    weight has 2 N rows, and activation(first half) * second half is given. A soft_cap c above 0
-    makes it c * tanh(y / c).
+    weight: float [N, K], or words of packing.py with their `scale` [K / group, N]. With an
+    `activation` the weight has 2 N rows, and activation(first half) * second half is given. A
+    soft_cap c above 0 makes it c * tanh(y / c).
     """
     y = x.float() @ dequantize(weight, scale, x.shape[1]).T
     if bias is not None:
@@ -183,3 +183,26 @@ def attend_step(
     scores = scores.masked_fill(~filled[:, None, None], -torch.inf).softmax(-1)
     out = torch.einsum("bghs,bsgd->bghd", scores, v_cache.float())
     return out.reshape(rows, -1).to(qkv.dtype)
+
+
+def route(scores: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The `count` experts with the largest of scores [B, E], int64 [B, count], the first of equal
+    ones first; and their probabilities, of the scores' dtype, which add up to 1 if `normalized`."""
+    probabilities = F.softmax(scores.float(), dim=-1)
+    weights, chosen = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    weights, chosen = weights[:, :count], chosen[:, :count]
+    if normalized:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return chosen, weights.to(scores.dtype)
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """SiLU-gated feed-forwards of x [B, K], by the experts chosen int64 [B, C], weighted with
+    weights [B, C] and added up: [B, K].
+
+    gate_up [E, 2 I, K], down [E, K, I]. What lies between the two is rounded to x's dtype.
+    """
+    gate, up = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float()).chunk(2, dim=-1)
+    hidden = (F.silu(gate) * up).to(x.dtype).float()
+    out = torch.einsum("bci,bcki->bck", hidden, down[chosen].float())
+    return (out * weights.float()[..., None]).sum(1).to(x.dtype)

@@ -49,20 +49,25 @@ def linear_tiles(
     if dtype == torch.float32 and not bits:
         return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256, norm=inputs <= 1024)
     if not bits and inputs <= 2048 and outputs <= 8192:
-        return LinearTiles(False, 4, 1024, norm=inputs <= 1024)
-    # Small layers need parts of the inputs to have a program for every processor.
+        return LinearTiles(False, 4, 1024, warps=2, norm=inputs <= 1024)
+    # Small layers need parts of the inputs to have programs for every processor. How many are best
+    # an H200 measured: of integers more, and the most where inputs are many.
+    programs = 256 if not bits else 300 if inputs <= 2**14 else 400
     splits = 1
-    while splits < 8 and outputs // 64 * splits < 256 and inputs // splits >= 1024:
+    while splits < 8 and outputs // 64 * splits < programs and inputs // splits >= 1024:
         splits *= 2
+    # A fourth stage would leave shared memory for two programs of a gated layer, not three.
+    if bits:
+        return LinearTiles(True, 64, 128, splits, stages=3)
     # Short blocks and a long pipeline begin sooner.
-    if not bits and outputs * inputs < 2**24:
+    if outputs * inputs < 2**24:
         return LinearTiles(True, 64, 64, splits, stages=6)
     return LinearTiles(True, 64, 128, splits)
 
 
 def most_splits(kv_heads: int) -> int:
     """Parts of the slots of a row and key/value head, a power of two."""
-    return max(8, 128 // kv_heads)
+    return min(64, max(8, 128 // kv_heads))
 
 
 def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> AttendTiles:
@@ -70,4 +75,7 @@ def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
     splits = most_splits(kv_heads)
     if dtype == torch.float32:
         return AttendTiles(16, splits, warps=8, stages=1)
-    return AttendTiles(16 if head_dim > 256 else 32, splits, stages=3)
+    # Few heads, with many parts each, take larger steps, so that there is less to add up; so do
+    # parts of long caches, of which little may be filled.
+    block_s = 32 if head_dim > 256 or kv_heads > 8 else 64
+    return AttendTiles(block_s, splits, 2 if slots > 1024 else 1, stages=3)

@@ -10,7 +10,7 @@ import torch
 
 import runner
 from export.checkpoint import load_weights, open_checkpoint
-from models import gemma3
+from models import gemma3, qwen3
 from runner import LoopOptions, Request, RunnerError
 
 pytestmark = [
@@ -20,7 +20,7 @@ pytestmark = [
 VARIANTS = [
     LoopOptions(*variant, 1, graph)
     for graph in (True, False)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
 ]
 VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
@@ -40,26 +40,20 @@ def model(package):
     return loaded
 
 
-@pytest.fixture(scope="module")
-def eager(tiny_checkpoint):
-    """A function: prompt, count -> the greedy ids of the network itself, on the CPU."""
-    checkpoint = open_checkpoint(tiny_checkpoint)
-    config = gemma3.Config.from_dict(checkpoint.config)
-
-    def run(prompt, count):
-        with torch.device("meta"):
-            network = gemma3.Network(config, 200)
-        load_weights(network, checkpoint, gemma3.checkpoint_name)
-        ids = []
-        with torch.no_grad():
-            for position in range(len(prompt) + count - 1):
-                token = (prompt + ids)[position]
-                logits = network.decode(torch.tensor([[token]]), torch.tensor([position]))
-                if position >= len(prompt) - 1:
-                    ids.append(logits.argmax().item())
-        return ids
-
-    return run
+def eager(module, directory, prompt, count) -> list[int]:
+    """The greedy ids of the network itself, on the CPU."""
+    checkpoint = open_checkpoint(directory)
+    with torch.device("meta"):
+        network = module.Network(module.Config.from_dict(checkpoint.config), 200)
+    load_weights(network, checkpoint, module.checkpoint_name)
+    ids = []
+    with torch.no_grad():
+        for position in range(len(prompt) + count - 1):
+            token = (prompt + ids)[position]
+            logits = network.decode(torch.tensor([[token]]), torch.tensor([position]))
+            if position >= len(prompt) - 1:
+                ids.append(logits.argmax().item())
+    return ids
 
 
 def ids_of(model, prompt, count=60, options=None, **parameters):
@@ -67,8 +61,8 @@ def ids_of(model, prompt, count=60, options=None, **parameters):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
-def test_every_variant_gives_the_eager_networks_ids(model, eager, prompt):
-    expected = eager(prompt, 60)
+def test_every_variant_gives_the_eager_networks_ids(model, tiny_checkpoint, prompt):
+    expected = eager(gemma3, tiny_checkpoint, prompt, 60)
     for options in VARIANTS:
         assert ids_of(model, prompt, options=options) == expected, options
 
@@ -99,6 +93,32 @@ def test_rows_that_join_and_leave_give_what_each_gives_alone(
     for options in VARIANTS:
         results = several.generate_batch(requests, options).run()
         assert [result.token_ids for result in results] == expected, options
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_experts_give_the_eager_networks_ids(make_qwen_checkpoint, run_script, tmp_path, batch):
+    checkpoint, output = make_qwen_checkpoint("qwen3_moe"), tmp_path / "artifact"
+    arguments = "--model", checkpoint, *CUDA, "--quant", "fp32", "--batch", batch
+    done = run_script("export/qwen3.py", *arguments, "--output", output, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = runner.load(output)
+    model.tokenizer.eos_token_ids.clear()
+    expected = [eager(qwen3, checkpoint, prompt, 30) for prompt in PROMPTS]
+    for options in VARIANTS[::3]:
+        results = model.generate_batch([Request(p, 30) for p in PROMPTS], options).run()
+        assert [result.token_ids for result in results] == expected, options
+
+
+def test_feeding_the_embedding_saves_a_kernel_in_each_step(model):
+    from benchmarks.cuda_common import profiled
+
+    kernels = {}
+    for feed in ("alias", "embed"):
+        options = LoopOptions(feed, graph=False)
+        model.generate(PROMPTS[2], 40, options=options).run()
+        events = profiled(lambda o=options: model.generate(PROMPTS[2], 40, options=o).run())
+        kernels[feed] = sum(event["cat"] == "kernel" for event in events)
+    assert kernels["alias"] - kernels["embed"] >= 39
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

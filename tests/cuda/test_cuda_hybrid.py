@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = [
     LoopOptions(*variant, 1, graph)
     for graph in (True, False)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("auto", "alias", "host"), ("device", "host"), (True, False))
 ]
 VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 # Chunks are of 70 tokens, and those of the delta rule of 64.

@@ -40,7 +40,6 @@ class GreedyExport:
 
     def __init__(self, batch: int, vocab_size: int, backend: str):
         rows = {"greedy": batch} if batch == 1 else {"greedy": batch, "greedy_row": 1}
-        self.methods = list(rows)
         self._exported = {
             name: torch.export.export(Greedy(), (torch.zeros(count, vocab_size),))
             for name, count in rows.items()

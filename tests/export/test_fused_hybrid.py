@@ -99,7 +99,8 @@ def test_a_fused_step_gives_the_networks_logits(networks, layout, batch):
         token = torch.tensor([[7 + step], [9], [step]], device=DEVICE)[:batch]
         # A row that begins anew, and one that stays behind.
         position = torch.tensor([step, 0, max(step - 1, 0)], device=DEVICE)[:batch]
-        assert_near(decode(token, position), plain.decode(token, position))
+        actual = decode(changed.embed(token), position)
+        assert_near(actual, plain.decode(token, position))
     assert not decode.counters.any()
 
 

@@ -450,11 +450,40 @@ def test_a_token_lies_in_memory_of_its_own_whatever_runs_after_it(load, text_of,
     ids, _ = text_of(name)
     program = load(name)
     logits = np.zeros((1, 259), np.float32)
-    before = program.select(logits, 0)
+    before, _ = program.select(logits, 0)
     logits[0, [5, 200]] = value, 7.0
-    token = program.select(logits, 0)
+    token, _ = program.select(logits, 0)
     assert np.shares_memory(before, token)
     expected = token.copy()
     program.select(program.decode(ids[:, :1], np.array([0])), 1)
     feed(program, ids, [5])
     assert np.array_equal(token, expected)
+
+
+# Methods that are linked of others
+
+
+@pytest.mark.parametrize("name", ["two key heads", *QUANTIZED, *BATCHES])
+def test_selection_looks_up_the_embedding_that_decode_would(load, export_of, name):
+    _, model = export_of(name)
+    program, rows = load(name), model.batch
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(rows, model.config.vocab_size)).astype(np.float32)
+    token, hidden = program.select(logits, 1, embed=True)
+    assert token.shape == (rows, 1) and not np.shares_memory(token, hidden)
+    assert np.array_equal(token[:, 0], logits.argmax(1))
+    with torch.no_grad():
+        expected = model.embed(torch.from_numpy(token)).numpy()
+    assert np.array_equal(hidden, expected)
+    assert np.array_equal(program.embed(token, 0), hidden)
+    position = np.arange(rows)
+    of_token = program.decode(token, position).copy()
+    assert np.array_equal(program.decode(hidden, position, embed=True), of_token)
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, "rows, 8da8w, shortlist", "rows, portable"])
+def test_the_file_holds_the_table_of_embeddings_once(export_of, name):
+    directory, model = export_of(name)
+    table = model.model.embed_tokens.weight.detach().numpy().tobytes()
+    # All of it but its ends, where it might touch something else.
+    assert (directory / "model.pte").read_bytes().count(table[8:-8]) == 1

@@ -37,21 +37,20 @@ class Made:
 
 
 LARGE = {"vocab_size": 16384, "num_hidden_layers": 1}
+# Each is an export of its own: what Gemma's tests do not show.
 EXACT = {
     "qwen2, tied": Made("qwen2", {"tie_word_embeddings": True}),
     "qwen3": Made("qwen3"),
     "qwen3_moe": Made("qwen3_moe"),
     "qwen3_moe, portable": Made("qwen3_moe", backend="portable"),
 }
+# Biases, and a shortlist whose rows are not the embedding's; experts.
 QUANTIZED = {
-    "qwen2, 8da4w": Made("qwen2", quant="8da4w"),
-    "qwen3, 8da8w, shortlist": Made("qwen3", LARGE, "8da8w"),
-    "qwen3, tied, 8da8w, shortlist": Made("qwen3", LARGE | {"tie_word_embeddings": True}, "8da8w"),
+    "qwen2, 8da4w, shortlist": Made("qwen2", LARGE, "8da4w"),
     "qwen3_moe, 8da8w": Made("qwen3_moe", quant="8da8w"),
 }
 # Of 3 rows two experts each are fewer than 7, of 4 rows they are not.
 BATCHES = {f"qwen3_moe, {n} rows": Made("qwen3_moe", batch=n) for n in (3, 4)}
-BATCHES["qwen2, 3 rows"] = Made("qwen2", batch=3)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,11 +134,8 @@ def test_rows_of_a_program_give_the_eager_networks_logits(export_of, name):
 # The real command lines
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_the_scripts_give_transformers_greedy_ids(
-    make_qwen_checkpoint, run_script, tmp_path, model_type
-):
-    checkpoint, output = make_qwen_checkpoint(model_type), tmp_path / "artifact"
+def test_the_scripts_give_transformers_greedy_ids(make_qwen_checkpoint, run_script, tmp_path):
+    checkpoint, output = make_qwen_checkpoint("qwen3"), tmp_path / "artifact"
     flags = ("--quant", "fp32", "--max-seq-len", 100, "--max-prefill", 4, "--output", output)
     done = run_script("export/qwen3.py", "--model", checkpoint, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -157,16 +153,6 @@ def test_the_scripts_give_transformers_greedy_ids(
     expected = made[0, len(prompt) :].tolist()
     assert result["token_ids"] == [token for token in expected if token != 1]
     assert len(set(expected)) > 5
-
-
-def test_the_same_export_gives_the_same_bytes(export_of, make_qwen_checkpoint, tmp_path):
-    arguments = ["--model", make_qwen_checkpoint("qwen3_moe"), "--quant", "8da8w"]
-    arguments += ["--max-seq-len", 40, "--max-prefill", 7, "--output", tmp_path / "again"]
-    export_here(FAMILY, arguments, first_block=8)
-    directory, _ = export_of("qwen3_moe, 8da8w")
-    # The manifest names the checkpoint, whose directory is another one here.
-    for name in ("model.pte", "tokenizer.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (directory / name).read_bytes()
 
 
 def test_experts_are_not_made_integers_of_without_a_word(make_qwen_checkpoint, tmp_path):

@@ -14,7 +14,7 @@ from runner import LoopOptions, Request
 PROMPTS = [[5], [5, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(75)]]
 VARIANTS = [
     LoopOptions(*variant)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("auto", "alias", "host"), ("device", "host"), (True, False))
 ]
 # Few layers, for what compiles them takes its time; tests/export/test_austen.py has more.
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}

@@ -111,7 +111,7 @@ def test_what_the_kernels_cannot_read_is_refused(normal, counters):
     for message, function, arguments in (
         ("weight of strides", cuda.linear, (x[:, :8].contiguous(), weight.T, None)),
         ("activations are torch.float32", cuda.linear, (x.float(), words, scale)),
-        ("a weight of 4 bits needs groups of", cuda.linear, (x, words, None)),
+        ("scale of shape None: 8 rows of 4 bits need", cuda.linear, (x, words, None)),
     ):
         with pytest.raises(ValueError, match=message):
             function(*arguments, None, counters)

@@ -151,8 +151,8 @@ def test_a_backend_that_nobody_knows(altered, refuses):
 
 
 def test_another_engine(altered, refuses):
-    altered(engine="inductor")
-    refuses("the engine 'inductor'", "executorch is what it has")
+    altered(engine="steam")
+    refuses("the engine 'steam'", "executorch and inductor are what it has")
 
 
 def test_another_batch(altered, refuses):
@@ -165,6 +165,7 @@ def test_another_batch(altered, refuses):
     [
         ("max_prefill", "prefill's tokens is (1, 7)"),
         ("vocab_size", "prefill's logits is (1, 259)"),
+        ("hidden_size", "decode_embedded's hidden is (1, 1, 64)"),
         ("max_seq_len", "caches have 200 positions"),
     ],
 )

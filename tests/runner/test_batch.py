@@ -20,7 +20,7 @@ from runner.transfers import Transfers
 
 VARIANTS = [
     LoopOptions(*variant)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
 ]
 VARIANTS += [
     LoopOptions(double_buffering=ahead, run_ahead=n) for ahead in (True, False) for n in (2, 5)
@@ -33,19 +33,24 @@ VOCABULARY = 259
 class Oracle:
     """A program whose logits depend on all tokens of a row's sequence, in order, and on nothing
     else: a row, state, position or buffer that is mixed up changes the ids. Only EOS, A, B and
-    C are ever chosen."""
+    C are ever chosen. A token's embedding has two entries, the first of which is minus the id."""
+
+    embeds = True
 
     def __init__(self, batch: int, max_seq_len: int, max_prefill: int, can_sample: bool = True):
         self.batch, self.max_prefill, self.can_sample = batch, max_prefill, can_sample
         self.state = np.full((batch, max_seq_len), -1)
         self.decode_logits = np.zeros((batch, VOCABULARY), np.float32)
         self.prefill_logits = np.zeros((1, VOCABULARY), np.float32)
-        self.next_ids = {way: np.zeros((2, batch, 1), np.int64) for way in ("greedy", "sample")}
+        ways = list(itertools.product(("greedy", "sample"), (False, True)))
+        self.next_ids = {way: np.zeros((2, batch, 1), np.int64) for way in ways}
+        self.hidden = {way: np.zeros((2, batch, 1, 2), np.float32) for way in ways if way[1]}
+        self.looked_up = np.zeros((batch, 1, 2), np.float32)
         self.row_id = np.zeros((1, 1), np.int64)
         self.transfers, self.has_graphs, self.slots = Transfers(), False, {}
         self.positions = []
 
-    def load_sampling(self):
+    def load_sampling(self, embed):
         if not self.can_sample:
             raise RunnerError("no method sample: export it again")
 
@@ -58,27 +63,40 @@ class Oracle:
         self.prefill_logits[0] = logits_of(self.state[where, : positions[-1] + 1])
         return self.prefill_logits
 
-    def decode(self, token, position):
-        assert (token.shape, token.dtype) == ((self.batch, 1), np.int64)
+    def decode(self, fed, position, embed=False):
+        if embed:
+            assert (fed.shape, fed.dtype) == ((self.batch, 1, 2), np.float32)
+            token = -fed[:, :, 0].astype(np.int64)
+        else:
+            assert (fed.shape, fed.dtype) == ((self.batch, 1), np.int64)
+            token = fed
         assert (position.shape, position.dtype) == ((self.batch,), np.int64)
         self.positions.append(position.tolist())
-        for row, (fed, at) in enumerate(zip(token[:, 0], position)):
-            self.state[row, at] = fed
+        for row, (id_, at) in enumerate(zip(token[:, 0], position)):
+            self.state[row, at] = id_
             self.decode_logits[row] = logits_of(self.state[row, : at + 1])
         return self.decode_logits
 
-    def select(self, logits, buffer, *sampling):
-        out = self.next_ids["sample" if sampling else "greedy"][buffer]
-        return self._choose(out, logits, sampling)
+    def select(self, logits, buffer, *sampling, embed=False):
+        way = "sample" if sampling else "greedy", embed
+        token = fed = self._choose(self.next_ids[way][buffer], logits, sampling)
+        if embed:
+            fed = self.hidden[way][buffer]
+            fed[:, :, 0] = -token
+        return token, fed
 
     def select_row(self, logits, *sampling):
         return self._choose(self.row_id, logits, sampling)
+
+    def embed(self, token, buffer):
+        self.looked_up[:, :, 0] = -token
+        return self.looked_up
 
     def empty(self, *shape):
         return np.full(shape, -1)
 
     def next_id(self, buffer):
-        return self.next_ids["greedy"][buffer]
+        return self.next_ids["greedy", self.embeds][buffer]
 
     def _choose(self, out, logits, sampling):
         assert len(logits) == len(out)
@@ -133,7 +151,7 @@ def drive(loop: Loop, sequences, used: int, options=None) -> list[tuple[int, int
     counts = [0] * len(sequences)
     for sequence in sequences:
         sequence.finish_reason = None
-    for sequence, token_id in loop.tokens(iter(sequences), used, options or LoopOptions()):
+    for sequence, token_id in loop.tokens(iter(sequences), used, loop.variant(options)):
         number = sequences.index(sequence)
         events.append((number, token_id))
         counts[number] += 1
@@ -240,7 +258,7 @@ def test_sequences_are_taken_only_when_a_row_is_free():
             taken.append(number)
             yield Sequence([number % 7 + 2], 3, Request(""))
 
-    tokens = loop.tokens(source(), 2, LoopOptions())
+    tokens = loop.tokens(source(), 2, loop.variant(None))
     for count, expected in ((1, 2), (5, 2), (1, 4), (6, 6)):
         for _ in range(count):
             next(tokens)
@@ -257,11 +275,24 @@ def test_a_sequence_that_is_cancelled_by_another_gives_no_more():
     loop = make_loop(2)
     first, second = (Sequence([n], 10, Request("")) for n in (5, 6))
     seen = []
-    for sequence, _ in loop.tokens([first, second], 2, LoopOptions()):
+    for sequence, _ in loop.tokens([first, second], 2, loop.variant(None)):
         seen.append(sequence)
         if seen.count(first) == 3:
             second.finish_reason = "cancelled"
     assert (seen.count(first), seen.count(second)) == (10, 2)
+
+
+def test_a_program_that_cannot_embed_feeds_tokens_and_refuses_to_do_otherwise(monkeypatch):
+    monkeypatch.setattr(Oracle, "embeds", False)
+    loop = make_loop(2)
+    sequences = [Sequence([5], 9, Request("")), Sequence([6, 7], 4, Request(""))]
+    monkeypatch.delattr(Oracle, "embed")
+    events = drive(loop, sequences, 2)
+    assert [ids_of(events, i) for i in (0, 1)] == [s.expected() for s in sequences]
+    with pytest.raises(RunnerError, match="^feed is 'embed', and the artifact lacks the methods"):
+        loop.variant(LoopOptions(feed="embed"))
+    with pytest.raises(RunnerError, match="^feed is 'wire'; it must be one of auto, embed, alias"):
+        LoopOptions(feed="wire")
 
 
 # Copies
@@ -363,7 +394,7 @@ def make_model(tmp_path, monkeypatch):
 
     def make(batch: int, **oracle):
         manifest = {
-            "format": 2,
+            "format": 3,
             "engine": "executorch",
             "backend": "portable",
             "device": "cpu",
@@ -372,12 +403,13 @@ def make_model(tmp_path, monkeypatch):
             "max_seq_len": 60,
             "max_prefill": 4,
             "vocab_size": VOCABULARY,
+            "hidden_size": 2,
             "tokenizer": entry,
             "program": {"file": "model.pte", "bytes": 6},
         }
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         program = Oracle(batch, 60, 4, **oracle)
-        monkeypatch.setattr(runner.model, "ExecuTorchProgram", lambda *_: program)
+        monkeypatch.setattr(runner.model, "load_program", lambda *_: program)
         return runner.load(tmp_path)
 
     return make

@@ -12,7 +12,7 @@ from runner import LoopOptions, Request, RunnerError
 
 VARIANTS = [
     LoopOptions(*variant)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
 ]
 # Each chunk is 7 tokens and the window 16: within one, across both, and the least.
 PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
@@ -116,18 +116,24 @@ class Spy:
     """Addresses of what a program's methods take and give, in the order of the calls."""
 
     def __init__(self, model, monkeypatch):
-        self.fed, self.selected, self.copied = [], [], []
+        self.fed, self.selected, self.looked_up, self.copied = [], [], [], []
         program, transfers = model.loop.program, model.loop.transfers
         decode, select, copy = program.decode, program.select, transfers.copy
+        embed = program.embed
 
-        def spied_decode(token, position):
-            self.fed.append(token.ctypes.data)
-            return decode(token, position)
+        def spied_decode(fed, *arguments):
+            self.fed.append(fed.ctypes.data)
+            return decode(fed, *arguments)
 
-        def spied_select(*arguments):
-            token = select(*arguments)
-            self.selected.append(token.ctypes.data)
-            return token
+        def spied_select(*arguments, **options):
+            token, fed = select(*arguments, **options)
+            self.selected.append(fed.ctypes.data)
+            return token, fed
+
+        def spied_embed(*arguments):
+            hidden = embed(*arguments)
+            self.looked_up.append((len(self.fed), hidden.ctypes.data))
+            return hidden
 
         def spied_copy(source, destination):
             self.copied.append((len(self.fed), destination.ctypes.data))
@@ -135,6 +141,7 @@ class Spy:
 
         monkeypatch.setattr(program, "decode", spied_decode)
         monkeypatch.setattr(program, "select", spied_select)
+        monkeypatch.setattr(program, "embed", spied_embed)
         monkeypatch.setattr(transfers, "copy", spied_copy)
 
 
@@ -144,12 +151,23 @@ def test_decode_reads_where_select_wrote_and_a_first_token_is_copied_there(
 ):
     spy = Spy(endless, monkeypatch)
     requests = [Request(PROMPTS[1], 9 + 3 * i, temperature=temperature) for i in range(5)]
-    endless.generate_batch(requests).run()
+    endless.generate_batch(requests, LoopOptions("alias")).run()
     assert spy.fed[1:] == spy.selected[:-1]
     assert len(set(spy.selected)) == 2 and spy.selected[0] != spy.selected[1]
     # The first three begin together, and the others in rows 0 and 1.
     rows = [(address - spy.fed[step]) // 8 for step, address in spy.copied]
     assert rows == [0, 1, 2, 0, 1]
+
+
+def test_decode_reads_what_select_or_for_a_row_that_joins_the_lookup_wrote(endless, monkeypatch):
+    spy = Spy(endless, monkeypatch)
+    requests = [Request(PROMPTS[1], 9 + 3 * i) for i in range(5)]
+    endless.generate_batch(requests, LoopOptions("embed")).run()
+    joined = dict(spy.looked_up)
+    assert len(spy.looked_up) == 5 and len(joined) == 3 and spy.selected[0] != spy.selected[1]
+    assert spy.fed == [
+        joined.get(step, selected) for step, selected in enumerate([None, *spy.selected[:-1]])
+    ]
 
 
 def test_a_step_uploads_nothing_and_downloads_8_bytes_for_each_row(endless):
@@ -179,7 +197,7 @@ def test_greedy_users_do_not_load_what_samples(batch_artifact):
     assert loaded == []
     for _ in range(2):
         together(model, [Request("hello", 5), Request("x", 5, temperature=1.0)])
-        assert loaded == ["sample", "sample", "sample_row"]
+        assert sorted(loaded) == ["sample_embed", "sample_embed", "sample_row"]
 
 
 def test_an_artifact_without_sample_is_greedy_only(batch_artifact, monkeypatch):
@@ -189,7 +207,9 @@ def test_an_artifact_without_sample_is_greedy_only(batch_artifact, monkeypatch):
         model.loop.program._program, "method_names", lambda: ["prefill", "decode", "greedy"]
     )
     assert alone(model, [Request("hello", 20)]) == expected
-    with pytest.raises(RunnerError, match="no method sample or sample_row, .*: export it again$"):
+    with pytest.raises(
+        RunnerError, match="no method sample_embed or sample_row, .*: export it again$"
+    ):
         model.generate("hello", temperature=0.5)
 
 

@@ -67,8 +67,8 @@ def test_outputs_lie_in_memory_of_the_programs_own(portable):
     batch = program.next_id(0).shape[0]
     token, position = program.empty(batch, 1).fill_(70), torch.zeros(batch, dtype=torch.int64)
     logits = program.decode(token, position)
-    first, before = program.select(logits, 0), logits.clone()
-    second = program.select(logits, 1)
+    (first, _), before = program.select(logits, 0), logits.clone()
+    second, _ = program.select(logits, 1)
     assert first.data_ptr() == program.next_id(0).data_ptr() != second.data_ptr()
     assert torch.equal(first, second) and torch.equal(logits, before)
     assert program.decode(token, position).data_ptr() == logits.data_ptr()

@@ -7,13 +7,15 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import runner
+from models.kernels.reference import dequantize
 from runner import LoopOptions, Request, RunnerError
 
 VARIANTS = [
     LoopOptions(*variant)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
 ]
 VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 # Chunks are of 7 tokens and the window is 16: within one, across both, and the least.
@@ -146,6 +148,21 @@ def test_prefill_and_decode_share_the_state(package):
     assert torch.equal(cache[0, :3], held) and cache[0, 3].any()
 
 
+def test_selection_looks_up_the_embedding_that_decode_would(package):
+    program = runner.load(package).loop.program
+    logits = torch.randn(1, 259, generator=torch.Generator().manual_seed(0))
+    token, hidden = program.select(logits, 1, embed=True)
+    assert token.item() == logits.argmax()
+    assert torch.equal(hidden, program.embed(token, 0)) and hidden.any()
+    expected = program.decode(token, torch.tensor([0])).clone()
+    assert torch.equal(program.decode(hidden, torch.tensor([0]), embed=True), expected)
+    tables = {
+        program.constants[name].data_ptr()
+        for name in ("embed_tokens.weight", "network.model.embed_tokens.weight")
+    }
+    assert len(tables) == 1
+
+
 def test_the_artifact_holds_every_weight_once(package, tiny_checkpoint):
     stored = (package / "model.safetensors").stat().st_size
     # The frequencies, and a header of its own.
@@ -171,27 +188,62 @@ def test_two_exports_give_the_same_bytes(package, export_artifact, tiny_checkpoi
 # Weights of other types
 
 
-@pytest.mark.parametrize("quant", ["bf16", "int8"])
-def test_other_weights_run_and_are_smaller(export_artifact, tiny_checkpoint, package, quant):
+def test_integer_weights_run_and_are_smaller(export_artifact, tiny_checkpoint, package):
     directory = export_artifact(
-        f"tiny-inductor-{quant}", "--model", tiny_checkpoint, *INDUCTOR, "--quant", quant
+        "tiny-inductor-int8", "--model", tiny_checkpoint, *INDUCTOR, "--quant", "int8"
     )
     size = (directory / "model.safetensors").stat().st_size
     assert size < 0.56 * (package / "model.safetensors").stat().st_size
-    model = runner.load(directory)
+    assert len(set(assert_that_variants_agree(runner.load(directory)))) > 5
+
+
+def test_random_bf16_weights_are_the_same_each_time(export_artifact, tiny_checkpoint):
+    config = tiny_checkpoint / "config.json"
+    arguments = "--random-weights", config, *INDUCTOR, "--quant", "bf16"
+    directory = export_artifact("tiny-random", *arguments)
+    assert not (directory / "model.safetensors").exists()
+    first, second = (assert_that_variants_agree(runner.load(directory)) for _ in range(2))
+    assert first == second
+
+
+def assert_that_variants_agree(model) -> list[int]:
     expected = ids_of(model, PROMPTS[2], 20)
-    assert len(set(expected[0])) > 5
     for options in VARIANTS[::3]:
         assert ids_of(model, PROMPTS[2], 20, options) == expected
+    return expected[0]
 
 
-def test_random_weights_are_the_same_each_time(export_artifact, tiny_checkpoint):
-    config = tiny_checkpoint / "config.json"
-    directory = export_artifact("tiny-random", "--random-weights", config, *INDUCTOR)
-    assert not (directory / "model.safetensors").exists()
-    prompt = list(b"hello")
-    first, second = (ids_of(runner.load(directory), prompt, 20) for _ in range(2))
-    assert first == second
+@pytest.fixture(scope="module")
+def integer_package(export_artifact, make_checkpoint, tiny_checkpoint):
+    """A function: "int8" or "int4" -> a package of such weights, and its checkpoint."""
+
+    def make(quant):
+        checkpoint = tiny_checkpoint
+        if quant == "int4":
+            # Rows of 4 bits are of more than 128 inputs.
+            sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+            checkpoint = make_checkpoint(**sizes)
+        arguments = ("--model", checkpoint, *INDUCTOR, "--quant", quant)
+        return export_artifact(f"tiny-inductor-{quant}", *arguments), checkpoint
+
+    return make
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_integer_weights_are_the_checkpoint_s_within_half_a_step(integer_package, quant):
+    directory, checkpoint = integer_package(quant)
+    model = runner.load(directory)
+    constants, weights = model.loop.program.constants, load_file(checkpoint / "model.safetensors")
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    for layer in attention + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]:
+        name = f"model.layers.1.{layer}"
+        weight = weights[f"{name}.weight"].bfloat16().float()
+        words, scale = (constants[f"network.{name}.{part}"] for part in ("weight", "scale"))
+        error = (dequantize(words, scale, weight.shape[1]) - weight).abs()
+        step = scale.float().T.repeat_interleave(weight.shape[1] // scale.shape[0], 1)
+        assert (error <= 0.501 * step).all(), layer
+    expected = ids_of(model, PROMPTS[2], 20)
+    assert ids_of(model, PROMPTS[2], 20, VARIANTS[-1]) == expected
 
 
 # What does not fit

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALICE = (ROOT / "benchmarks/data/alice.txt").read_text(encoding="utf-8")
 VARIANTS = [
     LoopOptions(*variant)
-    for variant in itertools.product(("alias", "host"), ("device", "host"), (True, False))
+    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
 ]
 VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
 PLAIN = LoopOptions(double_buffering=False)
@@ -45,8 +45,8 @@ class Spy:
     """Notes, without copying, what goes into and comes out of a model's program, in order.
 
     `events` has a tuple for each call: ("prefill" or "decode", token address, positions, positions'
-    address, logits' address), ("select", logits' address, buffer, token address) or
-    ("download", address, number of calls before it).
+    address, logits' address), ("select", logits' address, buffer, address of what
+    is fed, token address) or ("download", address, number of calls before it).
     """
 
     def __init__(self, model, monkeypatch):
@@ -57,8 +57,8 @@ class Spy:
         for name in ("prefill", "decode"):
             run[name] = getattr(program, name)
 
-            def forward(tokens, positions, *row, name=name):
-                logits = run[name](tokens, positions, *row)
+            def forward(tokens, positions, *more, name=name):
+                logits = run[name](tokens, positions, *more)
                 # What is kept cannot be freed, and so no address can be given out twice.
                 self.kept += [tokens, positions, logits]
                 where = [x.ctypes.data for x in (tokens, positions, logits)]
@@ -67,11 +67,12 @@ class Spy:
 
             monkeypatch.setattr(program, name, forward)
 
-        def spied_select(logits, buffer, *sampling):
-            token = select(logits, buffer, *sampling)
-            self.kept += [logits, token]
-            self.events.append(("select", logits.ctypes.data, buffer, token.ctypes.data))
-            return token
+        def spied_select(logits, buffer, *sampling, embed):
+            token, fed = select(logits, buffer, *sampling, embed=embed)
+            self.kept += [logits, token, fed]
+            where = [x.ctypes.data for x in (fed, token)]
+            self.events.append(("select", logits.ctypes.data, buffer, *where))
+            return token, fed
 
         def spied_download(values):
             self.events.append(("download", values.ctypes.data))
@@ -101,12 +102,18 @@ def copies(model, prompt, count, **options) -> dict:
 # The token is handed on in place
 
 
+@pytest.mark.parametrize("feed", ["alias", "embed"])
 @pytest.mark.parametrize("double_buffering", [True, False])
-def test_every_decode_reads_the_token_where_select_put_it(endless, spy, double_buffering):
-    endless.generate(PROMPTS[2], 20, options=LoopOptions(double_buffering=double_buffering)).run()
-    selected = [event[-1] for event in spy.calls("select")]
-    assert [event[1] for event in spy.calls("decode")] == selected[:-1]
-    assert len(selected) == 20
+def test_every_decode_reads_what_it_is_fed_where_select_put_it(
+    endless, spy, feed, double_buffering
+):
+    options = LoopOptions(feed, double_buffering=double_buffering)
+    endless.generate(PROMPTS[2], 20, options=options).run()
+    fed, tokens = ([event[place] for event in spy.calls("select")] for place in (3, 4))
+    assert [event[1] for event in spy.calls("decode")] == fed[:-1]
+    assert len(fed) == 20 and (fed == tokens) == (feed == "alias")
+    # Two of each alternate.
+    assert len(set(fed[:2])) == 2 and fed == fed[:2] * 10
 
 
 def test_every_select_reads_the_logits_where_the_method_put_them(endless, spy):
@@ -128,9 +135,9 @@ def test_a_token_is_the_methods_memory_and_not_a_copy_of_it(endless):
     program = endless.loop.program
     logits = np.zeros((1, endless.vocab_size), np.float32)
     logits[0, 41] = 1.0
-    token = program.select(logits, 0)
+    token, _ = program.select(logits, 0)
     logits[0, 43] = 2.0
-    other = program.select(logits, 1)
+    other, _ = program.select(logits, 1)
     assert (token.item(), other.item()) == (41, 43)
     program.select(logits, 0)
     assert token.item() == 43

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import runner
+from runner import Request
+from runner.compare import compare
 from runner.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -598,3 +601,56 @@ def test_wrong_arguments_are_answered_before_numpy_is_imported(tmp_path):
     for arguments in (("--max-new-tokens", "0"), ("--prompt-file", "nowhere.txt")):
         modules = imported(*arguments, cwd=tmp_path)
         assert "runner.run" in modules and "numpy" not in modules
+
+
+# Every variant at once
+
+
+def test_compare_runs_every_variant_and_prints_a_table(run):
+    done = run("--compare", "--max-new-tokens", 20, "abc")
+    assert (done.returncode, done.stderr) == (0, "")
+    header, *rows = done.stdout.splitlines()
+    assert header.split()[:2] == ["feed", "positions"] and header.split()[-1] == "text"
+    # Of the host's feed two; of the two others' four each; and one that runs ahead.
+    assert [row.split()[0] for row in rows] == ["host"] * 2 + ["alias"] * 4 + ["embed"] * 5
+    assert all(row.split()[-1] == "identical" for row in rows)
+
+
+def test_compare_gives_a_json_line_for_each_variant(run):
+    found = lines(run("--compare", "--json", "--max-new-tokens", 20, "abc"))
+    expected = lines(run("--json", "--max-new-tokens", 20, "abc"))[0]
+    for entry in found:
+        assert entry["identical"] and entry["token_ids"] == expected["token_ids"]
+        fed = 19 * (entry["options"]["feed"] == "host")
+        positions = (1 + 19) * (entry["options"]["positions"] == "host")
+        assert entry["stats"]["transfers"]["host_to_device"]["count"] == 1 + fed + positions
+    assert len({json.dumps(entry["options"]) for entry in found}) == len(found) == 11
+
+
+def test_a_variant_that_differs_is_shown_and_is_the_exit_status(tiny_artifact, monkeypatch, capsys):
+    model = runner.load(tiny_artifact)
+    select = model.loop.program.select
+
+    def wrong_where_it_embeds(logits, buffer, *sampling, embed):
+        if embed:
+            logits[:, 70] = 1e3
+        return select(logits, buffer, *sampling, embed=embed)
+
+    monkeypatch.setattr(model.loop.program, "select", wrong_where_it_embeds)
+    assert compare(model, Request([2, 70, 71], 8), as_json=False) == 1
+    verdicts = [row.split()[-1] for row in capsys.readouterr().out.splitlines()[1:]]
+    assert verdicts == ["identical"] * 6 + ["DIFFERENT"] * 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "--feed", "host"], "leave out --feed"),
+        (["--compare", "--no-double-buffering"], "leave out --double-buffering"),
+        (["--compare", "--batch", 2], "leave out --batch"),
+        (["--compare", "a", "b"], "--compare takes one prompt, and 2 are given"),
+    ],
+)
+def test_compare_takes_one_prompt_and_no_variant(run, arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr

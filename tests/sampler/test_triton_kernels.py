@@ -287,3 +287,25 @@ def test_the_operators_can_be_exported():
     program = torch.export.export(Step(), inputs)
     for got, expected in zip(program.module()(*inputs), Step()(*inputs)):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [5376, 1000] if ON_GPU else [1, 1500])
+@pytest.mark.parametrize("scale", [1.0, 25.25])
+def test_the_last_launch_looks_up_the_chosen_tokens_embeddings(dtype, width, scale):
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randn(3, 129, generator=generator)
+    table = torch.randn(129, width, generator=generator).to(DEVICE, dtype)
+    sampling = parameters(3, 129, generator)
+    for function, plain, arguments in (
+        (cuda.greedy_embed, cuda.greedy, (logits,)),
+        (cuda.sample_embed, cuda.sample, (logits, *sampling)),
+    ):
+        arguments = [x.to(DEVICE) for x in arguments]
+        next_id = torch.full((3, 1), -1, device=DEVICE)
+        hidden = torch.zeros(3, 1, width, dtype=dtype, device=DEVICE)
+        function(*arguments, table, next_id, hidden, scale=scale, tile=TILE)
+        assert torch.equal(next_id, plain(*arguments, tile=TILE))
+        # The interpreter cuts bfloat16 off where a GPU rounds.
+        rtol = 2**-7 if dtype == torch.bfloat16 and not ON_GPU else 0.0
+        torch.testing.assert_close(hidden, table[next_id] * scale, rtol=rtol, atol=0.0)

@@ -1,0 +1,97 @@
+"""One prompt through every variant of the loop, as a table: speed, copies, whether all agree."""
+
+import itertools
+import json
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from runner.loop import LoopOptions
+from runner.model import Model
+from runner.request import Request
+
+RUN_AHEAD = 8
+COPIES = {"H2D": "host_to_device", "D2D": "device_to_device", "D2H": "device_to_host"}
+# Of a table that is not for a terminal.
+WIDTH = 120
+
+
+def variants(model: Model) -> list[LoopOptions]:
+    """Every variant that the model's artifact supports, what was first thought of coming first."""
+    program = model.loop.program
+    feeds = ("host", "alias", "embed") if program.embeds else ("host", "alias")
+    graphs = (False, True) if program.has_graphs else (True,)
+    found = [
+        LoopOptions(feed, positions, double_buffering, 1, graph)
+        for graph, feed, positions, double_buffering in itertools.product(
+            graphs, feeds, ("host", "device"), (False, True)
+        )
+        # The host cannot feed a step that is submitted before its token is read.
+        if not (double_buffering and feed == "host")
+    ]
+    return [*found, LoopOptions(feeds[-1], run_ahead=RUN_AHEAD)]
+
+
+def compare(model: Model, request: Request, as_json: bool) -> int:
+    """Run and print all of them; the exit status, 1 if any gives another text or other ids."""
+    console = Console(stderr=True)
+    rows: list[dict[str, Any]] = []
+    with console.status("", refresh_per_second=4) as status:
+        chosen = variants(model)
+        for number, options in enumerate(chosen, 1):
+            status.update(f"variant {number} of {len(chosen)}")
+            rows.append(measure(model, request, options))
+            rows[-1]["identical"] = all(
+                rows[-1][key] == rows[0][key] for key in ("token_ids", "text")
+            )
+            if as_json:
+                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+    if not as_json:
+        console = Console()
+        width = None if console.is_terminal else WIDTH
+        Console(width=width).print(table(rows, model.loop.program.has_graphs))
+    return 0 if all(row["identical"] for row in rows) else 1
+
+
+def measure(model: Model, request: Request, options: LoopOptions) -> dict[str, Any]:
+    """One variant's ids, text and statistics."""
+    arguments = vars(request) | {"options": options}
+    # Methods are loaded, and graphs captured, when they are first needed.
+    model.generate(**arguments | {"max_new_tokens": 3}).run()
+    done = model.generate(**arguments).run()
+    return {
+        "options": asdict(options),
+        "token_ids": done.token_ids,
+        "text": done.text,
+        "stats": asdict(done.stats),
+    }
+
+
+def table(rows: list[dict], has_graphs: bool) -> Table:
+    found = Table(box=None, pad_edge=False)
+    for name in ("feed", "positions", "double buffering", "run ahead", *["graph"] * has_graphs):
+        found.add_column(name)
+    for name in ("tok/s", "first token, ms", *(f"{name} / bytes" for name in COPIES)):
+        found.add_column(name, justify="right")
+    found.add_column("text")
+    for row in rows:
+        options, stats = row["options"], row["stats"]
+        copies = [stats["transfers"][direction] for direction in COPIES.values()]
+        found.add_row(
+            options["feed"],
+            options["positions"],
+            on(options["double_buffering"]),
+            str(options["run_ahead"]),
+            *[on(options["graph"])] * has_graphs,
+            f"{stats['decode_tok_s']:.1f}" if stats["decode_tok_s"] else "",
+            f"{stats['time_to_first_token_s'] * 1e3:.1f}",
+            *(f"{entry['count']} / {entry['bytes']}" for entry in copies),
+            "identical" if row["identical"] else "DIFFERENT",
+        )
+    return found
+
+
+def on(flag: bool) -> str:
+    return "on" if flag else "off"

@@ -1,0 +1,47 @@
+"""The decode step of Triton kernels gives the network's own logits, dense and with experts."""
+
+import pytest
+import torch
+
+from tests.models.test_kernels import DEVICE, interpreted_ranges  # noqa: F401
+
+from export.fused import FusedDecode  # isort: skip  (Triton's interpreter is set above)
+from models import qwen3  # isort: skip
+
+SHAPE = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
+def test_steps_give_the_networks_logits(model_type):
+    config = qwen3.Config.from_dict(SHAPE | {"model_type": model_type})
+    torch.manual_seed(0)
+    plain, fused = (qwen3.Network(config, 9, batch=2).requires_grad_(False) for _ in range(2))
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    fused.load_state_dict(plain.state_dict())
+    step = FusedDecode(fused.to(DEVICE))
+    tokens = torch.randint(config.vocab_size, (4, 2, 1))
+    with torch.no_grad():
+        for position, token in enumerate(tokens):
+            where = torch.tensor([position, position + 3])
+            expected = plain.decode(token, where)
+            actual = step(fused.embed(token.to(DEVICE)), where.to(DEVICE)).cpu()
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert not step.counters.any()

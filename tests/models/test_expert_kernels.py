@@ -1,0 +1,107 @@
+"""The Triton kernels of routed experts give what their references and the network's own experts
+give: on a GPU at a network's sizes, else in Triton's interpreter with odd small ones."""
+
+import pytest
+import torch
+
+from tests.models.test_kernels import (  # noqa: F401  (the fixture is used by every test)
+    DEVICE,
+    DTYPES,
+    ON_GPU,
+    TOLERANCE,
+    interpreted_ranges,
+)
+
+from models.kernels import experts, reference  # isort: skip  (Triton's interpreter is set above)
+from models.moe import MoeConfig, SparseMoe  # isort: skip
+
+EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
+ROWS = [1, 2, 7]
+# NumPy's, of NaN.
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def made(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def weights_of(dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up and down, so scaled that results are near 1."""
+    gate_up = made(EXPERTS, 2 * INNER, SIZE, dtype=dtype, seed=1) / SIZE**0.5
+    return gate_up, made(EXPERTS, SIZE, INNER, dtype=dtype, seed=2) / INNER**0.5
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_largest_scores_choose_and_weigh(rows, dtype, normalized):
+    scores = made(rows, EXPERTS, dtype=dtype)
+    # Ties, which go to the first; and one that leaves nothing to the others.
+    scores[0, 1:4], scores[-1, 2] = 2.5, 80.0
+    chosen, weights = experts.route(scores, CHOICES, normalized)
+    expected, expected_weights = reference.route(scores, CHOICES, normalized)
+    assert torch.equal(chosen, expected) and weights.dtype == dtype
+    torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
+
+
+def test_a_row_of_nan_chooses_experts_that_exist():
+    scores = made(2, EXPERTS)
+    scores[0] = torch.nan
+    chosen, _ = experts.route(scores, CHOICES, True)
+    assert chosen.min() >= 0 and chosen.max() < EXPERTS
+    assert torch.equal(chosen[1:], reference.route(scores[1:], CHOICES, True)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_chosen_experts_give_what_the_reference_gives(rows, dtype):
+    x = made(rows, SIZE, dtype=dtype)
+    routed = experts.route(made(rows, EXPERTS, dtype=dtype, seed=3), CHOICES, True)
+    actual = experts.experts(x, *routed, *weights_of(dtype))
+    expected = reference.experts(x, *routed, *weights_of(dtype))
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_what_is_not_contiguous_is_refused():
+    x, chosen = made(2, SIZE), torch.zeros(CHOICES, 2, dtype=torch.int64, device=DEVICE).T
+    with pytest.raises(ValueError, match=r"^chosen of strides \(1, 2\) is not contiguous"):
+        experts.experts(x, chosen, made(2, CHOICES), *weights_of(torch.float32))
+
+
+def test_experts_that_are_not_chosen_are_not_read():
+    x, (gate_up, down) = made(2, SIZE), weights_of(torch.float32)
+    chosen = torch.tensor([[4, 0, 1], [1, 4, 0]], device=DEVICE)
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]], device=DEVICE)
+    expected = experts.experts(x, chosen, weights, gate_up, down)
+    gate_up[2:4], down[2:4] = torch.nan, torch.nan
+    assert torch.equal(experts.experts(x, chosen, weights, gate_up, down), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_gives_the_same_bits_whatever_the_others_are(dtype):
+    x, gate_up_down = made(7, SIZE, dtype=dtype), weights_of(dtype)
+    scores = made(7, EXPERTS, dtype=dtype, seed=3)
+    together = experts.experts(x, *experts.route(scores, CHOICES, True), *gate_up_down)
+    for row in range(7):
+        one = slice(row, row + 1)
+        routed = experts.route(scores[one], CHOICES, True)
+        assert torch.equal(experts.experts(x[one], *routed, *gate_up_down), together[one])
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_they_are_the_networks_own_experts(normalized):
+    moe = SparseMoe(SIZE, MoeConfig(EXPERTS, CHOICES, INNER, normalized)).to(DEVICE)
+    gate_up, down = weights_of(torch.float32)
+    moe.gate.weight.data = made(EXPERTS, SIZE, seed=4)
+    moe.experts.gate_up_proj.data, moe.experts.down_proj.data = gate_up, down
+    x = made(3, SIZE)
+    with torch.no_grad():
+        expected = moe(x[:, None])[:, 0]
+        routed = experts.route(moe.gate(x), CHOICES, normalized)
+        actual = experts.experts(x, *routed, gate_up, down)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
