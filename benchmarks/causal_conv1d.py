@@ -76,7 +76,7 @@ def by_sequence_kernel(
     nothing = tl.zeros([], tl.int64)
     if begin > start:
         roll(
-            rows, out_ptrs, weights, bias, in_dim, begin, stop, start, nothing, 0,
+            rows, rows, -1, out_ptrs, weights, bias, in_dim, begin, stop, start, nothing, 0,
             out_stride_token, WIDTH, True, False, BLOCK_TOKENS,
         )  # fmt: skip
         return
@@ -88,7 +88,7 @@ def by_sequence_kernel(
         before = before + (tl.load(state_ptrs + column, mask=in_dim & started, other=0.0),)
     # Before the start there is the state: no token is too early.
     roll(
-        before + rows[WIDTH - 1 :], out_ptrs, weights, bias, in_dim, begin, stop,
+        before + rows[WIDTH - 1 :], before, -1, out_ptrs, weights, bias, in_dim, begin, stop,
         start - (WIDTH - 1), nothing, 0, out_stride_token, WIDTH, True, False, BLOCK_TOKENS,
     )  # fmt: skip
     bounds = start, stop, started, x_stride_token, 1

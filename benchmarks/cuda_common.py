@@ -27,7 +27,8 @@ DIRECTIONS = {
 
 def export(config: str, directory: Path, *flags: object) -> Path:
     """The artifact of a network of benchmarks/configs with random weights."""
-    script = "qwen3.py" if config.startswith("qwen3") else "gemma.py"
+    scripts = {"qwen3.5": "qwen3_5.py", "qwen3-": "qwen3.py", "gemma": "gemma.py"}
+    script = next(script for name, script in scripts.items() if config.startswith(name))
     output = directory / "-".join([config, *(str(flag).lstrip("-") for flag in flags)])
     command = [
         sys.executable, ROOT / "export" / script, "--backend", "inductor", "--device", "cuda",

@@ -27,7 +27,8 @@ class Family:
     """The networks that one script exports.
 
     `modules` are of models/, each with MODEL_TYPES, Config, Network and checkpoint_name; `demo`
-    gives the checkpoint that is exported without --model, or raises ExportError.
+    gives the checkpoint that is exported without --model, or raises ExportError; `backends` are
+    those that know the networks, the default first.
     """
 
     script: str
@@ -35,6 +36,7 @@ class Family:
     name: str
     modules: tuple[str, ...]
     demo: Callable[[], Path]
+    backends: tuple[str, ...] = tuple(FOR_BACKEND)
 
     def network_of(self, model_type: str) -> ModuleType | None:
         """The module of models/ for a checkpoint's model_type, if there is one."""
@@ -58,8 +60,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     )
     parser.add_argument(
         "--backend",
-        choices=FOR_BACKEND,
-        default="xnnpack",
+        choices=family.backends,
+        default=family.backends[0],
         help="ExecuTorch's XNNPACK, its plain kernels or its CUDA backend (a .pte), or AOTInductor "
         "(a .pt2)",
     )
@@ -166,8 +168,8 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         engine = Artifact(options)
         with torch.device("meta"):
             model = network.Network(config, max_seq_len, options.batch, engine.dtype)
+        model.limit_chunks(options.max_prefill)
         engine.begin(model)
-        max_prefill = min(options.max_prefill, model.max_chunk)
         if options.random_weights is None:
             tokenizer = write_tokenizer(checkpoint, directory)
         else:
@@ -187,7 +189,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         model.eval().requires_grad_(False)
 
         # 3. The program, and whatever else the engine needs.
-        entries = engine.write(model, max_prefill, tokenizer, directory, progress)
+        entries = engine.write(model, model.max_chunk, tokenizer, directory, progress)
         write_manifest(
             directory,
             {
@@ -195,7 +197,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
                 "model_type": model_type,
                 "batch": options.batch,
                 "max_seq_len": max_seq_len,
-                "max_prefill": max_prefill,
+                "max_prefill": model.max_chunk,
                 "vocab_size": config.vocab_size,
                 "hidden_size": config.hidden_size,
                 "quant": options.quant,

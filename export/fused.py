@@ -4,7 +4,7 @@ one for the end."""
 import torch
 from torch import Tensor, nn
 
-from export.rows import FusedLayer, IntegerHead, Rows
+from export.rows import FusedLayer, IntegerHead, Rows, fuse_layers
 from models.kernels import cuda, experts
 
 
@@ -17,18 +17,20 @@ class FusedDecode(nn.Module):
     what is compiled may not take two tensors of one memory where it writes to any.
     """
 
+    fuse_layers = staticmethod(fuse_layers)
+
     def __init__(self, network: nn.Module, bits: int = 0):
         super().__init__()
         backbone = network.model
         self.rope, self.norm = backbone.rope, backbone.norm
-        self.layers = nn.ModuleList(FusedLayer(block, bits) for block in backbone.layers)
+        self.layers = nn.ModuleList(self.fuse_layers(network, bits))
         if bits:
             network.lm_head = IntegerHead(network.lm_head)
         self.head: nn.Module = network.lm_head.rows if bits else network.lm_head
         self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
         linears = (part for part in self.layers.modules() if isinstance(part, (Rows, nn.Linear)))
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
-        kv_heads = max(layer.cache.k.shape[2] for layer in self.layers)
+        kv_heads = max(layer.kv_heads for layer in self.layers)
         size = cuda.counters_size(network.batch, widest, kv_heads)
         counters = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
         self.register_buffer("counters", counters, persistent=False)

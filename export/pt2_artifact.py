@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from export import hybrid_rows, rows
 from export.background import Background
 from export.errors import ExportError
 from export.recipes import INTEGER_BITS
-from export.rows import FusedLayer, IntegerHead
+from export.rows import IntegerHead
 from models.moe import SparseMoe
+from models.qwen3_5 import Qwen3_5
 
 
 class Pt2Artifact:
@@ -55,6 +57,7 @@ class Pt2Artifact:
         Errors: ExportError for experts that would have to be integers.
         """
         bits = INTEGER_BITS[self.options.quant]
+        hybrid = isinstance(model, Qwen3_5)
         experts = any(isinstance(block.mlp, SparseMoe) for block in model.model.layers)
         if bits and experts:
             raise ExportError(
@@ -68,13 +71,17 @@ class Pt2Artifact:
         model.to(self.device)
         # Modules with the tensors that those of the step are views of.
         whole = []
-        if self.device.type == "cuda":
-            from export.fused import FusedDecode
+        # A hybrid's experts have a shared one beside them, which the fused step does not know.
+        if self.device.type == "cuda" and not (hybrid and experts):
+            if hybrid:
+                from export.fused_hybrid import HybridDecode as FusedDecode
+            else:
+                from export.fused import FusedDecode
 
             decode = FusedDecode(model, bits)
         else:
             if bits:
-                layers = nn.ModuleList(FusedLayer(block, bits) for block in model.model.layers)
+                layers = nn.ModuleList((hybrid_rows if hybrid else rows).fuse_layers(model, bits))
                 whole = [nn.ModuleDict({"layers": layers})]
                 model.lm_head = IntegerHead(model.lm_head)
             decode = DecodeEmbedded(model)

@@ -327,7 +327,12 @@ def rescore(shortlist: Shortlist, rows: int) -> GraphDelegate:
 def state_entries(model: nn.Module) -> list[dict]:
     """Name, shape and dtype of every buffer that outlives a method's run, for the manifest."""
     return [
-        {"name": f"caches.{i}.{name}", "shape": list(buffer.shape), "dtype": "float32"}
+        {
+            "name": f"caches.{i}.{name.split('.cache.')[-1]}",
+            "shape": list(buffer.shape),
+            "dtype": "float32",
+        }
         for i, layer in enumerate(model.model.layers)
-        for name, buffer in layer.self_attn.cache.named_buffers()
+        for name, buffer in layer.named_buffers()
+        if ".cache." in name
     ]

@@ -85,25 +85,32 @@ class FusedLayer(nn.Module):
         super().__init__()
         attention, mlp = block.self_attn, block.mlp
         projections = [name for name in ("q_proj", "k_proj", "v_proj") if hasattr(attention, name)]
-        self.qkv = _fuse(attention, projections, bits)
-        self.o = _fuse(attention, ["o_proj"], bits)
+        self.qkv = fuse(attention, projections, bits)
+        self.o = fuse(attention, ["o_proj"], bits)
         self.moe = mlp if isinstance(mlp, SparseMoe) else None
         if self.moe is None:
-            self.gate_up = _fuse(mlp, ["gate_proj", "up_proj"], bits)
-            self.down = _fuse(mlp, ["down_proj"], bits)
+            self.gate_up = fuse(mlp, ["gate_proj", "up_proj"], bits)
+            self.down = fuse(mlp, ["down_proj"], bits)
             self.activation = ACTIVATIONS[type(mlp.act)]
         self.input_norm, self.mlp_norm = block.input_layernorm, block.mlp_norm
         self.post_attention_norm, self.post_mlp_norm = block.branch_norms
         self.layer_scalar = getattr(block, "layer_scalar", None)
         self.cache, self.q_norm, self.k_norm = attention.cache, attention.q_norm, attention.k_norm
         self.kind, self.scale = attention.kind, attention.scale
+        self.kv_heads = attention.cache.k.shape[2]
         self.value_norm = hasattr(attention, "v_norm")
         self.values_are_keys = getattr(attention, "keys_are_values", False)
 
 
-def _fuse(parent: nn.Module, names: list[str], bits: int) -> Rows:
-    linears = [getattr(parent, name) for name in names]
+def fuse(parent: nn.Module, names: list[str], bits: int) -> Rows:
+    """The weights of the linear layers of those names in `parent`, which become views."""
+    linears = [parent.get_submodule(name) for name in names]
     rows = Rows(linears, bits)
     for name, view in zip(names, rows.views(linears)):
-        setattr(parent, name, view)
+        parent.set_submodule(name, view)
     return rows
+
+
+def fuse_layers(network: nn.Module, bits: int) -> list[FusedLayer]:
+    """Of all blocks."""
+    return [FusedLayer(block, bits) for block in network.model.layers]

@@ -90,6 +90,10 @@ class CausalLM(nn.Module):
         if tied:
             self.lm_head.weight = model.embed_tokens.weight
 
+    def limit_chunks(self, tokens: int) -> None:
+        """Have no prefill chunk be longer than so many tokens."""
+        self.max_chunk = min(self.max_chunk, tokens)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [B, V] of hidden states [B, 1, D] before the final norm."""
         return self.lm_head(self.model.norm(hidden)).float()[:, 0]

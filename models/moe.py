@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import MLP
+
 
 @dataclass(frozen=True)
 class MoeConfig:
@@ -86,3 +88,16 @@ class SparseMoe(nn.Module):
         )
         run = self.experts if few else self.experts.all
         return run(tokens, *routed).view(x.shape)
+
+
+class SharedSparseMoe(SparseMoe):
+    """A mixture with one more expert, of `shared_size`, that every token has by a weight of its
+    own."""
+
+    def __init__(self, hidden_size: int, config: MoeConfig, shared_size: int):
+        super().__init__(hidden_size, config)
+        self.shared_expert = MLP(hidden_size, shared_size, nn.SiLU())
+        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)

@@ -108,7 +108,7 @@ class Qwen3Config:
                 f"num_attention_heads = {heads} is not a multiple of "
                 f"num_key_value_heads = {shape['num_key_value_heads']}"
             )
-        moe = _moe(config) if model_type == "qwen3_moe" else None
+        moe = moe_config(config) if model_type == "qwen3_moe" else None
         return cls(**shape, rope=_rope(config), moe=moe)
 
 
@@ -124,7 +124,8 @@ def _rope(config: dict) -> RopeConfig:
     return RopeConfig(entry["rope_theta"], entry["factor"] if scaling == "linear" else 1.0)
 
 
-def _moe(config: dict) -> MoeConfig:
+def moe_config(config: dict) -> MoeConfig:
+    """The experts that a config's keys describe. Raises ValueError for more chosen than exist."""
     # transformers 5 writes another name than the published configs have, for the same field.
     config = config | {"num_experts": config.get("num_local_experts") or config["num_experts"]}
     moe = MoeConfig(**{field.name: config[field.name] for field in fields(MoeConfig)})

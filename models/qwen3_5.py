@@ -1,4 +1,5 @@
-"""Hybrid text models, named as in transformers: Qwen3.5's dense one, and Qwen3-Next's layout of it.
+"""Hybrid text models, named as in transformers: Qwen3.5's, dense or with routed experts, and
+Qwen3-Next's layout of them.
 
 Most layers are gated delta nets, which remember the same amount whatever the context; every fourth
 is attention with an output gate over a KV cache. Shapes: B rows, T tokens, D hidden size, H heads.
@@ -9,10 +10,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from models import decoder, layers
+from models import decoder, layers, qwen3
 from models.cache import KVCache
 from models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
-from models.layers import MLP, RopeConfig, RotaryEmbedding, kv_cache, rotate
+from models.layers import MLP, Piece, RopeConfig, RotaryEmbedding, kv_cache, rotate
+from models.moe import MoeConfig, SharedSparseMoe
 from models.operators.conv1d import WIDTHS
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -31,16 +33,22 @@ _SHARED_DEFAULTS = {
     "partial_rotary_factor": 0.25,
     "rope_theta": 10_000.0,
 }
-# transformers' Qwen3_5TextConfig and Qwen3NextConfig.
+_EXPERTS = {
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+}
+# transformers' Qwen3_5TextConfig, Qwen3_5MoeTextConfig and Qwen3NextConfig.
 DEFAULTS = {
     "qwen3_5_text": _SHARED_DEFAULTS | {"vocab_size": 248_320, "num_key_value_heads": 4},
+    "qwen3_5_moe_text": _SHARED_DEFAULTS
+    | _EXPERTS
+    | {"vocab_size": 248_320, "num_experts": 256, "num_experts_per_tok": 8},
     "qwen3_next": _SHARED_DEFAULTS
-    | {
-        "vocab_size": 151_936,
-        "num_key_value_heads": 2,
-        "num_experts": 512,
-        "decoder_sparse_step": 1,
-    },
+    | _EXPERTS
+    | {"vocab_size": 151_936, "num_experts": 512, "num_experts_per_tok": 10},
 }
 MODEL_TYPES = tuple(DEFAULTS)
 # Fields whose other values are refused; a field that is missing has its value here.
@@ -49,11 +57,14 @@ UNSUPPORTED = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate"
 
 @dataclass(frozen=True)
 class Qwen3_5Config:
-    """The shape of one hybrid text model; `from_dict` reads a Hugging Face config."""
+    """The shape of one hybrid text model; `from_dict` reads a Hugging Face config.
+
+    A layer that is `sparse` has the experts of `moe`, and one of shared_expert_intermediate_size
+    that all tokens share; the others have a feed-forward of intermediate_size.
+    """
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -64,6 +75,10 @@ class Qwen3_5Config:
     rope: RopeConfig
     rotary_dim: int
     delta_net: DeltaNetConfig
+    sparse: tuple[bool, ...]
+    intermediate_size: int | None
+    moe: MoeConfig | None
+    shared_expert_intermediate_size: int | None
 
     @classmethod
     def from_dict(cls, config: dict) -> "Qwen3_5Config":
@@ -80,10 +95,14 @@ class Qwen3_5Config:
             value = config.get(key)
             if value is not None and value != supported:
                 raise ValueError(f"{key} = {value!r} is not supported: only {supported!r}")
-        derived = ("layer_types", "rope", "rotary_dim", "delta_net")
-        plain = [field.name for field in fields(cls) if field.name not in derived]
+        names = [field.name for field in fields(cls)]
+        plain = names[: names.index("layer_types")]
         linear = [field.name for field in fields(DeltaNetConfig) if field.name.startswith("linear")]
-        missing = [key for key in (*plain, *linear, "num_hidden_layers") if config.get(key) is None]
+        needed = [*plain, *linear, "num_hidden_layers"]
+        missing = [key for key in needed if config.get(key) is None]
+        if not missing:
+            sparse = _sparse(config)
+            missing = [key for key in _feed_forward_keys(sparse) if config.get(key) is None]
         if missing:
             raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
         for many, few in (
@@ -96,7 +115,6 @@ class Qwen3_5Config:
             raise ValueError(
                 f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"
             )
-        _refuse_experts(config)
         rope, partial = _rope(config)
         return cls(
             **{key: config[key] for key in plain},
@@ -106,18 +124,28 @@ class Qwen3_5Config:
             delta_net=DeltaNetConfig(
                 **{key: config[key] for key in linear}, fused_projections=model_type == "qwen3_next"
             ),
+            sparse=sparse,
+            intermediate_size=None if all(sparse) else config["intermediate_size"],
+            moe=qwen3.moe_config(config) if any(sparse) else None,
+            shared_expert_intermediate_size=(
+                config["shared_expert_intermediate_size"] if any(sparse) else None
+            ),
         )
 
 
-def _refuse_experts(config: dict) -> None:
+def _sparse(config: dict) -> tuple[bool, ...]:
+    """Which layers have routed experts: of a model that is dense none, and it has no step."""
     step, dense = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or ()
-    if config.get("num_experts") and any(
-        i not in dense and (i + 1) % step == 0 for i in range(config["num_hidden_layers"])
-    ):
-        raise ValueError(
-            f"num_experts = {config['num_experts']}: only dense layers (num_experts = 0, or all "
-            "of them in mlp_only_layers)"
-        )
+    some = step is not None and bool(config.get("num_experts"))
+    layers = range(config["num_hidden_layers"])
+    return tuple(some and i not in dense and (i + 1) % step == 0 for i in layers)
+
+
+def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
+    keys = [] if all(sparse) else ["intermediate_size"]
+    if any(sparse):
+        keys += ["num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"]
+    return keys
 
 
 def _layer_types(config: dict) -> tuple[str, ...]:
@@ -146,12 +174,12 @@ def _rope(config: dict) -> tuple[RopeConfig, float]:
     return RopeConfig(entry["rope_theta"]), entry["partial_rotary_factor"]
 
 
-def checkpoint_name(name: str) -> str | None:
-    """A checkpoint's tensor name as this model's parameter name; None for what is left out: the
-    vision tower, and the layers that predict several tokens at once."""
+def checkpoint_name(name: str) -> str | Piece | None:
+    """A checkpoint's tensor name as this model's parameter name, or as a piece of one; None for
+    what is left out: the vision tower, and the layers that predict several tokens at once."""
     if name.startswith(("mtp.", "model.visual.")):
         return None
-    return name.replace("model.language_model.", "model.", 1)
+    return qwen3.checkpoint_name(name.replace("model.language_model.", "model.", 1))
 
 
 class RMSNorm(layers.RMSNorm):
@@ -200,12 +228,16 @@ def turn(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class Block(nn.Module):
     """A mixer of tokens and a feed-forward, each after a norm and added to what was before it."""
 
-    def __init__(self, config: Qwen3_5Config, mixer: Attention | GatedDeltaNet):
+    def __init__(self, config: Qwen3_5Config, mixer: Attention | GatedDeltaNet, sparse: bool):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.mixer_name = "self_attn" if isinstance(mixer, Attention) else "linear_attn"
         self.add_module(self.mixer_name, mixer)
-        self.mlp = MLP(size, config.intermediate_size, nn.SiLU())
+        if sparse:
+            shared = config.shared_expert_intermediate_size
+            self.mlp = SharedSparseMoe(size, config.moe, shared)
+        else:
+            self.mlp = MLP(size, config.intermediate_size, nn.SiLU())
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
 
@@ -273,9 +305,21 @@ class Qwen3_5(decoder.CausalLM):
 
         model = Backbone(
             nn.Embedding(config.vocab_size, config.hidden_size),
-            [Block(config, mixer(kind)) for kind in config.layer_types],
+            [
+                Block(config, mixer(kind), sparse)
+                for kind, sparse in zip(config.layer_types, config.sparse)
+            ],
             RMSNorm(config.hidden_size, config.rms_norm_eps),
             {FULL: RotaryEmbedding(config.rope, config.rotary_dim)},
         )
         tied = config.tie_word_embeddings
         super().__init__(config, model, max_seq_len, batch, max_chunk, tied)
+
+    def limit_chunks(self, tokens: int) -> None:
+        super().limit_chunks(tokens)
+        for layer in self.model.layers:
+            if isinstance(layer.mixer, GatedDeltaNet):
+                layer.mixer.max_chunk = self.max_chunk
+
+
+Network, Config = Qwen3_5, Qwen3_5Config

@@ -48,10 +48,11 @@ class InductorProgram:
             names += ["greedy_row", "embed"] * (self._batch > 1)
             names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
-            # Of each of the two buffers: next_id, and hidden beside it.
+            # Of each of the two buffers: next_id, and hidden beside it. Rows without a sequence are
+            # fed what is there: it must be a token.
             shape, dtype = (self._batch, 1, manifest["hidden_size"]), manifest["dtype"]
             hidden = torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
-            self._buffers = [(self.empty(self._batch, 1), hidden.clone()) for _ in range(2)]
+            self._buffers = [(self.empty(self._batch, 1).zero_(), hidden.clone()) for _ in range(2)]
             self._row_id = self.empty(1, 1)
             self.slots = {
                 name: memory.new(np.zeros(self._batch, dtype)) for name, dtype in PARAMETERS.items()

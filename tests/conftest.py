@@ -187,6 +187,70 @@ def make_qwen_checkpoint(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def make_hybrid_checkpoint(tmp_path_factory):
+    """A function (model_type, **config) -> directory of a tiny hybrid, as make_qwen_checkpoint
+    makes Qwens: three gated delta nets, which forget at different speeds, and attention."""
+    import torch
+    from transformers import (
+        Qwen3_5ForCausalLM,
+        Qwen3_5MoeForCausalLM,
+        Qwen3_5MoeTextConfig,
+        Qwen3_5TextConfig,
+        Qwen3NextConfig,
+        Qwen3NextForCausalLM,
+    )
+
+    shape = {
+        "vocab_size": 258,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 32,
+        "max_position_embeddings": 512,
+        "eos_token_id": 1,
+    }
+    own = {
+        "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, {}),
+        "qwen3_5_moe_text": (
+            Qwen3_5MoeTextConfig,
+            Qwen3_5MoeForCausalLM,
+            {
+                "num_experts": 7,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+                "shared_expert_intermediate_size": 40,
+            },
+        ),
+        "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM, {"num_experts": 0}),
+    }
+
+    def make(model_type: str, **changes) -> Path:
+        directory = tmp_path_factory.mktemp(model_type)
+        config_class, model_class, more = own[model_type]
+        torch.manual_seed(0)
+        model = model_class(config_class(**shape | more | changes))
+        for name, parameter in model.named_parameters():
+            std = {"A_log": 1.0, "dt_bias": 1.0, "conv1d.weight": 0.6}
+            torch.nn.init.normal_(parameter, std=std.get(name.split("attn.")[-1], 0.3))
+            if "linear_attn.norm" in name:
+                parameter.data += 1.0
+            if name.endswith("A_log"):
+                parameter.data -= 2.0
+        model.save_pretrained(directory)
+        write_byte_tokenizer(directory, ["<|endoftext|>", "<|im_end|>"])
+        (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        return directory
+
+    return make
+
+
 def write_byte_tokenizer(directory: Path, special: list[str]) -> None:
     """A tokenizer.json of the special tokens and one id for each byte after them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

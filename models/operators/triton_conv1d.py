@@ -2,10 +2,11 @@
 
 Programs share out tokens and channels, not sequences: their number depends on sizes alone, and a
 batch of one long and many short sequences costs what an even one does. Each finds the sequences of
-its tokens in query_start_loc, and computes all its tokens as if sequences began with zeros. Then it
-goes through the sequences that begin in its block: their first tokens are computed once more with
-the state, and their last inputs replace it. One program does both, also where the tokens reach into
-the next block; were they two, one could write the slot before the other has read it.
+its tokens in query_start_loc, and computes all its tokens as if sequences began with zeros, but the
+first one that begins in its block with that one's state. Then it goes through all that begin there:
+first tokens that are still to come are computed with the state, and the last inputs replace it. One
+program does both, also where the tokens reach into the next block; were they two, one could write
+the slot before the other has read it.
 
 Loops are `while`: Triton's interpreter cannot make a range of tensors.
 """
@@ -83,13 +84,40 @@ def load_rows(x_ptrs, in_dim, begin, tokens, stride, WIDTH: tl.constexpr, COUNT:
 
 
 @triton.jit
+def leading(
+    query_start_loc_ptr, cache_indices_ptr, has_initial_ptr, state_ptr, channels, in_dim,
+    sequence, sequences, begin, end, pad_slot_id,
+    state_stride_slot, state_stride_dim, state_stride_tap,
+    HAS_INDICES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """(`sequence`, its first token's number in the block, its state float32 or zeros), or -1 twice
+    where it does not begin in the block, is empty or has no slot."""
+    exists = sequence < sequences
+    start = tl.load(query_start_loc_ptr + sequence, mask=exists, other=0)
+    stop = tl.load(query_start_loc_ptr + sequence + 1, mask=exists, other=0)
+    if HAS_INDICES:
+        slot = tl.load(cache_indices_ptr + sequence, mask=exists, other=0).to(tl.int64)
+    else:
+        slot = sequence.to(tl.int64)
+    started = tl.load(has_initial_ptr + sequence, mask=exists, other=0) != 0
+    is_here = exists & (start >= begin) & (start < end) & (stop > start) & (slot != pad_slot_id)
+    state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
+    before = ()
+    for tap in tl.static_range(WIDTH - 1):
+        x = tl.load(state_ptrs + tap * state_stride_tap, in_dim & is_here & started, other=0.0)
+        before = before + (x.to(tl.float32),)
+    return tl.where(is_here, sequence, -1), tl.where(is_here, start - begin, -1), before
+
+
+@triton.jit
 def roll(
-    rows, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
+    rows, before, lead, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
     out_stride_token,
     WIDTH: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A block token by token, of what load_rows gave. INNER: all of it is within one sequence, and
-    all of it is to be stored."""
+    """A block token by token, of what load_rows gave. The sequence that begins at token number
+    `lead` of it (-1: none) begins with `before`, others with zeros. INNER: all of it is within one
+    sequence, and all of it is to be stored."""
     past = ()
     for i in tl.static_range(WIDTH - 1):
         known = begin - (WIDTH - 1) + i >= first_start
@@ -100,10 +128,11 @@ def roll(
         if not INNER:
             stored = in_dim & (begin + i < tokens) & (i >= skip)
             is_first = ((firsts >> i) & 1) != 0
-            before = past
+            held = past
             past = ()
             for tap in tl.static_range(WIDTH - 1):
-                past = past + (tl.where(is_first, 0.0, before[tap]),)
+                initial = tl.where(lead == i, before[tap], 0.0)
+                past = past + (tl.where(is_first, initial, held[tap]),)
         past = past + (rows[WIDTH - 1 + i].to(tl.float32),)
         sums = bias
         for tap in tl.static_range(WIDTH):
@@ -194,17 +223,24 @@ def causal_conv1d_kernel(
             first_stop = tl.load(query_start_loc_ptr + first + 1)
             skip = tl.minimum(first_start + WIDTH - 1, first_stop) - begin
 
-    # 2. All tokens, as if sequences began with zeros.
+    # 2. All tokens, as if sequences began with zeros, but one.
+    lead = -1
     if ROLLING:
         if (firsts == 0) & (skip == 0) & (begin + BLOCK_TOKENS <= tokens):
             roll(
-                rows, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
-                out_stride_token, WIDTH, SILU, True, BLOCK_TOKENS,
+                rows, rows, -1, out_ptrs, weights, bias, in_dim, begin, tokens, first_start,
+                firsts, skip, out_stride_token, WIDTH, SILU, True, BLOCK_TOKENS,
             )  # fmt: skip
             return
+        following = first + tl.where(first_start < begin, 1, 0)
+        lead, at, before = leading(
+            query_start_loc_ptr, cache_indices_ptr, has_initial_ptr, state_ptr, channels, in_dim,
+            following, sequences, begin, end, pad_slot_id,
+            state_stride_slot, state_stride_dim, state_stride_tap, HAS_INDICES, WIDTH,
+        )  # fmt: skip
         roll(
-            rows, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
-            out_stride_token, WIDTH, SILU, False, BLOCK_TOKENS,
+            rows, before, at, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts,
+            skip, out_stride_token, WIDTH, SILU, False, BLOCK_TOKENS,
         )  # fmt: skip
     else:
         whole(
@@ -223,7 +259,7 @@ def causal_conv1d_kernel(
             state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
             # Threads may store here what others have stored or read above.
             tl.debug_barrier()
-            if started:
+            if started & ((sequence != lead) | (start + WIDTH - 1 > end)):
                 for i in tl.static_range(WIDTH - 1):
                     mask = in_dim & (start + i < stop)
                     sums = bias

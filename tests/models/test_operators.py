@@ -292,25 +292,25 @@ class Delta:
 def test_chunks_give_what_the_recurrence_gives(tokens, alike):
     case = Delta(tokens, alike=alike)
     expected, expected_state = case.by_hand()
-    state = case.state.clone()
-    out = delta_rule.gated_delta_rule(*case.inputs(), state, case.indices, case.started)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(state.double(), expected_state, rtol=1e-5, atol=2e-5)
+    state, indices, started = on_device(case.state.clone(), case.indices, case.started)
+    out = delta_rule.gated_delta_rule(*case.inputs(), state, indices, started)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(state.cpu().double(), expected_state, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("cuts", [[1, 64], [63, 1, 1], [70, 30]])
 def test_a_prompt_in_pieces_gives_what_it_gives_whole(cuts):
     case = Delta(sum(cuts))
     expected, expected_state = case.by_hand()
-    state, outs, begin, started = case.state.clone(), [], 0, case.started
+    state, indices, started = on_device(case.state.clone(), case.indices, case.started)
+    outs, begin = [], 0
     for cut in cuts:
         piece = slice(begin, begin + cut)
-        outs.append(
-            delta_rule.gated_delta_rule(*case.inputs(piece), state, case.indices, started)
-        )  # fmt: skip
+        outs.append(delta_rule.gated_delta_rule(*case.inputs(piece), state, indices, started))
         begin, started = begin + cut, torch.ones_like(started)
-    torch.testing.assert_close(torch.cat(outs, 1).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(state.double(), expected_state, rtol=1e-5, atol=1e-5)
+    outs = torch.cat(outs, 1).cpu().double()
+    torch.testing.assert_close(outs, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state.cpu().double(), expected_state, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("operators", [delta_rule, cuda], ids=["torch", "triton"])

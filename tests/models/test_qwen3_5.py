@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import (
     Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
@@ -29,6 +31,7 @@ SMALL = {
 }  # fmt: skip
 CLASSES = {
     "qwen3_5_text": (Qwen3_5TextConfig, Qwen3_5ForCausalLM),
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
     "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
 }
 CASES = {
@@ -46,6 +49,14 @@ CASES = {
     "qwen3_next": {"num_experts": 0},
     "qwen3_next, every other layer": {
         "num_experts": 4, "mlp_only_layers": [0, 1, 2, 3], "full_attention_interval": 2,
+    },
+    "qwen3_5_moe_text": {
+        "num_experts": 7, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
+    },
+    "qwen3_next, experts in some layers": {
+        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2, "norm_topk_prob": False,
     },
 }  # fmt: skip
 LAYOUTS = ["qwen3_5_text", "qwen3_next"]
@@ -297,8 +308,6 @@ def test_a_config_means_what_transformers_reads_in_it(case):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_what_a_config_does_not_say_is_transformers_default(model_type):
     said = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 8}
-    if model_type == "qwen3_next":
-        said["num_experts"] = 0
     config = Qwen3_5Config.from_dict(said | {"model_type": model_type})
     assert config == Qwen3_5Config.from_dict(CLASSES[model_type][0](**said).to_dict())
     assert config.layer_types == (LINEAR, LINEAR, LINEAR, FULL) * 2
@@ -314,9 +323,9 @@ def test_keys_of_transformers_4_are_read():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3_5_moe_text"}, "'qwen3_5_moe_text' is none of qwen3_5_text"),
-        ({"num_experts": 512}, "num_experts = 512: only dense"),
-        ({"num_experts": 2, "mlp_only_layers": [0, 1, 3]}, "num_experts = 2: only dense"),
+        ({"model_type": "qwen3_5_omni"}, "'qwen3_5_omni' is none of qwen3_5_text"),
+        ({"num_experts": 4}, "num_experts_per_tok = 10 is not among num_experts = 4"),
+        ({"num_experts": 4, "moe_intermediate_size": None}, "lacks moe_intermediate_size"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"attn_output_gate": False}, "attn_output_gate = False"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),

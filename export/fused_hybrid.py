@@ -1,0 +1,39 @@
+"""A hybrid's decode step on CUDA: export/fused.py's, with gated delta nets by models/operators
+between the same launches: four of their own, of which one is the norm and gate that follow."""
+
+from torch import Tensor
+
+from export.fused import FusedDecode
+from export.hybrid_rows import AttentionLayer, DeltaNetLayer, fuse_layers
+from models.operators import cuda
+
+
+class HybridDecode(FusedDecode):
+    """As FusedDecode, of a hybrid."""
+
+    fuse_layers = staticmethod(fuse_layers)
+
+    def _attend(
+        self, layer: AttentionLayer | DeltaNetLayer, projected: Tensor, position: Tensor
+    ) -> Tensor:
+        """What the layer's `o` takes after `qkv` gave projected [B, N]."""
+        if isinstance(layer, DeltaNetLayer):
+            return _delta_net(layer, projected, position)
+        gates = layer.o.inputs
+        qkv, gates = projected.split([projected.shape[1] - gates, gates], 1)
+        return super()._attend(layer, qkv.contiguous(), position) * gates.sigmoid()
+
+
+def _delta_net(layer: DeltaNetLayer, projected: Tensor, position: Tensor) -> Tensor:
+    cache, started = layer.cache, position > 0
+    qkv, z, b, a = projected.split(layer.sizes, 1)
+    mixed = cuda.causal_conv1d_update(
+        qkv, layer.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"
+    )
+    q, k, v = mixed.split(layer.parts, 1)
+    keys, values = (-1, layer.key_size), (-1, layer.value_size)
+    out = cuda.gated_delta_rule_update(
+        q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
+        a, b, layer.A_log, layer.dt_bias, cache.recurrent, None, started,
+    )  # fmt: skip
+    return layer.norm(out, z.unflatten(1, values)).flatten(1)

@@ -1,0 +1,63 @@
+"""What benchmarks/hybrid.py takes for a step's work, and its network."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import Qwen3_5TextConfig
+
+from benchmarks.cuda_common import CONFIGS
+from benchmarks.hybrid import CONFIG, last_chunks_only, step_bytes
+from models import qwen3_5
+from runner.loop import Loop, LoopOptions
+from runner.torch_memory import TorchMemory
+from runner.transfers import Transfers
+
+
+def test_the_shape_is_transformers_default():
+    keys = json.loads((CONFIGS / f"{CONFIG}.json").read_text())
+    read = qwen3_5.Config.from_dict(keys)
+    assert read == qwen3_5.Config.from_dict(Qwen3_5TextConfig().to_dict())
+    with torch.device("meta"):
+        model = qwen3_5.Network(read, 8, 1, torch.bfloat16)
+    assert 8.5e9 < sum(parameter.numel() for parameter in model.parameters()) < 9.5e9
+
+
+def test_bytes_of_a_step_are_weights_filled_slots_and_states_twice():
+    def entry(name, dtype, *shape):
+        return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+    manifest = {
+        "weights": {
+            "random": [
+                entry("network.model.embed_tokens.weight", "bfloat16", 100, 8),
+                entry("head.weight", "bfloat16", 100, 8),
+            ]
+        },
+        "state": [
+            entry("layers.0.cache.recurrent", "float32", 1, 2, 4, 4),
+            entry("layers.0.cache.conv", "bfloat16", 1, 16, 3),
+            entry("layers.1.cache.k", "bfloat16", 1, 50, 2, 4),
+            entry("counters", "int32", 64),
+        ],
+    }
+    expected = 1600 + 2 * 128 + 2 * 96 + 10 * 16
+    assert step_bytes(SimpleNamespace(manifest=manifest), 9) == pytest.approx(expected)
+
+
+def test_of_a_long_prompt_only_the_last_chunk_is_computed():
+    class Program:
+        transfers, has_graphs, calls = Transfers(TorchMemory(torch.device("cpu"))), False, []
+
+        def prefill(self, tokens, positions):
+            self.calls.append((tokens.tolist(), positions.tolist()))
+            return tokens
+
+    program = Program()
+    loop = Loop(program, 1, 100, 4)
+    with last_chunks_only(SimpleNamespace(loop=loop)):
+        _, position = loop._prefill(0, list(range(50, 60)), LoopOptions())
+    assert program.calls == [([[58, 59]], [8, 9])] and position.tolist() == [9]
+    loop._prefill(0, list(range(50, 60)), LoopOptions())
+    assert len(program.calls) == 4

@@ -1,0 +1,124 @@
+"""Hybrids compiled for a GPU: the eager network's ids in every variant of the loop, rows alone and
+together, and a step that is one launch."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import runner
+from export.checkpoint import load_weights, open_checkpoint
+from models import qwen3_5
+from runner import LoopOptions, Request
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = [
+    LoopOptions(*variant, 1, graph)
+    for graph in (True, False)
+    for variant in itertools.product(("auto", "alias", "host"), ("device", "host"), (True, False))
+]
+VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
+# Chunks are of 70 tokens, and those of the delta rule of 64.
+PROMPTS = [[2], [2, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(90)]]
+# Each layout, one of them with several rows, and experts.
+ROWS = {"qwen3_5_text": 1, "qwen3_next": 3, "qwen3_5_moe_text": 1}
+
+
+@pytest.fixture(scope="module")
+def export_hybrid(make_hybrid_checkpoint, tmp_path_factory):
+    """A function: layout, rows, recipe -> the checkpoint's and the artifact's directories."""
+    root = tmp_path_factory.mktemp("hybrid")
+
+    def make(layout: str, batch: int, quant: str) -> tuple[Path, Path]:
+        checkpoint, output = make_hybrid_checkpoint(layout), root / f"{layout}-{batch}-{quant}"
+        command = [
+            *(sys.executable, ROOT / "export/qwen3_5.py", "--device", "cuda", "--quant", quant),
+            *("--model", checkpoint, "--max-seq-len", 200, "--max-prefill", 70),
+            *("--batch", batch, "--output", output),
+        ]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return checkpoint, output
+
+    return make
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def exported(request, export_hybrid):
+    """A loaded model in float32, and the checkpoint that it is of."""
+    checkpoint, artifact = export_hybrid(request.param, ROWS[request.param], "fp32")
+    model = runner.load(artifact)
+    model.tokenizer.eos_token_ids.clear()
+    return model, checkpoint
+
+
+@pytest.fixture(scope="module")
+def eager(exported):
+    """A function: prompt, count -> the greedy ids of the network itself, on the CPU."""
+    checkpoint = open_checkpoint(exported[1])
+    with torch.device("meta"):
+        network = qwen3_5.Network(qwen3_5.Config.from_dict(checkpoint.config), 200)
+    load_weights(network, checkpoint, qwen3_5.checkpoint_name)
+
+    def run(prompt: list[int], count: int) -> list[int]:
+        ids = []
+        with torch.no_grad():
+            for position in range(len(prompt) + count - 1):
+                token = (prompt + ids)[position]
+                logits = network.decode(torch.tensor([[token]]), torch.tensor([position]))
+                if position >= len(prompt) - 1:
+                    ids.append(logits.argmax().item())
+        return ids
+
+    return run
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_every_variant_gives_the_eager_networks_ids(exported, eager, prompt):
+    expected = eager(prompt, 64)
+    assert len(set(expected)) > 10
+    for options in VARIANTS:
+        assert exported[0].generate(prompt, 64, options=options).run().token_ids == expected, (
+            options
+        )
+
+
+def test_rows_that_join_and_leave_give_what_each_gives_alone(exported, eager):
+    requests = [Request(prompt, 9 + 5 * i) for i, prompt in enumerate(PROMPTS + PROMPTS[::-1])]
+    expected = [eager(request.prompt, request.max_new_tokens) for request in requests]
+    for options in VARIANTS:
+        results = exported[0].generate_batch(requests, options).run()
+        assert [result.token_ids for result in results] == expected, options
+
+
+def test_a_step_is_one_graph_launch_without_an_upload(exported):
+    from benchmarks.cuda_common import copies, launches, profiled
+
+    model, _ = exported
+    seen = {}
+    for count in (10, 50):
+        model.generate(PROMPTS[2], count).run()
+        events = profiled(lambda count=count: model.generate(PROMPTS[2], count).run())
+        seen[count] = launches(events), copies(events)
+    (few, few_copies), (many, many_copies) = seen.values()
+    assert many["graphs"] - few["graphs"] == 40 and many["kernels"] == few["kernels"]
+    # Of several rows the lines of positions go up at once, whose size depends on the steps.
+    for direction in ("host_to_device", "device_to_device"):
+        assert many_copies[direction]["count"] == few_copies[direction]["count"]
+    assert many_copies["device_to_host"] == {"count": 50, "bytes": 8 * 50 * model.batch}
+
+
+@pytest.mark.parametrize("quant", ["bf16", "int8"])
+def test_other_weights_give_the_same_ids_in_every_variant(export_hybrid, quant):
+    model = runner.load(export_hybrid("qwen3_5_text", 1, quant)[1])
+    expected = model.generate(PROMPTS[2], 60).run().token_ids
+    assert len(set(expected)) > 5
+    for options in VARIANTS:
+        assert model.generate(PROMPTS[2], 60, options=options).run().token_ids == expected, options

@@ -1,0 +1,111 @@
+"""A hybrid whose rows were put in the kernels' order computes what it did, and so does its decode
+step: on a GPU, else in Triton's interpreter."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # Read when a kernel is defined, Triton's own among them.
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+if not ON_GPU and isinstance(tl.philox, triton.JITFunction):
+    pytest.skip("triton was imported for a GPU before this file", allow_module_level=True)
+
+from triton.runtime import interpreter  # noqa: E402
+
+from export.checkpoint import load_weights, open_checkpoint  # noqa: E402
+from export.fused_hybrid import HybridDecode  # noqa: E402
+from export.hybrid_rows import fuse_layers  # noqa: E402
+from models import qwen3_5  # noqa: E402
+from tests.models.driving import assert_near, prompt  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+LAYOUTS = ["qwen3_5_text", "qwen3_next"]
+# The interpreter takes its time.
+SMALL = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted_ranges():
+    """NumPy 2.4 no longer takes an array of one element as a loop's end, which the interpreter's
+    scalars are."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
+        yield
+
+
+@pytest.fixture(scope="module")
+def networks(make_hybrid_checkpoint):
+    """A function: layout, rows -> two equal networks of so many rows."""
+
+    def make(layout: str, batch: int):
+        checkpoint = open_checkpoint(make_hybrid_checkpoint(layout, **SMALL))
+        with torch.device("meta"):
+            network = qwen3_5.Network(qwen3_5.Config.from_dict(checkpoint.config), 40, batch)
+        load_weights(network, checkpoint, qwen3_5.checkpoint_name)
+        network.eval().requires_grad_(False).to(DEVICE)
+        return network, copy.deepcopy(network)
+
+    return make
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_arranged_network_computes_what_it_did(networks, layout):
+    plain, arranged = networks(layout, 2)
+    fuse_layers(arranged, 0)
+    assert not any("qkvz" in name for name, _ in arranged.named_parameters())
+    for row in (0, 1):
+        chunk = prompt(7 + row), torch.arange(7 + row), torch.tensor([row])
+        chunk = [x.to(DEVICE) for x in chunk]
+        assert_near(arranged.prefill(*chunk), plain.prefill(*chunk))
+    step = torch.tensor([[3], [5]], device=DEVICE), torch.tensor([7, 8], device=DEVICE)
+    assert_near(arranged.decode(*step), plain.decode(*step))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_integer_weights_are_near_what_they_stand_for(networks, layout):
+    plain, rounded = networks(layout, 1)
+    fuse_layers(rounded, 8)
+    chunk = prompt(9).to(DEVICE), torch.arange(9, device=DEVICE)
+    expected = plain.prefill(*chunk)
+    difference = rounded.prefill(*chunk) - expected
+    assert 0 < difference.abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("layout", "batch"), zip(LAYOUTS, [1, 3]))
+def test_a_fused_step_gives_the_networks_logits(networks, layout, batch):
+    plain, changed = networks(layout, batch)
+    decode = HybridDecode(changed)
+    for step in range(2):
+        token = torch.tensor([[7 + step], [9], [step]], device=DEVICE)[:batch]
+        # A row that begins anew, and one that stays behind.
+        position = torch.tensor([step, 0, max(step - 1, 0)], device=DEVICE)[:batch]
+        actual = decode(changed.embed(token), position)
+        assert_near(actual, plain.decode(token, position))
+    assert not decode.counters.any()
+
+
+def test_no_two_tensors_of_a_fused_step_share_memory(networks):
+    decode = HybridDecode(networks("qwen3_next", 1)[0])
+    tensors = [*decode.parameters(), *decode.buffers()]
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    assert len(addresses) == len(tensors) > 20

@@ -1,0 +1,118 @@
+"""Hybrids through the real command lines, on both engines of the CPU, against transformers."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import runner
+from runner import LoopOptions, Request
+
+# Of one chunk, and of several.
+PROMPTS = [[5], [5, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(75)]]
+VARIANTS = [
+    LoopOptions(*variant)
+    for variant in itertools.product(("auto", "alias", "host"), ("device", "host"), (True, False))
+]
+# Few layers, for what compiles them takes its time; tests/export/test_austen.py has more.
+LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+ARTIFACTS = {
+    "portable": ("qwen3_5_text", "--backend", "portable", "--max-prefill", 7),
+    "inductor": ("qwen3_next", "--max-prefill", 5),
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", params=ARTIFACTS)
+def exported(request, make_hybrid_checkpoint, run_script, tmp_path_factory):
+    """The directories of a checkpoint and of its artifact of three rows."""
+    model_type, *flags = ARTIFACTS[request.param]
+    checkpoint, root = (
+        make_hybrid_checkpoint(model_type, **LAYERS),
+        tmp_path_factory.mktemp("hybrid"),
+    )
+    done = run_script(
+        *("export/qwen3_5.py", "--model", checkpoint, "--output", root / "artifact"),
+        *("--max-seq-len", 200, "--batch", 3, *flags),
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stderr
+    return checkpoint, root / "artifact"
+
+
+@pytest.fixture(scope="module")
+def expected(exported):
+    """A function: prompt, count -> transformers' greedy ids."""
+    model = AutoModelForCausalLM.from_pretrained(exported[0])
+    model.generation_config.eos_token_id = None
+
+    def ids(prompt: list[int], count: int) -> list[int]:
+        tokens = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(tokens), "do_sample": False}
+        with torch.no_grad():
+            return model.generate(tokens, max_new_tokens=count, **options)[
+                0, len(prompt) :
+            ].tolist()
+
+    return ids
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    loaded = runner.load(exported[1])
+    loaded.tokenizer.eos_token_ids.clear()
+    return loaded
+
+
+def test_the_scripts_give_transformers_greedy_ids(exported, expected, run_script, tmp_path):
+    text = "Größe: 5 µm"
+    done = run_script(
+        *("runner/run.py", "--artifact", exported[1], "--json", "--max-new-tokens", 64, text),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    ids = expected(result["prompt_ids"], 64)
+    assert len(set(ids)) > 20
+    if 1 in ids:
+        ids = ids[: ids.index(1)]
+    assert result["token_ids"] == ids
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=len)
+def test_every_variant_of_the_loop_gives_transformers_greedy_ids(model, expected, prompt):
+    ids = expected(prompt, 64)
+    for options in VARIANTS:
+        assert model.generate(prompt, 64, options=options).run().token_ids == ids, options
+
+
+def test_rows_that_join_and_leave_give_what_each_gives_alone(model, expected):
+    requests = [Request(prompt, 9 + 5 * i) for i, prompt in enumerate(PROMPTS + PROMPTS[::-1])]
+    ids = [expected(request.prompt, request.max_new_tokens) for request in requests]
+    for options in VARIANTS:
+        results = model.generate_batch(requests, options).run()
+        assert [result.token_ids for result in results] == ids, options
+
+
+def test_the_manifest_has_every_state_with_its_shape(model):
+    states = model.manifest["state"]
+    delta_net = [[3, 2 * 2 * 16 + 6 * 32, 3], [3, 6, 16, 32]]
+    attention = [[3, 200, 2, 32]] * 2
+    assert sorted(state["shape"] for state in states) == sorted(delta_net + attention)
+    assert {state["dtype"] for state in states} == {"float32"}
+    assert len({state["name"] for state in states}) == len(states)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backend", "xnnpack"], "invalid choice: 'xnnpack' (choose from "),
+        ([], "no --model; give it a Hugging Face directory"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(run_script, tmp_path, flags, message):
+    done = run_script("export/qwen3_5.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
