@@ -63,21 +63,7 @@ class Select(nn.Module):
 
 class SelectEmbed(Embed):
     """What Select takes, and then hidden [B, 1, D], which is written as well: the embedding of
-    next_id."""
-
-    def __init__(self, backbone: Backbone, function: Callable[..., Tensor]):
-        super().__init__(backbone)
-        self.function = function
-
-    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
-        *sampling, next_id, hidden = sampling_and_outputs
-        token = self.function(logits, *sampling)
-        next_id.copy_(token)
-        hidden.copy_(self.embed(token))
-
-
-class CudaSelectEmbed(Embed):
-    """The same by a function of sampler.cuda, whose last launch looks the embedding up."""
+    next_id. By a function of sampler.cuda, whose last launch looks it up."""
 
     def __init__(self, backbone: Backbone, function: Callable[..., None]):
         super().__init__(backbone)
@@ -148,20 +134,21 @@ def compile_selection(
     batch: int, vocab_size: int, max_seq_len: int, hidden_size: int, embed_scale: float,
     dtype: torch.dtype, device: str,
 ) -> dict[str, list[str]]:  # fmt: skip
-    """The compiled files of what is between a step's logits and the next step: the lookup alone,
-    selection without it and with it, and of one row of several; with CUDA next_positions.
+    """The compiled files of what is between a step's logits and the next step: the lookup,
+    selection, and selection of one row of several; with CUDA next_positions, and selection that
+    looks up as well. (A CPU would gain nothing by that, and compiles for long.)
 
     The table of embeddings is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
     """
-    functions, embedding, select_embed = (greedy, sample), (greedy, sample), SelectEmbed
+    functions, fused = {"greedy": greedy, "sample": sample}, {}
     files = {}
     with torch.device(device), torch.no_grad():
         if device == "cuda":
             from models.kernels import positions  # noqa: F401  (registers the operator)
             from sampler import cuda
 
-            functions, select_embed = (cuda.greedy, cuda.sample), CudaSelectEmbed
-            embedding = cuda.greedy_embed, cuda.sample_embed
+            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
+            fused = {"greedy": cuda.greedy_embed, "sample": cuda.sample_embed}
             example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
         # Compiled code is given its weights when it is loaded: these are never looked at.
@@ -174,12 +161,13 @@ def compile_selection(
             numbers, counts = torch.ones(rows), integers(rows)
             sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
             inputs = {"greedy": (logits,), "sample": (logits, *sampling)}
-            for (name, example), plain, fused in zip(inputs.items(), functions, embedding):
-                files[name + suffix] = compile_method(Select(plain), (*example, next_id))
-                if not suffix:
+            for name, function in functions.items():
+                example = *inputs[name], next_id
+                files[name + suffix] = compile_method(Select(function), example)
+                if name in fused and not suffix:
                     hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)
-                    method, example = select_embed(backbone, fused), (*example, next_id, hidden)
-                    files[f"{name}_embed"] = compile_method(method, example)
+                    method = SelectEmbed(backbone, fused[name])
+                    files[f"{name}_embed"] = compile_method(method, (*example, hidden))
     return files
 
 

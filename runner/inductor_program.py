@@ -43,9 +43,12 @@ class InductorProgram:
         self.has_graphs = self._device.type == "cuda"
         with self._on_stream(), _explained(artifact):
             self.constants = _constants(artifact, self._device)
-            self.embeds = {"embed", "greedy_embed"} <= set(manifest["methods"])
-            names = ["prefill", "decode_embedded", selection_name(False, self.embeds)]
-            names += ["greedy_row", "embed"] * (self._batch > 1)
+            self.embeds = "embed" in manifest["methods"]
+            # Whether selection looks the embedding up itself; else "embed" does it afterwards.
+            self._fused = "greedy_embed" in manifest["methods"]
+            names = ["prefill", "decode_embedded", selection_name(False, self._fused)]
+            names += ["greedy_row"] * (self._batch > 1)
+            names += ["embed"] * (self._batch > 1 or not self._fused)
             names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
             # Of each of the two buffers: next_id, and hidden beside it. Rows without a sequence are
@@ -63,7 +66,8 @@ class InductorProgram:
 
     def load_sampling(self, embed: bool = False) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        for name in self._artifact.sampling_methods(self._artifact.manifest["methods"], embed):
+        methods = self._artifact.manifest["methods"]
+        for name in self._artifact.sampling_methods(methods, embed and self._fused):
             self._method(name)
 
     def capture(self, table: Tensor) -> None:
@@ -105,9 +109,9 @@ class InductorProgram:
         `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
         top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
         """
-        out = self._buffers[buffer]
-        self._call(selection_name(bool(sampling), embed), logits, *sampling, *out[: 1 + embed])
-        return out[0], out[embed]
+        out, fused = self._buffers[buffer], embed and self._fused
+        self._call(selection_name(bool(sampling), fused), logits, *sampling, *out[: 1 + fused])
+        return out[0], self.embed(out[0], buffer) if embed and not fused else out[embed]
 
     def select_row(self, logits: Tensor, *sampling: Tensor) -> Tensor:
         """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
@@ -117,7 +121,10 @@ class InductorProgram:
     def embed(self, token: Tensor, buffer: int) -> Tensor:
         """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer, as `select`
         gives it: hidden [B, 1, D]."""
-        self.transfers.copy(self._call("embed", token), self._buffers[buffer][1])
+        hidden = self._call("embed", token)
+        if not self._fused:
+            return hidden
+        self.transfers.copy(hidden, self._buffers[buffer][1])
         return self._buffers[buffer][1]
 
     def next_id(self, buffer: int) -> Tensor:
