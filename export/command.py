@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +28,8 @@ class Family:
 
     `modules` are of models/, each with MODEL_TYPES, Config, Network and checkpoint_name; `demo`
     gives the checkpoint that is exported without --model, or raises ExportError; `backends` are
-    those that know the networks, the default first.
+    those that know the networks, the default first, `unknown` by backend those of `modules` that
+    it does not know all the same.
     """
 
     script: str
@@ -37,6 +38,7 @@ class Family:
     modules: tuple[str, ...]
     demo: Callable[[], Path]
     backends: tuple[str, ...] = tuple(FOR_BACKEND)
+    unknown: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def network_of(self, model_type: str) -> ModuleType | None:
         """The module of models/ for a checkpoint's model_type, if there is one."""
@@ -147,6 +149,16 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         raise ExportError(
             f"{checkpoint.path} is a {model_type} model; {family.script} exports "
             f"{', '.join(family.model_types())}"
+        )
+    if network.__name__ in family.unknown.get(options.backend, ()):
+        known = [
+            backend
+            for backend in family.backends
+            if network.__name__ not in family.unknown.get(backend, ())
+        ]
+        raise ExportError(
+            f"{checkpoint.path} is a {model_type} model; --backend {options.backend} does not "
+            f"know it, {', '.join(known)} do"
         )
     try:
         config = network.Config.from_dict(checkpoint.config)

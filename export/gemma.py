@@ -24,7 +24,13 @@ def demo_model() -> Path:
 
 
 FAMILY = Family(
-    "export/gemma.py", "Gemma", "gemma3", ("models.gemma3", "models.gemma4"), demo_model
+    "export/gemma.py",
+    "Gemma",
+    "gemma3",
+    ("models.gemma3", "models.gemma4"),
+    demo_model,
+    # Its layers are of two shapes, and their norms others.
+    unknown={"xnnpack": ("models.gemma4",)},
 )
 
 if __name__ == "__main__":
