@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.cuda_common import copy_bandwidth
 from sampler import cuda
 from sampler.greedy import greedy
 from sampler.sample import sample
@@ -185,14 +186,6 @@ def count_events(step: Callable[[], object]) -> tuple[int, int]:
     ]
     kernels = [name for name in names if not name.startswith(("Memcpy", "Memset"))]
     return len(kernels), sum(name.startswith("Memcpy DtoH") for name in names)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second read and written by a copy within the device."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    median = statistics.median(device_us(lambda: target.copy_(source), 1, 20))
-    return 2 * source.nbytes / (median * 1e-6)
 
 
 def mismatches(work: Work) -> int:

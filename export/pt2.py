@@ -111,7 +111,10 @@ def write_package(
     files |= selection.result()
     progress("writing")
     with TemporaryDirectory() as directory:
-        package_aoti(str(path), without_sources(files, Path(directory)))
+        # The loader of torch 2.11 takes all files whose path begins with a method's name, those of
+        # greedy_embed for greedy's too: no name begins as another does with its end marked.
+        marked = {f"{name}-": of_method for name, of_method in files.items()}
+        package_aoti(str(path), without_sources(marked, Path(directory)))
     return sorted(files)
 
 

@@ -148,8 +148,9 @@ class InductorProgram:
 
     def _load(self, name: str) -> Callable:
         path = str(self._artifact.program_file)
-        # What torch._inductor.package makes of it imports the whole compiler.
-        package = AOTIModelPackageLoader(path, name, True, 1, -1)
+        # What torch._inductor.package makes of it imports the whole compiler. As to the name see
+        # write_package in export/pt2.py.
+        package = AOTIModelPackageLoader(path, f"{name}-", True, 1, -1)
         constants = {}
         for needed in package.get_constant_fqns():
             if needed not in self.constants:
