@@ -79,8 +79,9 @@ def observe(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Moments]:
     try:
         tokens, positions = torch.tensor([list(ids[:count])]), torch.arange(count)
         row = torch.zeros(1, dtype=torch.int64) if model.batch > 1 else None
-        for start in range(0, count, model.max_chunk):
-            chunk = slice(start, start + model.max_chunk)
+        # Whatever --max-prefill says: another division of the text rounds differently.
+        for start in range(0, count, model.longest_chunk):
+            chunk = slice(start, start + model.longest_chunk)
             hidden = model.model.prefill(tokens[:, chunk], positions[chunk], row)
             # The head itself would make a row of the vocabulary's size of every token.
             add(model.lm_head, model.model.norm(hidden))

@@ -69,8 +69,8 @@ class Backbone(nn.Module):
 class CausalLM(nn.Module):
     """A text model of `batch` rows whose caches reach max_seq_len positions.
 
-    A prefill chunk holds at most `max_chunk` tokens. A head that is `tied` shares the embedding's
-    weight.
+    A prefill chunk holds at most `max_chunk` tokens, which an exporter may limit, and could hold
+    `longest_chunk`. A head that is `tied` shares the embedding's weight.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class CausalLM(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.batch, self.max_seq_len, self.max_chunk = batch, max_seq_len, max_chunk
+        self.batch, self.max_seq_len = batch, max_seq_len
+        self.max_chunk = self.longest_chunk = max_chunk
         self.model = model
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if tied:
