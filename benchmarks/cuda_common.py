@@ -65,19 +65,23 @@ def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
-    """Microseconds of one of `calls`, in a graph of them all."""
-    graph = capture(calls)
+def device_us(action: Callable[[], object], calls: int, repeats: int) -> list[float]:
+    """Microseconds of each call between events around `action`, which makes `calls`."""
     times = []
-    for i in range(repeats + 2):
+    for i in range(repeats + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        action()
         end.record()
         end.synchronize()
-        if i >= 2:
-            times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+        if i >= 3:
+            times.append(start.elapsed_time(end) * 1e3 / calls)
+    return times
+
+
+def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
+    """Microseconds of one of `calls`, in a graph of them all."""
+    return statistics.median(device_us(capture(calls).replay, len(calls), repeats))
 
 
 def copy_bandwidth() -> float:
@@ -85,15 +89,8 @@ def copy_bandwidth() -> float:
     graph it moves two thirds of that.)"""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    times = []
-    for _ in range(23):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return 2 * source.nbytes / statistics.median(times[3:])
+    median = statistics.median(device_us(lambda: target.copy_(source), 1, 20))
+    return 2 * source.nbytes / (median * 1e-6)
 
 
 def read_bandwidth() -> float:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cuda_common import copy_bandwidth
+from benchmarks.cuda_common import copy_bandwidth, device_us
 from sampler import cuda
 from sampler.greedy import greedy
 from sampler.sample import sample
@@ -144,20 +144,6 @@ def capture(function: Callable[[Tensor], Tensor], sets: list[Tensor], calls: int
         for i in range(calls):
             token = function(sets[i % len(sets)])
     return graph, token
-
-
-def device_us(action: Callable[[], object], calls: int, repeats: int) -> list[float]:
-    """Microseconds of each call between events around `action`, which makes `calls`."""
-    times = []
-    for i in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        action()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-    return times
 
 
 def wall_us(step: Callable[[], object], repeats: int) -> list[float]:
