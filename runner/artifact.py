@@ -79,16 +79,22 @@ def open_artifact(directory: Path) -> Artifact:
             f"{path} has the format {found!r}, and this tokenloop runs format {FORMAT_VERSION}: "
             "export it again"
         )
-    for key, kind in (KEYS | ENGINE_KEYS.get(manifest.get("engine"), {})).items():
+    _check_types(path, manifest, KEYS)
+    _check_types(path, manifest, ENGINE_KEYS.get(manifest["engine"], {}))
+    _check_file(directory, "program", manifest["program"])
+    # Weights that are made when they are loaded have no file.
+    weights = manifest.get("weights")
+    if weights is not None and not (isinstance(weights, dict) and "random" in weights):
+        _check_file(directory, "weights", weights)
+    return Artifact(directory, manifest)
+
+
+def _check_types(path: Path, manifest: dict, keys: dict[str, type]) -> None:
+    for key, kind in keys.items():
         if not isinstance(manifest.get(key), kind):
             raise RunnerError(
                 f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"
             )
-    _check_file(directory, "program", manifest["program"])
-    # Weights that are made when they are loaded have no file.
-    if "random" not in manifest.get("weights", {"random": None}):
-        _check_file(directory, "weights", manifest["weights"])
-    return Artifact(directory, manifest)
 
 
 def _check_file(directory: Path, key: str, entry: Any) -> None:

@@ -100,6 +100,16 @@ def test_an_entry_that_is_missing_or_of_another_type(altered, refuses, key, valu
     refuses(f"{key} is {value!r}", "type int")
 
 
+def test_an_engine_that_is_no_name(altered, refuses):
+    altered(engine=["inductor"])
+    refuses("engine is ['inductor'], but it must be of type str")
+
+
+def test_weights_that_are_no_file(altered, refuses):
+    altered(weights=5)
+    refuses("copy/manifest.json: weights is 5, but it must name a file")
+
+
 def test_a_manifest_that_names_no_program(altered, refuses):
     altered(**{"program.file": None})
     refuses("copy/manifest.json: program is", "must name a file")
