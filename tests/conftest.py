@@ -29,7 +29,7 @@ def run_script():
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
     """A function (name, make) -> directory that make(directory) has filled, at most once for each
-    name, whichever of the test run's processes needs it first."""
+    name, whichever of the test run's processes needs it first. Nothing else is made beside it."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -37,8 +37,9 @@ def once(tmp_path_factory):
     root.mkdir(exist_ok=True)
 
     def find(name: str, make) -> Path:
-        directory = root / name
+        directory = root / name / name
         with FileLock(root / f"{name}.lock"):
+            directory.parent.mkdir(exist_ok=True)
             if not directory.exists():
                 make(directory)
         return directory
