@@ -6,7 +6,7 @@ kernels torch.export and AOTInductor see.
 
     greedy, select_rows  2 launches: the tiles' maxima, one reduction
     sample               the same 2; 7 where rows have a top_k or top_p: between them the row's
-                         bins, the plan of what to search, a list of that, the cutoff, the scores
+                         bins, the plan of what to search, a list of that, the cutoff, the bounds
     ..._embed            as many: the last one looks up the tokens' embeddings as well
 """
 
@@ -22,12 +22,14 @@ from sampler.triton_cutoff import (
     list_kernel,
     plan_kernel,
 )
-from sampler.triton_kernels import scores_kernel, tile_maxima_kernel, token_kernel
+from sampler.triton_kernels import bounds_kernel, tile_maxima_kernel, token_kernel
 
 # 4 KiB of float32 to a program: a vocabulary of 262,144 alone makes 256 of them.
 TILE = 1024
-# Where there are more tiles than this, greedy takes them twice as large.
+# Where there are more tiles than this, they are taken twice as large.
 MANY_TILES = 2048
+# Tokens that the last launch scores at once.
+PART = 512
 # Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
 # have hundreds of tokens to a bin, others a few. A power of two.
 BINS = 2048
@@ -43,24 +45,28 @@ def _tile_maxima(
     rows: Tensor | None = None,
     bins: Tensor | None = None,
     sampling: tuple[Tensor, ...] = (None, None, None),
-    scores: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> Tensor:
-    """int64 [B, splits]; and with scores float32 [B, splits], to be written, and temperature, seed
-    and position in `sampling`, the tiles' quick scores."""
+    """int64 [B, splits]; and with bounds float32 [B, splits * parts], to be written, and temperature,
+    seed and position in `sampling`, the bounds of the scores of the tiles' parts."""
     batch = logits.shape[0] if rows is None else rows.shape[0]
     splits = triton.cdiv(logits.shape[1], tile)
     count = 0 if bins is None else bins.shape[2]
     maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
     wrap_triton(tile_maxima_kernel)[(splits, batch)](
-        logits, rows, maxima, bins, *sampling, scores,
+        logits, rows, maxima, bins, *sampling, bounds,
         logits.shape[1], logits.stride(0), logits.stride(1),
-        HAS_ROWS=rows is not None, SAMPLED=scores is not None, TILE=tile,
+        HAS_ROWS=rows is not None, SAMPLED=bounds is not None, TILE=tile, PARTS=_parts(tile),
         BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)),
     )  # fmt: skip
     return maxima
 
 
-def _greedy_tile(rows: int, vocab_size: int) -> int:
+def _parts(tile: int) -> int:
+    return max(1, tile // PART)
+
+
+def _wide_tile(rows: int, vocab_size: int) -> int:
     return TILE if rows * triton.cdiv(vocab_size, TILE) <= MANY_TILES else 2 * TILE
 
 
@@ -100,7 +106,7 @@ def _tokens(
     maxima: Tensor,
     tile: int,
     sampling: tuple[Tensor, ...] = (None, None, None),
-    scores: Tensor | None = None,
+    bounds: Tensor | None = None,
     cutoff: Tensor | None = None,
     out: Tensor | None = None,
     table: Tensor | None = None,
@@ -113,10 +119,11 @@ def _tokens(
     if token is None:
         token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
     wrap_triton(token_kernel)[(batch,)](
-        logits, maxima, cutoff, *sampling, scores, token, table, hidden,
+        logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
         logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
-        SAMPLED=scores is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
-        TILE=tile, SPLITS=triton.next_power_of_2(splits), BLOCK_D=triton.next_power_of_2(width),
+        SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
+        PART=tile // _parts(tile), PARTS=_parts(tile), SPLITS=triton.next_power_of_2(splits),
+        BLOCK_D=triton.next_power_of_2(width),
     )  # fmt: skip
     return token
 
@@ -128,14 +135,14 @@ def greedy(logits: Tensor, *, tile: int | None = None) -> Tensor:
     Ties, NaN and rows without numbers are decided as sampler.greedy decides them. `tile`, a power
     of two, is the logits of one program.
     """
-    tile = tile or _greedy_tile(*logits.shape)
+    tile = tile or _wide_tile(*logits.shape)
     return _tokens(logits, _tile_maxima(logits, tile), tile)
 
 
 @triton_op("tokenloop::select_rows", mutates_args={})
 def select_rows(logits: Tensor, rows: Tensor, *, tile: int | None = None) -> Tensor:
     """`greedy` of some rows: logits float [B, V], rows int [N] below B -> token int64 [N, 1]."""
-    tile = tile or _greedy_tile(rows.shape[0], logits.shape[1])
+    tile = tile or _wide_tile(rows.shape[0], logits.shape[1])
     return _tokens(logits, _tile_maxima(logits, tile, rows), tile)
 
 
@@ -149,7 +156,7 @@ def sample(
     position: Tensor,
     *,
     restricted: bool = True,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> Tensor:
     """One token of each row, as sampler.sample draws it: logits float [B, V]; temperature and
     top_p float32 [B]; top_k, seed and position int64 [B], contiguous -> token int64 [B, 1].
@@ -174,7 +181,7 @@ def greedy_embed(
 ) -> None:
     """`greedy`, written to next_id int64 [B, 1], and the tokens' rows of the embedding `table`
     [V, D] times `scale`, rounded once, to hidden [B, 1, D] of its dtype. All are contiguous."""
-    tile = tile or _greedy_tile(*logits.shape)
+    tile = tile or _wide_tile(*logits.shape)
     maxima = _tile_maxima(logits, tile)
     _tokens(logits, maxima, tile, out=next_id, table=table, hidden=hidden, scale=scale)
 
@@ -193,7 +200,7 @@ def sample_embed(
     *,
     scale: float = 1.0,
     restricted: bool = True,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> None:
     """`sample`, with the outputs of greedy_embed."""
     arguments = logits, temperature, top_k, top_p, seed, position
@@ -209,19 +216,20 @@ def _sampled(
     seed: Tensor,
     position: Tensor,
     restricted: bool,
-    tile: int,
+    tile: int | None,
     **written: Tensor | float,
 ) -> Tensor:
     sampling, cutoff = (temperature, seed, position), None
+    tile = tile or (TILE if restricted else _wide_tile(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
-    scores = torch.empty(batch, splits, device=logits.device)
+    bounds = torch.empty(batch, splits * _parts(tile), device=logits.device)
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
-        wrap_triton(scores_kernel)[(splits, batch)](
-            logits, maxima, cutoff, *sampling, scores,
+        wrap_triton(bounds_kernel)[(splits, batch)](
+            logits, maxima, cutoff, *sampling, bounds,
             logits.shape[1], logits.stride(0), logits.stride(1),
-            TILE=tile, SPLITS=triton.next_power_of_2(splits),
+            TILE=tile, PARTS=_parts(tile), SPLITS=triton.next_power_of_2(splits),
         )  # fmt: skip
     else:
-        maxima = _tile_maxima(logits, tile, sampling=sampling, scores=scores)
-    return _tokens(logits, maxima, tile, sampling, scores, cutoff, **written)
+        maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)
+    return _tokens(logits, maxima, tile, sampling, bounds, cutoff, **written)

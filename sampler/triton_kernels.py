@@ -44,6 +44,8 @@ ID_MASK = tl.constexpr(0x7FFFFFFF)
 # Gumbel noise of 23 bits lies in [-2.82, 16.64]: what is scaled below this cannot win a row.
 HOPELESS = tl.constexpr(-20.0)
 ROUNDS = tl.constexpr(philox.ROUNDS)
+MULTIPLIER_0, MULTIPLIER_1 = (tl.constexpr(x) for x in philox.MULTIPLIERS)
+WEYL_0, WEYL_1 = (tl.constexpr(x) for x in philox.WEYL)
 LN2_HIGH, LN2_LOW = tl.constexpr(philox.LN2_HIGH), tl.constexpr(philox.LN2_LOW)
 LOG_COEFFICIENTS = tl.constexpr(philox.LOG_COEFFICIENTS)
 EXP_COEFFICIENTS = tl.constexpr(reference.EXP_COEFFICIENTS)
@@ -127,16 +129,28 @@ def log(x):
 
 
 @triton.jit
+def _product(x, multiplier: tl.constexpr):
+    """(high, low) words of a product of uint32: one instruction, where tl.umulhi makes two."""
+    wide = x.to(tl.uint64) * multiplier
+    return (wide >> 32).to(tl.uint32), wide.to(tl.uint32)
+
+
+@triton.jit
 def _words(first_id, seed, position, TILE: tl.constexpr):
     """uint32 [TILE] of noise for the ids from `first_id`, a multiple of 4, on.
 
     Philox4x32-7 (Salmon et al., SC11): one counter serves four ids.
     """
-    groups = (first_id // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
-    position_low = (groups * 0) + (position & 0xFFFFFFFF).to(tl.uint32)
-    position_high = (groups * 0) + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, groups, position_low, position_high, groups * 0, ROUNDS)
-    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    c0 = (first_id // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
+    c1, c2 = position.to(tl.uint32), (position >> 32).to(tl.uint32)
+    c3 = tl.full([], 0, tl.uint32)
+    for _ in tl.static_range(ROUNDS):
+        high0, low0 = _product(c0, MULTIPLIER_0)
+        high2, low2 = _product(c2, MULTIPLIER_1)
+        c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
+        key0, key1 = key0 + WEYL_0, key1 + WEYL_1
+    return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
 
 
 @triton.jit
@@ -152,43 +166,51 @@ def _gumbel(first_id, seed, position, TILE: tl.constexpr):
 
 
 @triton.jit
-def quick_noise(words):
-    """float32 log2(e) * gumbel of words, nearly, with the hardware's logarithms."""
-    u = _unit(words)
-    rest = 1 - u  # exact, as u is
-    # -ln(u), by its series where the hardware's logarithm is not relatively exact: where u is
-    # nearly 1, and the winners are.
-    near = rest * (1 + rest * (0.5 + rest * (0.33333333 + rest * 0.25)))
-    return -quick_log2(tl.where(rest < 0.0625, near, quick_log2(u) * -0.6931471805599453))
+def log2_rate(words):
+    """float32 log2(-ln(u)) of the words' u, or less: by 0.05 at most where it is below -1.5, 0.27
+    below 0, 3.5 anywhere; but for the rounding of the hardware's logarithm. Noise is -ln(-ln(u)).
+
+    With u = 1 - r, -ln(u) is r + r^2 / 2 + ..., so no less than its first two terms, of what r is
+    at least.
+    """
+    r = 1.99999988079071044921875 - ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    return quick_log2(r * (0.5 * r + 1.0))
 
 
 @triton.jit
-def _quick_score(x, first_id, temperature, seed, position, TILE: tl.constexpr):
-    """float32: the largest log2(e) * (x / temperature + noise) of a tile, but for `_tolerance`, at
-    a third of the cost of exact scores."""
-    noise = quick_noise(_words(first_id, seed, position, TILE))
-    score = x * (1.4426950408889634 / temperature) + noise
-    # inf * 0, or temperatures whose inverse overflows: the exact scores decide.
-    return tl.max(tl.where(score == score, score, float("inf")))
+def _score_bounds(
+    x, largest, first_id, temperature, seed, position, TILE: tl.constexpr, PARTS: tl.constexpr
+):
+    """float32 [PARTS] of a tile whose largest logit is given: no score log2(e) * (x / temperature +
+    noise) of a part is above its bound by more than `_tolerance`. At a fifth of the cost of exact
+    scores."""
+    factor = 1.4426950408889634 / temperature
+    # The maximum of x * factor - rate; to negate each rate would be one more instruction.
+    negated = x * -factor + log2_rate(_words(first_id, seed, position, TILE))
+    bounds = -tl.min(tl.reshape(negated, [PARTS, TILE // PARTS]), axis=1)
+    # Products that overflow, or inf * 0: the exact scores decide.
+    is_bound = (factor > 1e-30) & (factor < 1e8) & (tl.abs(largest) < 1e30)
+    bounds = tl.where(is_bound, bounds, float("inf"))
+    return tl.where(largest == float("-inf"), largest, bounds)
 
 
 @triton.jit
 def _tolerance(score):
-    """More than a finite quick score may be off: by logarithms, and by rounded products."""
-    return 2e-4 + (tl.minimum(tl.abs(score), 1e30) + 32) * 1e-6
+    """More than a bound may be off: by logarithms, and by rounded products."""
+    return 2e-4 + (tl.abs(score) + 32) * 1e-6
 
 
 @triton.jit
 def tile_maxima_kernel(
     logits_ptr, rows_ptr, maxima_ptr, bins_ptr,
-    temperature_ptr, seed_ptr, position_ptr, scores_ptr,
+    temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     vocab_size, row_stride, column_stride,
     HAS_ROWS: tl.constexpr, SAMPLED: tl.constexpr,
-    TILE: tl.constexpr, BINS: tl.constexpr, ZEROS: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS.
 
-    Where SAMPLED, the quick score of the tile as well. Where there are BINS, the tiles' programs
+    Where SAMPLED, its parts' bounds of scores as well, if the row's temperature is above 0. Where there are BINS, the tiles' programs
     share the zeroing of the row's, int64 [B, 2, BINS], ZEROS each.
     """
     split = tl.program_id(0)
@@ -197,18 +219,26 @@ def tile_maxima_kernel(
     if HAS_ROWS:
         source_row = tl.load(rows_ptr + row).to(tl.int64)
     ids = split * TILE + tl.arange(0, TILE)
-    x = load_logits(logits_ptr + source_row * row_stride, ids, vocab_size, column_stride)
+    at = logits_ptr + source_row * row_stride + ids * column_stride
+    x = tl.load(at, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+    largest = tl.max(x)  # NaN only where nothing else is
+    largest = tl.where(largest == largest, largest, float("-inf"))
     out = row * tl.cdiv(vocab_size, TILE) + split
-    largest = tl.max(x)
-    # The mask of a short tile matters where all of it is -inf.
-    first = tl.min(tl.where(x == largest, ids, ID_MASK))
-    tl.store(maxima_ptr + out, pack(largest, ID_MASK - first.to(tl.int64)))
+    is_greedy = tl.full([], True, tl.int1)
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
+        is_greedy = temperature == 0
         if temperature > 0:
             seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-            score = _quick_score(x, split * TILE, temperature, seed, position, TILE)
-            tl.store(scores_ptr + out, score)
+            bounds = _score_bounds(
+                x, largest, split * TILE, temperature, seed, position, TILE, PARTS
+            )
+            tl.store(bounds_ptr + out * PARTS + tl.arange(0, PARTS), bounds)
+    # Of other rows nobody asks which token is the first of the largest.
+    first = split * TILE
+    if is_greedy & (largest > float("-inf")):
+        first = tl.min(tl.where(x == largest, ids, ID_MASK))
+    tl.store(maxima_ptr + out, pack(largest, ID_MASK - first.to(tl.int64)))
     if BINS:
         # triton_cutoff's bins_kernel, the next launch, adds to them.
         zeros = split * ZEROS + tl.arange(0, ZEROS)
@@ -216,14 +246,14 @@ def tile_maxima_kernel(
 
 
 @triton.jit
-def scores_kernel(
-    logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, scores_ptr,
+def bounds_kernel(
+    logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     vocab_size, row_stride, column_stride,
-    TILE: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """scores float32 [B, splits]: of each tile the quick score of what the cutoff keeps.
+    """bounds float32 [B, splits * PARTS]: of each part the bound of what the cutoff keeps.
 
-    Tiles that cannot hold the row's token are not read. Rows of temperature 0 have no scores.
+    Tiles that cannot hold the row's token are not read. Rows of temperature 0 have no bounds.
     """
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -234,29 +264,33 @@ def scores_kernel(
     largest = value(tl.max(load_maxima(maxima_ptr, row, splits, SPLITS)))
     own = tl.load(maxima_ptr + row * splits + split)
     cutoff = tl.load(cutoff_ptr + row)
-    best = tl.full([], float("-inf"), tl.float32)
+    bounds = tl.full([PARTS], float("-inf"), tl.float32)
     hopeless = scaled(value(own), largest, temperature) < HOPELESS
     if ((own >> 32) >= (cutoff >> 32)) & (hopeless == 0):
         ids = split * TILE + tl.arange(0, TILE)
         x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
         x = tl.where(pack(x, ids) >= cutoff, x, float("-inf"))
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        best = _quick_score(x, split * TILE, temperature, seed, position, TILE)
-    tl.store(scores_ptr + row * splits + split, best)
+        bounds = _score_bounds(
+            x, tl.max(x), split * TILE, temperature, seed, position, TILE, PARTS
+        )
+    out = (row * splits + split) * PARTS + tl.arange(0, PARTS)
+    tl.store(bounds_ptr + out, bounds)
 
 
 @triton.jit
 def token_kernel(
-    logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, scores_ptr,
+    logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     token_ptr, table_ptr, hidden_ptr, vocab_size, row_stride, column_stride, splits, width,
     embed_scale: tl.constexpr,
     SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, EMBED: tl.constexpr,
-    TILE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    PART: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The token of each row: that of the largest logit, or of the largest scaled logit + noise.
 
-    The latter is in one of the tiles whose quick scores nearly equal the best one, most often in
-    one alone; these are scored exactly. With EMBED its row of the table [V, width], scaled, goes to
+    For the latter parts of tiles, of PART tokens, are scored exactly, that of the highest bound
+    first, until none is left whose bound is not below the best score: most often one, at times two
+    or three. With EMBED its row of the table [V, width], scaled, goes to
     hidden [B, width].
     """
     row = tl.program_id(0).to(tl.int64)
@@ -266,28 +300,31 @@ def token_kernel(
         largest = value(best)
         # A row without numbers above -inf gives id 0 at any temperature.
         if (temperature > 0) & (largest > float("-inf")):
-            offsets = tl.arange(0, SPLITS)
-            quick = tl.load(
-                scores_ptr + row * splits + offsets, mask=offsets < splits, other=float("-inf")
+            offsets = tl.arange(0, SPLITS * PARTS)
+            count = splits * PARTS
+            bounds = tl.load(
+                bounds_ptr + row * count + offsets, mask=offsets < count, other=float("-inf")
             )
-            quickest = tl.max(quick)
-            is_left = (quick >= quickest - _tolerance(quickest)) & (offsets < splits)
-            count = tl.sum(is_left.to(tl.int32))
+            highest = tl.max(bounds)
             seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-            cutoff = tl.full([], NOTHING, tl.int64)
-            if RESTRICTED:
-                cutoff = tl.load(cutoff_ptr + row)
             best = tl.full([], NOTHING, tl.int64)
-            split = tl.full([], -1, tl.int32)
-            while count > 0:
-                split = tl.min(tl.where(is_left & (offsets > split), offsets, SPLITS))
-                ids = split * TILE + tl.arange(0, TILE)
+            unit = largest * (1.4426950408889634 / temperature)
+            while highest > float("-inf"):
+                part = tl.min(tl.where(bounds == highest, offsets, SPLITS * PARTS))
+                ids = part * PART + tl.arange(0, PART)
                 x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
-                noise = _gumbel(split * TILE, seed, position, TILE)
+                noise = _gumbel(part * PART, seed, position, PART)
                 score = scaled(x, largest, temperature) + noise
-                score = tl.where(pack(x, ids) >= cutoff, score, float("-inf"))
+                if RESTRICTED:
+                    is_kept = pack(x, ids) >= tl.load(cutoff_ptr + row)
+                    score = tl.where(is_kept, score, float("-inf"))
                 best = tl.maximum(best, tl.max(pack(score, ID_MASK - ids)))
-                count -= 1
+                bounds = tl.where(offsets == part, float("-inf"), bounds)
+                highest = tl.max(bounds)
+                # The best score so far as bounds count them. NaN, of infinities, ends no search.
+                reached = value(best) * 1.4426950408889634 + unit
+                if highest < reached - _tolerance(reached):
+                    highest = tl.full([], float("-inf"), tl.float32)
     token = ID_MASK - (best & ID_MASK)
     tl.store(token_ptr + row, token)
     if EMBED:

@@ -37,6 +37,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def short_chunks(monkeypatch):
     """Let short rows have several chunks as well."""
     if not ON_GPU:
+        monkeypatch.setattr(cuda, "PART", 8)
         monkeypatch.setattr(cuda, "CHUNK", 32)
         monkeypatch.setattr(cuda, "FEW", 8)
 
@@ -239,23 +240,32 @@ def test_logarithms_and_masses_have_the_reference_s_bits():
 
 
 @triton.jit
-def noise_kernel(words_ptr, noise_ptr, BLOCK: tl.constexpr):
+def rate_kernel(words_ptr, rate_ptr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(noise_ptr + offsets, kernels.quick_noise(tl.load(words_ptr + offsets)))
+    tl.store(rate_ptr + offsets, kernels.log2_rate(tl.load(words_ptr + offsets)))
 
 
-def test_quick_noise_is_well_within_its_tolerance():
+def test_the_bound_of_noise_is_one_and_a_close_one_where_tokens_win():
     block, size = 1024, 2**23
     values = torch.arange(size)
     if not ON_GPU:
         size = 2**17
         values = torch.cat([values[: size // 2], values[-size // 2 :]])
     words = (values << 9).to(torch.uint32).to(DEVICE)
-    noise = torch.empty(size, device=DEVICE)
-    noise_kernel[(size // block,)](words, noise, BLOCK=block)
+    rate = torch.empty(size, device=DEVICE)
+    rate_kernel[(size // block,)](words, rate, BLOCK=block)
     u = (values.double() + 0.5) * 2.0**-23
-    expected = -(-u.log()).log() / math.log(2)
-    assert (noise.cpu() - expected).abs().max() < 5e-5
+    expected = (-u.log()).log() / math.log(2)
+    below = expected - rate.cpu()
+    # The tolerance of a score of 0 is more than four times as much.
+    assert below.min() > -5e-5
+    # r counts from 0 in steps of 2^-23, half a step too low: at its least the bound says nothing.
+    assert below[-1] == INF
+    assert below[:-1].max() < 3.5
+    for rate, most in ((0, 0.27), (-1.5, 0.05)):
+        half_a_step = 2.0**-24 / -u.log() / math.log(2)
+        is_meant = (expected < rate) & (half_a_step < 1e-3)
+        assert (below - 1.1 * half_a_step)[is_meant].max() < most
 
 
 @needs_gpu
