@@ -11,7 +11,6 @@ the one the operator uses is marked with *. bfloat16, width 4, SiLU.
 
 import argparse
 import contextlib
-import datetime
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.cuda_common import copy_bandwidth, median_us, save
+from benchmarks.cuda_common import (
+    copy_bandwidth,
+    heading,
+    kernel_options,
+    kernel_parser,
+    median_us,
+    origin,
+    save,
+)
 from models.operators import conv1d, cuda
 from models.operators.triton_conv1d import (
     last_input,
@@ -261,21 +268,13 @@ def measure_cuts(dim: int, tokens: int, bandwidth: float, repeats: int) -> list[
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/causal_conv1d.py", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="(default: 10)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; it must be at least 1")
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU")
-    return options
+    return kernel_options(kernel_parser("causal_conv1d", __doc__, 10), arguments)
 
 
 def main() -> None:
     options = parse()
-    bandwidth, device = copy_bandwidth(), torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}; a copy moves {bandwidth / 1e12:.2f} TB/s")
+    bandwidth = copy_bandwidth()
+    print(heading(bandwidth))
     print(HEADER)
     rows = []
     for dim in DIMS:
@@ -288,10 +287,7 @@ def main() -> None:
     for dim, tokens in ((DIMS[0], TOKENS[0]), (DIMS[-1], TOKENS[-1])):
         cuts += measure_cuts(dim, tokens, bandwidth, options.repeats)
     answer = {
-        "benchmark": "causal_conv1d",
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
+        **origin("causal_conv1d"),
         "copy_tb_s": bandwidth / 1e12,
         "repeats": options.repeats,
         "rows": rows,

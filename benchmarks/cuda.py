@@ -9,7 +9,6 @@ product of a large matrix with one vector.
 """
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -34,6 +33,7 @@ from benchmarks.cuda_common import (
     export,
     idle_share,
     kernel_times,
+    origin,
     profiled,
     read_bandwidth,
     save,
@@ -170,10 +170,7 @@ def main() -> None:
                 flush=True,
             )
     result = {
-        "benchmark": "cuda",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **origin("cuda"),
         "copy_tb_s": copied / 1e12,
         "read_tb_s": read / 1e12,
         "config": model.manifest["checkpoint"]["file"].removesuffix(".json"),

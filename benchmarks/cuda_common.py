@@ -1,5 +1,7 @@
-"""What the benchmarks of networks on a CUDA GPU share: artifacts, times, the profiler's view."""
+"""What the benchmarks on a CUDA GPU share: artifacts, times, the profiler's view, results."""
 
+import argparse
+import datetime
 import itertools
 import json
 import statistics
@@ -52,7 +54,8 @@ def decode_ms(model, position: int, steps: int, repeats: int, options) -> list[f
     return times
 
 
-def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+def capture(calls: list[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A graph of the calls, and what the last one gives."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -61,8 +64,8 @@ def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
-            call()
-    return graph
+            result = call()
+    return graph, result
 
 
 def device_us(action: Callable[[], object], calls: int, repeats: int) -> list[float]:
@@ -81,7 +84,7 @@ def device_us(action: Callable[[], object], calls: int, repeats: int) -> list[fl
 
 def median_us(calls: list[Callable[[], object]], repeats: int) -> float:
     """Microseconds of one of `calls`, in a graph of them all."""
-    return statistics.median(device_us(capture(calls).replay, len(calls), repeats))
+    return statistics.median(device_us(capture(calls)[0].replay, len(calls), repeats))
 
 
 def copy_bandwidth() -> float:
@@ -153,6 +156,44 @@ def idle_share(events: list[dict], first_kernel: str) -> float:
     gaps = [max(0.0, kernels[i]["ts"] - end) for i, end in zip(starts, ends)]
     steps = [kernels[b]["ts"] - kernels[a]["ts"] for a, b in itertools.pairwise(starts)]
     return statistics.median(gaps) / statistics.median(steps)
+
+
+def kernel_parser(benchmark: str, description: str, repeats: int) -> argparse.ArgumentParser:
+    """Of a benchmark of kernels, by its file's name."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks/{benchmark}.py", description=description)
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
+    return parser
+
+
+def kernel_options(
+    parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; it must be at least 1")
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU")
+    return options
+
+
+def origin(benchmark: str) -> dict[str, str]:
+    """What every result says of where it is from."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def heading(bandwidth: float) -> str:
+    return (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; "
+        f"a copy moves {bandwidth / 1e12:.2f} TB/s"
+    )
 
 
 def save(result: dict, path: Path | None) -> None:

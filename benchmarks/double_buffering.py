@@ -10,7 +10,6 @@ one --config and one --batch there is one export, of minutes.
 """
 
 import argparse
-import datetime
 import gc
 import statistics
 import sys
@@ -21,12 +20,11 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import runner
-from benchmarks.cuda_common import PROMPT, export, idle_share, profiled, save
+from benchmarks.cuda_common import PROMPT, export, idle_share, origin, profiled, save
 from runner import LoopOptions, Request
 
 # Each with the batches that it is measured at.
@@ -132,14 +130,9 @@ def main() -> int:
             # Before the next one's weights come.
             del model
             gc.collect()
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     Console(width=100).print(table(rows))
     result = {
-        "benchmark": "double_buffering",
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
+        **origin("double_buffering"),
         "steps": options.steps,
         "rows": rows,
     }

@@ -9,7 +9,6 @@ reference in plain operations. 32 heads of 128 x 128 with 16 key heads, bfloat16
 
 import argparse
 import contextlib
-import datetime
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,16 +21,24 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from benchmarks.cuda_common import copy_bandwidth, median_us, save
+from benchmarks.cuda_common import (
+    copy_bandwidth,
+    heading,
+    kernel_options,
+    kernel_parser,
+    median_us,
+    origin,
+    save,
+)
 from models.operators import conv1d, cuda, delta_rule
 
 BATCHES = 1, 2, 4, 8, 16, 32, 64
 HEADS, KEY_HEADS, SIZE = 32, 16, 128
 WIDTH = 4
-# Columns of the state in one program, the operator's own first.
-BLOCKS = cuda.BLOCK_VALUES, 16, 64
+# Columns of the state in one program, and its warps; the operator's own first.
+CUTS = cuda.COLUMNS, (16, 4), (32, 8), (64, 4), (64, 8)
 COLD_BYTES = 200e6  # several times the largest L2
-HEADER = f"{'batch':>5}  {'what':<18}{'floor us':>9}{'us':>9}{'share':>8}{'error':>9}"
+HEADER = f"{'batch':>5}  {'what':<28}{'floor us':>9}{'us':>9}{'share':>8}{'error':>9}"
 
 
 @dataclass(frozen=True)
@@ -97,13 +104,13 @@ def make_work(batch: int, heads: int, key_heads: int, size: int, device: str, co
 
 
 @contextlib.contextmanager
-def columns(count: int) -> Iterator[None]:
-    """Let the operator's programs have so many columns of a state."""
-    own, cuda.BLOCK_VALUES = cuda.BLOCK_VALUES, count
+def cut_into(cut: tuple[int, int]) -> Iterator[None]:
+    """Let the operator's programs have so many columns of a state, and warps."""
+    own, cuda.COLUMNS = cuda.COLUMNS, cut
     try:
         yield
     finally:
-        cuda.BLOCK_VALUES = own
+        cuda.COLUMNS = own
 
 
 def measure(batch: int, bandwidth: float, repeats: int) -> list[dict]:
@@ -123,7 +130,7 @@ def measure(batch: int, bandwidth: float, repeats: int) -> list[dict]:
         rows.append(row)
         shown = "" if error is None else f"{error:.1e}"
         print(
-            f"{batch:>5}  {what:<18}{row['floor_us']:>9.2f}{us:>9.2f}{row['share']:>8.1%}"
+            f"{batch:>5}  {what:<28}{row['floor_us']:>9.2f}{us:>9.2f}{row['share']:>8.1%}"
             f"{shown:>9}",
             flush=True,
         )
@@ -131,12 +138,12 @@ def measure(batch: int, bandwidth: float, repeats: int) -> list[dict]:
     def calls(function: Callable, operators, tables: list[Tensor]) -> list[Callable[[], Tensor]]:
         return [lambda table=table: function(operators, table) for table in tables]
 
-    for block in BLOCKS:
-        with columns(block):
+    for cut in CUTS:
+        with cut_into(cut):
             error = work.error(work.step, delta_rule, work.states[0])
-            own = " *" if block == BLOCKS[0] else ""
+            own = " *" if cut == CUTS[0] else ""
             add(
-                f"step, {block} columns{own}",
+                f"step, {cut[0]} columns, {cut[1]} warps{own}",
                 step_bytes,
                 calls(work.step, cuda, work.states),
                 error,
@@ -148,30 +155,19 @@ def measure(batch: int, bandwidth: float, repeats: int) -> list[dict]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/gated_delta.py", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="(default: 10)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; it must be at least 1")
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU")
-    return options
+    return kernel_options(kernel_parser("gated_delta", __doc__, 10), arguments)
 
 
 def main() -> None:
     options = parse()
-    bandwidth, device = copy_bandwidth(), torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}; a copy moves {bandwidth / 1e12:.2f} TB/s")
+    bandwidth = copy_bandwidth()
+    print(heading(bandwidth))
     print(HEADER)
     rows = []
     for batch in BATCHES:
         rows += measure(batch, bandwidth, options.repeats)
     answer = {
-        "benchmark": "gated_delta",
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
+        **origin("gated_delta"),
         "copy_tb_s": bandwidth / 1e12,
         "repeats": options.repeats,
         "rows": rows,

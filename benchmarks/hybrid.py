@@ -12,7 +12,6 @@ and the states of the delta nets, read and written.
 
 import argparse
 import contextlib
-import datetime
 import inspect
 import json
 import math
@@ -39,6 +38,7 @@ from benchmarks.cuda_common import (
     idle_share,
     kernel_times,
     launches,
+    origin,
     profiled,
     read_bandwidth,
     save,
@@ -228,10 +228,7 @@ def main() -> None:
         f"{read / 1e12:.2f} can be read"
     )
     answer = {
-        "benchmark": "hybrid",
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
+        **origin("hybrid"),
         "copy_tb_s": copied / 1e12,
         "read_tb_s": read / 1e12,
         "config": CONFIG,

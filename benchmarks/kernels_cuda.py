@@ -7,9 +7,6 @@ difference from the reference in float32, over the largest value. Several cuts o
 measured; the one the operators use is marked with *.
 """
 
-import argparse
-import datetime
-import json
 import re
 import sys
 import time
@@ -26,7 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cuda_common import copy_bandwidth, median_us
+from benchmarks.cuda_common import (
+    copy_bandwidth,
+    heading,
+    kernel_options,
+    kernel_parser,
+    median_us,
+    origin,
+    save,
+)
 from models.kernels import cuda, reference
 from models.kernels.packing import quantize_int4, quantize_int8
 from models.kernels.tiles import AttendTiles, LinearTiles, attend_tiles, linear_tiles, most_splits
@@ -393,8 +398,7 @@ def measure_layer(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/kernels_cuda.py", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="(default: 7)")
+    parser = kernel_parser("kernels_cuda", __doc__, 7)
     parser.add_argument(
         "--seconds", type=float, default=220, metavar="S",
         help="what has not begun by then is left out (default: 220)",
@@ -405,17 +409,11 @@ def main() -> None:
         metavar="PATTERN",
         help="parts whose name matches, such as 'layer|int4'",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
-    options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; it must be at least 1")
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU")
+    options = kernel_options(parser, None)
 
     start = time.monotonic()
     bandwidth = copy_bandwidth()
-    device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}; a copy moves {bandwidth / 1e12:.2f} TB/s")
+    print(heading(bandwidth))
     report = Report(bandwidth, start + options.seconds)
     counters = torch.zeros(
         cuda.counters_size(max(BATCHES), 262_144, 16), dtype=torch.int32, device="cuda"
@@ -453,18 +451,12 @@ def main() -> None:
             section(f"{name} {FORMS[bits]} layer", measure_layer, name, matrices, layout, bits)
     print(report.table())
     answer = {
-        "benchmark": "kernels_cuda",
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
+        **origin("kernels_cuda"),
         "copy_tb_s": bandwidth / 1e12,
         "repeats": options.repeats,
         "rows": report.rows,
     }
-    text = json.dumps(answer)
-    if options.output is not None:
-        options.output.write_text(text + "\n")
-    print(text)
+    save(answer, options.output)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ the launch until the tokens are read on the host. Figures are medians. Every tok
 the reference's on the CPU.
 """
 
-import argparse
-import datetime
-import json
+import itertools
 import statistics
 import sys
 import time
@@ -25,7 +23,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cuda_common import copy_bandwidth, device_us
+from benchmarks.cuda_common import (
+    capture,
+    copy_bandwidth,
+    device_us,
+    heading,
+    kernel_options,
+    kernel_parser,
+    origin,
+    save,
+)
 from sampler import cuda
 from sampler.greedy import greedy
 from sampler.sample import sample
@@ -131,19 +138,11 @@ def ways(work: Work) -> dict[str, Callable[[Tensor], Tensor | list[int]]]:
     return functions
 
 
-def capture(function: Callable[[Tensor], Tensor], sets: list[Tensor], calls: int):
-    """(a graph of so many calls, the last call's tokens)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function(sets[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            token = function(sets[i % len(sets)])
-    return graph, token
+def graph_us(function: Callable[[Tensor], Tensor], sets: list[Tensor], repeats: int) -> list[float]:
+    """Microseconds of each call, on one of the logits after the other."""
+    count = max(CALLS, len(sets))
+    graph, _ = capture([lambda i=i: function(sets[i % len(sets)]) for i in range(count)])
+    return device_us(graph.replay, count, repeats)
 
 
 def wall_us(step: Callable[[], object], repeats: int) -> list[float]:
@@ -197,10 +196,8 @@ def measure(work: Work, repeats: int) -> dict:
         figures = {"launches": launches, "copies": copies}
         # torch.multinomial is timed as it is called; the others can be captured.
         if name == "ours" or (name == "torch" and all(work.greedy_rows)):
-            calls = max(CALLS, len(work.sets))
-            graph, _ = capture(function, work.sets, calls)
-            figures["device_us"] = device_us(graph.replay, calls, repeats)
-            graph, token = capture(function, work.sets, 1)
+            figures["device_us"] = graph_us(function, work.sets, repeats)
+            graph, token = capture([lambda function=function: function(work.sets[0])])
 
             def step(graph=graph, token=token):
                 graph.replay()
@@ -219,6 +216,35 @@ def measure(work: Work, repeats: int) -> dict:
             for key, value in figures.items()
         }
     return result
+
+
+def measure_cuts(repeats: int) -> list[dict]:
+    """Sampling without top_k and top_p, with other tiles and parts than the sampler's own."""
+    print(f"{'case':<26}{'V':>8}{'B':>4}{'tile':>7}{'part':>6}{'us':>8}{'wrong':>7}")
+    rows, own = [], cuda.PART
+    try:
+        for case in ("sampled", "half greedy, half sampled"):
+            for batch, tiles in ((1, (1024,)), (32, (1024, 2048, 4096))):
+                work = make_work(case, VOCABULARIES[-1], batch, False)
+                expected = sample(work.sets[0].cpu(), *(x.cpu() for x in work.parameters))
+                for tile, cuda.PART in itertools.product(tiles, (256, 512, 1024, 2048)):
+
+                    def ours(logits: Tensor, work=work, tile=tile) -> Tensor:
+                        return cuda.sample(logits, *work.parameters, restricted=False, tile=tile)
+
+                    us = statistics.median(graph_us(ours, work.sets, repeats))
+                    wrong = int((ours(work.sets[0]).cpu() != expected).sum())
+                    row = {"case": case, "vocabulary": VOCABULARIES[-1], "batch": batch}
+                    row |= {"tile": tile, "part": cuda.PART, "us": us, "wrong": wrong}
+                    rows.append(row)
+                    print(
+                        f"{case:<26}{VOCABULARIES[-1]:>8}{batch:>4}{tile:>7}{cuda.PART:>6}"
+                        f"{us:>8.2f}{wrong:>7}",
+                        flush=True,
+                    )
+    finally:
+        cuda.PART = own
+    return rows
 
 
 def print_row(case: str, vocabulary: int, batch: int, floor_us: float, result: dict) -> None:
@@ -241,27 +267,21 @@ def print_row(case: str, vocabulary: int, batch: int, floor_us: float, result: d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/sampler_cuda.py", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="(default: 20)")
+    parser = kernel_parser("sampler_cuda", __doc__, 20)
     parser.add_argument(
         "--cold", action="store_true", help="rotate among logits that no cache can hold"
     )
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there as well")
-    options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; it must be at least 1")
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA GPU")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    options = kernel_options(parser, None)
 
     bandwidth = copy_bandwidth()
-    device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}; a copy moves {bandwidth / 1e12:.2f} TB/s")
+    print(heading(bandwidth))
     print("microseconds a call on the device, and a step with its tokens read; ours/torch/loop")
     print(HEADER)
     count_events(lambda: torch.zeros(1, device="cuda").item())  # starts the profiler
     rows = []
     for vocabulary in VOCABULARIES:
-        for case in CASES:
+        for case in options.only:
             for batch in BATCHES:
                 work = make_work(case, vocabulary, batch, options.cold)
                 floor_us = batch * vocabulary * 4 / bandwidth * 1e6
@@ -269,20 +289,15 @@ def main() -> None:
                 print_row(case, vocabulary, batch, floor_us, result)
                 shape = {"case": case, "vocabulary": vocabulary, "batch": batch}
                 rows.append(shape | {"floor_us": floor_us} | result)
-    answer = {
-        "benchmark": "sampler_cuda",
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
+    cuts = measure_cuts(options.repeats)
+    answer = origin("sampler_cuda") | {
         "copy_tb_s": bandwidth / 1e12,
         "cold": options.cold,
         "repeats": options.repeats,
         "rows": rows,
+        "cuts": cuts,
     }
-    text = json.dumps(answer)
-    if options.save is not None:
-        options.save.write_text(text + "\n")
-    print(text)
+    save(answer, options.output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ a run without the profiler), whether the ids are identical, and one JSON line.
 """
 
 import argparse
-import datetime
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ if __name__ == "__main__":
 import torch
 
 import runner
-from benchmarks.cuda_common import PROMPT, copies, export, launches, profiled, save
+from benchmarks.cuda_common import PROMPT, copies, export, launches, origin, profiled, save
 from runner import LoopOptions
 from runner.compare import variants
 
@@ -94,10 +93,7 @@ def main() -> None:
     for row in rows:
         del row["ids"]
     result = {
-        "benchmark": "transfers",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **origin("transfers"),
         "artifact": artifact.name,
         "rows": rows,
     }

@@ -47,8 +47,8 @@ def _tile_maxima(
     sampling: tuple[Tensor, ...] = (None, None, None),
     bounds: Tensor | None = None,
 ) -> Tensor:
-    """int64 [B, splits]; and with bounds float32 [B, splits * parts], to be written, and temperature,
-    seed and position in `sampling`, the bounds of the scores of the tiles' parts."""
+    """int64 [B, splits]; and with bounds float32 [B, splits * parts], to be written, and
+    temperature, seed and position in `sampling`, the bounds of the scores of the tiles' parts."""
     batch = logits.shape[0] if rows is None else rows.shape[0]
     splits = triton.cdiv(logits.shape[1], tile)
     count = 0 if bins is None else bins.shape[2]

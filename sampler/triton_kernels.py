@@ -210,8 +210,9 @@ def tile_maxima_kernel(
 ):  # fmt: skip
     """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS.
 
-    Where SAMPLED, its parts' bounds of scores as well, if the row's temperature is above 0. Where there are BINS, the tiles' programs
-    share the zeroing of the row's, int64 [B, 2, BINS], ZEROS each.
+    Where SAMPLED, its parts' bounds of scores as well, if the row's temperature is above 0. Where
+    there are BINS, the tiles' programs share the zeroing of the row's, int64 [B, 2, BINS], ZEROS
+    each.
     """
     split = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -271,9 +272,7 @@ def bounds_kernel(
         x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
         x = tl.where(pack(x, ids) >= cutoff, x, float("-inf"))
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        bounds = _score_bounds(
-            x, tl.max(x), split * TILE, temperature, seed, position, TILE, PARTS
-        )
+        bounds = _score_bounds(x, tl.max(x), split * TILE, temperature, seed, position, TILE, PARTS)
     out = (row * splits + split) * PARTS + tl.arange(0, PARTS)
     tl.store(bounds_ptr + out, bounds)
 

@@ -21,8 +21,8 @@ from models.operators.triton_delta_rule import gated_delta_rule_update_kernel
 ROLLING = 16, 256, 2
 WHOLE = 64, 32, 4
 UPDATE_DIM = 256
-# Columns of a state to one program: 16 KiB of one of 128 rows.
-BLOCK_VALUES = 32
+# Columns of a state to one program, 16 KiB of one of 128 rows, and its warps.
+COLUMNS = 32, 4
 
 
 @triton_op("tokenloop::causal_conv1d", mutates_args={"conv_state"})
@@ -108,13 +108,12 @@ def gated_delta_rule_update(
     batch, heads, value_size = v.shape
     key_size = q.shape[2]
     out = torch.empty(batch, heads, value_size, dtype=v.dtype, device=v.device)
-    wrap_triton(gated_delta_rule_update_kernel)[
-        (batch * heads, triton.cdiv(value_size, BLOCK_VALUES))
-    ](
+    columns, warps = COLUMNS
+    wrap_triton(gated_delta_rule_update_kernel)[(batch * heads, triton.cdiv(value_size, columns))](
         q, k, v, a, b, A_log, dt_bias, state, cache_indices, has_initial_state, out,
         heads, heads // q.shape[1], key_size, value_size, key_size**-0.5, pad_slot_id,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *a.stride(), *b.stride(),
         HAS_INDICES=cache_indices is not None, KEYS=triton.next_power_of_2(key_size),
-        BLOCK_VALUES=BLOCK_VALUES,
+        BLOCK_VALUES=columns, num_warps=warps,
     )  # fmt: skip
     return out

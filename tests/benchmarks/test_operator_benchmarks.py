@@ -56,8 +56,8 @@ def test_a_wrong_convolution_is_found_out():
 
 def test_the_step_and_its_convolution_give_the_reference_s_outputs_and_states():
     work = gated_delta.make_work(2, 2, 1, 8, DEVICE, 1)
-    for block in (4, 8):
-        with gated_delta.columns(block):
+    for cut in ((4, 4), (8, 1)):
+        with gated_delta.cut_into(cut):
             assert work.error(work.step, delta_rule, work.states[0]) < ERROR
     assert work.error(work.convolve, conv1d, work.convs[0]) < ERROR
 

@@ -47,7 +47,7 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(cuda, "ROLLING", (4, 4, 1))
         monkeypatch.setattr(cuda, "WHOLE", (4, 4, 1))
         monkeypatch.setattr(cuda, "UPDATE_DIM", 4)
-        monkeypatch.setattr(cuda, "BLOCK_VALUES", 4)
+        monkeypatch.setattr(cuda, "COLUMNS", (4, 4))
 
 
 def on_device(*values):
