@@ -27,16 +27,22 @@ DIRECTIONS = {
 }
 
 
-def export(config: str, directory: Path, *flags: object) -> Path:
-    """The artifact of a network of benchmarks/configs with random weights."""
+def export_command(config: str, output: Path, *flags: object) -> list[str]:
+    """Of the artifact of a network of benchmarks/configs with random weights, after Python."""
     scripts = {"qwen3.5": "qwen3_5.py", "qwen3-": "qwen3.py", "gemma": "gemma.py"}
     script = next(script for name, script in scripts.items() if config.startswith(name))
-    output = directory / "-".join([config, *(str(flag).lstrip("-") for flag in flags)])
     command = [
-        sys.executable, ROOT / "export" / script, "--backend", "inductor", "--device", "cuda",
+        ROOT / "export" / script, "--backend", "inductor", "--device", "cuda",
         "--random-weights", CONFIGS / f"{config}.json", "--output", output, *flags,
     ]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    return [str(part) for part in command]
+
+
+def export(config: str, directory: Path, *flags: object) -> Path:
+    """The artifact that export_command makes."""
+    output = directory / "-".join([config, *(str(flag).lstrip("-") for flag in flags)])
+    command = [sys.executable, *export_command(config, output, *flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{config} cannot be exported: {done.stderr[-2000:]}")
     print(done.stdout.strip(), flush=True)

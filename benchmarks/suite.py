@@ -1,0 +1,151 @@
+"""Run several of the CUDA tests and benchmarks within a limit of time, so that a GPU that is lent
+for minutes is used: `python benchmarks/suite.py --beside NAME ... --alone NAME ... --output DIR`.
+
+Tests and exports run side by side, benchmarks one after another when these are done. What would
+not end in time is not begun, and what does not end is stopped. Logs and results go to the output's
+directory, artifacts to another one, where a later call finds them.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# As a script, the project's root must be importable.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cuda_common import ROOT, export_command
+
+# Of each artifact its shape of benchmarks/configs, and what its export takes besides.
+ARTIFACTS = {
+    "gemma3-270m": ("gemma3-270m", "--quant", "bf16", "--max-seq-len", 2048),
+    "gemma4-31b-int4": ("gemma4-31b", "--quant", "int4", "--max-seq-len", 8448),
+    "gemma4-31b": ("gemma4-31b", "--quant", "bf16", "--max-seq-len", 8448),
+    "qwen3.5-9b": (
+        "qwen3.5-9b", "--quant", "bf16", "--max-seq-len", 32_768, "--max-prefill", 64,
+    ),
+} | {
+    f"{config}-{batch}": (
+        config, "--quant", "bf16", "--batch", batch, "--max-seq-len", 1024,
+    )
+    for config, batch in (
+        ("qwen3-4b", 1), ("qwen3-4b", 16), ("qwen3-4b", 32), ("qwen3-0.6b", 1), ("qwen3-14b", 1),
+    )
+}  # fmt: skip
+TESTS = {
+    "cuda-tests": ("-n", 4, "tests/cuda"),
+    "kernel-tests": ("tests/models/test_kernels.py",),
+    "operator-tests": ("tests/models/test_operators.py", "tests/export/test_fused_hybrid.py"),
+    "sampler-tests": ("tests/sampler/test_triton_kernels.py",),
+}
+# Of each benchmark its script, the artifact that it is given, its flags, and the seconds for it.
+BENCHMARKS = {
+    "cuda_270m": ("cuda.py", "gemma3-270m", ("--positions", 256, 1900, "--peer"), 130),
+    "cuda_31b_int4": (
+        "cuda.py", "gemma4-31b-int4", ("--positions", 256, 8192, "--steps", 64), 120,
+    ),
+    "cuda_31b": ("cuda.py", "gemma4-31b", ("--positions", 256, 8192, "--steps", 64), 120),
+    "transfers": ("transfers.py", "gemma3-270m", ("--repeats", 3), 60),
+    "hybrid": ("hybrid.py", "qwen3.5-9b", ("--steps", 64), 240),
+    "sampler_cuda": ("sampler_cuda.py", None, ("--repeats", 7), 120),
+    "gated_delta": ("gated_delta.py", None, ("--repeats", 7), 60),
+    "causal_conv1d": ("causal_conv1d.py", None, ("--repeats", 7), 90),
+    "kernels_cuda": ("kernels_cuda.py", None, ("--seconds", 180), 220),
+} | {
+    f"double_buffering_{name.removeprefix('qwen3-')}": ("double_buffering.py", name, (), 60)
+    for name in ARTIFACTS
+    if name.startswith("qwen3-")
+}  # fmt: skip
+
+
+@dataclass
+class Job:
+    """A process, its log, and when it was begun."""
+
+    name: str
+    process: subprocess.Popen
+    log: Path
+    start: float
+
+
+class Suite:
+    def __init__(self, output: Path, artifacts: Path, seconds: float):
+        self.output, self.artifacts = output, artifacts
+        self.deadline = time.monotonic() + seconds
+        self.table = Table("what", "status", "seconds", "its last line", box=None, pad_edge=False)
+
+    def begin(self, name: str, command: list[object]) -> Job:
+        log = self.output / f"{name}.txt"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        return Job(name, process, log, time.monotonic())
+
+    def end(self, job: Job) -> None:
+        """Wait for it until the deadline."""
+        try:
+            job.process.wait(max(0.1, self.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.wait()
+        lines = job.log.read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line and line[0] != "{"), "")
+        seconds = f"{time.monotonic() - job.start:.0f}"
+        self.table.add_row(job.name, str(job.process.returncode), seconds, last[-100:])
+
+    def beside(self, names: list[str]) -> None:
+        jobs = []
+        for name in names:
+            if name in TESTS:
+                command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS[name]]
+            else:
+                config, *flags = ARTIFACTS[name]
+                command = export_command(config, self.artifacts / name, *flags)
+            jobs.append(self.begin(name, command))
+        for job in jobs:
+            self.end(job)
+
+    def alone(self, names: list[str]) -> None:
+        for name in names:
+            script, artifact, flags, seconds = BENCHMARKS[name]
+            command = [ROOT / "benchmarks" / script, *flags]
+            command += ["--output", self.output / f"{name}.json"]
+            if artifact is not None:
+                command += ["--artifact", self.artifacts / artifact]
+            if time.monotonic() + seconds > self.deadline:
+                self.table.add_row(name, "-", "0", f"not begun: it may take {seconds} s")
+            elif artifact is not None and not (self.artifacts / artifact).is_dir():
+                self.table.add_row(name, "-", "0", f"not begun: there is no {artifact}")
+            else:
+                self.end(self.begin(name, command))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    beside = [*TESTS, *ARTIFACTS]
+    parser.add_argument("--beside", nargs="+", choices=beside, default=[], metavar="NAME")
+    parser.add_argument("--alone", nargs="+", choices=BENCHMARKS, default=[], metavar="NAME")
+    parser.add_argument("--seconds", type=float, default=580, help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("results"), metavar="DIR")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), metavar="DIR")
+    options = parser.parse_args()
+    for directory in (options.output, options.artifacts):
+        directory.mkdir(parents=True, exist_ok=True)
+    suite = Suite(options.output.resolve(), options.artifacts.resolve(), options.seconds)
+    suite.beside(options.beside)
+    suite.alone(options.alone)
+    Console(width=160).print(suite.table)
+
+
+if __name__ == "__main__":
+    main()
