@@ -277,7 +277,8 @@ def measure_norm(report: Report, matrix: Matrix, bits: int, counters: Tensor, re
     ways = []
     for tiles in linear_candidates(matrix, bits, 1):
         apart, within = (tiles._replace(norm=norm) for norm in (False, True))
-        ways += [apart, within] if tiles.dot or matrix.inputs <= tiles.block_k else [apart]
+        within_it = not tiles.dot and matrix.inputs <= tiles.block_k
+        ways += [apart, within] if within_it else [apart]
     ways = list(dict.fromkeys(ways))[: 99 if matrix.inputs <= 1024 else 6]
 
     def product(copy: list[Tensor], tiles: LinearTiles) -> Tensor:

@@ -91,17 +91,24 @@ class Suite:
             )  # fmt: skip
         return Job(name, process, log, time.monotonic())
 
-    def end(self, job: Job) -> None:
-        """Wait for it until the deadline."""
-        try:
-            job.process.wait(max(0.1, self.deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    def end(self, job: Job) -> bool:
+        """Whether it has ended, or is stopped as it is late: then it is in the table."""
+        status = job.process.poll()
+        if status is None:
+            if time.monotonic() < self.deadline:
+                return False
             os.killpg(job.process.pid, signal.SIGKILL)
-            job.process.wait()
+            status = job.process.wait()
         lines = job.log.read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line and line[0] != "{"), "")
         seconds = f"{time.monotonic() - job.start:.0f}"
-        self.table.add_row(job.name, str(job.process.returncode), seconds, last[-100:])
+        self.table.add_row(job.name, str(status), seconds, last[-100:])
+        return True
+
+    def wait(self, jobs: list[Job]) -> None:
+        while jobs:
+            jobs = [job for job in jobs if not self.end(job)]
+            time.sleep(0.2)
 
     def beside(self, names: list[str]) -> None:
         jobs = []
@@ -112,8 +119,7 @@ class Suite:
                 config, *flags = ARTIFACTS[name]
                 command = export_command(config, self.artifacts / name, *flags)
             jobs.append(self.begin(name, command))
-        for job in jobs:
-            self.end(job)
+        self.wait(jobs)
 
     def alone(self, names: list[str]) -> None:
         for name in names:
@@ -127,7 +133,7 @@ class Suite:
             elif artifact is not None and not (self.artifacts / artifact).is_dir():
                 self.table.add_row(name, "-", "0", f"not begun: there is no {artifact}")
             else:
-                self.end(self.begin(name, command))
+                self.wait([self.begin(name, command)])
 
 
 def main() -> None:

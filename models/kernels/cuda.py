@@ -22,6 +22,7 @@ from models.kernels.linear import dot_kernel, norm_kernel, rows_kernel
 from models.kernels.packing import GROUP_SIZES, SPAN_WORDS, WORD_BITS, weight_bits
 from models.kernels.tiles import (
     FAN,
+    FEW_ROWS,
     SHARED_NORM,
     AttendTiles,
     LinearTiles,
@@ -80,22 +81,21 @@ def launch_linear(
     group = _group_size(scale, weight, inputs, bits)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype)
-    total = h = None
-    if norm is not None and (rows > SHARED_NORM or not tiles.norm):
+    total = None
+    if norm is not None and (tiles.dot or not tiles.norm or rows > SHARED_NORM):
         total, x = _norm(x, norm)
         norm = None
-    if norm is not None:
-        _check_contiguous(branch=norm.branch)
-        total = None if norm.branch is None else empty_like(x)
-        h = empty_like(x) if tiles.dot else None
-    # Of the kernels' arguments: a norm's tensors, its numbers.
-    tensors = (None,) * 4 if norm is None else (*norm[3:], norm.weight)
-    numbers = (0.0, 0.0, soft_cap) if norm is None else (norm.eps, norm.offset, soft_cap)
     y = empty(rows, outputs, dtype=float32 if wide else x.dtype, device=x.device)
     if not tiles.dot:
+        # Of the kernel's arguments: a norm's tensors, its numbers.
+        tensors, numbers = (None,) * 4, (0.0, 0.0)
+        if norm is not None:
+            _check_contiguous(branch=norm.branch)
+            total = None if norm.branch is None else empty_like(x)
+            tensors, numbers = (*norm[3:], norm.weight), (norm.eps, norm.offset)
         grid = (rows * triton.cdiv(outputs, tiles.block_n),)
         wrap_triton(rows_kernel)[grid](
-            x, *tensors, weight, bias, total, y, rows, outputs, inputs, *numbers,
+            x, *tensors, weight, bias, total, y, rows, outputs, inputs, *numbers, soft_cap,
             NORM=norm is not None, ADD=total is not None and norm is not None,
             ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
             BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, num_warps=tiles.warps,
@@ -103,17 +103,15 @@ def launch_linear(
         return total, y
     block = SPAN_WORDS * (WORD_BITS // bits) if bits else tiles.block_k
     steps = triton.cdiv(triton.cdiv(inputs, block), tiles.splits)
-    block_b = 16 if rows <= 16 else 32
+    block_b = FEW_ROWS if bits and rows <= FEW_ROWS else 16 if rows <= 16 else 32
     grid = (triton.cdiv(outputs, tiles.block_n), tiles.splits, triton.cdiv(rows, block_b))
     partial = None
     if tiles.splits > 1:
         halves = 1 if activation is None else 2
         partial = empty(tiles.splits, halves, rows, outputs, dtype=float32, device=x.device)
     wrap_triton(dot_kernel)[grid](
-        x, *tensors, weight, scale, bias, total, h, partial, counters, y,
-        rows, outputs, inputs, weight.shape[1], steps, *numbers,
-        NORM_K=0 if norm is None else triton.next_power_of_2(inputs),
-        ADD=total is not None and norm is not None, BITS=bits, GROUP=group,
+        x, weight, scale, bias, partial, counters, y,
+        rows, outputs, inputs, weight.shape[1], steps, soft_cap, BITS=bits, GROUP=group,
         ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
         EVEN=inputs % block == 0, STAGES=tiles.stages, num_warps=tiles.warps,

@@ -19,6 +19,9 @@ from models.kernels.packing import SPAN_WORDS, WORD_BITS
 WORDS = tl.constexpr(SPAN_WORDS)
 BITS_OF_WORD = tl.constexpr(WORD_BITS)
 
+# What `field` gives is so much more than a weight of 4 bits: 8 that it is stored with, and 128.
+OFFSET = tl.constexpr(136.0)
+
 # The interpreter holds bfloat16 as integers, and computes with them as such.
 if triton.knobs.runtime.interpret:
 
@@ -29,7 +32,7 @@ if triton.knobs.runtime.interpret:
     @triton.jit
     def field(words, INDEX: tl.constexpr, BITS: tl.constexpr):
         values = (words.to(tl.int32) >> (BITS * INDEX)) & (2**BITS - 1)
-        values = values - 8 if BITS == 4 else values - ((values & 128) << 1)
+        values = values + 128 if BITS == 4 else values - ((values & 128) << 1)
         return values.to(tl.float32).to(tl.bfloat16)
 
     @triton.jit
@@ -44,11 +47,9 @@ else:
 
     # With 7 bits of mantissa 0x4300 | u is 128 + u for u < 128: conversions are slow.
     _NIBBLES = """{{
-        .reg .b32 t, c;
-        mov.b32 c, 0x43084308;
+        .reg .b32 t;
         shr.b32 t, $1, {shift};
-        lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA;
-        sub.rn.bf16x2 $0, t, c;
+        lop3.b32 $0, t, 0x000F000F, 0x43004300, 0xEA;
     }}"""
     # 128, or 256 where the sign bit is set, is taken off.
     _BYTES = """{{
@@ -65,7 +66,7 @@ else:
 
     @triton.jit
     def field(words, INDEX: tl.constexpr, BITS: tl.constexpr):
-        """Field INDEX of int16 words as exact bfloat16, two words at once."""
+        """Field INDEX of int16 words in exact bfloat16, of 4 bits with OFFSET; two at once."""
         return tl.inline_asm_elementwise(
             NIBBLES[INDEX] if BITS == 4 else BYTES[INDEX], "=r,r", [words],
             dtype=tl.bfloat16, is_pure=True, pack=2,
@@ -233,24 +234,44 @@ def load_scales(scale_ptr, n, span, K, count, GROUP: tl.constexpr):
 
 
 @triton.jit
-def span_products(acc, w_ptr, scales, x_ptr, n, b, span, rows, K, width, BITS: tl.constexpr):
-    """acc [n, b] plus one span of weights [n, k] times activations [k, b].
+def span_products(
+    gate, up, w_ptr, gates, ups, x_ptr, first, second, b, span, rows, K, width,
+    BITS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """gate and, where GATED, up [n, b] plus one span of their weights [n, k] times activations
+    [k, b].
 
-    Scales of 8 bits are left to the end; of 4 bits each of `scales` is of as many fields.
+    Scales of 8 bits are left to the end; of 4 bits each of `gates` and `ups` is of as many fields.
+    The offset of their weights is taken off as what it amounts to with these activations: one more
+    product of matrices instead of a subtraction for every pair of weights.
     """
     FIELDS: tl.constexpr = BITS_OF_WORD // BITS
-    SHARED: tl.constexpr = FIELDS if BITS == 8 else FIELDS // len(scales)
-    words = tl.load(w_ptr + n[:, None] * width + span * WORDS + tl.arange(0, WORDS)[None, :])
+    SHARED: tl.constexpr = FIELDS if BITS == 8 else FIELDS // len(gates)
+    columns = span * WORDS + tl.arange(0, WORDS)[None, :]
+    words = tl.load(w_ptr + first[:, None] * width + columns)
+    if GATED:
+        others = tl.load(w_ptr + second[:, None] * width + columns)
     for group in tl.static_range(FIELDS // SHARED):
-        part = tl.zeros(acc.shape, tl.float32)
+        these = tl.zeros(gate.shape, tl.float32)
+        those = tl.zeros(gate.shape, tl.float32)
+        excess = tl.zeros(gate.shape, tl.float32)
         for i in tl.static_range(group * SHARED, (group + 1) * SHARED):
             k = (span * FIELDS + i) * WORDS + tl.arange(0, WORDS)
-            part = dot(field(words, i, BITS), load_rows(x_ptr, b, k, rows, K), part)
+            x = load_rows(x_ptr, b, k, rows, K)
+            these = dot(field(words, i, BITS), x, these)
+            if GATED:
+                those = dot(field(others, i, BITS), x, those)
+            if BITS == 4:
+                offsets = tl.full(words.shape, OFFSET, tl.float32).to(tl.bfloat16)
+                excess = dot(offsets, x, excess)
         if BITS == 8:
-            acc += part
+            gate += these
+            up += those
         else:
-            acc += part * scales[group].to(tl.float32)[:, None]
-    return acc
+            gate += (these - excess) * gates[group].to(tl.float32)[:, None]
+            if GATED:
+                up += (those - excess) * ups[group].to(tl.float32)[:, None]
+    return gate, up
 
 
 @triton.jit
@@ -265,15 +286,6 @@ def block_products(
     else:
         w = tl.load(w_ptr + offsets, mask=(k < K)[None, :], other=0.0)
     return dot(w, load_rows(x_ptr, b, k, rows, K), acc)
-
-
-@triton.jit
-def prefetch_rows(w_ptr, n, start, width):
-    """0, having asked for the first lines of a program's weights [n, start:], which need not wait
-    for a norm."""
-    # A line of 128 bytes is 64 elements.
-    columns = tl.minimum(start + 64 * tl.arange(0, 16), width - 1)
-    return tl.max(prefetch(w_ptr + n[:, None] * width + columns[None, :]))
 
 
 @triton.jit
@@ -300,11 +312,8 @@ def combined(partial_ptr, offsets, mask, stride, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def dot_kernel(
-    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, w_ptr, scale_ptr, bias_ptr,
-    total_ptr, h_ptr, partial_ptr, counter_ptr, y_ptr,
-    rows, N, K, width, steps,
-    eps: tl.constexpr, offset: tl.constexpr, soft_cap: tl.constexpr,
-    NORM_K: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, counter_ptr, y_ptr,
+    rows, N, K, width, steps, soft_cap: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
@@ -312,8 +321,7 @@ def dot_kernel(
     """BLOCK_N outputs of BLOCK_B rows, over one of SPLITS parts of the inputs.
 
     A part is `steps` blocks of BLOCK_K inputs, or spans of integer weights of `width` words a row.
-    The last program to come adds the parts up. With NORM_K, a power of two not below K, all
-    programs norm the rows first, and write the same to h.
+    The last program to come adds the parts up.
     """
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -326,21 +334,6 @@ def dot_kernel(
     step: tl.constexpr = BLOCK_K if BITS == 0 else WORDS * (BITS_OF_WORD // BITS)
     begin = split * steps
     end = tl.minimum(begin + steps, tl.cdiv(K, step))
-    if NORM_K > 0:
-        start = begin * (step if BITS == 0 else WORDS)
-        zero = prefetch_rows(w_ptr, first, start, width)
-        if ACTIVATION is not None:
-            zero += prefetch_rows(w_ptr, second, start, width)
-        k = tl.arange(0, NORM_K)
-        for row in range(rows + zero):
-            total, h = norm_row(
-                x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, row, k, K, eps, offset, ADD
-            )
-            if ADD and tile + split == 0:
-                tl.store(total_ptr + row * K + k, total, mask=k < K)
-            tl.store(h_ptr + row * K + k, h, mask=k < K)
-        tl.debug_barrier()  # other threads of this program read it
-        x_ptr = h_ptr
     if BITS == 0:
         for i in tl.range(begin, end, num_stages=STAGES):
             gate = block_products(gate, w_ptr, x_ptr, first, b, i * step, rows, K, step, EVEN)
@@ -360,9 +353,10 @@ def dot_kernel(
                 gates = load_scales(scale_ptr, first, i + 1, K, count, GROUP)
                 if ACTIVATION is not None:
                     ups = load_scales(scale_ptr, second, i + 1, K, count, GROUP)
-            gate = span_products(gate, w_ptr, these, x_ptr, first, b, i, rows, K, width, BITS)
-            if ACTIVATION is not None:
-                up = span_products(up, w_ptr, those, x_ptr, second, b, i, rows, K, width, BITS)
+            gate, up = span_products(
+                gate, up, w_ptr, these, those, x_ptr, first, second, b, i, rows, K, width,
+                BITS, ACTIVATION is not None,
+            )  # fmt: skip
     if BITS == 8:
         gate *= tl.load(scale_ptr + first)[:, None]
         if ACTIVATION is not None:

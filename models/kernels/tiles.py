@@ -1,7 +1,7 @@
 """How the kernels' work is cut, by shape: constants, so that an export repeats.
 
-None of it but the choice of whether a norm is a launch of its own depends on the number of rows,
-and that does not change a result.
+What depends on the number of rows does not change a result: whether a norm is a launch of its own,
+and the tiles of integer weights.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,17 @@ import torch
 # With more rows than this each program of a linear layer would norm too much: it is done once.
 SHARED_NORM = 4
 
+# The columns of the smallest product of matrices.
+FEW_ROWS = 8
+
 # Parts of attention that one program adds up.
 FAN = 8
 
 
 class LinearTiles(NamedTuple):
     """Outputs and inputs of one program and step, parts of the inputs, warps, stages of the
-    pipeline; by tensor cores or, a row a program, by plain products. With `norm` each program of a
-    few rows norms them itself, where a norm comes first."""
+    pipeline; by tensor cores or, a row a program, by plain products: then with `norm`, of few rows,
+    each program norms its row itself, where a norm comes first."""
 
     dot: bool
     block_n: int
@@ -56,9 +59,13 @@ def linear_tiles(
     splits = 1
     while splits < 8 and outputs // 64 * splits < programs and inputs // splits >= 1024:
         splits *= 2
-    # A fourth stage would leave shared memory for two programs of a gated layer, not three.
-    if bits:
+    # Integers are unpacked into what `mma` takes: with 4 warps and more than 8 rows it would be
+    # `wgmma`, which waits for each product, and may sum otherwise. A fourth stage would leave
+    # shared memory for fewer programs.
+    if bits and rows <= FEW_ROWS:
         return LinearTiles(True, 64, 128, splits, stages=3)
+    if bits:
+        return LinearTiles(True, 32, 128, splits, warps=2, stages=3)
     # Short blocks and a long pipeline begin sooner.
     if outputs * inputs < 2**24:
         return LinearTiles(True, 64, 64, splits, stages=6)

@@ -137,7 +137,7 @@ def test_linear_is_the_reference(normal, counters, dtype, tiles, activation):
 
 @pytest.mark.parametrize("bits, group_size", [(8, 0), (4, 64), (4, 128), (4, 256)])
 @pytest.mark.parametrize("activation, splits", [(None, 1), ("silu", 2)])
-def test_linear_of_integer_weights_is_exact_but_for_the_order_of_sums(
+def test_linear_of_integer_weights_is_the_reference_s_in_float32(
     normal, counters, bits, group_size, activation, splits
 ):
     inputs = 5376 if ON_GPU else 512 if group_size == 256 else 384
@@ -152,7 +152,8 @@ def test_linear_of_integer_weights_is_exact_but_for_the_order_of_sums(
 
 @pytest.mark.parametrize(
     "bits, tiles",
-    [(0, PLAIN), (0, DOT), (0, SPLIT), (8, SPLIT), (4, SPLIT)],
+    # Tiles of integers are other ones for few rows and for many: those are the operator's own.
+    [(0, PLAIN), (0, DOT), (0, SPLIT), (8, None), (4, None)],
     ids=["plain", "dot", "split", "int8", "int4"],
 )
 def test_a_row_of_a_batch_is_that_row_alone(normal, counters, bits, tiles):
@@ -209,29 +210,6 @@ def test_a_norm_within_a_linear_layer_is_the_norm_alone(normal, counters, monkey
     expected = reference.add_norm_linear(x, branch, post, scalar, weight, *last, **options)
     for got, right in zip(within, expected):
         assert_close(got, right, dtype)
-
-
-@pytest.mark.parametrize("bits, splits", [(0, 1), (0, 2), (4, 1)])
-def test_a_norm_within_products_of_matrices_is_the_norm_alone(normal, counters, bits, splits):
-    size, rows = (5376, 4) if ON_GPU else (256, 3)
-    x, branch = (normal(rows, size, dtype=torch.bfloat16) for _ in range(2))
-    matrix, scale = normal(2 * OUTPUTS, size, scale=size**-0.5).bfloat16(), None
-    if bits:
-        matrix, scale = quantized(matrix, bits, 128)
-    for with_branch in (False, True):
-        norm = cuda.Norm(normal(size), EPS, 1.0)
-        if with_branch:
-            norm = norm._replace(branch=branch, post_weight=normal(size), layer_scalar=normal(1))
-
-        def product(within, norm=norm):
-            tiles = DOT._replace(splits=splits, norm=within)
-            options = {"activation": "silu", "norm": norm, "tiles": tiles}
-            return cuda.launch_linear(x, matrix, scale, None, counters, **options)
-
-        (total, y), (right_total, right) = product(True), product(False)
-        assert torch.equal(y, right)
-        assert (total is None) == (not with_branch)
-        assert total is None or torch.equal(total, right_total)
 
 
 def attention(normal, layout, slots, dtype, values_are_keys):
