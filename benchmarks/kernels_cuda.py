@@ -102,6 +102,8 @@ def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]
     elif small:
         shapes = [(16, 128, 4, 4), (16, 256, 4, 3), (16, 128, 4, 8), (16, 128, 2, 8)]
         shapes += [(64, 128, 4, 4), (32, 128, 4, 8)]
+        # 16 outputs a warp, of 8 rows at least.
+        shapes += [(16, 128, 1, 5), (16, 256, 1, 3), (32, 256, 2, 3), (64, 256, 4, 3)]
     else:
         shapes = [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4)]
     ways = [own]

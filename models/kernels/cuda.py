@@ -103,7 +103,9 @@ def launch_linear(
         return total, y
     block = SPAN_WORDS * (WORD_BITS // bits) if bits else tiles.block_k
     steps = triton.cdiv(triton.cdiv(inputs, block), tiles.splits)
-    block_b = FEW_ROWS if bits and rows <= FEW_ROWS else 16 if rows <= 16 else 32
+    # More rows would be another instruction where floating-point weights have 64 outputs a program.
+    few = rows <= FEW_ROWS and (bits or tiles.block_n < 64)
+    block_b = FEW_ROWS if few else 16 if rows <= 16 else 32
     grid = (triton.cdiv(outputs, tiles.block_n), tiles.splits, triton.cdiv(rows, block_b))
     partial = None
     if tiles.splits > 1:
