@@ -310,7 +310,7 @@ def measure_attention(report: Report, layout: Layout, counters: Tensor, repeats:
         "scale": layout.head_dim**-0.5, "eps": EPS,
         "values_are_keys": layout.values_are_keys, "value_norm": layout.values_are_keys,
     }  # fmt: skip
-    for rows in BATCHES[:2]:
+    for rows in BATCHES:
         for context in CONTEXTS:
             filled = min(context, layout.slots)
             size = 4.0 * rows * filled * layout.kv_heads * layout.head_dim
