@@ -3,7 +3,8 @@ for minutes is used: `python benchmarks/suite.py --beside NAME ... --alone NAME 
 
 Tests and exports run side by side, benchmarks one after another when these are done. What would
 not end in time is not begun, and what does not end is stopped. Logs and results go to the output's
-directory, artifacts to another one, where a later call finds them.
+directory, artifacts to another one, where a later call finds them. cross_export.py can make them
+beforehand, without the GPU.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """A hybrid's decode step on CUDA: export/fused.py's, with gated delta nets by models/operators
-between the same launches: four of their own, of which one is the norm and gate that follow."""
+between the same launches: three of their own, the last of which is the norm and gate."""
 
 from torch import Tensor
 
@@ -25,7 +25,8 @@ class HybridDecode(FusedDecode):
 
 
 def _delta_net(layer: DeltaNetLayer, projected: Tensor, position: Tensor) -> Tensor:
-    cache, started = layer.cache, position > 0
+    # A row begins anew at position 0, and nowhere else.
+    cache, started = layer.cache, position
     qkv, z, b, a = projected.split(layer.sizes, 1)
     mixed = cuda.causal_conv1d_update(
         qkv, layer.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"
@@ -36,4 +37,5 @@ def _delta_net(layer: DeltaNetLayer, projected: Tensor, position: Tensor) -> Ten
         q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
         a, b, layer.A_log, layer.dt_bias, cache.recurrent, None, started,
     )  # fmt: skip
-    return layer.norm(out, z.unflatten(1, values)).flatten(1)
+    norm = layer.norm
+    return cuda.gated_rms_norm(out, z.unflatten(1, values), norm.weight, norm.eps).flatten(1)

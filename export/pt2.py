@@ -204,7 +204,7 @@ def tensors_of(
     owners: dict[int, str] = {}
     for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
         tensor = named[name]
-        owner = owners.setdefault(tensor.untyped_storage().data_ptr(), name)
+        owner = owners.setdefault(tensor.untyped_storage()._cdata, name)
         if owner != name:
             views[name] = {
                 "of": owner,

@@ -1,7 +1,8 @@
 """The operators on CUDA: the functions of conv1d.py and delta_rule.py by Triton kernels.
 
 They give what those give, to rounding, in one launch each that depends on shapes alone: nothing is
-read back, so they can be captured in a CUDA graph. They are operators too, torch.ops.tokenloop.*,
+read back, so they can be captured in a CUDA graph. `has_initial_state` may be integers, of which 0
+is False: a step's positions. They are operators too, torch.ops.tokenloop.*,
 whose kernels torch.export and AOTInductor see, and whose changes to the states are declared.
 """
 
@@ -13,7 +14,10 @@ from torch.library import triton_op, wrap_triton
 from models.operators import conv1d, delta_rule
 from models.operators.slots import PAD_SLOT_ID
 from models.operators.triton_conv1d import causal_conv1d_kernel, causal_conv1d_update_kernel
-from models.operators.triton_delta_rule import gated_delta_rule_update_kernel
+from models.operators.triton_delta_rule import (
+    gated_delta_rule_update_kernel,
+    gated_rms_norm_kernel,
+)
 
 # Tokens (at most 64), channels and warps of one program: where channels are adjacent in memory, so
 # that it keeps all its tokens in registers, 4 channels to a thread; and elsewhere, where tokens may
@@ -115,5 +119,20 @@ def gated_delta_rule_update(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *a.stride(), *b.stride(),
         HAS_INDICES=cache_indices is not None, KEYS=triton.next_power_of_2(key_size),
         BLOCK_VALUES=columns, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@triton_op("tokenloop::gated_rms_norm", mutates_args={})
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """models.delta_net.RMSNormGated of x [B, H, V], contiguous, and gate [B, H, V], whose heads
+    are; weight [V] of x's dtype."""
+    batch, heads, size = x.shape
+    if not x.is_contiguous() or gate.stride(-1) != 1:
+        raise ValueError(f"strides of x and gate are {x.stride()} and {gate.stride()}")
+    out = torch.empty_like(x)
+    wrap_triton(gated_rms_norm_kernel)[(batch * heads,)](
+        x, gate, weight, out, heads, size, *gate.stride()[:2], eps,
+        BLOCK=triton.next_power_of_2(size), num_warps=1,
     )  # fmt: skip
     return out

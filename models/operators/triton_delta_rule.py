@@ -1,5 +1,5 @@
-"""The Triton kernel of the gated delta rule's step; cuda.py launches it, delta_rule.py says what it
-does.
+"""The Triton kernels of the gated delta rule's step, and of the norm and gate after it; cuda.py
+launches them, delta_rule.py and models/delta_net.py say what they do.
 
 The step is bound by the state's memory: K x V float32 of each row and head, read once and written
 once. All else is computed where it is needed, again in each program. The convolution before it is
@@ -72,3 +72,25 @@ def gated_delta_rule_update_kernel(
     out = tl.sum(state * q[:, None], 0)
     tl.store(state_ptrs, state, mask=in_state & is_kept)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_values)
+
+
+@triton.jit
+def gated_rms_norm_kernel(
+    x_ptr, gate_ptr, weight_ptr, out_ptr, heads, size,
+    gate_stride_row, gate_stride_head, eps: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row and head, rounded where torch rounds."""
+    row_head = tl.program_id(0).to(tl.int64)
+    row, head = row_head // heads, row_head % heads
+    i = tl.arange(0, BLOCK)
+    mask = i < size
+    x = tl.load(x_ptr + row_head * size + i, mask=mask, other=0.0)
+    gate_ptr += row * gate_stride_row + head * gate_stride_head
+    gate = tl.load(gate_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + i, mask=mask, other=0.0)
+    wide = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide) / size + eps)
+    normal = (wide * scale).to(x.dtype).to(tl.float32)
+    normal = (normal * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
+    gated = normal * (gate / (1.0 + tl.exp(-gate)))
+    tl.store(out_ptr + row_head * size + i, gated.to(x.dtype), mask=mask)

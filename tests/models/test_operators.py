@@ -16,6 +16,7 @@ tl = pytest.importorskip("triton.language")
 if not ON_GPU and isinstance(tl.philox, triton.JITFunction):
     pytest.skip("triton was imported for a GPU before this file", allow_module_level=True)
 
+from models.delta_net import RMSNormGated  # noqa: E402
 from models.operators import conv1d, cuda, delta_rule  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -399,3 +400,34 @@ def test_the_operators_can_be_captured_in_a_graph_and_exported():
     for output in expected:
         graph.replay()
         torch.testing.assert_close(out, output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_and_gate_of_a_step_are_the_network_s(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, projected = (torch.randn(*shape, generator=generator) for shape in ((3, 4, 24), (3, 150)))
+    gate = projected[:, 7:103].unflatten(1, (4, 24))
+    norm = RMSNormGated(24, 1e-6)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    with torch.no_grad():
+        x, gate, weight = on_device(*(t.to(dtype) for t in (x, gate, norm.weight)))
+        norm.to(DEVICE, dtype)
+        got = cuda.gated_rms_norm(x, gate, weight, norm.eps)
+        # The interpreter cuts bfloat16 off where a GPU rounds.
+        rtol = 1e-5 if dtype == torch.float32 else 2**-8 if ON_GPU else 2**-5
+        torch.testing.assert_close(got, norm(x, gate), rtol=rtol, atol=1e-5)
+
+
+def test_positions_say_as_well_whether_a_row_has_begun():
+    generator = torch.Generator().manual_seed(1)
+    x, weight, states = (
+        torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((3, 8), (8, 4), (3, 8, 3))
+    )
+    positions = torch.tensor([0, 1, 300], device=DEVICE)
+    results = []
+    for started in (positions, positions > 0):
+        state = states.clone()
+        out = cuda.causal_conv1d_update(x, weight, None, state, None, started, "silu")
+        results.append((out, state))
+    for got, expected in zip(*results):
+        assert torch.equal(got, expected)
