@@ -23,6 +23,7 @@ from models.kernels.packing import GROUP_SIZES, SPAN_WORDS, WORD_BITS, weight_bi
 from models.kernels.tiles import (
     FAN,
     FEW_ROWS,
+    PROGRAMS,
     SHARED_NORM,
     AttendTiles,
     LinearTiles,
@@ -269,12 +270,15 @@ def launch_attend(
     acc = empty(rows, kv_heads, splits, stored, head_dim, **new)
     largest = empty(rows, kv_heads, splits, stored, **new)
     total = empty(rows, kv_heads, splits, stored, **new)
-    wrap_triton(attend_kernel)[(splits, kv_heads, rows)](
+    # Most programs of many short rows would have nothing to do.
+    programs = min(splits, max(1, PROGRAMS // (kv_heads * rows)))
+    wrap_triton(attend_kernel)[(programs, kv_heads, rows)](
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
         out, acc, largest, total, counters, slots, scale, eps, offset,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
         VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys,
         SPLITS=splits, FAN=fan, BLOCK_S=tiles.block_s, LEAST=tiles.least,
+        ONE_PART=programs == splits,
         BLOCK_G=max(16, stored),
         PARTS=max(1, min(fan, tiles.combined // (stored * head_dim))),
         STORED=stored, STAGES=tiles.stages, num_warps=tiles.warps,

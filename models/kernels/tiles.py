@@ -14,8 +14,9 @@ SHARED_NORM = 4
 # The columns of the smallest product of matrices.
 FEW_ROWS = 8
 
-# Parts of attention that one program adds up.
+# Parts of attention that one program adds up, and programs, if there are parts for more.
 FAN = 8
+PROGRAMS = 1024
 
 
 class LinearTiles(NamedTuple):

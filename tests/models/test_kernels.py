@@ -271,16 +271,20 @@ def test_attention_needs_no_norms(normal, counters):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_s_attention_does_not_depend_on_its_company(normal, counters, dtype):
-    slots = 1000 if ON_GPU else 19
+def test_a_row_s_attention_does_not_depend_on_its_company(normal, counters, dtype, monkeypatch):
+    slots = 1000 if ON_GPU else 70
     qkv, caches, norms, inv_freq, options = attention(normal, LAYOUTS[-1], slots, dtype, False)
     position = torch.tensor([slots // 2, 5 * slots, 2], device=DEVICE)
     last = (*norms, inv_freq, counters)
     copies = [x.clone() for x in caches]
     together = cuda.attend_step(qkv, position, *copies, *last, **options)
-    for i in range(3):
-        row = [x[i : i + 1].clone() for x in (qkv, position, *caches)]
-        assert torch.equal(cuda.attend_step(*row, *last, **options)[0], together[i])
+    for programs in (cuda.PROGRAMS, 2 * LAYOUTS[-1][0], 1):
+        # Of these one, or two, are to do all parts of a row.
+        monkeypatch.setattr(cuda, "PROGRAMS", programs)
+        for i in range(3):
+            row = [x[i : i + 1].clone() for x in (qkv, position, *caches)]
+            assert torch.equal(cuda.attend_step(*row, *last, **options)[0], together[i])
+            assert all(torch.equal(x[0], y[i]) for x, y in zip(row[2:], copies))
 
 
 @needs_gpu
