@@ -6,7 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter. This is read when Triton, which torch may import,
+    # defines one.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,7 +97,6 @@ def tiny_checkpoint(once, make_checkpoint) -> Path:
 def make_checkpoint(tmp_path_factory):
     """A function (**config) -> directory of the tiny checkpoint, with other values in its config:
     written by transformers, with a tokenizer of one id for each byte."""
-    import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     shape = {
@@ -134,7 +139,6 @@ def make_checkpoint(tmp_path_factory):
 def make_qwen_checkpoint(tmp_path_factory):
     """A function (model_type, **config) -> directory of a tiny Qwen checkpoint, as make_checkpoint
     makes Gemmas; its texts begin with no token of their own."""
-    import torch
     from transformers import (
         Qwen2Config,
         Qwen2ForCausalLM,
@@ -192,7 +196,6 @@ def make_qwen_checkpoint(tmp_path_factory):
 def make_hybrid_checkpoint(tmp_path_factory):
     """A function (model_type, **config) -> directory of a tiny hybrid, as make_qwen_checkpoint
     makes Qwens: three gated delta nets, which forget at different speeds, and attention."""
-    import torch
     from transformers import (
         Qwen3_5ForCausalLM,
         Qwen3_5MoeForCausalLM,
@@ -268,8 +271,6 @@ def write_byte_tokenizer(directory: Path, special: list[str]) -> None:
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads gain nothing on small tensors, and a busy machine makes them wait long."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

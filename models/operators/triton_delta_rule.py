@@ -31,7 +31,7 @@ def softplus(x):
 def gated_delta_rule_update_kernel(
     q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, cache_indices_ptr,
     has_initial_ptr, out_ptr,
-    heads, shared, key_size, value_size, scale, pad_slot_id,
+    heads, shared, key_size, value_size, scale: tl.constexpr, pad_slot_id,
     q_stride_row, q_stride_head, k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     a_stride_row, a_stride_head, b_stride_row, b_stride_head,
     HAS_INDICES: tl.constexpr, KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr,

@@ -1,20 +1,12 @@
 """The operators of linear attention against what they mean, one sequence and one token at a time:
 in torch, and as Triton kernels, on a GPU or in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    # Read when a kernel is defined, Triton's own among them.
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="triton is not installed")
-tl = pytest.importorskip("triton.language")
-if not ON_GPU and isinstance(tl.philox, triton.JITFunction):
-    pytest.skip("triton was imported for a GPU before this file", allow_module_level=True)
 
 from models.delta_net import RMSNormGated  # noqa: E402
 from models.operators import conv1d, cuda, delta_rule  # noqa: E402

@@ -1,0 +1,169 @@
+"""Compile for a Hopper GPU what a group of operators would launch: `python tests/compile_kernels.py
+linear` prints how many different kernels that were. It takes Triton, and no GPU."""
+
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+# As a script, the project's root must be importable.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import triton
+from torch import bfloat16, empty, float32, int32, int64
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+    torch.int16: "i16", torch.bool: "i1",
+}  # fmt: skip
+OPTIONS = "num_warps", "num_stages"
+compiled = set()
+
+
+class Compiled:
+    """What torch.library.wrap_triton gives, but a launch only compiles the kernel, with what Triton
+    takes for constants and multiples of 16."""
+
+    def __init__(self, kernel: triton.JITFunction):
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple):
+        assert all(0 < size < 2**31 for size in grid)
+        return self.launch
+
+    def launch(self, *arguments, **named) -> None:
+        options = {name: named.pop(name) for name in OPTIONS if name in named}
+        values = dict(zip(self.kernel.arg_names, arguments)) | named
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = "*" + TYPES[value.dtype]
+                aligned = True
+            elif parameter.is_constexpr or value is None or self.is_one(parameter, value):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            else:
+                # Python's floats may come as float64 from torch's compiler: there are none.
+                assert isinstance(value, int), parameter.name
+                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+                aligned = value % 16 == 0 and not parameter.do_not_specialize
+            if aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        key = self.kernel.__name__, *map(str, (signature, constants, attributes, options))
+        if key not in compiled:
+            compiled.add(key)
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            triton.compile(source, target=TARGET, options=options)
+
+    @staticmethod
+    def is_one(parameter, value) -> bool:
+        return value == 1 and not parameter.do_not_specialize
+
+
+def operators(name: str):
+    """A module of operators whose launches compile."""
+    module = importlib.import_module(name)
+    module.wrap_triton = Compiled
+    return module
+
+
+def linear() -> None:
+    from models.kernels.packing import quantize_int4, quantize_int8
+
+    cuda = operators("models.kernels.cuda")
+    counters = empty(100_000, dtype=int32)
+    # Small layers and large ones, and one that fills no tiles.
+    for (outputs, inputs), rows in itertools.product(((512, 640), (2048, 4096)), (1, 32)):
+        wide = torch.zeros(2 * outputs, inputs)
+        quantized = quantize_int4(wide), quantize_int8(wide)
+        for weight, scale in ((wide, None), (wide.bfloat16(), None), *quantized):
+            x = empty(rows, inputs, dtype=float32 if weight.dtype == float32 else bfloat16)
+            for activation in (None, "gelu_tanh"):
+                arguments = weight, scale, None, counters
+                cuda.linear(x, *arguments, activation=activation, wide=True)
+                norm = empty(inputs, dtype=x.dtype)
+                options = {"eps": 1e-6, "offset": 1.0, "activation": activation}
+                cuda.add_norm_linear(x, x, norm, norm[:1], norm, *arguments, **options)
+    uneven = empty(3, 5000, dtype=bfloat16), empty(77, 5000, dtype=bfloat16)
+    bias = empty(77, dtype=bfloat16)
+    cuda.linear(*uneven, None, bias, counters, soft_cap=30.0)
+
+
+def attention() -> None:
+    cuda = operators("models.kernels.cuda")
+    counters = empty(100_000, dtype=int32)
+    layouts = (8, 4, 128, 1024), (1, 4, 256, 2048), (4, 8, 512, 8448)
+    for (kv_heads, groups, size, slots), rows in itertools.product(layouts, (1, 64)):
+        for dtype in (bfloat16, float32):
+            shared = kv_heads == 4
+            width = kv_heads * size * (groups + (1 if shared else 2))
+            caches = (empty(rows, slots, kv_heads, size, dtype=dtype) for _ in range(2))
+            norms = (empty(size, dtype=dtype) for _ in range(2))
+            cuda.attend_step(
+                empty(rows, width, dtype=dtype), empty(rows, dtype=int64), *caches, *norms,
+                empty(size // 2), counters, scale=1.0, eps=1e-6, value_norm=shared,
+                values_are_keys=shared,
+            )  # fmt: skip
+
+
+def experts() -> None:
+    module = operators("models.kernels.experts")
+    for dtype in (bfloat16, float32):
+        chosen, weights = module.route(empty(2, 128, dtype=dtype), 8, True)
+        x = empty(2, 2048, dtype=dtype)
+        tables = empty(128, 1536, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
+        module.experts(x, chosen, weights, *tables)
+
+
+def positions() -> None:
+    module = operators("models.kernels.positions")
+    for rows in (1, 5):
+        lines, line = empty(100, rows, dtype=int64), empty(1, dtype=int64)
+        module.next_positions(lines, line, empty(rows, dtype=int64))
+
+
+def hybrids() -> None:
+    cuda = operators("models.operators.cuda")
+    dim, width, tokens, rows = 4096, 4, 2048, 4
+    weight, bias = empty(dim, width, dtype=bfloat16), empty(dim, dtype=bfloat16)
+    state = empty(rows, dim, width - 1, dtype=bfloat16)
+    ends, begun = empty(rows + 1, dtype=int32), empty(rows, dtype=torch.bool)
+    for x in (empty(tokens, dim, dtype=bfloat16).T, empty(dim, tokens, dtype=bfloat16)):
+        for b, slots in ((None, None), (bias, empty(rows, dtype=int32))):
+            cuda.causal_conv1d(x, weight, b, ends, state, slots, begun, "silu")
+    positions = empty(rows, dtype=int64)
+    x = empty(rows, dim, dtype=bfloat16)
+    cuda.causal_conv1d_update(x, weight, None, state, None, positions, "silu")
+    q, v = (empty(rows, heads, 128, dtype=bfloat16) for heads in (16, 32))
+    gates, constants = empty(rows, 32, dtype=bfloat16), empty(32)
+    table = empty(rows, 32, 128, 128)
+    given = q, q, v, gates, gates, constants, constants, table, None, positions
+    cuda.gated_delta_rule_update(*given)
+    cuda.gated_rms_norm(v, v, empty(128, dtype=bfloat16), 1e-6)
+
+
+def sampler() -> None:
+    cuda = operators("sampler.cuda")
+    for rows in (1, 32):
+        logits, table = empty(rows, 262_144), empty(262_144, 640, dtype=bfloat16)
+        numbers, counts = empty(rows), empty(rows, dtype=int64)
+        sampling = numbers, counts, numbers, counts, counts
+        written = table, empty(rows, 1, dtype=int64), empty(rows, 1, 640, dtype=bfloat16)
+        cuda.greedy(logits)
+        cuda.select_rows(logits, counts)
+        cuda.greedy_embed(logits, *written, scale=25.25)
+        cuda.sample(logits, *sampling, restricted=False)
+        cuda.sample_embed(logits, *sampling, *written)
+
+
+if __name__ == "__main__":
+    (group,) = sys.argv[1:]
+    with torch.no_grad():
+        globals()[group]()
+    print(len(compiled))
