@@ -73,8 +73,8 @@ def test_tokens_are_the_samplers_for_all_parameters(program, size, rows, spread)
     kinds = list(product([1.0, 0.7], [0, 1, 5, 40, CANDIDATES, 2 * size], [1.0, 0.95, 0.2]))
     kinds = [row(*kind, seed=i - 9) for i, kind in enumerate(kinds)]
     kinds.insert(2, row(0.0, 3, 0.5))
-    # Where everything is sorted, a large vocabulary takes a while.
-    kinds = kinds if size < 10_000 else kinds[:: 2 if rows > 1 else 5]
+    # Where everything is sorted, a large vocabulary takes a while, most of all if it is flat.
+    kinds = kinds if size < 10_000 else kinds[:: 5 if spread == 0.0 or rows == 1 else 2]
     logits = random_logits(size, rows, 1, spread)
     for i in range(0, len(kinds), rows):
         check(program, logits, *(kinds[i:] + kinds)[:rows])
@@ -138,24 +138,3 @@ def test_tokens_lie_in_memory_of_their_own(program, size, rows):
     expected = second.copy()
     run(methods[1], arguments(random_logits(size, rows, 1), row(), row(2.0, 0, 0.9)))
     assert np.array_equal(second, expected)
-
-
-def test_inductor_draws_the_same_tokens_on_the_cpu(tmp_path):
-    size, rows = 1000, 3
-    program = torch.export.export(Function(), tuple(arguments(torch.zeros(rows, size), row())))
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "sample.pt2")
-    )
-    compiled = torch._inductor.aoti_load_package(package)
-    kinds = product([0.0, 1.0, 0.7], [0, 5], [1.0, 0.9, 0.3])
-    for i, kind in enumerate(kinds):
-        logits = random_logits(size, rows, i)
-        logits[1] = logits[1].round()
-        logits[2, :3] = torch.tensor([NAN, INF, -INF]) if i % 2 else NAN
-        given = arguments(logits, row(*kind, seed=i), row(*kind, seed=-i), row(1.3, 0, 0.99))
-        assert torch.equal(compiled(*given), sample(*given))
-
-
-class Function(torch.nn.Module):
-    def forward(self, logits, temperature, top_k, top_p, seed, position):
-        return sample(logits, temperature, top_k, top_p, seed, position)

@@ -3,6 +3,7 @@ weights and state exist once; what does not fit is one line."""
 
 import itertools
 import json
+import math
 import shutil
 
 import pytest
@@ -12,6 +13,10 @@ from safetensors.torch import load_file
 import runner
 from models.kernels.reference import dequantize
 from runner import LoopOptions, Request, RunnerError
+from sampler.greedy import greedy
+from sampler.sample import sample
+
+NAN, INF = math.nan, math.inf
 
 VARIANTS = [
     LoopOptions(*variant)
@@ -179,26 +184,51 @@ def test_two_models_of_one_artifact_do_not_disturb_each_other(package, model):
     assert [first.token_ids, second.token_ids] == expected
 
 
-def test_two_exports_give_the_same_bytes(package, export_artifact, tiny_checkpoint):
-    again = export_artifact("tiny-inductor-again", "--model", tiny_checkpoint, *INDUCTOR)
-    for file in ("model.safetensors", "manifest.json", "model.pt2"):
-        assert (package / file).read_bytes() == (again / file).read_bytes(), file
+def test_tokens_of_every_kind_of_row_are_the_samplers(rows_package):
+    size, program = 259, runner.load(rows_package).loop.program
+    kinds = itertools.product([0.0, 1.0, 0.7], [0, 5], [1.0, 0.9, 0.3])
+    for i, kind in enumerate(kinds):
+        logits = torch.randn(3, size, generator=torch.Generator().manual_seed(i)) * 3.0
+        logits[1] = logits[1].round()
+        logits[2, :3] = torch.tensor([NAN, INF, -INF]) if i % 2 else NAN
+        rows = zip(kind, kind, (1.3, 0, 0.99))
+        sampling = *map(torch.tensor, rows), torch.tensor([i, -i, 9]), torch.arange(3) + 2**33
+        token, _ = program.select(logits, i % 2, *sampling)
+        assert torch.equal(token, sample(logits, *sampling))
+        assert torch.equal(program.select(logits, i % 2)[0], greedy(logits))
 
 
 # Weights of other types
 
 
-def test_integer_weights_run_and_are_smaller(export_artifact, tiny_checkpoint, package):
-    directory = export_artifact(
-        "tiny-inductor-int8", "--model", tiny_checkpoint, *INDUCTOR, "--quant", "int8"
-    )
-    size = (directory / "model.safetensors").stat().st_size
-    assert size < 0.56 * (package / "model.safetensors").stat().st_size
-    assert len(set(assert_that_variants_agree(runner.load(directory)))) > 5
+@pytest.fixture(scope="module")
+def one_layer(make_checkpoint):
+    """A checkpoint of one layer, whose rows 4 bits can hold: they are of more than 128 inputs."""
+    return make_checkpoint(
+        hidden_size=256, intermediate_size=384, head_dim=64, num_hidden_layers=1,
+        layer_types=["sliding_attention"],
+    )  # fmt: skip
 
 
-def test_random_bf16_weights_are_the_same_each_time(export_artifact, tiny_checkpoint):
-    config = tiny_checkpoint / "config.json"
+@pytest.fixture(scope="module")
+def integer_package(export_artifact, one_layer):
+    """A function: "int8" or "int4" -> a package of such weights."""
+
+    def make(quant, name=""):
+        arguments = ("--model", one_layer, *INDUCTOR, "--quant", quant)
+        return export_artifact(f"one-layer-{quant}{name}", *arguments)
+
+    return make
+
+
+def test_two_exports_give_the_same_bytes(integer_package):
+    first, second = integer_package("int8"), integer_package("int8", "-again")
+    for file in ("model.safetensors", "manifest.json", "model.pt2"):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+def test_random_bf16_weights_are_the_same_each_time(export_artifact, one_layer):
+    config = one_layer / "config.json"
     arguments = "--random-weights", config, *INDUCTOR, "--quant", "bf16"
     directory = export_artifact("tiny-random", *arguments)
     assert not (directory / "model.safetensors").exists()
@@ -207,43 +237,30 @@ def test_random_bf16_weights_are_the_same_each_time(export_artifact, tiny_checkp
 
 
 def assert_that_variants_agree(model) -> list[int]:
-    expected = ids_of(model, PROMPTS[2], 20)
+    # Greedily one layer settles down to repeating itself.
+    expected = ids_of(model, PROMPTS[2], 20, **SAMPLED)
     for options in VARIANTS[::3]:
-        assert ids_of(model, PROMPTS[2], 20, options) == expected
+        assert ids_of(model, PROMPTS[2], 20, options, **SAMPLED) == expected
     return expected[0]
 
 
-@pytest.fixture(scope="module")
-def integer_package(export_artifact, make_checkpoint, tiny_checkpoint):
-    """A function: "int8" or "int4" -> a package of such weights, and its checkpoint."""
-
-    def make(quant):
-        checkpoint = tiny_checkpoint
-        if quant == "int4":
-            # Rows of 4 bits are of more than 128 inputs.
-            sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
-            checkpoint = make_checkpoint(**sizes)
-        arguments = ("--model", checkpoint, *INDUCTOR, "--quant", quant)
-        return export_artifact(f"tiny-inductor-{quant}", *arguments), checkpoint
-
-    return make
-
-
 @pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_integer_weights_are_the_checkpoint_s_within_half_a_step(integer_package, quant):
-    directory, checkpoint = integer_package(quant)
+def test_integer_weights_are_the_checkpoint_s_within_half_a_step(integer_package, one_layer, quant):
+    directory = integer_package(quant)
     model = runner.load(directory)
-    constants, weights = model.loop.program.constants, load_file(checkpoint / "model.safetensors")
+    constants, weights = model.loop.program.constants, load_file(one_layer / "model.safetensors")
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     for layer in attention + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]:
-        name = f"model.layers.1.{layer}"
+        name = f"model.layers.0.{layer}"
         weight = weights[f"{name}.weight"].bfloat16().float()
         words, scale = (constants[f"network.{name}.{part}"] for part in ("weight", "scale"))
         error = (dequantize(words, scale, weight.shape[1]) - weight).abs()
         step = scale.float().T.repeat_interleave(weight.shape[1] // scale.shape[0], 1)
         assert (error <= 0.501 * step).all(), layer
-    expected = ids_of(model, PROMPTS[2], 20)
-    assert ids_of(model, PROMPTS[2], 20, VARIANTS[-1]) == expected
+    # They are of float32 there; the embedding stays bfloat16, beside an integer head.
+    size = (directory / "model.safetensors").stat().st_size
+    assert size < 0.56 * (one_layer / "model.safetensors").stat().st_size
+    assert len(set(assert_that_variants_agree(model))) > 5
 
 
 # What does not fit
