@@ -3,28 +3,28 @@ that the runner counts. Where there is no GPU all of it is skipped."""
 
 import itertools
 import json
-import shutil
 
 import pytest
 import torch
 
 import runner
-from export.checkpoint import load_weights, open_checkpoint
 from models import gemma3, qwen3
 from runner import LoopOptions, Request, RunnerError
+from tests.driving import (
+    PROMPTS,
+    SAMPLED,
+    altered,
+    assert_rows_are_those_alone,
+    eager_ids,
+    ids_of,
+    variants,
+)
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-VARIANTS = [
-    LoopOptions(*variant, 1, graph)
-    for graph in (True, False)
-    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
-]
-VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
-PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
-SAMPLED = {"temperature": 0.9, "top_k": 60, "top_p": 0.9, "seed": 7}
+VARIANTS = variants(graphs=(True, False))
 CUDA = ("--backend", "inductor", "--device", "cuda", "--max-seq-len", 200, "--max-prefill", 7)
 
 
@@ -40,29 +40,9 @@ def model(package):
     return loaded
 
 
-def eager(module, directory, prompt, count) -> list[int]:
-    """The greedy ids of the network itself, on the CPU."""
-    checkpoint = open_checkpoint(directory)
-    with torch.device("meta"):
-        network = module.Network(module.Config.from_dict(checkpoint.config), 200)
-    load_weights(network, checkpoint, module.checkpoint_name)
-    ids = []
-    with torch.no_grad():
-        for position in range(len(prompt) + count - 1):
-            token = (prompt + ids)[position]
-            logits = network.decode(torch.tensor([[token]]), torch.tensor([position]))
-            if position >= len(prompt) - 1:
-                ids.append(logits.argmax().item())
-    return ids
-
-
-def ids_of(model, prompt, count=60, options=None, **parameters):
-    return model.generate(prompt, count, options=options, **parameters).run().token_ids
-
-
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 def test_every_variant_gives_the_eager_networks_ids(model, tiny_checkpoint, prompt):
-    expected = eager(gemma3, tiny_checkpoint, prompt, 60)
+    expected = eager_ids(gemma3, tiny_checkpoint, prompt, 60)
     for options in VARIANTS:
         assert ids_of(model, prompt, options=options) == expected, options
 
@@ -82,17 +62,7 @@ def test_rows_that_join_and_leave_give_what_each_gives_alone(
     )
     several = runner.load(artifact)
     several.tokenizer.eos_token_ids.clear()
-    requests = [
-        Request(prompt, 9 + 5 * i, **(SAMPLED if i % 2 else {}))
-        for i, prompt in enumerate(PROMPTS + PROMPTS[::-1])
-    ]
-    expected = [
-        ids_of(model, r.prompt, r.max_new_tokens, **(SAMPLED if r.temperature else {}))
-        for r in requests
-    ]
-    for options in VARIANTS:
-        results = several.generate_batch(requests, options).run()
-        assert [result.token_ids for result in results] == expected, options
+    assert_rows_are_those_alone(several, model, VARIANTS)
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -103,7 +73,7 @@ def test_experts_give_the_eager_networks_ids(make_qwen_checkpoint, run_script, t
     assert done.returncode == 0, done.stderr
     model = runner.load(output)
     model.tokenizer.eos_token_ids.clear()
-    expected = [eager(qwen3, checkpoint, prompt, 30) for prompt in PROMPTS]
+    expected = [eager_ids(qwen3, checkpoint, prompt, 30) for prompt in PROMPTS]
     for options in VARIANTS[::3]:
         results = model.generate_batch([Request(p, 30) for p in PROMPTS], options).run()
         assert [result.token_ids for result in results] == expected, options
@@ -169,28 +139,32 @@ def test_other_weights_give_the_same_ids_in_every_variant(export_artifact, tiny_
         assert ids_of(model, PROMPTS[2], options=options) == expected, options
 
 
-@pytest.fixture
-def altered(package, tmp_path):
-    """A function: changes of the manifest -> the artifact's copy with them."""
+def test_rows_of_integer_weights_are_those_alone_whatever_their_number(
+    export_artifact, make_checkpoint
+):
+    """More than 8 rows are multiplied in other tiles than one."""
+    checkpoint = make_checkpoint(
+        hidden_size=256, intermediate_size=384, head_dim=64, num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    arguments = "--model", checkpoint, *CUDA, "--quant", "int4"
+    alone, several = (
+        runner.load(export_artifact(f"tiny-cuda-int4-{rows}", *arguments, "--batch", rows))
+        for rows in (1, 9)
+    )
+    for model in (alone, several):
+        model.tokenizer.eos_token_ids.clear()
+    assert_rows_are_those_alone(several, alone, VARIANTS[::3])
 
-    def change(**entries):
-        directory = tmp_path / "altered"
-        shutil.copytree(package, directory)
-        manifest = json.loads((directory / "manifest.json").read_text()) | entries
-        (directory / "manifest.json").write_text(json.dumps(manifest))
-        return directory
 
-    return change
-
-
-def test_a_package_for_another_architecture_is_refused(altered):
+def test_a_package_for_another_architecture_is_refused(package, tmp_path):
     with pytest.raises(RunnerError, match="compiled for sm_70, and this machine's cuda is sm_"):
-        runner.load(altered(processor="sm_70"))
+        runner.load(altered(package, tmp_path / "copy", processor="sm_70"))
 
 
-def test_what_does_not_fit_the_memory_is_one_line(altered, package):
+def test_what_does_not_fit_the_memory_is_one_line(package, tmp_path):
     state = json.loads((package / "manifest.json").read_text())["state"]
     state[0] = state[0] | {"shape": [2**40]}
     with pytest.raises(RunnerError, match="does not fit the GPU's memory") as caught:
-        runner.load(altered(state=state))
+        runner.load(altered(package, tmp_path / "copy", state=state))
     assert len(str(caught.value).splitlines()) == 1

@@ -1,7 +1,6 @@
 """Hybrids compiled for a GPU: the eager network's ids in every variant of the loop, rows alone and
 together, and a step that is one launch."""
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +9,16 @@ import pytest
 import torch
 
 import runner
-from export.checkpoint import load_weights, open_checkpoint
 from models import qwen3_5
-from runner import LoopOptions, Request
+from runner import Request
+from tests.driving import eager_ids, ids_of, variants
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = [
-    LoopOptions(*variant, 1, graph)
-    for graph in (True, False)
-    for variant in itertools.product(("auto", "alias", "host"), ("device", "host"), (True, False))
-]
-VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
+VARIANTS = variants(("auto", "alias", "host"), (True, False))
 # Chunks are of 70 tokens, and those of the delta rule of 64.
 PROMPTS = [[2], [2, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(90)]]
 # Each layout, one of them with several rows, and experts.
@@ -59,42 +53,21 @@ def exported(request, export_hybrid):
     return model, checkpoint
 
 
-@pytest.fixture(scope="module")
-def eager(exported):
-    """A function: prompt, count -> the greedy ids of the network itself, on the CPU."""
-    checkpoint = open_checkpoint(exported[1])
-    with torch.device("meta"):
-        network = qwen3_5.Network(qwen3_5.Config.from_dict(checkpoint.config), 200)
-    load_weights(network, checkpoint, qwen3_5.checkpoint_name)
-
-    def run(prompt: list[int], count: int) -> list[int]:
-        ids = []
-        with torch.no_grad():
-            for position in range(len(prompt) + count - 1):
-                token = (prompt + ids)[position]
-                logits = network.decode(torch.tensor([[token]]), torch.tensor([position]))
-                if position >= len(prompt) - 1:
-                    ids.append(logits.argmax().item())
-        return ids
-
-    return run
-
-
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
-def test_every_variant_gives_the_eager_networks_ids(exported, eager, prompt):
-    expected = eager(prompt, 64)
+def test_every_variant_gives_the_eager_networks_ids(exported, prompt):
+    model, checkpoint = exported
+    expected = eager_ids(qwen3_5, checkpoint, prompt, 64)
     assert len(set(expected)) > 10
     for options in VARIANTS:
-        assert exported[0].generate(prompt, 64, options=options).run().token_ids == expected, (
-            options
-        )
+        assert ids_of(model, prompt, 64, options) == expected, options
 
 
-def test_rows_that_join_and_leave_give_what_each_gives_alone(exported, eager):
+def test_rows_that_join_and_leave_give_what_each_gives_alone(exported):
+    model, checkpoint = exported
     requests = [Request(prompt, 9 + 5 * i) for i, prompt in enumerate(PROMPTS + PROMPTS[::-1])]
-    expected = [eager(request.prompt, request.max_new_tokens) for request in requests]
+    expected = [eager_ids(qwen3_5, checkpoint, r.prompt, r.max_new_tokens) for r in requests]
     for options in VARIANTS:
-        results = exported[0].generate_batch(requests, options).run()
+        results = model.generate_batch(requests, options).run()
         assert [result.token_ids for result in results] == expected, options
 
 
@@ -118,7 +91,7 @@ def test_a_step_is_one_graph_launch_without_an_upload(exported):
 @pytest.mark.parametrize("quant", ["bf16", "int8"])
 def test_other_weights_give_the_same_ids_in_every_variant(export_hybrid, quant):
     model = runner.load(export_hybrid("qwen3_5_text", 1, quant)[1])
-    expected = model.generate(PROMPTS[2], 60).run().token_ids
+    expected = ids_of(model, PROMPTS[2])
     assert len(set(expected)) > 5
     for options in VARIANTS:
-        assert model.generate(PROMPTS[2], 60, options=options).run().token_ids == expected, options
+        assert ids_of(model, PROMPTS[2], options=options) == expected, options

@@ -1,10 +1,10 @@
 """A package of AOTInductor on the CPU gives what the .pte gives, in every variant of the loop; its
 weights and state exist once; what does not fit is one line."""
 
+import functools
 import itertools
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -12,20 +12,21 @@ from safetensors.torch import load_file
 
 import runner
 from models.kernels.reference import dequantize
-from runner import LoopOptions, Request, RunnerError
+from runner import LoopOptions, RunnerError
 from sampler.greedy import greedy
 from sampler.sample import sample
+from tests.driving import (
+    PROMPTS,
+    SAMPLED,
+    altered,
+    assert_rows_are_those_alone,
+    ids_of,
+    variants,
+)
 
 NAN, INF = math.nan, math.inf
 
-VARIANTS = [
-    LoopOptions(*variant)
-    for variant in itertools.product(("embed", "alias", "host"), ("device", "host"), (True, False))
-]
-VARIANTS += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
-# Chunks are of 7 tokens and the window is 16: within one, across both, and the least.
-PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]
-SAMPLED = {"temperature": 0.9, "top_k": 60, "top_p": 0.9, "seed": 7}
+VARIANTS = variants()
 INDUCTOR = ("--backend", "inductor", "--max-seq-len", 200, "--max-prefill", 7)
 
 
@@ -53,11 +54,6 @@ def pte(tiny_artifact):
     return runner.load(tiny_artifact)
 
 
-def ids_of(model, prompt, count=60, options=None, **parameters):
-    generation = model.generate(prompt, count, options=options, **parameters).run()
-    return generation.token_ids, generation.finish_reason
-
-
 # What it gives
 
 
@@ -75,25 +71,15 @@ def test_sampled_ids_are_those_of_the_pte_in_every_variant(model, pte):
 
 
 def test_rows_that_join_and_leave_give_what_each_gives_alone(rows_package, pte):
-    requests = [
-        Request(prompt, 9 + 5 * i, **(SAMPLED if i % 2 else {}))
-        for i, prompt in enumerate(PROMPTS + PROMPTS[::-1])
-    ]
-    expected = [
-        ids_of(pte, r.prompt, r.max_new_tokens, **(SAMPLED if r.temperature else {}))[0]
-        for r in requests
-    ]
-    several = runner.load(rows_package)
-    for options in VARIANTS:
-        results = several.generate_batch(requests, options).run()
-        assert [result.token_ids for result in results] == expected
+    assert_rows_are_those_alone(runner.load(rows_package), pte, VARIANTS)
 
 
 def test_the_cache_can_be_filled_to_its_last_position(model, pte):
     prompt = [2, *(i * 31 % 256 + 3 for i in range(150))]
-    ids, reason = ids_of(model, prompt, 1000)
-    assert (ids, reason) == ids_of(pte, prompt, 1000)
-    assert reason == "stop" or len(ids) == 49
+    result, expected = (m.generate(prompt, 1000).run() for m in (model, pte))
+    assert result.token_ids == expected.token_ids
+    assert result.finish_reason == expected.finish_reason
+    assert result.finish_reason == "stop" or len(result.token_ids) == 49
 
 
 # What is copied, and what is there once
@@ -177,7 +163,7 @@ def test_the_artifact_holds_every_weight_once(package, tiny_checkpoint):
 
 
 def test_two_models_of_one_artifact_do_not_disturb_each_other(package, model):
-    other, expected = runner.load(package), [ids_of(model, prompt)[0] for prompt in PROMPTS[1:3]]
+    other, expected = runner.load(package), [ids_of(model, prompt) for prompt in PROMPTS[1:3]]
     first, second = model.generate(PROMPTS[1], 60), other.generate(PROMPTS[2], 60)
     for _ in itertools.zip_longest(first, second):
         pass
@@ -241,7 +227,7 @@ def assert_that_variants_agree(model) -> list[int]:
     expected = ids_of(model, PROMPTS[2], 20, **SAMPLED)
     for options in VARIANTS[::3]:
         assert ids_of(model, PROMPTS[2], 20, options, **SAMPLED) == expected
-    return expected[0]
+    return expected
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
@@ -267,17 +253,9 @@ def test_integer_weights_are_the_checkpoint_s_within_half_a_step(integer_package
 
 
 @pytest.fixture
-def altered(package, tmp_path):
+def change(package, tmp_path):
     """A function: changes of the manifest -> the artifact's copy with them."""
-
-    def change(**entries):
-        directory = tmp_path / "altered"
-        shutil.copytree(package, directory)
-        manifest = json.loads((directory / "manifest.json").read_text()) | entries
-        (directory / "manifest.json").write_text(json.dumps(manifest))
-        return directory
-
-    return change
+    return functools.partial(altered, package, tmp_path / "altered")
 
 
 def refused(directory) -> str:
@@ -287,23 +265,23 @@ def refused(directory) -> str:
     return line
 
 
-def test_a_package_of_another_torch_is_refused(altered):
-    line = refused(altered(versions={"torch": "1.2.3"}))
+def test_a_package_of_another_torch_is_refused(change):
+    line = refused(change(versions={"torch": "1.2.3"}))
     assert "compiled by torch 1.2.3" in line and torch.__version__.split("+")[0] in line
 
 
-def test_a_package_for_another_processor_is_refused(altered):
-    assert "compiled for SSE9, and this machine's cpu is" in refused(altered(processor="SSE9"))
+def test_a_package_for_another_processor_is_refused(change):
+    assert "compiled for SSE9, and this machine's cpu is" in refused(change(processor="SSE9"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_package_for_a_gpu_is_refused_where_there_is_none(altered):
-    line = refused(altered(device="cuda", processor="sm_90"))
+def test_a_package_for_a_gpu_is_refused_where_there_is_none(change):
+    line = refused(change(device="cuda", processor="sm_90"))
     assert "is for a CUDA GPU, and torch sees none here" in line
 
 
-def test_missing_and_truncated_weights_are_refused(altered):
-    directory = altered()
+def test_missing_and_truncated_weights_are_refused(change):
+    directory = change()
     weights = directory / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1])
@@ -312,30 +290,30 @@ def test_missing_and_truncated_weights_are_refused(altered):
     assert "model.safetensors is missing" in refused(directory)
 
 
-def test_damaged_weights_are_refused(altered):
-    directory = altered()
+def test_damaged_weights_are_refused(change):
+    directory = change()
     weights = directory / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
     assert "model.safetensors is damaged" in refused(directory)
 
 
-def test_a_damaged_program_is_refused(altered):
-    directory = altered()
+def test_a_damaged_program_is_refused(change):
+    directory = change()
     program = directory / "model.pt2"
     program.write_bytes(b"\xff" * program.stat().st_size)
     assert "model.pt2 cannot be loaded" in refused(directory)
 
 
-def test_a_tensor_that_is_nowhere_is_named(altered, package):
+def test_a_tensor_that_is_nowhere_is_named(change, package):
     manifest = json.loads((package / "manifest.json").read_text())
     state = [e for e in manifest["state"] if not e["name"].endswith("layers.1.self_attn.cache.v")]
-    line = refused(altered(state=state))
+    line = refused(change(state=state))
     assert "needs the tensor network.model.layers.1.self_attn.cache.v" in line
 
 
-def test_a_package_that_cannot_sample_says_so(altered, package):
+def test_a_package_that_cannot_sample_says_so(change, package):
     methods = json.loads((package / "manifest.json").read_text())["methods"]
-    model = runner.load(altered(methods=[name for name in methods if name != "sample"]))
+    model = runner.load(change(methods=[name for name in methods if name != "sample"]))
     with pytest.raises(RunnerError, match="has no method sample"):
         model.generate([2], 4, temperature=1.0)
 
