@@ -10,7 +10,6 @@ no_driver.c or by what replaces functions of torch below; where Inductor would m
 to cut a kernel's work it takes the first.
 """
 
-import contextlib
 import importlib
 import os
 import subprocess
@@ -33,18 +32,17 @@ PROPERTIES = SimpleNamespace(
 )  # fmt: skip
 
 
-def begin_anew(directory: Path) -> None:
-    """Run this script again, with stand-ins for CUDA's libraries in `directory`."""
-    source = Path(__file__).with_name("no_driver.c")
-    for name in ("libcuda.so.1", "libcuda.so"):
-        command = ["cc", "-shared", "-fPIC", f"-I{CUDA / 'include'}"]
-        command += ["-Wl,-soname,libcuda.so.1", str(source), "-o", str(directory / name)]
-        subprocess.run(command, check=True)
+def begin_anew(directory: Path) -> int:
+    """Run this script again, with stand-ins for CUDA's libraries in `directory`; its status."""
+    source, library = Path(__file__).with_name("no_driver.c"), directory / "libcuda.so.1"
+    command = ["cc", "-shared", "-fPIC", f"-I{CUDA / 'include'}", f"-Wl,-soname,{library.name}"]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    # The name that a package is linked by.
+    (directory / "libcuda.so").symlink_to(library)
     paths = {"LD_LIBRARY_PATH": directory, "LIBRARY_PATH": directory, "CUDA_HOME": CUDA}
-    paths |= {"LD_PRELOAD": directory / "libcuda.so.1"}
+    paths |= {"LD_PRELOAD": library}
     environment = os.environ | {name: str(path) for name, path in paths.items()}
-    done = subprocess.run([sys.executable, *sys.argv], env=environment)
-    sys.exit(done.returncode)
+    return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
 
 
 def pretend() -> None:
@@ -171,11 +169,7 @@ def export_fake(script: str, arguments: list[str]) -> int:
 
     def compile_method(method, example, dynamic_shapes=None) -> list[str]:
         with unset_fake_temporarily(), torch.device("cpu"):
-            program = torch.export.export(
-                method, example, dynamic_shapes=dynamic_shapes,
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )  # fmt: skip
-            graph = program.module()
+            graph = pt2.trace(method, example, dynamic_shapes)
             # A graph's tensors must be of one mode, and it was traced in one of its own.
             mode = _detect_fake_mode_from_gm(graph)
             replace_tensors(graph, lambda x: alike(x, mode))
@@ -214,8 +208,8 @@ def main() -> int:
         print(f"benchmarks/cross_export.py: error: CUDA_HOME: there are no headers in {CUDA}")
         return 2
     if "libcuda.so.1" not in os.environ.get("LD_PRELOAD", ""):
-        with tempfile.TemporaryDirectory() as directory, contextlib.suppress(KeyboardInterrupt):
-            begin_anew(Path(directory))
+        with tempfile.TemporaryDirectory() as directory:
+            return begin_anew(Path(directory))
     pretend()
     return export_fake(sys.argv[1], sys.argv[2:])
 

@@ -178,6 +178,12 @@ def compile_method(
     method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None = None
 ) -> list[str]:
     """The files of a package's method, compiled for the device of its example inputs."""
+    graph = trace(method, example, dynamic_shapes)
+    return aot_compile(graph, example, options=OPTIONS)
+
+
+def trace(method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None) -> nn.Module:
+    """The method as torch.export sees it."""
     # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
     program = torch.export.export(
         method,
@@ -185,7 +191,7 @@ def compile_method(
         dynamic_shapes=dynamic_shapes,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    return aot_compile(program.module(), example, options=OPTIONS)
+    return program.module()
 
 
 def tensors_of(
