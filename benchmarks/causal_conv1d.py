@@ -37,7 +37,7 @@ from benchmarks.cuda_common import (
 )
 from models.operators import conv1d, cuda
 from models.operators.triton_conv1d import (
-    last_input,
+    inputs_before,
     load_bias,
     load_rows,
     load_slot,
@@ -80,31 +80,26 @@ def by_sequence_kernel(
     weights = load_weights(weight_ptr + channels * weight_stride_dim, 1, in_dim, WIDTH)
     bias = load_bias(weight_ptr, channels, in_dim, False)
     rows = load_rows(x_ptrs, in_dim, begin, stop, x_stride_token, WIDTH, BLOCK_TOKENS)
-    nothing = tl.zeros([], tl.int64)
     if begin > start:
         roll(
-            rows, rows, -1, out_ptrs, weights, bias, in_dim, begin, stop, start, nothing, 0,
-            out_stride_token, WIDTH, True, False, BLOCK_TOKENS,
+            rows, out_ptrs, weights, bias, in_dim, begin, stop, start, out_stride_token,
+            WIDTH, True, False, BLOCK_TOKENS,
         )  # fmt: skip
         return
     slot = load_slot(cache_indices_ptr, sequence, True)
     started = tl.load(has_initial_ptr + sequence) != 0
     state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
-    before = ()
-    for column in tl.static_range(WIDTH - 1):
-        before = before + (tl.load(state_ptrs + column, mask=in_dim & started, other=0.0),)
+    held = start, started, x_ptrs, state_ptrs, x_stride_token, 1
     # Before the start there is the state: no token is too early.
     roll(
-        before + rows[WIDTH - 1 :], before, -1, out_ptrs, weights, bias, in_dim, begin, stop,
-        start - (WIDTH - 1), nothing, 0, out_stride_token, WIDTH, True, False, BLOCK_TOKENS,
+        inputs_before(start, *held, in_dim, WIDTH) + rows[WIDTH - 1 :], out_ptrs, weights, bias,
+        in_dim, begin, stop, start - (WIDTH - 1), out_stride_token,
+        WIDTH, True, False, BLOCK_TOKENS,
     )  # fmt: skip
-    bounds = start, stop, started, x_stride_token, 1
-    last = ()
-    for column in tl.static_range(WIDTH - 1):
-        last = last + (last_input(x_ptrs, state_ptrs, in_dim, *bounds, column, WIDTH),)
+    left = inputs_before(stop, *held, in_dim, WIDTH)
     tl.debug_barrier()
-    for column in tl.static_range(WIDTH - 1):
-        tl.store(state_ptrs + column, last[column], mask=in_dim)
+    for i in tl.static_range(WIDTH - 1):
+        tl.store(state_ptrs + i, left[i].to(state_ptr.dtype.element_ty), mask=in_dim)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ BATCHES = 1, 2, 4, 8, 16, 32, 64
 HEADS, KEY_HEADS, SIZE = 32, 16, 128
 WIDTH = 4
 # Columns of the state in one program, and its warps; the operator's own first.
-CUTS = cuda.COLUMNS, (16, 4), (32, 8), (64, 4), (64, 8)
+CUTS = cuda.COLUMNS, (128, 8), (32, 4), (32, 2), (16, 2)
 COLD_BYTES = 200e6  # several times the largest L2
 HEADER = f"{'batch':>5}  {'what':<28}{'floor us':>9}{'us':>9}{'share':>8}{'error':>9}"
 

@@ -37,7 +37,7 @@ from models.kernels.packing import quantize_int4, quantize_int8
 from models.kernels.tiles import AttendTiles, LinearTiles, attend_tiles, linear_tiles, most_splits
 
 BATCHES = 1, 8, 32
-CONTEXTS = 256, 1024, 8192
+CONTEXTS = 128, 256, 1024, 8192
 COLD_BYTES = 200e6  # several times the largest L2
 MOST_COPIES = 96
 FORMS = {4: "int4", 0: "bf16", 8: "int8"}
@@ -92,7 +92,8 @@ LAYOUTS = (
 
 def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]:
     """Ways to cut a product, the operators' own first."""
-    own = linear_tiles(rows, matrix.outputs, matrix.inputs, bits, torch.bfloat16)
+    shape = matrix.outputs, matrix.inputs
+    own = linear_tiles(rows, *shape, bits, torch.bfloat16, matrix.gated)
     small = matrix.inputs <= 2048 and matrix.outputs <= 4096
     # Integer weights go by spans, whatever the block of inputs.
     if bits:
@@ -106,10 +107,15 @@ def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]
         shapes += [(16, 128, 1, 5), (16, 256, 1, 3), (32, 256, 2, 3), (64, 256, 4, 3)]
     else:
         shapes = [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4)]
+    # Layers that are read in ten microseconds: fewer parts, and longer pipelines to make up for it.
+    middle = not bits and not small and matrix.outputs * matrix.inputs < 2**25
+    if middle:
+        shapes += [(64, 64, 4, 10), (64, 128, 4, 7), (32, 128, 2, 6), (32, 128, 4, 10)]
+        shapes += [(32, 64, 2, 8), (128, 64, 4, 7)]
     ways = [own]
     for block_n, block_k, warps, stages in shapes:
         tiles = -(-matrix.outputs // block_n)
-        for target in (1, 264) if small else (264, 528):
+        for target in (1, 264) if small else (80, 132, 264, 528) if middle else (264, 528):
             splits = 1
             while splits < 8 and tiles * splits < target and matrix.inputs >= 1024 * splits:
                 splits *= 2
@@ -131,6 +137,8 @@ def attend_candidates(layout: Layout) -> list[AttendTiles]:
             ways.append(AttendTiles(block_s, most, least, stages=3))
     ways += [
         AttendTiles(2 * block, splits // 4, stages=3),
+        AttendTiles(2 * block, splits, 4, stages=3),
+        AttendTiles(4 * block, splits, 2, stages=2),
         AttendTiles(block, splits, stages=3, fan=16),
         AttendTiles(block, splits, stages=3, fan=4),
         AttendTiles(block, splits, stages=3, combined=4096),

@@ -8,6 +8,7 @@ beforehand, without the GPU.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -42,10 +43,10 @@ ARTIFACTS = {
     )
 }  # fmt: skip
 TESTS = {
-    "cuda-tests": ("-n", 4, "tests/cuda"),
-    "kernel-tests": ("tests/models/test_kernels.py",),
+    "cuda-tests": ("-n", 12, "tests/cuda"),
+    "kernel-tests": ("-n", 4, "tests/models/test_kernels.py"),
     "operator-tests": ("tests/models/test_operators.py", "tests/export/test_fused_hybrid.py"),
-    "sampler-tests": ("tests/sampler/test_triton_kernels.py",),
+    "sampler-tests": ("-n", 4, "tests/sampler/test_triton_kernels.py"),
 }
 # Of each benchmark its script, the artifact that it is given, its flags, and the seconds for it.
 BENCHMARKS = {
@@ -65,6 +66,8 @@ BENCHMARKS = {
     for name in ARTIFACTS
     if name.startswith("qwen3-")
 }  # fmt: skip
+
+INTERRUPTED_S = 10  # for what is interrupted to end
 
 
 @dataclass
@@ -98,7 +101,12 @@ class Suite:
         if status is None:
             if time.monotonic() < self.deadline:
                 return False
-            os.killpg(job.process.pid, signal.SIGKILL)
+            # pytest reports what has failed so far.
+            os.kill(job.process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.process.wait(INTERRUPTED_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.process.pid, signal.SIGKILL)
             status = job.process.wait()
         lines = job.log.read_text(errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line and line[0] != "{"), "")
@@ -115,7 +123,7 @@ class Suite:
         jobs = []
         for name in names:
             if name in TESTS:
-                command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS[name]]
+                command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", *TESTS[name]]
             else:
                 config, *flags = ARTIFACTS[name]
                 command = export_command(config, self.artifacts / name, *flags)

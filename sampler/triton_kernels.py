@@ -178,26 +178,36 @@ def log2_rate(words):
 
 
 @triton.jit
-def _score_bounds(
-    x, largest, first_id, temperature, seed, position, TILE: tl.constexpr, PARTS: tl.constexpr
-):
-    """float32 [PARTS] of a tile whose largest logit is given: no score log2(e) * (x / temperature +
-    noise) of a part is above its bound by more than `_tolerance`. At a fifth of the cost of exact
-    scores."""
+def _score_bounds(x, rates, temperature, PARTS: tl.constexpr):
+    """(the largest logit, bounds float32 [PARTS]): no score log2(e) * (x / temperature + noise) of
+    a part is above its bound by more than `_tolerance`. At a fifth of the cost of exact scores."""
     factor = 1.4426950408889634 / temperature
     # The maximum of x * factor - rate; to negate each rate would be one more instruction.
-    negated = x * -factor + log2_rate(_words(first_id, seed, position, TILE))
-    bounds = -tl.min(tl.reshape(negated, [PARTS, TILE // PARTS]), axis=1)
-    # Products that overflow, or inf * 0: the exact scores decide.
+    negated = x * -factor + rates
+    bounds = -tl.min(tl.reshape(negated, [PARTS, x.shape[0] // PARTS]), axis=1)
+    largest = tl.max(x)
+    # Products that overflow, inf * 0, or parts that are all NaN: the exact scores decide.
     is_bound = (factor > 1e-30) & (factor < 1e8) & (tl.abs(largest) < 1e30)
+    bounds = tl.where(bounds == bounds, bounds, float("inf"))
     bounds = tl.where(is_bound, bounds, float("inf"))
-    return tl.where(largest == float("-inf"), largest, bounds)
+    return largest, tl.where(largest == float("-inf"), largest, bounds)
 
 
 @triton.jit
 def _tolerance(score):
     """More than a bound may be off: by logarithms, and by rounded products."""
     return 2e-4 + (tl.abs(score) + 32) * 1e-6
+
+
+@triton.jit
+def first_of_largest(x, ids, nothing):
+    """(the largest of x, NaN only where there is nothing else; its lowest id, or `nothing` where it
+    is no number above -inf)."""
+    largest = tl.max(x)
+    first = nothing
+    if largest > float("-inf"):
+        first = tl.min(tl.where(x == largest, ids, ID_MASK))
+    return largest, first
 
 
 @triton.jit
@@ -219,26 +229,25 @@ def tile_maxima_kernel(
     source_row = row
     if HAS_ROWS:
         source_row = tl.load(rows_ptr + row).to(tl.int64)
+    out = row * tl.cdiv(vocab_size, TILE) + split
     ids = split * TILE + tl.arange(0, TILE)
     at = logits_ptr + source_row * row_stride + ids * column_stride
     x = tl.load(at, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
-    largest = tl.max(x)  # NaN only where nothing else is
-    largest = tl.where(largest == largest, largest, float("-inf"))
-    out = row * tl.cdiv(vocab_size, TILE) + split
-    is_greedy = tl.full([], True, tl.int1)
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
-        is_greedy = temperature == 0
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
         if temperature > 0:
-            seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-            bounds = _score_bounds(
-                x, largest, split * TILE, temperature, seed, position, TILE, PARTS
-            )
+            # Noise does not wait for logits. Of these rows nobody asks which token is the first of
+            # the largest.
+            rates = log2_rate(_words(split * TILE, seed, position, TILE))
+            largest, bounds = _score_bounds(x, rates, temperature, PARTS)
+            first = split * TILE
             tl.store(bounds_ptr + out * PARTS + tl.arange(0, PARTS), bounds)
-    # Of other rows nobody asks which token is the first of the largest.
-    first = split * TILE
-    if is_greedy & (largest > float("-inf")):
-        first = tl.min(tl.where(x == largest, ids, ID_MASK))
+        else:
+            largest, first = first_of_largest(x, ids, split * TILE)
+    else:
+        largest, first = first_of_largest(x, ids, split * TILE)
+    largest = tl.where(largest == largest, largest, float("-inf"))
     tl.store(maxima_ptr + out, pack(largest, ID_MASK - first.to(tl.int64)))
     if BINS:
         # triton_cutoff's bins_kernel, the next launch, adds to them.
@@ -272,7 +281,8 @@ def bounds_kernel(
         x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
         x = tl.where(pack(x, ids) >= cutoff, x, float("-inf"))
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        bounds = _score_bounds(x, tl.max(x), split * TILE, temperature, seed, position, TILE, PARTS)
+        rates = log2_rate(_words(split * TILE, seed, position, TILE))
+        bounds = _score_bounds(x, rates, temperature, PARTS)[1]
     out = (row * splits + split) * PARTS + tl.arange(0, PARTS)
     tl.store(bounds_ptr + out, bounds)
 
@@ -289,41 +299,45 @@ def token_kernel(
 
     For the latter parts of tiles, of PART tokens, are scored exactly, that of the highest bound
     first, until none is left whose bound is not below the best score: most often one, at times two
-    or three. With EMBED its row of the table [V, width], scaled, goes to
-    hidden [B, width].
+    or three. With EMBED its row of the table [V, width], scaled, goes to hidden [B, width].
     """
     row = tl.program_id(0).to(tl.int64)
-    best = tl.max(load_maxima(maxima_ptr, row, splits, SPLITS))
+    # All loads that depend on nothing come before what waits for one.
+    maxima = load_maxima(maxima_ptr, row, splits, SPLITS)
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        offsets = tl.arange(0, SPLITS * PARTS)
+        count = splits * PARTS
+        # Not written where the temperature is 0.
+        bounds = tl.load(
+            bounds_ptr + row * count + offsets, mask=offsets < count, other=float("-inf")
+        )
+    best = tl.max(maxima)
+    if SAMPLED:
         largest = value(best)
         # A row without numbers above -inf gives id 0 at any temperature.
         if (temperature > 0) & (largest > float("-inf")):
-            offsets = tl.arange(0, SPLITS * PARTS)
-            count = splits * PARTS
-            bounds = tl.load(
-                bounds_ptr + row * count + offsets, mask=offsets < count, other=float("-inf")
-            )
-            highest = tl.max(bounds)
-            seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
             best = tl.full([], NOTHING, tl.int64)
             unit = largest * (1.4426950408889634 / temperature)
-            while highest > float("-inf"):
-                part = tl.min(tl.where(bounds == highest, offsets, SPLITS * PARTS))
+            highest = tl.max(pack(bounds, ID_MASK - offsets))
+            while value(highest) > float("-inf"):
+                part = ID_MASK - (highest & ID_MASK).to(tl.int32)
                 ids = part * PART + tl.arange(0, PART)
                 x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
+                # While these come:
+                bounds = tl.where(offsets == part, float("-inf"), bounds)
+                highest = tl.max(pack(bounds, ID_MASK - offsets))
                 noise = _gumbel(part * PART, seed, position, PART)
                 score = scaled(x, largest, temperature) + noise
                 if RESTRICTED:
                     is_kept = pack(x, ids) >= tl.load(cutoff_ptr + row)
                     score = tl.where(is_kept, score, float("-inf"))
                 best = tl.maximum(best, tl.max(pack(score, ID_MASK - ids)))
-                bounds = tl.where(offsets == part, float("-inf"), bounds)
-                highest = tl.max(bounds)
                 # The best score so far as bounds count them. NaN, of infinities, ends no search.
                 reached = value(best) * 1.4426950408889634 + unit
-                if highest < reached - _tolerance(reached):
-                    highest = tl.full([], float("-inf"), tl.float32)
+                if value(highest) < reached - _tolerance(reached):
+                    highest = tl.full([], NOTHING, tl.int64)
     token = ID_MASK - (best & ID_MASK)
     tl.store(token_ptr + row, token)
     if EMBED:

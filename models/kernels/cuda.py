@@ -81,7 +81,8 @@ def launch_linear(
         raise ValueError(f"activations are {x.dtype}, the weight {weight.dtype}")
     group = _group_size(scale, weight, inputs, bits)
     outputs = weight.shape[0] // (1 if activation is None else 2)
-    tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype)
+    gated = activation is not None
+    tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype, gated)
     total = None
     if norm is not None and (tiles.dot or not tiles.norm or rows > SHARED_NORM):
         total, x = _norm(x, norm)

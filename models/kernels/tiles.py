@@ -14,6 +14,8 @@ SHARED_NORM = 4
 # The columns of the smallest product of matrices.
 FEW_ROWS = 8
 
+PROCESSORS = 132  # of an H100 or H200
+
 # Parts of attention that one program adds up, and programs, if there are parts for more.
 FAN = 8
 PROGRAMS = 1024
@@ -47,28 +49,34 @@ class AttendTiles(NamedTuple):
 
 
 def linear_tiles(
-    rows: int, outputs: int, inputs: int, bits: int, dtype: torch.dtype
+    rows: int, outputs: int, inputs: int, bits: int, dtype: torch.dtype, gated: bool = False
 ) -> LinearTiles:
-    """For `rows` of `inputs`, and weights of so many bits, 0 where they are of `dtype`."""
+    """For `rows` of `inputs`, and weights of so many bits, 0 where they are of `dtype`; gated, they
+    are twice `outputs`."""
     if dtype == torch.float32 and not bits:
         return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256, norm=inputs <= 1024)
     if not bits and inputs <= 2048 and outputs <= 8192:
         return LinearTiles(False, 4, 1024, warps=2, norm=inputs <= 1024)
-    # Small layers need parts of the inputs to have programs for every processor. How many are best
-    # an H200 measured: of integers more, and the most where inputs are many.
-    programs = 256 if not bits else 300 if inputs <= 2**14 else 400
+    # Layers of few outputs need parts of the inputs to have programs for every processor, how many
+    # an H200 measured. Integers of few rows take 2 warps, and where a program holds twice as many,
+    # of gated layers or 8 bits, half as many outputs.
+    tile = 32 if bits == 8 or (bits and gated) else 64
+    large = outputs * inputs >= 2**26
+    programs = 400 if bits else 256 if large else 80
     splits = 1
-    while splits < 8 and outputs // 64 * splits < programs and inputs // splits >= 1024:
+    while splits < 8 and outputs // tile * splits < programs and inputs // splits >= 1024:
         splits *= 2
-    # Integers are unpacked into what `mma` takes: with 4 warps and more than 8 rows it would be
-    # `wgmma`, which waits for each product, and may sum otherwise. A fourth stage would leave
-    # shared memory for fewer programs.
-    if bits and rows <= FEW_ROWS:
-        return LinearTiles(True, 64, 128, splits, stages=3)
     if bits:
-        return LinearTiles(True, 32, 128, splits, warps=2, stages=3)
-    # Short blocks and a long pipeline begin sooner.
-    if outputs * inputs < 2**24:
+        # A fourth stage of what is large would leave shared memory for fewer programs.
+        stages = 4 if bits == 8 and not gated else 3
+        if rows <= FEW_ROWS:
+            return LinearTiles(True, tile, 128, splits, warps=2, stages=stages)
+        return LinearTiles(True, 64, 128, splits, stages=stages)
+    # A program that has a processor to itself takes all of its memory for a long pipeline: that is
+    # better than more parts, which have to be added up. Short blocks begin sooner.
+    if not large and not gated and outputs // tile * splits <= PROCESSORS:
+        return LinearTiles(True, 64, 128, splits, stages=7)
+    if (not large and gated) or (large and splits > 1):
         return LinearTiles(True, 64, 64, splits, stages=6)
     return LinearTiles(True, 64, 128, splits)
 
@@ -84,6 +92,7 @@ def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
     if dtype == torch.float32:
         return AttendTiles(16, splits, warps=8, stages=1)
     # Few heads, with many parts each, take larger steps, so that there is less to add up; so do
-    # parts of long caches, of which little may be filled.
+    # parts of long caches, of which little may be filled, and short heads.
     block_s = 32 if head_dim > 256 or kv_heads > 8 else 64
-    return AttendTiles(block_s, splits, 2 if slots > 1024 else 1, stages=3)
+    least = 4 if head_dim <= 128 else 2 if slots > 1024 else 1
+    return AttendTiles(block_s, splits, least, stages=3)

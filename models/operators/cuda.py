@@ -19,14 +19,14 @@ from models.operators.triton_delta_rule import (
     gated_rms_norm_kernel,
 )
 
-# Tokens (at most 64), channels and warps of one program: where channels are adjacent in memory, so
+# Tokens, channels and warps of one program: where channels are adjacent in memory, so
 # that it keeps all its tokens in registers, 4 channels to a thread; and elsewhere, where tokens may
 # be adjacent.
 ROLLING = 16, 256, 2
 WHOLE = 64, 32, 4
 UPDATE_DIM = 256
-# Columns of a state to one program, 16 KiB of one of 128 rows, and its warps.
-COLUMNS = 32, 4
+# Columns of a state to one program, 32 KiB of one of 128 rows, and its warps.
+COLUMNS = 64, 4
 
 
 @triton_op("tokenloop::causal_conv1d", mutates_args={"conv_state"})
@@ -115,7 +115,7 @@ def gated_delta_rule_update(
     columns, warps = COLUMNS
     wrap_triton(gated_delta_rule_update_kernel)[(batch * heads, triton.cdiv(value_size, columns))](
         q, k, v, a, b, A_log, dt_bias, state, cache_indices, has_initial_state, out,
-        heads, heads // q.shape[1], key_size, value_size, key_size**-0.5, pad_slot_id,
+        heads, heads // q.shape[1], pad_slot_id, key_size, value_size, key_size**-0.5,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *a.stride(), *b.stride(),
         HAS_INDICES=cache_indices is not None, KEYS=triton.next_power_of_2(key_size),
         BLOCK_VALUES=columns, num_warps=warps,

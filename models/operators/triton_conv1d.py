@@ -1,12 +1,11 @@
 """Triton kernels of the causal convolution; cuda.py launches them, conv1d.py says what they do.
 
 Programs share out tokens and channels, not sequences: their number depends on sizes alone, and a
-batch of one long and many short sequences costs what an even one does. Each finds the sequences of
-its tokens in query_start_loc, and computes all its tokens as if sequences began with zeros, but the
-first one that begins in its block with that one's state. Then it goes through all that begin there:
-first tokens that are still to come are computed with the state, and the last inputs replace it. One
-program does both, also where the tokens reach into the next block; were they two, one could write
-the slot before the other has read it.
+batch of one long and many short sequences costs what an even one does. Each finds the sequence of
+its first token in query_start_loc. Most often all of its tokens are within that one; else it goes
+through the sequences that it has tokens of. Where one begins, its first tokens are computed with
+the state, and the last inputs replace it. One program does both, also where the tokens reach into
+the next block; were they two, one could write the slot before the other has read it.
 
 Loops are `while`: Triton's interpreter cannot make a range of tensors.
 """
@@ -14,15 +13,45 @@ Loops are `while`: Triton's interpreter cannot make a range of tensors.
 import triton
 import triton.language as tl
 
-# Sequences that are looked at together.
+# Sequences that are looked at together, and tokens of one of several sequences of a block.
 SEARCH = tl.constexpr(128)
+STEP = tl.constexpr(4)
+
+
+# Written with tl.exp and a division SiLU would be half of all instructions, most of them for numbers
+# that the hardware's two take as well: exp2 of a large one is inf, the reciprocal of that 0.
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def sigmoid(x):
+        return 1.0 / (1.0 + tl.exp(-x))
+
+else:
+
+    @triton.jit
+    def sigmoid(x):
+        """float32, to 2 units in the last place."""
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; "
+            "rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [x * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
 def activated(x, SILU: tl.constexpr):
     if SILU:
-        x = x / (1.0 + tl.exp(-x))
+        x = x * sigmoid(x)
     return x
+
+
+@triton.jit
+def convolved(inputs, weights, bias, WIDTH: tl.constexpr, SILU: tl.constexpr):
+    """float32 outputs of WIDTH inputs each."""
+    sums = bias
+    for tap in tl.static_range(WIDTH):
+        sums = tl.fma(weights[tap], inputs[tap], sums)
+    return activated(sums, SILU)
 
 
 @triton.jit
@@ -54,22 +83,17 @@ def load_weights(weight_ptrs, stride, in_dim, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def find(query_start_loc_ptr, sequences, tokens, begin, end):
-    """(the sequence of token `begin`, a bit for each token from there to `end` that is the first
-    of a sequence). What follows the last sequence counts as one more."""
+def find(query_start_loc_ptr, sequences, begin):
+    """The sequence of token `begin`; what follows the last one counts as one more."""
     first = 0
-    firsts = tl.zeros([], tl.int64)
     base = 0
-    while base <= sequences:
+    while base < sequences:
         numbers = base + tl.arange(0, SEARCH)
-        loc_ptrs = query_start_loc_ptr + numbers
-        starts = tl.load(loc_ptrs, mask=numbers <= sequences, other=tokens)
-        stops = tl.load(loc_ptrs + 1, mask=numbers < sequences, other=tokens)
-        first += tl.sum((stops <= begin).to(tl.int32) * (numbers < sequences))
-        is_in = (starts >= begin) & (starts < end) & (stops > starts)
-        firsts += tl.sum(tl.where(is_in, 1, 0).to(tl.int64) << tl.where(is_in, starts - begin, 0))
+        is_real = numbers < sequences
+        stops = tl.load(query_start_loc_ptr + numbers + 1, mask=is_real, other=0)
+        first += tl.sum((is_real & (stops <= begin)).to(tl.int32))
         base += SEARCH
-    return first, firsts
+    return first
 
 
 @triton.jit
@@ -84,60 +108,23 @@ def load_rows(x_ptrs, in_dim, begin, tokens, stride, WIDTH: tl.constexpr, COUNT:
 
 
 @triton.jit
-def leading(
-    query_start_loc_ptr, cache_indices_ptr, has_initial_ptr, state_ptr, channels, in_dim,
-    sequence, sequences, begin, end, pad_slot_id,
-    state_stride_slot, state_stride_dim, state_stride_tap,
-    HAS_INDICES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """(`sequence`, its first token's number in the block, its state float32 or zeros), or -1 twice
-    where it does not begin in the block, is empty or has no slot."""
-    exists = sequence < sequences
-    start = tl.load(query_start_loc_ptr + sequence, mask=exists, other=0)
-    stop = tl.load(query_start_loc_ptr + sequence + 1, mask=exists, other=0)
-    if HAS_INDICES:
-        slot = tl.load(cache_indices_ptr + sequence, mask=exists, other=0).to(tl.int64)
-    else:
-        slot = sequence.to(tl.int64)
-    started = tl.load(has_initial_ptr + sequence, mask=exists, other=0) != 0
-    is_here = exists & (start >= begin) & (start < end) & (stop > start) & (slot != pad_slot_id)
-    state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
-    before = ()
-    for tap in tl.static_range(WIDTH - 1):
-        x = tl.load(state_ptrs + tap * state_stride_tap, in_dim & is_here & started, other=0.0)
-        before = before + (x.to(tl.float32),)
-    return tl.where(is_here, sequence, -1), tl.where(is_here, start - begin, -1), before
-
-
-@triton.jit
 def roll(
-    rows, before, lead, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts, skip,
-    out_stride_token,
+    rows, out_ptrs, weights, bias, in_dim, begin, end, start, out_stride_token,
     WIDTH: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A block token by token, of what load_rows gave. The sequence that begins at token number
-    `lead` of it (-1: none) begins with `before`, others with zeros. INNER: all of it is within one
-    sequence, and all of it is to be stored."""
+    """A block of one sequence token by token, of what load_rows gave. What is before `start` counts
+    as zeros, what is from `end` on is not stored; INNER: there is none of that."""
     past = ()
     for i in tl.static_range(WIDTH - 1):
-        known = begin - (WIDTH - 1) + i >= first_start
+        known = begin - (WIDTH - 1) + i >= start
         past = past + (tl.where(known, rows[i].to(tl.float32), 0.0),)
     out_row = out_ptrs + begin.to(tl.int64) * out_stride_token
     for i in tl.static_range(BLOCK_TOKENS):
+        past = past + (rows[WIDTH - 1 + i].to(tl.float32),)
+        out = convolved(past, weights, bias, WIDTH, SILU).to(out_row.dtype.element_ty)
         stored = in_dim
         if not INNER:
-            stored = in_dim & (begin + i < tokens) & (i >= skip)
-            is_first = ((firsts >> i) & 1) != 0
-            held = past
-            past = ()
-            for tap in tl.static_range(WIDTH - 1):
-                initial = tl.where(lead == i, before[tap], 0.0)
-                past = past + (tl.where(is_first, initial, held[tap]),)
-        past = past + (rows[WIDTH - 1 + i].to(tl.float32),)
-        sums = bias
-        for tap in tl.static_range(WIDTH):
-            sums = tl.fma(weights[tap], past[tap], sums)
-        out = activated(sums, SILU).to(out_row.dtype.element_ty)
+            stored = in_dim & (begin + i < end)
         tl.store(out_row + i * out_stride_token, out, mask=stored)
         past = past[1:]
 
@@ -171,20 +158,24 @@ def whole(
 
 
 @triton.jit
-def last_input(
-    x_ptrs, state_ptrs, in_dim, start, stop, started, x_stride_token, state_stride_tap,
-    COLUMN: tl.constexpr, WIDTH: tl.constexpr,
+def inputs_before(
+    token, start, started, x_ptrs, state_ptrs, x_stride_token, state_stride_tap, in_dim,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Column COLUMN of what a sequence leaves: an input, or in a short sequence what was before."""
-    source = stop - (WIDTH - 1) + COLUMN
-    x = tl.load(
-        x_ptrs + source.to(tl.int64) * x_stride_token, mask=in_dim & (source >= start), other=0.0
-    )
-    before = tl.load(
-        state_ptrs + (COLUMN + stop - start) * state_stride_tap,
-        mask=in_dim & (source < start) & started, other=0.0,
-    )  # fmt: skip
-    return tl.where(source >= start, x, before).to(state_ptrs.dtype.element_ty)
+    """The WIDTH - 1 inputs before a token of a sequence, float32: before its start they are its
+    state, or zeros where it is not `started`."""
+    inputs = ()
+    for i in tl.static_range(1 - WIDTH, 0):
+        source = token + i
+        x = tl.load(
+            x_ptrs + source.to(tl.int64) * x_stride_token, in_dim & (source >= start), other=0.0
+        )
+        before = tl.load(
+            state_ptrs + (source - start + (WIDTH - 1)) * state_stride_tap,
+            mask=in_dim & (source < start) & started, other=0.0,
+        )  # fmt: skip
+        inputs = inputs + (tl.where(source >= start, x.to(tl.float32), before.to(tl.float32)),)
+    return inputs
 
 
 # A kernel for all lengths: none is compiled anew for a number of tokens or sequences.
@@ -198,7 +189,7 @@ def causal_conv1d_kernel(
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDICES: tl.constexpr, SILU: tl.constexpr,
     ROLLING: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_TOKENS tokens (64 at most) of BLOCK_DIM channels."""
+    """BLOCK_TOKENS tokens of BLOCK_DIM channels."""
     blocks = tl.cdiv(dim, BLOCK_DIM)
     begin = (tl.program_id(0) // blocks) * BLOCK_TOKENS
     end = tl.minimum(begin + BLOCK_TOKENS, tokens)
@@ -213,72 +204,70 @@ def causal_conv1d_kernel(
     if ROLLING:
         rows = load_rows(x_ptrs, in_dim, begin, tokens, x_stride_token, WIDTH, BLOCK_TOKENS)
 
-    # 1. Where sequences begin, and how many of the first tokens the block before computes.
-    first, firsts = find(query_start_loc_ptr, sequences, tokens, begin, end)
-    first_start = tl.load(query_start_loc_ptr + first)
+    # 1. The sequence of the first token, and how many of its tokens the block before computes.
+    sequence = find(query_start_loc_ptr, sequences, begin)
+    start = tl.load(query_start_loc_ptr + sequence)
+    stop = tl.load(query_start_loc_ptr + sequence + 1, mask=sequence < sequences, other=tokens)
     skip = 0
-    if (first_start < begin) & (begin < first_start + WIDTH - 1) & (first < sequences):
-        is_pad = load_slot(cache_indices_ptr, first, HAS_INDICES) == pad_slot_id
-        if (tl.load(has_initial_ptr + first) != 0) & (is_pad == 0):
-            first_stop = tl.load(query_start_loc_ptr + first + 1)
-            skip = tl.minimum(first_start + WIDTH - 1, first_stop) - begin
+    if (start < begin) & (begin < start + WIDTH - 1) & (sequence < sequences):
+        is_pad = load_slot(cache_indices_ptr, sequence, HAS_INDICES) == pad_slot_id
+        if (tl.load(has_initial_ptr + sequence) != 0) & (is_pad == 0):
+            skip = tl.minimum(start + WIDTH - 1, stop) - begin
 
-    # 2. All tokens, as if sequences began with zeros, but one.
-    lead = -1
+    # 2. A whole block of one sequence; or all tokens, as if sequences began with zeros.
     if ROLLING:
-        if (firsts == 0) & (skip == 0) & (begin + BLOCK_TOKENS <= tokens):
+        if (start < begin) & (stop >= begin + BLOCK_TOKENS) & (skip == 0):
             roll(
-                rows, rows, -1, out_ptrs, weights, bias, in_dim, begin, tokens, first_start,
-                firsts, skip, out_stride_token, WIDTH, SILU, True, BLOCK_TOKENS,
+                rows, out_ptrs, weights, bias, in_dim, begin, end, start, out_stride_token,
+                WIDTH, SILU, True, BLOCK_TOKENS,
             )  # fmt: skip
             return
-        following = first + tl.where(first_start < begin, 1, 0)
-        lead, at, before = leading(
-            query_start_loc_ptr, cache_indices_ptr, has_initial_ptr, state_ptr, channels, in_dim,
-            following, sequences, begin, end, pad_slot_id,
-            state_stride_slot, state_stride_dim, state_stride_tap, HAS_INDICES, WIDTH,
-        )  # fmt: skip
-        roll(
-            rows, before, at, out_ptrs, weights, bias, in_dim, begin, tokens, first_start, firsts,
-            skip, out_stride_token, WIDTH, SILU, False, BLOCK_TOKENS,
-        )  # fmt: skip
     else:
         whole(
-            x_ptrs, out_ptrs, weights, bias, in_dim, begin, end, first, first_start, sequences,
-            skip, query_start_loc_ptr, x_stride_token, out_stride_token, WIDTH, SILU, BLOCK_TOKENS,
+            x_ptrs, out_ptrs, weights, bias, in_dim, begin, end, sequence, start, sequences, skip,
+            query_start_loc_ptr, x_stride_token, out_stride_token, WIDTH, SILU, BLOCK_TOKENS,
         )  # fmt: skip
+        # Below, threads may store what others have stored.
+        tl.debug_barrier()
 
-    # 3. The sequences that begin here: their first tokens with the state, and their state anew.
-    sequence = first
-    start = first_start
-    while (sequence < sequences) & (start < end):
-        stop = tl.load(query_start_loc_ptr + sequence + 1)
-        slot = load_slot(cache_indices_ptr, sequence, HAS_INDICES)
-        if (start >= begin) & (stop > start) & (slot != pad_slot_id):
-            started = tl.load(has_initial_ptr + sequence) != 0
-            state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
-            # Threads may store here what others have stored or read above.
+    # 3. Sequence by sequence: what is left of the outputs, and the states of those that begin here.
+    while start < end:
+        exists = sequence < sequences
+        stop = tl.load(query_start_loc_ptr + sequence + 1, mask=exists, other=tokens)
+        slot = sequence.to(tl.int64)
+        if HAS_INDICES:
+            slot = tl.load(cache_indices_ptr + sequence, mask=exists, other=0).to(tl.int64)
+        begins = exists & (start >= begin) & (start < stop) & (slot != pad_slot_id)
+        started = begins & (tl.load(has_initial_ptr + sequence, mask=exists, other=0) != 0)
+        token = tl.maximum(start, begin + skip)
+        last = token
+        if ROLLING:
+            last = tl.minimum(stop, end)
+        if started:
+            last = tl.maximum(last, tl.minimum(start + WIDTH - 1, stop))
+        state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
+        held = start, started, x_ptrs, state_ptrs, x_stride_token, state_stride_tap
+        past = inputs_before(token, *held, in_dim, WIDTH)
+        left = inputs_before(stop, *held, in_dim & begins, WIDTH)
+        while token < last:
+            few = ()
+            for i in tl.static_range(STEP):
+                mask = in_dim & (token + i < last)
+                x = tl.load(x_ptrs + (token + i).to(tl.int64) * x_stride_token, mask, other=0.0)
+                few = few + (x.to(tl.float32),)
+            for i in tl.static_range(STEP):
+                past = past + (few[i],)
+                out = convolved(past, weights, bias, WIDTH, SILU).to(out_ptr.dtype.element_ty)
+                out_row = out_ptrs + (token + i).to(tl.int64) * out_stride_token
+                tl.store(out_row, out, mask=in_dim & (token + i < last))
+                past = past[1:]
+            token += STEP
+        if begins:
+            # Threads may store here what others read above.
             tl.debug_barrier()
-            if started & ((sequence != lead) | (start + WIDTH - 1 > end)):
-                for i in tl.static_range(WIDTH - 1):
-                    mask = in_dim & (start + i < stop)
-                    sums = bias
-                    for tap in tl.static_range(WIDTH):
-                        if i + tap < WIDTH - 1:
-                            x = tl.load(state_ptrs + (i + tap) * state_stride_tap, mask, other=0.0)
-                        else:
-                            source = (start + (i + tap - (WIDTH - 1))).to(tl.int64)
-                            x = tl.load(x_ptrs + source * x_stride_token, mask, other=0.0)
-                        sums = tl.fma(weights[tap], x.to(tl.float32), sums)
-                    out = activated(sums, SILU).to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptrs + (start + i).to(tl.int64) * out_stride_token, out, mask=mask)
-            bounds = start, stop, started, x_stride_token, state_stride_tap
-            left = ()
-            for column in tl.static_range(WIDTH - 1):
-                left = left + (last_input(x_ptrs, state_ptrs, in_dim, *bounds, column, WIDTH),)
-            tl.debug_barrier()
-            for column in tl.static_range(WIDTH - 1):
-                tl.store(state_ptrs + column * state_stride_tap, left[column], mask=in_dim)
+            for i in tl.static_range(WIDTH - 1):
+                state = left[i].to(state_ptr.dtype.element_ty)
+                tl.store(state_ptrs + i * state_stride_tap, state, mask=in_dim)
         sequence += 1
         start = stop
 

@@ -22,6 +22,11 @@ def normalized(x):
 
 
 @triton.jit
+def add_both(x0, y0, x1, y1):
+    return x0 + x1, y0 + y1
+
+
+@triton.jit
 def softplus(x):
     # As torch's: beyond 20 it is x itself.
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
@@ -31,12 +36,17 @@ def softplus(x):
 def gated_delta_rule_update_kernel(
     q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, cache_indices_ptr,
     has_initial_ptr, out_ptr,
-    heads, shared, key_size, value_size, scale: tl.constexpr, pad_slot_id,
+    heads, shared, pad_slot_id, key_size: tl.constexpr, value_size: tl.constexpr,
+    scale: tl.constexpr,
     q_stride_row, q_stride_head, k_stride_row, k_stride_head, v_stride_row, v_stride_head,
     a_stride_row, a_stride_head, b_stride_row, b_stride_head,
     HAS_INDICES: tl.constexpr, KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_VALUES columns of the state of one row and head; `shared` heads have one q and k."""
+    """BLOCK_VALUES columns of the state of one row and head; `shared` heads have one q and k.
+
+    With S what the state was, d its decay and u the update, the new one is d S + k u^T: out is
+    q^T of that, so d q^T S + (q^T k) u^T, and S is summed once for out and for u.
+    """
     row_head = tl.program_id(0)
     row = (row_head // heads).to(tl.int64)
     head = row_head % heads
@@ -47,13 +57,14 @@ def gated_delta_rule_update_kernel(
 
     slot = load_slot(cache_indices_ptr, row, HAS_INDICES)
     is_kept = slot != pad_slot_id
-    started = is_kept & (tl.load(has_initial_ptr + row) != 0)
     state_ptrs = (
         state_ptr + (slot * heads + head) * key_size * value_size
         + keys[:, None] * value_size + values[None, :]
     )  # fmt: skip
-    in_state = in_keys[:, None] & in_values[None, :]
-    state = tl.load(state_ptrs, mask=in_state & started, other=0.0)
+    in_state = in_keys[:, None] & in_values[None, :] & is_kept
+    # It does not wait for whether the row has begun.
+    state = tl.load(state_ptrs, mask=in_state, other=0.0)
+    started = tl.load(has_initial_ptr + row) != 0
 
     key_head = head // shared
     q = tl.load(q_ptr + row * q_stride_row + key_head * q_stride_head + keys, in_keys, other=0.0)
@@ -66,11 +77,12 @@ def gated_delta_rule_update_kernel(
     beta = 1.0 / (1.0 + tl.exp(-b))
     q, k = normalized(q) * scale, normalized(k)
 
-    state *= tl.exp(g)
-    delta = beta * (v.to(tl.float32) - tl.sum(state * k[:, None], 0))
-    state += k[:, None] * delta[None, :]
-    out = tl.sum(state * q[:, None], 0)
-    tl.store(state_ptrs, state, mask=in_state & is_kept)
+    decay, product = tl.exp(g), tl.sum(q * k)
+    state = tl.where(started, state, 0.0)
+    of_k, of_q = tl.reduce((state * k[:, None], state * q[:, None]), 0, add_both)
+    update = beta * (v.to(tl.float32) - decay * of_k)
+    tl.store(state_ptrs, decay * state + k[:, None] * update[None, :], mask=in_state)
+    out = decay * of_q + product * update
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_values)
 
 

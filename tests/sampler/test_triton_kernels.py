@@ -128,6 +128,20 @@ def test_rows_without_cuts_need_no_search_whatever_their_temperature():
         assert ours(cuda.sample, logits, *values, restricted=False) == expected
 
 
+def test_parts_without_numbers_do_not_end_the_search(monkeypatch):
+    monkeypatch.setattr(cuda, "PART", 4)
+    generator = torch.Generator().manual_seed(12)
+    logits = torch.randn(6, 40, generator=generator)
+    for row, part in enumerate((slice(4, 8), slice(0, 4), slice(16, 32), slice(36, 40))):
+        logits[row, part] = NAN
+    logits[4, 8:12] = -NAN
+    values = parameters(6, 40, generator)
+    values[:3] = torch.full((6,), 0.9), torch.zeros(6, dtype=torch.int64), torch.ones(6)
+    expected = reference.sample(logits, *values).flatten().tolist()
+    for restricted in (False, True):
+        assert ours(cuda.sample, logits, *values, restricted=restricted, tile=16) == expected
+
+
 # Of 19 tokens two are above, at 3 and 18; five tie at 0, 5, 6, 16 and 17; the rest follow.
 SUPPORTS = [
     (0, 1.0, set(range(19))),
