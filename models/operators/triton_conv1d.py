@@ -88,10 +88,14 @@ def find(query_start_loc_ptr, sequences, begin):
     first = 0
     base = 0
     while base < sequences:
-        numbers = base + tl.arange(0, SEARCH)
-        is_real = numbers < sequences
-        stops = tl.load(query_start_loc_ptr + numbers + 1, mask=is_real, other=0)
-        first += tl.sum((is_real & (stops <= begin)).to(tl.int32))
+        # A warp's threads hold one each, and need no other warp to add them up.
+        before = tl.zeros([32], tl.int32)
+        for i in tl.static_range(0, SEARCH, 32):
+            numbers = base + i + tl.arange(0, 32)
+            is_real = numbers < sequences
+            stops = tl.load(query_start_loc_ptr + numbers + 1, mask=is_real, other=0)
+            before += (is_real & (stops <= begin)).to(tl.int32)
+        first += tl.sum(before)
         base += SEARCH
     return first
 
