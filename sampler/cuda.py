@@ -29,7 +29,7 @@ TILE = 1024
 # Where there are more tiles than this, they are taken twice as large.
 MANY_TILES = 2048
 # Tokens that the last launch scores at once.
-PART = 512
+PART = 256
 # Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
 # have hundreds of tokens to a bin, others a few. A power of two.
 BINS = 2048

@@ -83,21 +83,32 @@ def load_weights(weight_ptrs, stride, in_dim, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def find(query_start_loc_ptr, sequences, begin):
-    """The sequence of token `begin`; what follows the last one counts as one more."""
-    first = 0
+def load_stops(query_start_loc_ptr, base, sequences):
+    """int32 [SEARCH] ends of sequences from number `base` on; -1 where there is no such."""
+    numbers = base + tl.arange(0, SEARCH)
+    return tl.load(query_start_loc_ptr + numbers + 1, mask=numbers < sequences, other=-1)
+
+
+@triton.jit
+def both(count0, start0, stop0, count1, start1, stop1):
+    return count0 + count1, tl.maximum(start0, start1), tl.minimum(stop0, stop1)
+
+
+@triton.jit
+def find(stops, query_start_loc_ptr, sequences, tokens, begin):
+    """The sequence of token `begin`, its start and its stop, of the first `stops`; what follows the
+    last sequence counts as one more."""
+    first, start, stop = 0, 0, tokens
     base = 0
     while base < sequences:
-        # A warp's threads hold one each, and need no other warp to add them up.
-        before = tl.zeros([32], tl.int32)
-        for i in tl.static_range(0, SEARCH, 32):
-            numbers = base + i + tl.arange(0, 32)
-            is_real = numbers < sequences
-            stops = tl.load(query_start_loc_ptr + numbers + 1, mask=is_real, other=0)
-            before += (is_real & (stops <= begin)).to(tl.int32)
-        first += tl.sum(before)
+        if base > 0:
+            stops = load_stops(query_start_loc_ptr, base, sequences)
+        is_before = (stops >= 0) & (stops <= begin)
+        starts, nexts = tl.where(is_before, stops, 0), tl.where(stops > begin, stops, tokens)
+        found = tl.reduce((is_before.to(tl.int32), starts, nexts), 0, both)
+        first, start, stop = both(first, start, stop, found[0], found[1], found[2])
         base += SEARCH
-    return first
+    return first, start, stop
 
 
 @triton.jit
@@ -202,16 +213,15 @@ def causal_conv1d_kernel(
     x_ptrs = x_ptr + channels.to(tl.int64) * x_stride_dim
     out_ptrs = out_ptr + channels.to(tl.int64) * out_stride_dim
     weight_ptrs = weight_ptr + channels * weight_stride_dim
-    # All loads before all else: nothing waits for the search, and no store is between them.
+    # All loads before all else, what the search needs first: it is done when the tokens come.
+    stops = load_stops(query_start_loc_ptr, 0, sequences)
     bias = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
     weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
     if ROLLING:
         rows = load_rows(x_ptrs, in_dim, begin, tokens, x_stride_token, WIDTH, BLOCK_TOKENS)
 
     # 1. The sequence of the first token, and how many of its tokens the block before computes.
-    sequence = find(query_start_loc_ptr, sequences, begin)
-    start = tl.load(query_start_loc_ptr + sequence)
-    stop = tl.load(query_start_loc_ptr + sequence + 1, mask=sequence < sequences, other=tokens)
+    sequence, start, stop = find(stops, query_start_loc_ptr, sequences, tokens, begin)
     skip = 0
     if (start < begin) & (begin < start + WIDTH - 1) & (sequence < sequences):
         is_pad = load_slot(cache_indices_ptr, sequence, HAS_INDICES) == pad_slot_id
