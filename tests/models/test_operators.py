@@ -8,8 +8,10 @@ import torch.nn.functional as F
 ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+import triton.language as tl  # noqa: E402
+
 from models.delta_net import RMSNormGated  # noqa: E402
-from models.operators import conv1d, cuda, delta_rule  # noqa: E402
+from models.operators import conv1d, cuda, delta_rule, triton_conv1d  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Of sequences; blocks of 4 tokens in the interpreter cut them everywhere.
@@ -21,6 +23,7 @@ LENGTHS = [
     [0, 9, 0, 0, 7],
     [1, 1, 1, 1, 1],
     [0, 0],
+    [40, 3, 37],
 ]
 LAYOUTS = ["adjacent channels", "adjacent tokens", "neither"]
 SLOTS, PAD = 8, -1
@@ -61,7 +64,9 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 class Convolution:
     """Inputs of causal_conv1d, and what comes of them by hand."""
 
-    def __init__(self, lengths, width, layout="adjacent channels", bias=True, rest=0, seed=0):
+    def __init__(
+        self, lengths, width, layout="adjacent channels", bias=True, rest=0, seed=0, slots=SLOTS
+    ):
         generator = torch.Generator().manual_seed(seed)
         dim, count = 5, len(lengths)
         ends = torch.tensor(lengths).cumsum(0)
@@ -73,8 +78,8 @@ class Convolution:
         self.x = laid_out(randn(dim, int(ends[-1]) + rest), layout)
         self.weight, self.bias = randn(dim, width), randn(dim) if bias else None
         self.loc = F.pad(ends, (1, 0)).int()
-        self.state = randn(SLOTS, dim, width - 1)
-        self.indices = torch.randperm(SLOTS, generator=generator)[:count].int()
+        self.state = randn(slots, dim, width - 1)
+        self.indices = torch.randperm(slots, generator=generator)[:count].int()
         self.started = torch.arange(count) % 3 != 1
 
     def by_hand(self, activation=None):
@@ -131,6 +136,17 @@ def test_short_sequences_may_begin_with_states_or_zeros_in_any_order(operators, 
     case = Convolution(lengths, 4, LAYOUTS[seed % 2], seed=seed)
     case.started = torch.rand(6, generator=generator) < 0.5
     case.check(operators)
+
+
+@BOTH
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_there_may_be_more_sequences_than_are_searched_at_once(operators, layout, monkeypatch):
+    count = 300
+    if not ON_GPU:
+        monkeypatch.setattr(triton_conv1d, "SEARCH", tl.constexpr(4))
+        count = 9
+    lengths = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+    Convolution(lengths, 4, layout, slots=count, rest=2).check(operators, "silu")
 
 
 @BOTH

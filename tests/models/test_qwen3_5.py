@@ -14,8 +14,10 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from export import pt2
 from export.checkpoint import load_weights, open_checkpoint
 from models.layers import RopeConfig
+from models.operators import delta_rule
 from models.qwen3_5 import MODEL_TYPES, Qwen3_5, Qwen3_5Config, checkpoint_name
 from tests.models.driving import Batch, assert_near, generate, prefill, prompt
 
@@ -283,6 +285,18 @@ def test_both_methods_export_with_any_prompt_length_and_row(layout):
     plain = ours(layout, batch=2)
     for token, position in (example, (example[0] + 1, example[1] + 1)):
         assert_near(exported(token, position), plain.decode(token, position))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_may_fill_the_rule_s_chunks_whole(layout):
+    """As .pt2 packages are traced, whose conditions on T are asserted when they run."""
+    model, plain = ours(layout), ours(layout)
+    model.limit_chunks(2 * delta_rule.CHUNK)
+    example, shapes = pt2.prompt_chunk(1, model.max_chunk)
+    prefill = pt2.trace(Method(model, "prefill"), example, [tuple(shapes)])
+    for count in (1, model.max_chunk - 1, model.max_chunk):
+        chunk = prompt(count), torch.arange(count)
+        assert_near(prefill(*chunk), plain.prefill(*chunk))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
