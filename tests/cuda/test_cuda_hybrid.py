@@ -1,8 +1,6 @@
 """Hybrids compiled for a GPU: the eager network's ids in every variant of the loop, rows alone and
 together, and a step that is one launch."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,29 +15,30 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = variants(("auto", "alias", "host"), (True, False))
-# Chunks are of 70 tokens, and those of the delta rule of 64.
-PROMPTS = [[2], [2, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(90)]]
+MAX_PREFILL = 64  # as many as the delta rule's own chunks have
+PROMPTS = [[2], [2, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(130)]]
 # Each layout, one of them with several rows, and experts.
 ROWS = {"qwen3_5_text": 1, "qwen3_next": 3, "qwen3_5_moe_text": 1}
 
 
 @pytest.fixture(scope="module")
-def export_hybrid(make_hybrid_checkpoint, tmp_path_factory):
+def export_hybrid(make_hybrid_checkpoint, once, run_script):
     """A function: layout, rows, recipe -> the checkpoint's and the artifact's directories."""
-    root = tmp_path_factory.mktemp("hybrid")
 
     def make(layout: str, batch: int, quant: str) -> tuple[Path, Path]:
-        checkpoint, output = make_hybrid_checkpoint(layout), root / f"{layout}-{batch}-{quant}"
-        command = [
-            *(sys.executable, ROOT / "export/qwen3_5.py", "--device", "cuda", "--quant", quant),
-            *("--model", checkpoint, "--max-seq-len", 200, "--max-prefill", 70),
-            *("--batch", batch, "--output", output),
-        ]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return checkpoint, output
+        checkpoint = make_hybrid_checkpoint(layout)
+        arguments = (
+            *("--model", checkpoint, "--device", "cuda", "--quant", quant, "--batch", batch),
+            *("--max-seq-len", 200, "--max-prefill", MAX_PREFILL),
+        )
+
+        def export(output: Path) -> None:
+            command = "export/qwen3_5.py", *arguments, "--output", output
+            done = run_script(*command, cwd=output.parent)
+            assert done.returncode == 0, done.stderr
+
+        return checkpoint, once(f"{layout}-{batch}-{quant}", export)
 
     return make
 

@@ -201,7 +201,7 @@ def test_flags_that_are_not_for_cuda_are_refused(run_script, tmp_path, arguments
 def test_an_artifact_made_on_a_gpu(export_artifact, tiny_checkpoint):
     limits = ("--max-seq-len", 60, "--max-prefill", CHUNK)
     arguments = ("--model", tiny_checkpoint, "--backend", "cuda", *limits)
-    artifact = export_artifact("tiny-cuda", *arguments)
+    artifact = export_artifact("tiny-cuda-pte", *arguments)
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert (manifest["backend"], manifest["device"]) == ("cuda", "cuda")
     assert (manifest["quant"], manifest["dtype"]) == ("bf16", "bfloat16")

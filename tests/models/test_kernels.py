@@ -148,16 +148,17 @@ def test_linear_of_integer_weights_is_the_reference_s_in_float32(
     [(0, PLAIN), (0, DOT), (0, SPLIT), (8, None), (4, None)],
     ids=["plain", "dot", "split", "int8", "int4"],
 )
-def test_a_row_of_a_batch_is_that_row_alone(normal, counters, bits, tiles):
+@pytest.mark.parametrize("rows", [9, 33] if ON_GPU else [18])
+def test_a_row_of_a_batch_is_that_row_alone(normal, counters, bits, tiles, rows):
     inputs = 5376 if ON_GPU else 384
-    x = normal(33 if ON_GPU else 18, inputs, dtype=torch.bfloat16)
+    x = normal(rows, inputs, dtype=torch.bfloat16)
     weight, scale = normal(OUTPUTS, inputs, scale=inputs**-0.5), None
     if bits:
         weight, scale = quantized(weight, bits, 128)
     else:
         weight = weight.bfloat16()
     together = cuda.launch_linear(x, weight, scale, None, counters, wide=True, tiles=tiles)[1]
-    for i in (0, 16, x.shape[0] - 1):
+    for i in (0, rows // 2, rows - 1):
         row = x[i : i + 1]
         alone = cuda.launch_linear(row, weight, scale, None, counters, wide=True, tiles=tiles)[1]
         # NumPy's products, the interpreter's, depend on the company.
