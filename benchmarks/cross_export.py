@@ -31,6 +31,10 @@ PROPERTIES = SimpleNamespace(
     total_memory=150_000_000_000, L2_cache_size=52_428_800,
 )  # fmt: skip
 
+COMPILER = """#!/bin/bash
+exec {} "${{@/-march=native/-march=x86-64-v3}}"
+"""
+
 
 def begin_anew(directory: Path) -> int:
     """Run this script again, with stand-ins for CUDA's libraries in `directory`; its status."""
@@ -39,8 +43,12 @@ def begin_anew(directory: Path) -> int:
     subprocess.run([*command, str(source), "-o", str(library)], check=True)
     # The name that a package is linked by.
     (directory / "libcuda.so").symlink_to(library)
+    # Inductor compiles what runs on the host for this machine's processor.
+    compiler = directory / "g++"
+    compiler.write_text(COMPILER.format(os.environ.get("CXX", "/usr/bin/g++")))
+    compiler.chmod(0o755)
     paths = {"LD_LIBRARY_PATH": directory, "LIBRARY_PATH": directory, "CUDA_HOME": CUDA}
-    paths |= {"LD_PRELOAD": library}
+    paths |= {"LD_PRELOAD": library, "CXX": compiler}
     environment = os.environ | {name: str(path) for name, path in paths.items()}
     return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
 

@@ -55,12 +55,12 @@ BENCHMARKS = {
         "cuda.py", "gemma4-31b-int4", ("--positions", 256, 8192, "--steps", 64), 120,
     ),
     "cuda_31b": ("cuda.py", "gemma4-31b", ("--positions", 256, 8192, "--steps", 64), 120),
-    "transfers": ("transfers.py", "gemma3-270m", ("--repeats", 3), 60),
+    "transfers": ("transfers.py", "gemma3-270m", ("--repeats", 3), 50),
     "hybrid": ("hybrid.py", "qwen3.5-9b", ("--steps", 64), 240),
-    "sampler_cuda": ("sampler_cuda.py", None, ("--repeats", 7), 120),
-    "gated_delta": ("gated_delta.py", None, ("--repeats", 7), 60),
-    "causal_conv1d": ("causal_conv1d.py", None, ("--repeats", 7), 90),
-    "kernels_cuda": ("kernels_cuda.py", None, ("--seconds", 180), 220),
+    "sampler_cuda": ("sampler_cuda.py", None, ("--repeats", 7), 60),
+    "gated_delta": ("gated_delta.py", None, ("--repeats", 7), 20),
+    "causal_conv1d": ("causal_conv1d.py", None, ("--repeats", 7), 40),
+    "kernels_cuda": ("kernels_cuda.py", None, ("--seconds", 170), 200),
 } | {
     f"double_buffering_{name.removeprefix('qwen3-')}": ("double_buffering.py", name, (), 60)
     for name in ARTIFACTS
