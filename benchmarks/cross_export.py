@@ -43,7 +43,7 @@ def begin_anew(directory: Path) -> int:
     subprocess.run([*command, str(source), "-o", str(library)], check=True)
     # The name that a package is linked by.
     (directory / "libcuda.so").symlink_to(library)
-    # Inductor compiles what runs on the host for this machine's processor.
+    # Inductor compiles what runs on the host for this machine's own processor.
     compiler = directory / "g++"
     compiler.write_text(COMPILER.format(os.environ.get("CXX", "/usr/bin/g++")))
     compiler.chmod(0o755)
@@ -105,6 +105,7 @@ def pretend() -> None:
     # These would compute on the GPU: to write small weights into the code, to fold constants, to
     # match patterns that are not in these networks, and to measure.
     config.compile_threads = 1
+    config.cpp.simdlen = 256  # another machine's processor may have no AVX-512
     config.always_keep_tensor_constants = True
     config.shape_padding = config.joint_graph_constant_folding = False
     fuse_attention._sfdp_init = misc_patterns._misc_patterns_init = always()
