@@ -104,8 +104,8 @@ def gated_delta_rule(
         state.copy_(matrix)
     else:
         state.index_copy_(0, cache_indices.long(), matrix)
-    # One more than the longest: where T is symbolic, whether its part of them is contiguous must not
-    # depend on T, or T is asserted to be less than all.
+    # One more than the longest: where T is symbolic, whether the part of T is contiguous must not
+    # depend on it, or T is asserted to be less than all.
     out = torch.cat([*outs, outs[0][:, :, :1]], 2)[:, :, :length]
     return out.transpose(1, 2).to(v.dtype)
 
