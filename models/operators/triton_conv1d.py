@@ -19,7 +19,7 @@ STEP = tl.constexpr(4)
 
 
 # Written with tl.exp and a division, SiLU would be half of all instructions, most of them for
-# numbers that the hardware's two take as well: exp2 of a large one is inf, the reciprocal of that 0.
+# numbers that the hardware's two take as well: exp2 of a large one is inf, and 1 / inf is 0.
 if triton.knobs.runtime.interpret:
 
     @triton.jit
