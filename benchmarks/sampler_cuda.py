@@ -53,6 +53,7 @@ CASES = {
 # Probabilities like those of words, 1 / rank^1.2 at temperature 1, or thousands much alike.
 EXPONENT, FLAT_SPREAD = 1.2, 4.0
 CALLS = 20
+PARTS = 128, 256, 512, 1024  # in place of the sampler's own
 COLD_BYTES = 256e6  # several times the largest L2
 HEADER = (
     f"{'case':<26}{'V':>8}{'B':>4}{'floor':>8}{'ours':>8}{'torch':>9}"
@@ -219,29 +220,34 @@ def measure(work: Work, repeats: int) -> dict:
 
 
 def measure_cuts(repeats: int) -> list[dict]:
-    """Sampling without top_k and top_p, with other tiles and parts than the sampler's own."""
+    """Selection without top_k and top_p, with other tiles and parts than the sampler's own."""
     print(f"{'case':<26}{'V':>8}{'B':>4}{'tile':>7}{'part':>6}{'us':>8}{'wrong':>7}")
     rows, own = [], cuda.PART
+    cases = itertools.product(
+        VOCABULARIES,
+        (("greedy", (own,)), ("sampled", PARTS), ("half greedy, half sampled", PARTS)),
+        ((1, (1024,)), (32, (1024, 2048, 4096))),
+    )
     try:
-        for case in ("sampled", "half greedy, half sampled"):
-            for batch, tiles in ((1, (1024,)), (32, (1024, 2048, 4096))):
-                work = make_work(case, VOCABULARIES[-1], batch, False)
-                expected = sample(work.sets[0].cpu(), *(x.cpu() for x in work.parameters))
-                for tile, cuda.PART in itertools.product(tiles, (256, 512, 1024, 2048)):
+        for vocabulary, (case, parts), (batch, tiles) in cases:
+            work = make_work(case, vocabulary, batch, False)
+            expected = sample(work.sets[0].cpu(), *(x.cpu() for x in work.parameters))
+            for tile, cuda.PART in itertools.product(tiles, parts):
 
-                    def ours(logits: Tensor, work=work, tile=tile) -> Tensor:
-                        return cuda.sample(logits, *work.parameters, restricted=False, tile=tile)
+                def ours(logits: Tensor, work=work, tile=tile) -> Tensor:
+                    if all(work.greedy_rows):
+                        return cuda.greedy(logits, tile=tile)
+                    return cuda.sample(logits, *work.parameters, restricted=False, tile=tile)
 
-                    us = statistics.median(graph_us(ours, work.sets, repeats))
-                    wrong = int((ours(work.sets[0]).cpu() != expected).sum())
-                    row = {"case": case, "vocabulary": VOCABULARIES[-1], "batch": batch}
-                    row |= {"tile": tile, "part": cuda.PART, "us": us, "wrong": wrong}
-                    rows.append(row)
-                    print(
-                        f"{case:<26}{VOCABULARIES[-1]:>8}{batch:>4}{tile:>7}{cuda.PART:>6}"
-                        f"{us:>8.2f}{wrong:>7}",
-                        flush=True,
-                    )
+                us = statistics.median(graph_us(ours, work.sets, repeats))
+                wrong = int((ours(work.sets[0]).cpu() != expected).sum())
+                row = {"case": case, "vocabulary": vocabulary, "batch": batch}
+                rows.append(row | {"tile": tile, "part": cuda.PART, "us": us, "wrong": wrong})
+                print(
+                    f"{case:<26}{vocabulary:>8}{batch:>4}{tile:>7}{cuda.PART:>6}{us:>8.2f}"
+                    f"{wrong:>7}",
+                    flush=True,
+                )
     finally:
         cuda.PART = own
     return rows
