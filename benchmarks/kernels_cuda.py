@@ -34,7 +34,14 @@ from benchmarks.cuda_common import (
 )
 from models.kernels import cuda, reference
 from models.kernels.packing import quantize_int4, quantize_int8
-from models.kernels.tiles import AttendTiles, LinearTiles, attend_tiles, linear_tiles, most_splits
+from models.kernels.tiles import (
+    LARGE,
+    AttendTiles,
+    LinearTiles,
+    attend_tiles,
+    linear_tiles,
+    most_splits,
+)
 
 BATCHES = 1, 8, 32
 CONTEXTS = 128, 256, 1024, 8192
@@ -107,8 +114,8 @@ def linear_candidates(matrix: Matrix, bits: int, rows: int) -> list[LinearTiles]
         shapes += [(16, 128, 1, 5), (16, 256, 1, 3), (32, 256, 2, 3), (64, 256, 4, 3)]
     else:
         shapes = [(64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 4)]
-    # Layers that are read in ten microseconds: fewer parts, and longer pipelines to make up for it.
-    middle = not bits and not small and matrix.outputs * matrix.inputs < 2**25
+    # Fewer parts, and longer pipelines to make up for it.
+    middle = not bits and not small and matrix.outputs * matrix.inputs < LARGE
     if middle:
         shapes += [(64, 64, 4, 10), (64, 128, 4, 7), (32, 128, 2, 6), (32, 128, 4, 10)]
         shapes += [(32, 64, 2, 8), (128, 64, 4, 7)]

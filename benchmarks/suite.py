@@ -62,7 +62,7 @@ BENCHMARKS = {
     "cuda_31b": ("cuda.py", "gemma4-31b", ("--positions", 256, 8192, "--steps", 64), 120),
     "transfers": ("transfers.py", "gemma3-270m", ("--repeats", 3), 50),
     "hybrid": ("hybrid.py", "qwen3.5-9b", ("--steps", 64), 160),
-    "sampler_cuda": ("sampler_cuda.py", None, ("--repeats", 7), 60),
+    "sampler_cuda": ("sampler_cuda.py", None, ("--repeats", 7), 75),
     "gated_delta": ("gated_delta.py", None, ("--repeats", 7), 20),
     "causal_conv1d": ("causal_conv1d.py", None, ("--repeats", 7), 40),
     "kernels_cuda": ("kernels_cuda.py", None, ("--seconds", 170), 200),

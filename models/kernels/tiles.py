@@ -16,6 +16,9 @@ FEW_ROWS = 8
 
 PROCESSORS = 132  # of an H100 or H200
 
+# Weights of a layer from which on few parts and long pipelines have not been measured.
+LARGE = 2**26
+
 # Parts of attention that one program adds up, and programs, if there are parts for more.
 FAN = 8
 PROGRAMS = 1024
@@ -59,9 +62,10 @@ def linear_tiles(
         return LinearTiles(False, 4, 1024, warps=2, norm=inputs <= 1024)
     # Layers of few outputs need parts of the inputs to have programs for every processor, how many
     # an H200 measured. Integers of few rows take 2 warps, and where a program holds twice as many,
-    # of gated layers or 8 bits, half as many outputs.
+    # of gated layers or 8 bits, half as many outputs. How many parts there are must not depend on
+    # rows: their sums are rounded.
     tile = 32 if bits == 8 or (bits and gated) else 64
-    large = outputs * inputs >= 2**26
+    large = outputs * inputs >= LARGE
     programs = 400 if bits else 256 if large else 80
     splits = 1
     while splits < 8 and outputs // tile * splits < programs and inputs // splits >= 1024:
@@ -72,13 +76,13 @@ def linear_tiles(
         if rows <= FEW_ROWS:
             return LinearTiles(True, tile, 128, splits, warps=2, stages=stages)
         return LinearTiles(True, 64, 128, splits, stages=stages)
-    # A program that has a processor to itself takes all of its memory for a long pipeline: that is
-    # better than more parts, which have to be added up. Short blocks begin sooner.
-    if not large and not gated and outputs // tile * splits <= PROCESSORS:
-        return LinearTiles(True, 64, 128, splits, stages=7)
-    if (not large and gated) or (large and splits > 1):
+    # Short blocks begin sooner.
+    if splits > 1 if large else gated:
         return LinearTiles(True, 64, 64, splits, stages=6)
-    return LinearTiles(True, 64, 128, splits)
+    # A program that has a processor to itself takes all of its memory for a long pipeline: that is
+    # better than more parts, which have to be added up.
+    has_processor = not large and outputs // tile * splits <= PROCESSORS
+    return LinearTiles(True, 64, 128, splits, stages=7 if has_processor else 4)
 
 
 def most_splits(kv_heads: int) -> int:

@@ -8,6 +8,7 @@ import torch
 
 import runner
 from models import qwen3_5
+from models.operators.delta_rule import CHUNK
 from runner import Request
 from tests.driving import eager_ids, ids_of, variants
 
@@ -16,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 VARIANTS = variants(("auto", "alias", "host"), (True, False))
-MAX_PREFILL = 64  # as many as the delta rule's own chunks have
+# Chunks of a prompt are as long as the delta rule's own.
 PROMPTS = [[2], [2, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(130)]]
 # Each layout, one of them with several rows, and experts.
 ROWS = {"qwen3_5_text": 1, "qwen3_next": 3, "qwen3_5_moe_text": 1}
@@ -30,7 +31,7 @@ def export_hybrid(make_hybrid_checkpoint, once, run_script):
         checkpoint = make_hybrid_checkpoint(layout)
         arguments = (
             *("--model", checkpoint, "--device", "cuda", "--quant", quant, "--batch", batch),
-            *("--max-seq-len", 200, "--max-prefill", MAX_PREFILL),
+            *("--max-seq-len", 200, "--max-prefill", CHUNK),
         )
 
         def export(output: Path) -> None:
