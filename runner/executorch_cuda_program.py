@@ -57,7 +57,7 @@ class ExecuTorchCudaProgram:
         stream = torch.cuda.default_stream(device) if device.type == "cuda" else None
         self._memory = TorchMemory(device, stream)
         self.transfers = Transfers(self._memory)
-        self._aligned = Aligned(self.transfers)
+        self._aligned = Aligned(self.transfers, device.type == "cuda")
         path = artifact.program_file
         weights = (
             artifact.directory / manifest["weights"]["file"] if "weights" in manifest else None
@@ -124,6 +124,6 @@ class ExecuTorchCudaProgram:
 
     def _call(self, name: str, inputs: tuple[Tensor, ...], into: Tensor) -> Tensor:
         # False: the output is a view of the method's memory.
-        (output,) = self._methods[name].call([self._aligned(x) for x in inputs], False)
+        (output,) = self._methods[name].call(self._aligned(*inputs), False)
         self.transfers.copy(output, into)
         return into

@@ -62,7 +62,7 @@ class InductorProgram:
             }
             if self.has_graphs and self._batch > 1:
                 self.slots["lines"] = self.empty(manifest["max_seq_len"], self._batch).zero_()
-        self._aligned = Aligned(self.transfers)
+        self._aligned = Aligned(self.transfers, self.has_graphs)
 
     def load_sampling(self, embed: bool = False) -> None:
         """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
@@ -165,7 +165,7 @@ class InductorProgram:
     def _call(self, name: str, *inputs: Tensor) -> Tensor | None:
         method = self._method(name)
         with self._on_stream():
-            outputs = method(list(map(self._aligned, inputs)))
+            outputs = method(self._aligned(*inputs))
         return outputs[0] if outputs else None
 
     def _on_stream(self) -> Any:

@@ -68,18 +68,23 @@ class TorchMemory:
 
 
 class Aligned:
-    """A function of a tensor that gives it or, where it is a view on a GPU that begins at an odd
-    element, a copy at an address that compiled kernels can take, which is valid until the next of
-    the same shape."""
+    """A function of a method's inputs that gives them, those on a GPU that are views which begin at
+    an odd element as copies at addresses that compiled kernels can take. A copy is valid until the
+    next of its shape and type in its place among the inputs."""
 
-    def __init__(self, transfers: Transfers):
-        self._transfers = transfers
+    def __init__(self, transfers: Transfers, is_cuda: bool):
+        self._transfers, self._is_cuda = transfers, is_cuda
         self._copies: dict[tuple, Tensor] = {}
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_cuda or tensor.data_ptr() % ALIGNMENT == 0:
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        if not self._is_cuda:
+            return list(inputs)
+        return [self._aligned(place, tensor) for place, tensor in enumerate(inputs)]
+
+    def _aligned(self, place: int, tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() % ALIGNMENT == 0:
             return tensor
-        key = (*tensor.shape, tensor.dtype)
+        key = (place, *tensor.shape, tensor.dtype)
         if key not in self._copies:
             self._copies[key] = torch.empty_like(tensor)
         self._transfers.copy(tensor, self._copies[key])

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,7 @@ import runner
 from runner.artifact import open_artifact
 from runner.errors import RunnerError
 from runner.executorch_cuda_program import ExecuTorchCudaProgram
-from runner.torch_memory import Aligned
+from runner.torch_memory import ALIGNMENT, Aligned
 from runner.transfers import Transfers
 
 PROMPTS = [[2, 70, 40, 121, 33, 56, 78, 99, 104], [2], [2, 90, 91]]
@@ -114,9 +113,14 @@ def test_an_artifact_that_cannot_sample_says_so(altered, portable):
         program.load_sampling()
 
 
-def test_what_lies_on_the_cpu_is_never_copied_to_align_it():
+def test_inputs_are_copied_where_a_kernel_could_not_read_them_and_not_over_each_other():
     transfers = Transfers()
-    table = torch.arange(5)
-    assert Aligned(transfers)(table[1:2]).data_ptr() == table[1:2].data_ptr()
+    table = torch.arange(6)
+    odd, whole, other = table[1:2], table[2:4], table[3:4]
+    assert Aligned(transfers, False)(odd)[0].data_ptr() == odd.data_ptr()
     assert transfers.device_to_device.count == 0
-    assert np.array_equal(table, np.arange(5))
+    inputs = Aligned(transfers, True)(odd, whole, other)
+    assert [x.tolist() for x in inputs] == [[1], [2, 3], [3]]
+    assert all(x.data_ptr() % ALIGNMENT == 0 for x in inputs)
+    assert inputs[1].data_ptr() == whole.data_ptr()
+    assert transfers.device_to_device.count == 2
