@@ -142,10 +142,15 @@ def main() -> None:
         )
         row = {"position": position, "bytes": size, "floor_ms": size / bandwidth * 1e3, "ms": ms}
         row["share"] = row["floor_ms"] / ms
+        without = LoopOptions(overlap=False)
+        row["without_overlap_ms"] = statistics.median(
+            decode_ms(model, position, options.steps, options.repeats, without)
+        )
         rows.append(row)
         print(
             f"position {position}: floor {row['floor_ms']:.3f} ms, ours {ms:.3f} ms, "
-            f"{row['share']:.1%} of the ceiling",
+            f"{row['share']:.1%} of the ceiling; {row['without_overlap_ms']:.3f} ms where kernels "
+            "do not overlap",
             flush=True,
         )
     prompt = [2, 70, 71]

@@ -1,6 +1,7 @@
-"""What are double buffering and the embedding lookup in the selection worth? Qwen3's shapes with
-random weights in bf16, on a CUDA GPU: double buffering off and on, the step fed with the token
-("alias") or with its embedding ("embed"). `python benchmarks/double_buffering.py` prints
+"""What are double buffering, the embedding lookup in the selection, and kernels that overlap worth?
+Qwen3's shapes with random weights in bf16, on a CUDA GPU: double buffering off and on, the step fed
+with the token ("alias") or with its embedding ("embed"); and the last of these without overlap.
+`python benchmarks/double_buffering.py` prints
 milliseconds of a step, the share of it in which the GPU waits, whether the ids are identical, a
 table, and one JSON line.
 
@@ -33,7 +34,7 @@ VARIANTS = [
     LoopOptions(feed, double_buffering=double_buffering)
     for feed in ("alias", "embed")
     for double_buffering in (False, True)
-]
+] + [LoopOptions("embed", overlap=False)]
 
 
 def run(model, options: LoopOptions, count: int) -> tuple[list[list[int]], float]:
@@ -61,6 +62,7 @@ def measure(model, count: int, repeats: int) -> list[dict]:
             "max_seq_len": model.max_seq_len,
             "feed": options.feed,
             "double_buffering": options.double_buffering,
+            "overlap": options.overlap,
             "ms": statistics.median(times[i]),
             "all_ms": times[i],
             "identical": ids[i] == ids[0],
@@ -74,7 +76,7 @@ def measure(model, count: int, repeats: int) -> list[dict]:
 
 def table(rows: list[dict]) -> Table:
     found = Table(box=None, pad_edge=False)
-    for name in ("config", "batch", "feed", "double buffering"):
+    for name in ("config", "batch", "feed", "double buffering", "overlap"):
         found.add_column(name)
     for name in ("ms / step", "gain", "idle"):
         found.add_column(name, justify="right")
@@ -83,14 +85,16 @@ def table(rows: list[dict]) -> Table:
         off = next(
             r for r in rows
             if (r["config"], r["batch"], r["feed"]) == (row["config"], row["batch"], row["feed"])
-            and not r["double_buffering"]
+            and not r["double_buffering"] and r["overlap"]
         )  # fmt: skip
         idle = row.get("idle_share")
+        gain = off["ms"] / row["ms"] - 1 if row["double_buffering"] and row["overlap"] else None
         found.add_row(
             row["config"], str(row["batch"]), row["feed"],
             "on" if row["double_buffering"] else "off",
+            "on" if row["overlap"] else "off",
             f"{row['ms']:.3f}",
-            f"{off['ms'] / row['ms'] - 1:+.1%}" if row["double_buffering"] else "",
+            "" if gain is None else f"{gain:+.1%}",
             "" if idle is None else f"{idle:.2%}",
             "identical" if row["identical"] else "DIFFERENT",
         )  # fmt: skip
@@ -130,7 +134,7 @@ def main() -> int:
             # Before the next one's weights come.
             del model
             gc.collect()
-    Console(width=100).print(table(rows))
+    Console(width=110).print(table(rows))
     result = {
         **origin("double_buffering"),
         "steps": options.steps,

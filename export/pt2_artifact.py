@@ -96,6 +96,7 @@ class Pt2Artifact:
             "device": self.device.type,
             "processor": processor(self.device),
             "methods": methods,
+            "waiting_kernels": _waiting_kernels() if self.device.type == "cuda" else [],
             "dtype": str(self.dtype).removeprefix("torch."),
             "state": entries(state),
         }
@@ -106,6 +107,12 @@ class Pt2Artifact:
         path = directory / "model.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         return {"file": path.name, "bytes": path.stat().st_size}
+
+
+def _waiting_kernels() -> list[str]:
+    from models.kernels.dependent_launch import WAITING
+
+    return list(WAITING)
 
 
 def _compile_selection(*arguments) -> dict[str, list[str]]:

@@ -31,7 +31,10 @@ def variants(model: Model) -> list[LoopOptions]:
         # The host cannot feed a step that is submitted before its token is read.
         if not (double_buffering and feed == "host")
     ]
-    return [*found, LoopOptions(feeds[-1], run_ahead=RUN_AHEAD)]
+    found.append(LoopOptions(feeds[-1], run_ahead=RUN_AHEAD))
+    if program.has_graphs:
+        found.append(LoopOptions(feeds[-1], overlap=False))
+    return found
 
 
 def compare(model: Model, request: Request, as_json: bool) -> int:
@@ -71,7 +74,13 @@ def measure(model: Model, request: Request, options: LoopOptions) -> dict[str, A
 
 def table(rows: list[dict], has_graphs: bool) -> Table:
     found = Table(box=None, pad_edge=False)
-    for name in ("feed", "positions", "double buffering", "run ahead", *["graph"] * has_graphs):
+    for name in (
+        "feed",
+        "positions",
+        "double buffering",
+        "run ahead",
+        *["graph", "overlap"] * has_graphs,
+    ):
         found.add_column(name)
     for name in ("tok/s", "first token, ms", *(f"{name} / bytes" for name in COPIES)):
         found.add_column(name, justify="right")
@@ -84,7 +93,7 @@ def table(rows: list[dict], has_graphs: bool) -> Table:
             options["positions"],
             on(options["double_buffering"]),
             str(options["run_ahead"]),
-            *[on(options["graph"])] * has_graphs,
+            *[on(options["graph"]), on(options["overlap"])] * has_graphs,
             f"{stats['decode_tok_s']:.1f}" if stats["decode_tok_s"] else "",
             f"{stats['time_to_first_token_s'] * 1e3:.1f}",
             *(f"{entry['count']} / {entry['bytes']}" for entry in copies),

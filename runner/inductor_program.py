@@ -75,15 +75,20 @@ class InductorProgram:
         several rows, lines of the slot "lines". Errors: RunnerError where memory is short."""
         lines = self.slots.get("lines", table[:, None])
         parameters = [self.slots[name] for name in PARAMETERS]
+        waiting = self._artifact.manifest.get("waiting_kernels", [])
         with self._on_stream(), _explained(self._artifact):
-            self._steps = StepGraphs(self, lines, table, parameters, self.transfers, self._stream)
+            self._steps = StepGraphs(
+                self, lines, table, parameters, self.transfers, self._stream, waiting
+            )
             self._steps.warm_up()
 
     def step(
-        self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """`decode` and `select` in one launch, after `capture`."""
-        return self._steps.step(fed, positions, buffer, *sampling, embed=embed)
+        self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool = False,
+        overlap: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`decode` and `select` in one launch, after `capture`; with `overlap` its kernels begin
+        while the ones ahead of them end, where they can."""
+        return self._steps.step(fed, positions, buffer, *sampling, embed=embed, overlap=overlap)
 
     def next_positions(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
         """Fill position int64 [B] from lines int64 [N, B] at next_line int64 [1], and add 1."""

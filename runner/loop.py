@@ -24,7 +24,8 @@ class LoopOptions:
     the next steps are submitted before the newest tokens are read. `run_ahead`: how many steps are
     submitted at once, whose tokens are gathered on the device and read together. Both need a token
     that the host does not feed. `graph`: a step is one launch of a captured graph, where the
-    program can be captured.
+    program can be captured. `overlap`: the graph's kernels begin while the ones ahead of them end,
+    where the artifact has kernels that can.
     """
 
     feed: str = "auto"
@@ -32,6 +33,7 @@ class LoopOptions:
     double_buffering: bool = True
     run_ahead: int = 1
     graph: bool = True
+    overlap: bool = True
 
     def __post_init__(self):
         if self.feed not in FEEDS:
@@ -212,8 +214,10 @@ class Steps:
         """One more token of each row, in the next_id buffer whose turn it is, and what the step
         after it is fed."""
         if self._program.has_graphs and self._options.graph:
-            step = self._program.step
-            return step(self._fed, positions, self._buffer, *sampling, embed=self._embed)
+            return self._program.step(
+                self._fed, positions, self._buffer, *sampling, embed=self._embed,
+                overlap=self._options.overlap,
+            )  # fmt: skip
         logits = self._program.decode(self._fed, positions, self._embed)
         return self._program.select(logits, self._buffer, *sampling, embed=self._embed)
 

@@ -93,6 +93,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="launch a step as one captured graph, where the artifact is for a GPU",
     )  # fmt: skip
     loop.add_argument(
+        "--overlap", action=argparse.BooleanOptionalAction, default=True,
+        help="let the graph's kernels begin while the ones ahead of them end",
+    )  # fmt: skip
+    loop.add_argument(
         "--compare", action="store_true",
         help="run the prompt through every variant of the loop, and print a table of their speed "
         "and copies, or with --json a line for each; exit status 1 if any text differs",
@@ -107,7 +111,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.run_ahead > 1 and options.feed == "host":
         parser.error("--run-ahead and --feed host: the host cannot feed what it has not read")
     if options.compare:
-        names = ("feed", "positions", "double_buffering", "run_ahead", "graph", "batch")
+        names = ("feed", "positions", "double_buffering", "run_ahead", "graph", "overlap", "batch")
         for name in names:
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--compare runs every variant of one row: leave out {flag_of(name)}")
@@ -160,6 +164,7 @@ def run(options: argparse.Namespace) -> int:
         options.double_buffering,
         options.run_ahead,
         options.graph,
+        options.overlap,
     )
     if options.batch is not None:
         return run_batch(model, requests, loop, options)

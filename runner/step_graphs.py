@@ -16,7 +16,9 @@ class StepGraphs:
     writes the other; it takes its positions from the next of some lines, or from where the host
     puts them.
 
-    Which line is next is a number on the device that every such step adds 1 to.
+    Which line is next is a number on the device that every such step adds 1 to. Of a step's kernels
+    those that wait by themselves for what they read begin while the ones ahead of them end, unless
+    a step is asked for without that.
     """
 
     def __init__(
@@ -27,16 +29,18 @@ class StepGraphs:
         parameters: list[Tensor],
         transfers: Transfers,
         stream: torch.cuda.Stream,
+        waiting_kernels: list[str],
     ):
         """lines int64 [N, B] are positions, table int64 [N] the numbers from 0 on, `parameters`
-        what `sample` takes between the logits and the position."""
+        what `sample` takes between the logits and the position; `waiting_kernels` are those that
+        wait by themselves."""
         self._program, self._lines = program, lines
         self._table, self._parameters, self._transfers = table, parameters, transfers
-        self._stream = stream
+        self._stream, self._waiting = stream, waiting_kernels
         self._position, self._next_line = lines[0].clone(), table[:1].clone()
         # The host's idea of what `_next_line` will be once all that was submitted has run.
         self._expected = 0
-        self._graphs: dict[tuple[int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         # One graph runs at a time, so all of them use the same memory.
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -45,11 +49,13 @@ class StepGraphs:
         embed = self._program.embeds
         for buffer in (0, 1):
             self._program.next_id(1 - buffer).zero_()
-            self.step(self._program.fed(1 - buffer, embed), self._lines[0], buffer, embed=embed)
+            fed = self._program.fed(1 - buffer, embed)
+            self.step(fed, self._lines[0], buffer, embed=embed, overlap=True)
 
     def step(
-        self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool,
+        overlap: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Submit a step: `fed` and what it gives as of `decode` and `select`; positions int64 [B]
         (one of `lines`, if they are not the host's), with `sampling` the parameters."""
         # A token that the host fed is in the buffer; so is every other.
@@ -59,14 +65,15 @@ class StepGraphs:
             self._transfers.copy(positions, self._position)
         elif line != self._expected:
             self._transfers.copy(self._table[line : line + 1], self._next_line)
-        key = buffer, bool(sampling), line is not None, embed
+        what = buffer, bool(sampling), line is not None, embed
+        key = *what, overlap
         with torch.cuda.stream(self._stream):
             if key in self._graphs:
                 self._graphs[key].replay()
             else:
                 # The first of its kind runs as it is, which loads kernels: no capture may do that.
-                self._run(*key)
-                self._graphs[key] = self._capture(key)
+                self._run(*what)
+                self._graphs[key] = self._capture(what, overlap)
         if line is not None:
             self._expected = line + 1
         return self._program.next_id(buffer), self._program.fed(buffer, embed)
@@ -79,12 +86,18 @@ class StepGraphs:
         sampling = (*self._parameters, self._position) if sampled else ()
         program.select(logits, buffer, *sampling, embed=embed)
 
-    def _capture(self, key: tuple[int, bool, bool, bool]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+    def _capture(self, what: tuple[int, bool, bool, bool], overlap: bool) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
-            self._run(*key)
+            self._run(*what)
+        if overlap and self._waiting:
+            # It takes a package that torch has only where it is built for CUDA.
+            from runner.dependent_launch import let_overlap
+
+            let_overlap(graph, self._waiting)
+        graph.instantiate()
         return graph
 
     def _line_of(self, positions: Tensor) -> int | None:

@@ -20,11 +20,12 @@ SAMPLED = {"temperature": 0.9, "top_k": 60, "top_p": 0.9, "seed": 7}
 def variants(
     feeds: Iterable[str] = ("embed", "alias", "host"), graphs: Iterable[bool] = (True,)
 ) -> list[LoopOptions]:
-    """Every way to feed a step and give it its position, with double buffering and without; and
-    steps that run ahead."""
+    """Every way to feed a step and give it its position, with double buffering and without; steps
+    that run ahead; and graphs whose kernels do not overlap."""
     ways = itertools.product(graphs, feeds, ("device", "host"), (True, False))
     every = [LoopOptions(*way, run_ahead=1, graph=graph) for graph, *way in ways]
-    return every + [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
+    every += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
+    return every + [LoopOptions(overlap=False)]
 
 
 def ids_of(model, prompt, count=60, options=None, **parameters) -> list[int]:

@@ -13,7 +13,8 @@ first and second half of them, which rotation pairs (x1, x2).
 import triton
 import triton.language as tl
 
-from models.kernels.linear import arrive, dot, prefetch
+from models.kernels.dependent_launch import prefetch, wait
+from models.kernels.linear import arrive, dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -116,7 +117,7 @@ def combine(
 
 @triton.jit
 def attend_part(
-    split, size, filled, active, slot, pair, zero, q1, q2, new_k1, new_k2, new_v, cos, sin,
+    split, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos, sin,
     k_weight1, k_weight2, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, counter_ptr,
     scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
     K_NORM: tl.constexpr, VALUE_NORM: tl.constexpr, KV: tl.constexpr, HEADS: tl.constexpr,
@@ -134,7 +135,7 @@ def attend_part(
     # Of exp2.
     unit = scale * LOG2_E
     begin = split * size
-    end = tl.minimum(begin + size, filled) + zero
+    end = tl.minimum(begin + size, filled)
     largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, SIZE], tl.float32)
@@ -189,6 +190,14 @@ def attend_part(
 
 
 @triton.jit
+def parts_of(position, slots, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LEAST: tl.constexpr):
+    """How many slots are filled at a position, and how many a part has."""
+    # Remainders of 64 bits are slow.
+    filled = tl.minimum(position.to(tl.int32) + 1, slots)
+    return filled, tl.maximum(tl.cdiv(tl.cdiv(filled, BLOCK_S), SPLITS), LEAST) * BLOCK_S
+
+
+@triton.jit
 def attend_kernel(
     qkv_ptr, position_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr,
     out_ptr, acc_ptr, max_ptr, sum_ptr, counter_ptr,
@@ -211,14 +220,34 @@ def attend_kernel(
     WIDTH: tl.constexpr = (HEADS + (1 if VALUES_ARE_KEYS else 2)) * KV * SIZE
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     first, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # Remainders of 64 bits are slow.
-    position = tl.load(position_ptr + row).to(tl.int32)
-
-    # All that does not depend on the position is asked for before anything waits for it.
-    qkv_ptr += row * WIDTH
     i = tl.arange(0, HALF)
     whole = tl.arange(0, SIZE)
     g = tl.arange(0, BLOCK_G)
+    stride: tl.constexpr = KV * SIZE
+    head = (row.to(tl.int64) * slots * KV + kv) * SIZE
+    k_ptr += head
+    v_ptr += head
+
+    # 1. What no other kernel of the step writes, and the first slots, of which this one writes but
+    # the new one's. Which they are the position says that is there, be it the step's before.
+    inv_freq = tl.load(inv_freq_ptr + i)
+    if q_norm_ptr is not None:
+        q_weight1, q_weight2 = load_halves(q_norm_ptr, i, HALF)
+    k_weight1, k_weight2 = inv_freq, inv_freq  # not used
+    if k_norm_ptr is not None:
+        k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
+    previous = tl.load(position_ptr + row, cache_modifier=".cg")
+    filled, size = parts_of(previous, slots, SPLITS, BLOCK_S, LEAST)
+    ahead = first * size + tl.arange(0, 2 * BLOCK_S)
+    ahead = tl.minimum(ahead, tl.minimum(first * size + size, filled) - 1).to(tl.int64) * stride
+    # A line of 128 bytes is 64 elements.
+    lines = ahead[:, None] + 64 * tl.arange(0, LINES)[None, :]
+    zero = wait(tl.max(prefetch(k_ptr + lines) + prefetch(v_ptr + lines)))
+
+    # 2. All that depends on the position is computed while the projections come.
+    position_ptr += zero
+    position = tl.load(position_ptr + row).to(tl.int32)
+    qkv_ptr += row * WIDTH + zero
     q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
     present = (g < HEADS)[:, None]
     q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0)
@@ -229,29 +258,11 @@ def attend_kernel(
         value_ptr = key_ptr + KV * SIZE
     new_k1, new_k2 = load_halves(key_ptr, i, HALF)
     new_v = tl.load(value_ptr + whole)
-    inv_freq = tl.load(inv_freq_ptr + i)
-    if q_norm_ptr is not None:
-        q_weight1, q_weight2 = load_halves(q_norm_ptr, i, HALF)
-    k_weight1, k_weight2 = inv_freq, inv_freq  # not used
-    if k_norm_ptr is not None:
-        k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
-
     slot = position % slots
-    filled = tl.minimum(position + 1, slots)
-    size = tl.maximum(tl.cdiv(tl.cdiv(filled, BLOCK_S), SPLITS), LEAST) * BLOCK_S
+    filled, size = parts_of(position, slots, SPLITS, BLOCK_S, LEAST)
     active = tl.cdiv(filled, size)
     if first >= active:
         return
-
-    head = (row.to(tl.int64) * slots * KV + kv) * SIZE
-    stride: tl.constexpr = KV * SIZE
-    k_ptr += head
-    v_ptr += head
-    # The first slots need not wait for the queries. A line of 128 bytes is 64 elements.
-    ahead = first * size + tl.arange(0, 2 * BLOCK_S)
-    ahead = tl.minimum(ahead, tl.minimum(first * size + size, filled) - 1).to(tl.int64) * stride
-    lines = ahead[:, None] + 64 * tl.arange(0, LINES)[None, :]
-    zero = tl.max(prefetch(k_ptr + lines) + prefetch(v_ptr + lines))
 
     angle = position.to(tl.float32) * inv_freq
     cos, sin = tl.cos(angle), tl.sin(angle)
@@ -264,7 +275,7 @@ def attend_kernel(
     out_ptr += pair * HEADS * SIZE
     if ONE_PART:
         attend_part(
-            first, size, filled, active, slot, pair, zero, q1, q2, new_k1, new_k2, new_v, cos, sin,
+            first, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos, sin,
             k_weight1, k_weight2, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, counter_ptr,
             scale, eps, offset, k_norm_ptr is not None, VALUE_NORM, KV, HEADS, HALF, SPLITS, FAN,
             BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
@@ -272,7 +283,7 @@ def attend_kernel(
     else:
         for split in range(first, active, tl.num_programs(0)):
             attend_part(
-                split, size, filled, active, slot, pair, zero, q1, q2, new_k1, new_k2, new_v, cos,
+                split, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos,
                 sin, k_weight1, k_weight2, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
                 counter_ptr, scale, eps, offset, k_norm_ptr is not None, VALUE_NORM, KV, HEADS,
                 HALF, SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,

@@ -100,7 +100,8 @@ def launch_linear(
             x, *tensors, weight, bias, total, y, rows, outputs, inputs, *numbers, soft_cap,
             NORM=norm is not None, ADD=total is not None and norm is not None,
             ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
-            BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, num_warps=tiles.warps,
+            BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, AHEAD=tiles.ahead > 0 and inputs % 8 == 0,
+            num_warps=tiles.warps,
         )  # fmt: skip
         return total, y
     block = SPAN_WORDS * (WORD_BITS // bits) if bits else tiles.block_k
@@ -118,7 +119,8 @@ def launch_linear(
         rows, outputs, inputs, weight.shape[1], steps, soft_cap, BITS=bits, GROUP=group,
         ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
-        EVEN=inputs % block == 0, STAGES=tiles.stages, num_warps=tiles.warps,
+        EVEN=inputs % block == 0, STAGES=tiles.stages,
+        AHEAD=tiles.ahead if weight.shape[1] % 8 == 0 else 0, num_warps=tiles.warps,
     )  # fmt: skip
     return total, y
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from models.kernels.dependent_launch import wait
 from models.kernels.linear import activate
 
 BLOCK_N = 8
@@ -29,6 +30,7 @@ def route_kernel(
     """A row's largest scores, one after the other, and their probabilities."""
     b = tl.program_id(0)
     e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
+    scores_ptr += wait(0)
     scores = tl.load(scores_ptr + b * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
     left = tl.exp(scores - tl.max(scores, 0))
     left = tl.where(e < E, left / tl.sum(left, 0), -1.0)
@@ -67,8 +69,9 @@ def gate_up_kernel(
     """BLOCK_N outputs silu(gate) * up of one row's choice: h [B, C, N]."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert = tl.load(chosen_ptr + pair) * 2 * N * K
-    row_ptr, zeros = x_ptr + pair // C * K, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    zero = wait(0)
+    expert = tl.load(chosen_ptr + zero + pair) * 2 * N * K
+    row_ptr, zeros = x_ptr + zero + pair // C * K, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     gate = products(zeros, row_ptr, w_ptr + expert, n, N, K, BLOCK_K)
     up = products(zeros, row_ptr, w_ptr + expert + tl.cast(N, tl.int64) * K, n, N, K, BLOCK_K)
     h = activate(tl.sum(gate, 1), "silu") * tl.sum(up, 1)
@@ -84,8 +87,9 @@ def down_kernel(
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.zeros([BLOCK_N], tl.float32)
+    zero = wait(0)
     for j in range(C):
-        pair = b * C + j
+        pair = b * C + j + zero
         expert = tl.load(chosen_ptr + pair) * N * K
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         acc = products(acc, h_ptr + pair * K, w_ptr + expert, n, N, K, BLOCK_K)

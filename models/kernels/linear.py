@@ -14,6 +14,7 @@ one program takes n and N + n.
 import triton
 import triton.language as tl
 
+from models.kernels.dependent_launch import prefetch_rows, release, wait, wait_alone
 from models.kernels.packing import SPAN_WORDS, WORD_BITS
 
 WORDS = tl.constexpr(SPAN_WORDS)
@@ -34,10 +35,6 @@ if triton.knobs.runtime.interpret:
         values = (words.to(tl.int32) >> (BITS * INDEX)) & (2**BITS - 1)
         values = values + 128 if BITS == 4 else values - ((values & 128) << 1)
         return values.to(tl.float32).to(tl.bfloat16)
-
-    @triton.jit
-    def prefetch(pointers):
-        return tl.zeros(pointers.shape, tl.int32)
 
 else:
 
@@ -70,18 +67,6 @@ else:
         return tl.inline_asm_elementwise(
             NIBBLES[INDEX] if BITS == 4 else BYTES[INDEX], "=r,r", [words],
             dtype=tl.bfloat16, is_pure=True, pack=2,
-        )  # fmt: skip
-
-    @triton.jit
-    def prefetch(pointers):
-        """Zeros, having asked for the lines of L2 that `pointers` are in; nothing waits for them.
-
-        The zeros are to be used: an operation with effects torch would take for one that may write
-        to any argument, so this one may be left out as having none.
-        """
-        return tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
-            dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
 
 
@@ -120,17 +105,19 @@ def norm_row(
 ):  # fmt: skip
     """Row b of the residual and of its norm, both as they are rounded: [len(k)]."""
     mask = k < K
-    x = tl.load(x_ptr + b * K + k, mask=mask, other=0.0)
+    weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    if ADD and post_ptr is not None:
+        post = tl.load(post_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    start = b * K + wait(0)
+    x = tl.load(x_ptr + start + k, mask=mask, other=0.0)
     if ADD:
-        branch = tl.load(branch_ptr + b * K + k, mask=mask, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + start + k, mask=mask, other=0.0).to(tl.float32)
         if post_ptr is not None:
-            post = tl.load(post_ptr + k, mask=mask, other=0.0).to(tl.float32)
             branch = rms_norm(branch, offset + post, K, eps)
         total = x.to(tl.float32) + branch
         if scalar_ptr is not None:
             total = total * tl.load(scalar_ptr).to(tl.float32)
         x = total.to(x.dtype)
-    weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
     return x, rms_norm(x.to(tl.float32), offset + weight, K, eps).to(x.dtype)
 
 
@@ -179,9 +166,10 @@ def rows_kernel(
     x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, w_ptr, bias_ptr, total_ptr, y_ptr,
     rows, N, K, eps: tl.constexpr, offset: tl.constexpr, soft_cap: tl.constexpr,
     NORM: tl.constexpr, ADD: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of a row. A norm before them takes K <= BLOCK_K."""
+    """BLOCK_N outputs of a row. A norm before them takes K <= BLOCK_K. AHEAD is whether the weights
+    are asked for before the activations."""
     # Programs of the same weights run side by side, so that all but one find them in L2.
     b = tl.program_id(0) % rows
     tile = tl.program_id(0) // rows
@@ -204,6 +192,16 @@ def rows_kernel(
         if ACTIVATION is not None:
             up += second.to(tl.float32) * h.to(tl.float32)[None, :]
     else:
+        # Nor do they here: they lie one row after the other.
+        asked = 0
+        if AHEAD:
+            bytes_of: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+            skipped = (tile * BLOCK_N).to(tl.int64) * K
+            size = tl.minimum(N - tile * BLOCK_N, BLOCK_N) * K * bytes_of
+            asked = prefetch_rows(w_ptr + skipped, 0, 1, size)
+            if ACTIVATION is not None:
+                asked += prefetch_rows(second_ptr + skipped, 0, 1, size)
+        x_ptr += wait(asked)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             h = tl.load(x_ptr + b * K + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
@@ -316,12 +314,13 @@ def dot_kernel(
     rows, N, K, width, steps, soft_cap: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of BLOCK_B rows, over one of SPLITS parts of the inputs.
 
     A part is `steps` blocks of BLOCK_K inputs, or spans of integer weights of `width` words a row.
-    The last program to come adds the parts up.
+    The last program to come adds the parts up. The first AHEAD programs ask for weights before the
+    activations.
     """
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -334,6 +333,26 @@ def dot_kernel(
     step: tl.constexpr = BLOCK_K if BITS == 0 else WORDS * (BITS_OF_WORD // BITS)
     begin = split * steps
     end = tl.minimum(begin + steps, tl.cdiv(K, step))
+    # What the pipeline begins with does not wait for the activations.
+    asked = 0
+    if (tile + split * tl.num_programs(0) < AHEAD) & (begin < end):
+        bytes_of: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+        line: tl.constexpr = BLOCK_K if BITS == 0 else WORDS
+        size = tl.minimum(tl.minimum(end * line, width) - begin * line, STAGES * line)
+        count_n = tl.minimum(N - tile * BLOCK_N, BLOCK_N)
+        skipped = (tile * BLOCK_N).to(tl.int64) * width + begin * line
+        given = width * bytes_of, count_n, size * bytes_of
+        asked = prefetch_rows(w_ptr + skipped, *given)
+        if ACTIVATION is not None:
+            skipped += tl.cast(N, tl.int64) * width
+            asked += prefetch_rows(w_ptr + skipped, *given)
+    gates, ups = (), ()
+    count = N if ACTIVATION is None else 2 * N
+    if BITS == 4:
+        gates = load_scales(scale_ptr, first, begin, K, count, GROUP)
+        if ACTIVATION is not None:
+            ups = load_scales(scale_ptr, second, begin, K, count, GROUP)
+    x_ptr += wait_alone(asked)
     if BITS == 0:
         for i in tl.range(begin, end, num_stages=STAGES):
             gate = block_products(gate, w_ptr, x_ptr, first, b, i * step, rows, K, step, EVEN)
@@ -341,12 +360,6 @@ def dot_kernel(
                 up = block_products(up, w_ptr, x_ptr, second, b, i * step, rows, K, step, EVEN)
     else:
         # Scales are asked for a span ahead: the pipeline has only what is multiplied as matrices.
-        gates, ups = (), ()
-        count = N if ACTIVATION is None else 2 * N
-        if BITS == 4:
-            gates = load_scales(scale_ptr, first, begin, K, count, GROUP)
-            if ACTIVATION is not None:
-                ups = load_scales(scale_ptr, second, begin, K, count, GROUP)
         for i in tl.range(begin, end, num_stages=STAGES):
             these, those = gates, ups
             if BITS == 4:
@@ -357,6 +370,7 @@ def dot_kernel(
                 gate, up, w_ptr, these, those, x_ptr, first, second, b, i, rows, K, width,
                 BITS, ACTIVATION is not None,
             )  # fmt: skip
+    gate = release(gate)
     if BITS == 8:
         gate *= tl.load(scale_ptr + first)[:, None]
         if ACTIVATION is not None:

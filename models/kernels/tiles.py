@@ -27,7 +27,8 @@ PROGRAMS = 1024
 class LinearTiles(NamedTuple):
     """Outputs and inputs of one program and step, parts of the inputs, warps, stages of the
     pipeline; by tensor cores or, a row a program, by plain products: then with `norm`, of few rows,
-    each program norms its row itself, where a norm comes first."""
+    each program norms its row itself, where a norm comes first. The first `ahead` programs fetch
+    weights while they wait for the kernels before them."""
 
     dot: bool
     block_n: int
@@ -36,6 +37,7 @@ class LinearTiles(NamedTuple):
     warps: int = 4
     stages: int = 4
     norm: bool = False
+    ahead: int = 2 * PROCESSORS
 
 
 class AttendTiles(NamedTuple):
@@ -82,7 +84,10 @@ def linear_tiles(
     # A program that has a processor to itself takes all of its memory for a long pipeline: that is
     # better than more parts, which have to be added up.
     has_processor = not large and outputs // tile * splits <= PROCESSORS
-    return LinearTiles(True, 64, 128, splits, stages=7 if has_processor else 4)
+    if has_processor:
+        # Such a pipeline is full soon enough, and more in flight only delays it.
+        return LinearTiles(True, 64, 128, splits, stages=7, ahead=0)
+    return LinearTiles(True, 64, 128, splits)
 
 
 def most_splits(kv_heads: int) -> int:

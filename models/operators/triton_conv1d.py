@@ -13,6 +13,8 @@ Loops are `while`: Triton's interpreter cannot make a range of tensors.
 import triton
 import triton.language as tl
 
+from models.kernels.dependent_launch import wait
+
 # Sequences that are looked at together, and tokens of one of several sequences of a block.
 SEARCH = tl.constexpr(128)
 STEP = tl.constexpr(4)
@@ -301,12 +303,13 @@ def causal_conv1d_update_kernel(
     in_dim = channels < dim
     slot = load_slot(cache_indices_ptr, row, HAS_INDICES)
     kept = in_dim & (slot != pad_slot_id)
-    started = kept & (tl.load(has_initial_ptr + row) != 0)
     weight_ptrs = weight_ptr + channels * weight_stride_dim
     state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
-    x_ptrs = x_ptr + row.to(tl.int64) * x_stride_row + channels * x_stride_dim
     weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
     sums = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
+    zero = wait(0)
+    started = kept & (tl.load(has_initial_ptr + zero + row) != 0)
+    x_ptrs = x_ptr + zero + row.to(tl.int64) * x_stride_row + channels * x_stride_dim
     for tap in tl.static_range(WIDTH):
         if tap < WIDTH - 1:
             x = tl.load(state_ptrs + tap * state_stride_tap, mask=started, other=0.0)

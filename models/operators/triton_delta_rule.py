@@ -9,6 +9,7 @@ a kernel of its own: several value heads share a key head's channels, and with t
 import triton
 import triton.language as tl
 
+from models.kernels.dependent_launch import wait
 from models.operators import delta_rule
 from models.operators.triton_conv1d import load_slot
 
@@ -62,18 +63,21 @@ def gated_delta_rule_update_kernel(
         + keys[:, None] * value_size + values[None, :]
     )  # fmt: skip
     in_state = in_keys[:, None] & in_values[None, :] & is_kept
-    # It does not wait for whether the row has begun.
+    # No other kernel of a step writes it, nor these; and it does not wait for whether the row has
+    # begun.
     state = tl.load(state_ptrs, mask=in_state, other=0.0)
-    started = tl.load(has_initial_ptr + row) != 0
+    rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
+    bias = tl.load(dt_bias_ptr + head).to(tl.float32)
 
+    row += wait(0)
+    started = tl.load(has_initial_ptr + row) != 0
     key_head = head // shared
     q = tl.load(q_ptr + row * q_stride_row + key_head * q_stride_head + keys, in_keys, other=0.0)
     k = tl.load(k_ptr + row * k_stride_row + key_head * k_stride_head + keys, in_keys, other=0.0)
     v = tl.load(v_ptr + row * v_stride_row + head * v_stride_head + values, in_values, other=0.0)
     a = tl.load(a_ptr + row * a_stride_row + head * a_stride_head).to(tl.float32)
     b = tl.load(b_ptr + row * b_stride_row + head * b_stride_head).to(tl.float32)
-    rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
-    g = -rate * softplus(a + tl.load(dt_bias_ptr + head).to(tl.float32))
+    g = -rate * softplus(a + bias)
     beta = 1.0 / (1.0 + tl.exp(-b))
     q, k = normalized(q) * scale, normalized(k)
 
@@ -96,10 +100,11 @@ def gated_rms_norm_kernel(
     row, head = row_head // heads, row_head % heads
     i = tl.arange(0, BLOCK)
     mask = i < size
-    x = tl.load(x_ptr + row_head * size + i, mask=mask, other=0.0)
-    gate_ptr += row * gate_stride_row + head * gate_stride_head
-    gate = tl.load(gate_ptr + i, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + i, mask=mask, other=0.0)
+    zero = wait(0)
+    x = tl.load(x_ptr + zero + row_head * size + i, mask=mask, other=0.0)
+    gate_ptr += row * gate_stride_row + head * gate_stride_head + zero
+    gate = tl.load(gate_ptr + i, mask=mask, other=0.0).to(tl.float32)
     wide = x.to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide) / size + eps)
     normal = (wide * scale).to(x.dtype).to(tl.float32)
