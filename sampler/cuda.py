@@ -30,6 +30,8 @@ TILE = 1024
 MANY_TILES = 2048
 # Tokens that the last launch scores at once.
 PART = 256
+# A part is a run of each so many tokens of its tile: what 128 threads hold, 4 of them each.
+STRIDE = 512
 # Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
 # have hundreds of tokens to a bin, others a few. A power of two.
 BINS = 2048
@@ -56,14 +58,16 @@ def _tile_maxima(
     wrap_triton(tile_maxima_kernel)[(splits, batch)](
         logits, rows, maxima, bins, *sampling, bounds,
         logits.shape[1], logits.stride(0), logits.stride(1),
-        HAS_ROWS=rows is not None, SAMPLED=bounds is not None, TILE=tile, PARTS=_parts(tile),
+        HAS_ROWS=rows is not None, SAMPLED=bounds is not None, **_cut(tile),
         BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)),
     )  # fmt: skip
     return maxima
 
 
-def _parts(tile: int) -> int:
-    return max(1, tile // PART)
+def _cut(tile: int) -> dict[str, int]:
+    """How tiles are cut into parts. Philox makes noise for 4 tokens at once: runs have no less."""
+    stride = min(tile, STRIDE)
+    return {"TILE": tile, "PARTS": min(max(1, tile // PART), stride // 4), "STRIDE": stride}
 
 
 def _wide_tile(rows: int, vocab_size: int) -> int:
@@ -122,7 +126,7 @@ def _tokens(
         logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
         logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
         SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
-        PART=tile // _parts(tile), PARTS=_parts(tile), SPLITS=triton.next_power_of_2(splits),
+        **_cut(tile), SPLITS=triton.next_power_of_2(splits),
         BLOCK_D=triton.next_power_of_2(width),
     )  # fmt: skip
     return token
@@ -222,13 +226,13 @@ def _sampled(
     sampling, cutoff = (temperature, seed, position), None
     tile = tile or (TILE if restricted else _wide_tile(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
-    bounds = torch.empty(batch, splits * _parts(tile), device=logits.device)
+    bounds = torch.empty(batch, splits * _cut(tile)["PARTS"], device=logits.device)
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
         wrap_triton(bounds_kernel)[(splits, batch)](
             logits, maxima, cutoff, *sampling, bounds,
             logits.shape[1], logits.stride(0), logits.stride(1),
-            TILE=tile, PARTS=_parts(tile), SPLITS=triton.next_power_of_2(splits),
+            **_cut(tile), SPLITS=triton.next_power_of_2(splits),
         )  # fmt: skip
     else:
         maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)

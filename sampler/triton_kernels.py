@@ -136,13 +136,13 @@ def _product(x, multiplier: tl.constexpr):
 
 
 @triton.jit
-def _words(first_id, seed, position, TILE: tl.constexpr):
-    """uint32 [TILE] of noise for the ids from `first_id`, a multiple of 4, on.
+def _words(counters, seed, position):
+    """uint32 [..., 4 N] of noise for the ids 4 c to 4 c + 3 of the counters c, int32 [..., N].
 
     Philox4x32-7 (Salmon et al., SC11): one counter serves four ids.
     """
     key0, key1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0 = (first_id // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
+    c0 = counters.to(tl.uint32)
     c1, c2 = position.to(tl.uint32), (position >> 32).to(tl.uint32)
     c3 = tl.full([], 0, tl.uint32)
     for _ in tl.static_range(ROUNDS):
@@ -160,9 +160,9 @@ def _unit(words):
 
 
 @triton.jit
-def _gumbel(first_id, seed, position, TILE: tl.constexpr):
-    """float32 [TILE] noise of the ids from `first_id` on."""
-    return -log(-log(_unit(_words(first_id, seed, position, TILE))))
+def _gumbel(counters, seed, position):
+    """float32 [..., 4 N] noise of the ids that `_words` tells."""
+    return -log(-log(_unit(_words(counters, seed, position))))
 
 
 @triton.jit
@@ -178,19 +178,49 @@ def log2_rate(words):
 
 
 @triton.jit
-def _score_bounds(x, rates, temperature, PARTS: tl.constexpr):
-    """(the largest logit, bounds float32 [PARTS]): no score log2(e) * (x / temperature + noise) of
-    a part is above its bound by more than `_tolerance`. At a fifth of the cost of exact scores."""
+def _score_bounds(x, rates, temperature, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+    """(the largest logit, bounds float32 [STRIDE / 4]): no score log2(e) * (x / temperature +
+    noise) of a part is above its bound by more than `_tolerance`. At a fifth of the cost of exact
+    scores.
+
+    Part p of a tile is run p of each STRIDE tokens of it, cut into PARTS runs: what neighbouring
+    threads hold where each holds 4 of every STRIDE, so that most of a maximum is taken in
+    registers and the rest by few shuffles in one warp. A bound is there once for every 4 tokens of
+    a run: each thread has its own.
+    """
     factor = 1.4426950408889634 / temperature
     # The maximum of x * factor - rate; to negate each rate would be one more instruction.
-    negated = x * -factor + rates
-    bounds = -tl.min(tl.reshape(negated, [PARTS, x.shape[0] // PARTS]), axis=1)
-    largest = tl.max(x)
+    negated = _fold(x * -factor + rates, STRIDE)
+    negated = tl.min(tl.min(negated, axis=0), axis=1)
+    run: tl.constexpr = STRIDE // (4 * PARTS)
+    bounds = -tl.min(tl.reshape(negated, [PARTS, run]), axis=1)
+    largest = tl.max(tl.max(tl.max(_fold(x, STRIDE), axis=0), axis=1))
     # Products that overflow, inf * 0, or parts that are all NaN: the exact scores decide.
     is_bound = (factor > 1e-30) & (factor < 1e8) & (tl.abs(largest) < 1e30)
     bounds = tl.where(bounds == bounds, bounds, float("inf"))
     bounds = tl.where(is_bound, bounds, float("inf"))
-    return largest, tl.where(largest == float("-inf"), largest, bounds)
+    bounds = tl.where(largest == float("-inf"), largest, bounds)
+    return largest, tl.reshape(tl.broadcast_to(bounds[:, None], [PARTS, run]), [PARTS * run])
+
+
+@triton.jit
+def _fold(x, STRIDE: tl.constexpr):
+    return tl.reshape(x, [x.shape[0] // STRIDE, STRIDE // 4, 4])
+
+
+@triton.jit
+def _spread(SIZE: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr):
+    """int32 [SIZE]: runs of RUN numbers, the first ones of each STRIDE."""
+    offsets = tl.arange(0, SIZE)
+    return offsets // RUN * STRIDE + offsets % RUN
+
+
+@triton.jit
+def _store_bounds(bounds_ptr, bounds, PARTS: tl.constexpr):
+    """Each part's bound, by the first thread that has it."""
+    offsets = tl.arange(0, bounds.shape[0])
+    run: tl.constexpr = bounds.shape[0] // PARTS
+    tl.store(bounds_ptr + offsets // run, bounds, mask=offsets % run == 0)
 
 
 @triton.jit
@@ -216,7 +246,8 @@ def tile_maxima_kernel(
     temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     vocab_size, row_stride, column_stride,
     HAS_ROWS: tl.constexpr, SAMPLED: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr, BINS: tl.constexpr, ZEROS: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    BINS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS.
 
@@ -239,10 +270,11 @@ def tile_maxima_kernel(
         if temperature > 0:
             # Noise does not wait for logits. Of these rows nobody asks which token is the first of
             # the largest.
-            rates = log2_rate(_words(split * TILE, seed, position, TILE))
-            largest, bounds = _score_bounds(x, rates, temperature, PARTS)
+            counters = split * (TILE // 4) + tl.arange(0, TILE // 4)
+            rates = log2_rate(_words(counters, seed, position))
+            largest, bounds = _score_bounds(x, rates, temperature, PARTS, STRIDE)
             first = split * TILE
-            tl.store(bounds_ptr + out * PARTS + tl.arange(0, PARTS), bounds)
+            _store_bounds(bounds_ptr + out * PARTS, bounds, PARTS)
         else:
             largest, first = first_of_largest(x, ids, split * TILE)
     else:
@@ -259,7 +291,7 @@ def tile_maxima_kernel(
 def bounds_kernel(
     logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     vocab_size, row_stride, column_stride,
-    TILE: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """bounds float32 [B, splits * PARTS]: of each part the bound of what the cutoff keeps.
 
@@ -274,17 +306,17 @@ def bounds_kernel(
     largest = value(tl.max(load_maxima(maxima_ptr, row, splits, SPLITS)))
     own = tl.load(maxima_ptr + row * splits + split)
     cutoff = tl.load(cutoff_ptr + row)
-    bounds = tl.full([PARTS], float("-inf"), tl.float32)
+    bounds = tl.full([STRIDE // 4], float("-inf"), tl.float32)
     hopeless = scaled(value(own), largest, temperature) < HOPELESS
     if ((own >> 32) >= (cutoff >> 32)) & (hopeless == 0):
         ids = split * TILE + tl.arange(0, TILE)
         x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
         x = tl.where(pack(x, ids) >= cutoff, x, float("-inf"))
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        rates = log2_rate(_words(split * TILE, seed, position, TILE))
-        bounds = _score_bounds(x, rates, temperature, PARTS)[1]
-    out = (row * splits + split) * PARTS + tl.arange(0, PARTS)
-    tl.store(bounds_ptr + out, bounds)
+        counters = split * (TILE // 4) + tl.arange(0, TILE // 4)
+        rates = log2_rate(_words(counters, seed, position))
+        bounds = _score_bounds(x, rates, temperature, PARTS, STRIDE)[1]
+    _store_bounds(bounds_ptr + (row * splits + split) * PARTS, bounds, PARTS)
 
 
 @triton.jit
@@ -293,14 +325,16 @@ def token_kernel(
     token_ptr, table_ptr, hidden_ptr, vocab_size, row_stride, column_stride, splits, width,
     embed_scale: tl.constexpr,
     SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, EMBED: tl.constexpr,
-    PART: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The token of each row: that of the largest logit, or of the largest scaled logit + noise.
 
-    For the latter parts of tiles, of PART tokens, are scored exactly, that of the highest bound
+    For the latter parts of tiles are scored exactly, that of the highest bound
     first, until none is left whose bound is not below the best score: most often one, at times two
     or three. With EMBED its row of the table [V, width], scaled, goes to hidden [B, width].
     """
+    RUN: tl.constexpr = STRIDE // PARTS
     row = tl.program_id(0).to(tl.int64)
     # All loads that depend on nothing come before what waits for one.
     maxima = load_maxima(maxima_ptr, row, splits, SPLITS)
@@ -323,12 +357,14 @@ def token_kernel(
             highest = tl.max(pack(bounds, ID_MASK - offsets))
             while value(highest) > float("-inf"):
                 part = ID_MASK - (highest & ID_MASK).to(tl.int32)
-                ids = part * PART + tl.arange(0, PART)
+                start = part // PARTS * TILE + part % PARTS * RUN
+                ids = start + _spread(TILE // PARTS, RUN, STRIDE)
                 x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
                 # While these come:
                 bounds = tl.where(offsets == part, float("-inf"), bounds)
                 highest = tl.max(pack(bounds, ID_MASK - offsets))
-                noise = _gumbel(part * PART, seed, position, PART)
+                counters = start // 4 + _spread(TILE // PARTS // 4, RUN // 4, STRIDE // 4)
+                noise = _gumbel(counters, seed, position)
                 score = scaled(x, largest, temperature) + noise
                 if RESTRICTED:
                     is_kept = pack(x, ids) >= tl.load(cutoff_ptr + row)

@@ -32,6 +32,7 @@ def short_chunks(monkeypatch):
     """Let short rows have several chunks as well."""
     if not ON_GPU:
         monkeypatch.setattr(cuda, "PART", 8)
+        monkeypatch.setattr(cuda, "STRIDE", 8)
         monkeypatch.setattr(cuda, "CHUNK", 32)
         monkeypatch.setattr(cuda, "FEW", 8)
 
