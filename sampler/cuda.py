@@ -28,10 +28,12 @@ from sampler.triton_kernels import bounds_kernel, tile_maxima_kernel, token_kern
 TILE = 1024
 # Where there are more tiles than this, they are taken twice as large.
 MANY_TILES = 2048
-# Tokens that the last launch scores at once.
-PART = 256
+# Tokens of which one bound is known, and of which the last launch scores all or none.
+PART = 128
 # A part is a run of each so many tokens of its tile: what 128 threads hold, 4 of them each.
 STRIDE = 512
+# Parts that the last launch scores at once, and its warps: one for each.
+GROUPS = 4
 # Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
 # have hundreds of tokens to a bin, others a few. A power of two.
 BINS = 2048
@@ -49,7 +51,7 @@ def _tile_maxima(
     sampling: tuple[Tensor, ...] = (None, None, None),
     bounds: Tensor | None = None,
 ) -> Tensor:
-    """int64 [B, splits]; and with bounds float32 [B, splits * parts], to be written, and
+    """int64 [B, splits]; and with bounds int32 [B, splits * parts], to be written, and
     temperature, seed and position in `sampling`, the bounds of the scores of the tiles' parts."""
     batch = logits.shape[0] if rows is None else rows.shape[0]
     splits = triton.cdiv(logits.shape[1], tile)
@@ -119,6 +121,7 @@ def _tokens(
 ) -> Tensor:
     """int64 [B, 1], or `out`; with a table, hidden is written as well."""
     batch, splits = maxima.shape
+    padded = triton.next_power_of_2(splits)
     token, width = out, 0 if table is None else table.shape[1]
     if token is None:
         token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
@@ -126,8 +129,8 @@ def _tokens(
         logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
         logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
         SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
-        **_cut(tile), SPLITS=triton.next_power_of_2(splits),
-        BLOCK_D=triton.next_power_of_2(width),
+        **_cut(tile), SPLITS=padded, GROUPS=min(GROUPS, padded * _cut(tile)["PARTS"]),
+        BLOCK_D=triton.next_power_of_2(width), num_warps=4 if bounds is None else GROUPS,
     )  # fmt: skip
     return token
 
@@ -226,7 +229,9 @@ def _sampled(
     sampling, cutoff = (temperature, seed, position), None
     tile = tile or (TILE if restricted else _wide_tile(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
-    bounds = torch.empty(batch, splits * _cut(tile)["PARTS"], device=logits.device)
+    bounds = torch.empty(
+        batch, splits * _cut(tile)["PARTS"], dtype=torch.int32, device=logits.device
+    )
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
         wrap_triton(bounds_kernel)[(splits, batch)](

@@ -41,6 +41,8 @@ else:
 # What is packed where there is no token: -inf, and the id that loses every tie.
 NOTHING = tl.constexpr(-2139095041 << 32)
 ID_MASK = tl.constexpr(0x7FFFFFFF)
+# The key of -inf.
+LOWEST_KEY = tl.constexpr(-2139095041)
 # Gumbel noise of 23 bits lies in [-2.82, 16.64]: what is scaled below this cannot win a row.
 HOPELESS = tl.constexpr(-20.0)
 ROUNDS = tl.constexpr(philox.ROUNDS)
@@ -61,10 +63,15 @@ def key(x):
 
 
 @triton.jit
+def of_key(bits):
+    """The float32 of a key."""
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def value(packed):
     """The float32 of a packed int64."""
-    bits = (packed >> 32).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return of_key((packed >> 32).to(tl.int32))
 
 
 @triton.jit
@@ -179,8 +186,8 @@ def log2_rate(words):
 
 @triton.jit
 def _score_bounds(x, rates, temperature, PARTS: tl.constexpr, STRIDE: tl.constexpr):
-    """(the largest logit, bounds float32 [STRIDE / 4]): no score log2(e) * (x / temperature +
-    noise) of a part is above its bound by more than `_tolerance`. At a fifth of the cost of exact
+    """(the largest logit, keys of bounds int32 [STRIDE / 4]): no score log2(e) * (x / temperature
+    + noise) of a part is above its bound by more than `_tolerance`. At a fifth of the cost of exact
     scores.
 
     Part p of a tile is run p of each STRIDE tokens of it, cut into PARTS runs: what neighbouring
@@ -199,20 +206,13 @@ def _score_bounds(x, rates, temperature, PARTS: tl.constexpr, STRIDE: tl.constex
     is_bound = (factor > 1e-30) & (factor < 1e8) & (tl.abs(largest) < 1e30)
     bounds = tl.where(bounds == bounds, bounds, float("inf"))
     bounds = tl.where(is_bound, bounds, float("inf"))
-    bounds = tl.where(largest == float("-inf"), largest, bounds)
+    bounds = key(tl.where(largest == float("-inf"), largest, bounds))
     return largest, tl.reshape(tl.broadcast_to(bounds[:, None], [PARTS, run]), [PARTS * run])
 
 
 @triton.jit
 def _fold(x, STRIDE: tl.constexpr):
     return tl.reshape(x, [x.shape[0] // STRIDE, STRIDE // 4, 4])
-
-
-@triton.jit
-def _spread(SIZE: tl.constexpr, RUN: tl.constexpr, STRIDE: tl.constexpr):
-    """int32 [SIZE]: runs of RUN numbers, the first ones of each STRIDE."""
-    offsets = tl.arange(0, SIZE)
-    return offsets // RUN * STRIDE + offsets % RUN
 
 
 @triton.jit
@@ -293,7 +293,7 @@ def bounds_kernel(
     vocab_size, row_stride, column_stride,
     TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """bounds float32 [B, splits * PARTS]: of each part the bound of what the cutoff keeps.
+    """bounds int32 [B, splits * PARTS]: of each part the bound's key, of what the cutoff keeps.
 
     Tiles that cannot hold the row's token are not read. Rows of temperature 0 have no bounds.
     """
@@ -306,7 +306,7 @@ def bounds_kernel(
     largest = value(tl.max(load_maxima(maxima_ptr, row, splits, SPLITS)))
     own = tl.load(maxima_ptr + row * splits + split)
     cutoff = tl.load(cutoff_ptr + row)
-    bounds = tl.full([STRIDE // 4], float("-inf"), tl.float32)
+    bounds = tl.full([STRIDE // 4], LOWEST_KEY, tl.int32)
     hopeless = scaled(value(own), largest, temperature) < HOPELESS
     if ((own >> 32) >= (cutoff >> 32)) & (hopeless == 0):
         ids = split * TILE + tl.arange(0, TILE)
@@ -320,60 +320,119 @@ def bounds_kernel(
 
 
 @triton.jit
+def _by_group(x, GROUPS: tl.constexpr):
+    """[N] -> [K, GROUPS, lanes, 4]: in the order in which threads hold what they load, so that a
+    group's values are in one warp where there are four groups and warps."""
+    FOUR: tl.constexpr = min(4, x.shape[0] // GROUPS)
+    LANES: tl.constexpr = min(32, x.shape[0] // (GROUPS * FOUR))
+    return tl.reshape(x, [x.shape[0] // (GROUPS * LANES * FOUR), GROUPS, LANES, FOUR])
+
+
+@triton.jit
+def _highest(bounds, offsets):
+    """(the highest of each group's bounds, its lowest offset), int32 [groups]."""
+    highest = tl.max(tl.max(tl.max(bounds, axis=0), axis=2), axis=1)
+    first = tl.where(bounds == highest[None, :, None, None], offsets, ID_MASK)
+    return highest, tl.min(tl.min(tl.min(first, axis=0), axis=2), axis=1)
+
+
+@triton.jit
+def _counters(parts, TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+    """int32 [N]: a fourth of the ids of some parts' tokens, those that 4 divides."""
+    RUN: tl.constexpr = STRIDE // PARTS // 4
+    SIZE: tl.constexpr = TILE // PARTS // 4
+    start = parts // PARTS * (TILE // 4) + parts % PARTS * RUN
+    i = tl.arange(0, SIZE)
+    counters = start[:, None] + (i // RUN * (STRIDE // 4) + i % RUN)[None, :]
+    return tl.reshape(counters, [parts.shape[0] * SIZE])
+
+
+@triton.jit
+def _four(counters):
+    """int32 [N, 4]: the ids that counters [N] make noise for."""
+    return counters[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def _best_pair(packed_0, other_0, packed_1, other_1):
+    return tl.maximum(packed_0, packed_1), tl.maximum(other_0, other_1)
+
+
+@triton.jit
 def token_kernel(
     logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     token_ptr, table_ptr, hidden_ptr, vocab_size, row_stride, column_stride, splits, width,
     embed_scale: tl.constexpr,
     SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, EMBED: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The token of each row: that of the largest logit, or of the largest scaled logit + noise.
 
-    For the latter parts of tiles are scored exactly, that of the highest bound
-    first, until none is left whose bound is not below the best score: most often one, at times two
-    or three. With EMBED its row of the table [V, width], scaled, goes to hidden [B, width].
+    For the latter parts of tiles are scored exactly, until none is left whose bound is not below
+    the best score. Bounds are in GROUPS, and the highest one's part of each is scored in the same
+    round; one round in most rows, two in a few. With EMBED the token's row of the table [V, width],
+    scaled, goes to hidden [B, width].
     """
-    RUN: tl.constexpr = STRIDE // PARTS
     row = tl.program_id(0).to(tl.int64)
     # All loads that depend on nothing come before what waits for one.
     maxima = load_maxima(maxima_ptr, row, splits, SPLITS)
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        if RESTRICTED:
+            cutoff = tl.load(cutoff_ptr + row)
         offsets = tl.arange(0, SPLITS * PARTS)
         count = splits * PARTS
         # Not written where the temperature is 0.
-        bounds = tl.load(
-            bounds_ptr + row * count + offsets, mask=offsets < count, other=float("-inf")
-        )
-    best = tl.max(maxima)
-    if SAMPLED:
-        largest = value(best)
-        # A row without numbers above -inf gives id 0 at any temperature.
-        if (temperature > 0) & (largest > float("-inf")):
-            best = tl.full([], NOTHING, tl.int64)
+        bounds = tl.load(bounds_ptr + row * count + offsets, mask=offsets < count, other=LOWEST_KEY)
+        bounds, offsets = _by_group(bounds, GROUPS), _by_group(offsets, GROUPS)
+        # Else the compiler delays these loads until the first one is there.
+        tl.debug_barrier()
+        if temperature > 0:
+            row_ptr = logits_ptr + row * row_stride
+            highest, parts = _highest(bounds, offsets)
+            counters = _counters(parts, TILE, PARTS, STRIDE)
+            x = load_logits(row_ptr, _four(counters), vocab_size, column_stride)
+            # While these come:
+            largest = of_key(tl.max((maxima >> 32).to(tl.int32)))
+            # A row without numbers above -inf gives id 0 at any temperature, and has no bounds.
+            is_open = largest > float("-inf")
+            best = tl.full([], NOTHING | ID_MASK, tl.int64)
+            if is_open:
+                best = tl.full([], NOTHING, tl.int64)
             unit = largest * (1.4426950408889634 / temperature)
-            highest = tl.max(pack(bounds, ID_MASK - offsets))
-            while value(highest) > float("-inf"):
-                part = ID_MASK - (highest & ID_MASK).to(tl.int32)
-                start = part // PARTS * TILE + part % PARTS * RUN
-                ids = start + _spread(TILE // PARTS, RUN, STRIDE)
-                x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
-                # While these come:
-                bounds = tl.where(offsets == part, float("-inf"), bounds)
-                highest = tl.max(pack(bounds, ID_MASK - offsets))
-                counters = start // 4 + _spread(TILE // PARTS // 4, RUN // 4, STRIDE // 4)
-                noise = _gumbel(counters, seed, position)
+            while is_open:
+                bounds = tl.where(offsets == parts[None, :, None, None], LOWEST_KEY, bounds)
+                highest, parts = _highest(bounds, offsets)
+                ids = _four(counters)
+                noise = tl.reshape(_gumbel(counters, seed, position), ids.shape)
                 score = scaled(x, largest, temperature) + noise
                 if RESTRICTED:
-                    is_kept = pack(x, ids) >= tl.load(cutoff_ptr + row)
+                    is_kept = pack(x, ids) >= cutoff
                     score = tl.where(is_kept, score, float("-inf"))
-                best = tl.maximum(best, tl.max(pack(score, ID_MASK - ids)))
+                # The next round's, in case there is one. Parts without a bound do no harm.
+                counters = _counters(parts, TILE, PARTS, STRIDE)
+                x = load_logits(row_ptr, _four(counters), vocab_size, column_stride)
+                # By 32 bits twice, which the hardware reduces in one instruction.
+                score = key(score)
+                shape: tl.constexpr = [GROUPS, TILE // PARTS // 4]
+                group_best = tl.max(tl.reshape(tl.max(score, axis=1), shape), axis=1)
+                row_best = tl.reshape(tl.broadcast_to(group_best[:, None], shape), counters.shape)
+                first = tl.where(score == row_best[:, None], ids, ID_MASK)
+                first = tl.min(tl.reshape(tl.min(first, axis=1), shape), axis=1)
+                packed = (group_best.to(tl.int64) << 32) | (ID_MASK - first)
+                packed, bound = tl.reduce((packed, highest), 0, _best_pair)
+                best = tl.maximum(best, packed)
                 # The best score so far as bounds count them. NaN, of infinities, ends no search.
                 reached = value(best) * 1.4426950408889634 + unit
-                if value(highest) < reached - _tolerance(reached):
-                    highest = tl.full([], NOTHING, tl.int64)
+                bound = of_key(bound)
+                is_below = (bound < reached - _tolerance(reached)) | (bound == float("-inf"))
+                is_open = is_below == 0
+        else:
+            best = tl.max(maxima)
+    else:
+        best = tl.max(maxima)
     token = ID_MASK - (best & ID_MASK)
     tl.store(token_ptr + row, token)
     if EMBED:
