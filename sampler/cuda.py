@@ -59,17 +59,19 @@ def _tile_maxima(
     maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
     wrap_triton(tile_maxima_kernel)[(splits, batch)](
         logits, rows, maxima, bins, *sampling, bounds,
-        logits.shape[1], logits.stride(0), logits.stride(1),
-        HAS_ROWS=rows is not None, SAMPLED=bounds is not None, **_cut(tile),
+        logits.shape[1], logits.stride(0), logits.stride(1), splits,
+        HAS_ROWS=rows is not None, SAMPLED=bounds is not None, **_cut(tile, logits.shape[1]),
         BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)),
     )  # fmt: skip
     return maxima
 
 
-def _cut(tile: int) -> dict[str, int]:
+def _cut(tile: int, vocab_size: int) -> dict[str, int]:
     """How tiles are cut into parts. Philox makes noise for 4 tokens at once: runs have no less."""
     stride = min(tile, STRIDE)
-    return {"TILE": tile, "PARTS": min(max(1, tile // PART), stride // 4), "STRIDE": stride}
+    parts = min(max(1, tile // PART), stride // 4)
+    whole = vocab_size >= tile >= 16 and vocab_size % 16 == 0
+    return {"TILE": tile, "PARTS": parts, "STRIDE": stride, "WHOLE": whole}
 
 
 def _wide_tile(rows: int, vocab_size: int) -> int:
@@ -121,7 +123,7 @@ def _tokens(
 ) -> Tensor:
     """int64 [B, 1], or `out`; with a table, hidden is written as well."""
     batch, splits = maxima.shape
-    padded = triton.next_power_of_2(splits)
+    cut, padded = _cut(tile, logits.shape[1]), triton.next_power_of_2(splits)
     token, width = out, 0 if table is None else table.shape[1]
     if token is None:
         token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
@@ -129,7 +131,7 @@ def _tokens(
         logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
         logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
         SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
-        **_cut(tile), SPLITS=padded, GROUPS=min(GROUPS, padded * _cut(tile)["PARTS"]),
+        **cut, SPLITS=padded, GROUPS=min(GROUPS, padded * cut["PARTS"]),
         BLOCK_D=triton.next_power_of_2(width), num_warps=4 if bounds is None else GROUPS,
     )  # fmt: skip
     return token
@@ -230,14 +232,17 @@ def _sampled(
     tile = tile or (TILE if restricted else _wide_tile(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
     bounds = torch.empty(
-        batch, splits * _cut(tile)["PARTS"], dtype=torch.int32, device=logits.device
+        batch,
+        splits * _cut(tile, logits.shape[1])["PARTS"],
+        dtype=torch.int32,
+        device=logits.device,
     )
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
         wrap_triton(bounds_kernel)[(splits, batch)](
             logits, maxima, cutoff, *sampling, bounds,
             logits.shape[1], logits.stride(0), logits.stride(1),
-            **_cut(tile), SPLITS=triton.next_power_of_2(splits),
+            **_cut(tile, logits.shape[1]), SPLITS=triton.next_power_of_2(splits),
         )  # fmt: skip
     else:
         maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)

@@ -27,6 +27,11 @@ if triton.knobs.runtime.interpret:
     def quick_log2(x):
         return tl.log2(x)
 
+    @triton.jit
+    def square_less_1(x):
+        # Its fma rounds twice.
+        return (x - 1.0) * (x + 1.0)
+
 else:
     mul = libdevice.mul_rn
 
@@ -36,6 +41,10 @@ else:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+
+    @triton.jit
+    def square_less_1(x):
+        return tl.fma(x, x, -1.0)
 
 
 # What is packed where there is no token: -inf, and the id that loses every tie.
@@ -87,10 +96,35 @@ def numbers(x):
 
 
 @triton.jit
+def load_any(row_ptr, ids, vocab_size, column_stride, WHOLE: tl.constexpr):
+    """float32 logits of the ids, with NaN; unless WHOLE, what lies beyond the row is -inf."""
+    at = row_ptr + ids * column_stride
+    x = tl.load(at) if WHOLE else tl.load(at, mask=ids < vocab_size, other=float("-inf"))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_tile(row_ptr, start, vocab_size, column_stride, TILE: tl.constexpr, WHOLE: tl.constexpr):
+    """The logits that load_any gives of a tile, by offsets that are constants."""
+    ids = tl.arange(0, TILE)
+    start_ptr = row_ptr + start * column_stride
+    return load_any(start_ptr, ids, vocab_size - start, column_stride, WHOLE)
+
+
+@triton.jit
 def load_logits(row_ptr, ids, vocab_size, column_stride):
-    """float32 logits of the ids; what lies beyond the row is -inf."""
-    mask = ids < vocab_size
-    return numbers(tl.load(row_ptr + ids * column_stride, mask=mask, other=float("-inf")))
+    """float32 logits of the ids; NaN and what lies beyond the row are -inf."""
+    return numbers(load_any(row_ptr, ids, vocab_size, column_stride, False))
+
+
+@triton.jit
+def tile_start(tile, vocab_size, TILE: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile's first id. Where WHOLE, the last tile begins early enough to end with the row: to
+    hold a token twice does no harm, and no load needs a mask."""
+    start = tile * TILE
+    if WHOLE:
+        start = tl.multiple_of(tl.minimum(start, vocab_size - TILE), 16)
+    return start
 
 
 @triton.jit
@@ -173,15 +207,40 @@ def _gumbel(counters, seed, position):
 
 
 @triton.jit
-def log2_rate(words):
-    """float32 log2(-ln(u)) of the words' u, or less: by 0.05 at most where it is below -1.5, 0.27
-    below 0, 3.5 anywhere; but for the rounding of the hardware's logarithm. Noise is -ln(-ln(u)).
+def log2_double_rate(words):
+    """float32 1 + log2(-ln(u)) of the words' u, or less: by 0.05 at most where it is below -0.5,
+    0.27 below 1, 3.5 anywhere; but for the rounding of the hardware's logarithm. Noise is
+    -ln(-ln(u)).
 
     With u = 1 - r, -ln(u) is r + r^2 / 2 + ..., so no less than its first two terms, of what r is
-    at least.
+    at least; twice them is (1 + r)^2 - 1. The bits of 1 + r are those of 1 + u turned over.
     """
-    r = 1.99999988079071044921875 - ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-    return quick_log2(r * (0.5 * r + 1.0))
+    t = (((words ^ 0xFFFFFFFF) >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    return quick_log2(square_less_1(t))
+
+
+@triton.jit
+def _fold(x, STRIDE: tl.constexpr):
+    """[N] -> [N / STRIDE, STRIDE / 4, 4]: over the first and the last axis in a thread."""
+    return tl.reshape(x, [x.shape[0] // STRIDE, STRIDE // 4, 4])
+
+
+@triton.jit
+def _largest(x, STRIDE: tl.constexpr):
+    """The largest of float32 x [N], -inf where there is only NaN."""
+    largest = tl.max(tl.max(_fold(x, STRIDE), axis=0), axis=1)
+    # Of integers a warp finds the largest in one instruction.
+    return of_key(tl.max(key(numbers(largest))))
+
+
+@triton.jit
+def first_of_largest(x, ids, nothing, STRIDE: tl.constexpr):
+    """(the largest of x; its lowest id, or `nothing` where it is -inf)."""
+    largest = _largest(x, STRIDE)
+    first = nothing
+    if largest > float("-inf"):
+        first = tl.min(tl.where(x == largest, ids, ID_MASK))
+    return largest, first
 
 
 @triton.jit
@@ -196,23 +255,20 @@ def _score_bounds(x, rates, temperature, PARTS: tl.constexpr, STRIDE: tl.constex
     a run: each thread has its own.
     """
     factor = 1.4426950408889634 / temperature
-    # The maximum of x * factor - rate; to negate each rate would be one more instruction.
+    # Else products may overflow, or be inf * 0. NaN makes all of them NaN.
+    factor = tl.where(factor > 1e-30, factor, float("nan"))
+    factor = tl.where(factor < 1e8, factor, float("nan"))
+    # 1 less than the maximum of x * factor - rate; to negate a rate would be an instruction more.
     negated = _fold(x * -factor + rates, STRIDE)
     negated = tl.min(tl.min(negated, axis=0), axis=1)
     run: tl.constexpr = STRIDE // (4 * PARTS)
-    bounds = -tl.min(tl.reshape(negated, [PARTS, run]), axis=1)
-    largest = tl.max(tl.max(tl.max(_fold(x, STRIDE), axis=0), axis=1))
-    # Products that overflow, inf * 0, or parts that are all NaN: the exact scores decide.
-    is_bound = (factor > 1e-30) & (factor < 1e8) & (tl.abs(largest) < 1e30)
+    bounds = 1.0 - tl.min(tl.reshape(negated, [PARTS, run]), axis=1)
+    largest = _largest(x, STRIDE)
+    # Products that may overflow, or parts that are all NaN: the exact scores decide.
     bounds = tl.where(bounds == bounds, bounds, float("inf"))
-    bounds = tl.where(is_bound, bounds, float("inf"))
+    bounds = tl.where(tl.abs(largest) < 1e30, bounds, float("inf"))
     bounds = key(tl.where(largest == float("-inf"), largest, bounds))
     return largest, tl.reshape(tl.broadcast_to(bounds[:, None], [PARTS, run]), [PARTS * run])
-
-
-@triton.jit
-def _fold(x, STRIDE: tl.constexpr):
-    return tl.reshape(x, [x.shape[0] // STRIDE, STRIDE // 4, 4])
 
 
 @triton.jit
@@ -230,23 +286,12 @@ def _tolerance(score):
 
 
 @triton.jit
-def first_of_largest(x, ids, nothing):
-    """(the largest of x, NaN only where there is nothing else; its lowest id, or `nothing` where it
-    is no number above -inf)."""
-    largest = tl.max(x)
-    first = nothing
-    if largest > float("-inf"):
-        first = tl.min(tl.where(x == largest, ids, ID_MASK))
-    return largest, first
-
-
-@triton.jit
 def tile_maxima_kernel(
     logits_ptr, rows_ptr, maxima_ptr, bins_ptr,
     temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
-    vocab_size, row_stride, column_stride,
+    vocab_size, row_stride, column_stride, splits,
     HAS_ROWS: tl.constexpr, SAMPLED: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
     BINS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """The maximum of a tile of a row; row n is rows[n] of the logits where HAS_ROWS.
@@ -255,31 +300,35 @@ def tile_maxima_kernel(
     there are BINS, the tiles' programs share the zeroing of the row's, int64 [B, 2, BINS], ZEROS
     each.
     """
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    source_row = row
+    split, row = tl.program_id(0), tl.program_id(1)
+    source_row = row.to(tl.int64)
     if HAS_ROWS:
         source_row = tl.load(rows_ptr + row).to(tl.int64)
-    out = row * tl.cdiv(vocab_size, TILE) + split
-    ids = split * TILE + tl.arange(0, TILE)
-    at = logits_ptr + source_row * row_stride + ids * column_stride
-    x = tl.load(at, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+    out = row * splits + split
+    start = tile_start(split, vocab_size, TILE, WHOLE)
+    ids = start + tl.arange(0, TILE)
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        if temperature > 0:
+        # Else the compiler delays two of these loads until the temperature is there.
+        tl.debug_barrier()
+    row_ptr = logits_ptr + source_row * row_stride
+    x = load_tile(row_ptr, start, vocab_size, column_stride, TILE, WHOLE)
+    if SAMPLED:
+        # By the position, too, though it adds nothing: what a branch waits for it waits for alone,
+        # but all that is used only behind one, like the logits, is waited for together.
+        if temperature + position.to(tl.int32).to(tl.float32) * 0.0 > 0:
             # Noise does not wait for logits. Of these rows nobody asks which token is the first of
             # the largest.
-            counters = split * (TILE // 4) + tl.arange(0, TILE // 4)
-            rates = log2_rate(_words(counters, seed, position))
+            counters = start // 4 + tl.arange(0, TILE // 4)
+            rates = log2_double_rate(_words(counters, seed, position))
             largest, bounds = _score_bounds(x, rates, temperature, PARTS, STRIDE)
-            first = split * TILE
+            first = start
             _store_bounds(bounds_ptr + out * PARTS, bounds, PARTS)
         else:
-            largest, first = first_of_largest(x, ids, split * TILE)
+            largest, first = first_of_largest(x, ids, start, STRIDE)
     else:
-        largest, first = first_of_largest(x, ids, split * TILE)
-    largest = tl.where(largest == largest, largest, float("-inf"))
+        largest, first = first_of_largest(x, ids, start, STRIDE)
     tl.store(maxima_ptr + out, pack(largest, ID_MASK - first.to(tl.int64)))
     if BINS:
         # triton_cutoff's bins_kernel, the next launch, adds to them.
@@ -291,7 +340,8 @@ def tile_maxima_kernel(
 def bounds_kernel(
     logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     vocab_size, row_stride, column_stride,
-    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """bounds int32 [B, splits * PARTS]: of each part the bound's key, of what the cutoff keeps.
 
@@ -309,12 +359,14 @@ def bounds_kernel(
     bounds = tl.full([STRIDE // 4], LOWEST_KEY, tl.int32)
     hopeless = scaled(value(own), largest, temperature) < HOPELESS
     if ((own >> 32) >= (cutoff >> 32)) & (hopeless == 0):
-        ids = split * TILE + tl.arange(0, TILE)
-        x = load_logits(logits_ptr + row * row_stride, ids, vocab_size, column_stride)
+        start = tile_start(split, vocab_size, TILE, WHOLE)
+        ids = start + tl.arange(0, TILE)
+        row_ptr = logits_ptr + row * row_stride
+        x = numbers(load_tile(row_ptr, start, vocab_size, column_stride, TILE, WHOLE))
         x = tl.where(pack(x, ids) >= cutoff, x, float("-inf"))
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        counters = split * (TILE // 4) + tl.arange(0, TILE // 4)
-        rates = log2_rate(_words(counters, seed, position))
+        counters = start // 4 + tl.arange(0, TILE // 4)
+        rates = log2_double_rate(_words(counters, seed, position))
         bounds = _score_bounds(x, rates, temperature, PARTS, STRIDE)[1]
     _store_bounds(bounds_ptr + (row * splits + split) * PARTS, bounds, PARTS)
 
@@ -337,11 +389,14 @@ def _highest(bounds, offsets):
 
 
 @triton.jit
-def _counters(parts, TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr):
+def _counters(
+    parts, vocab_size, TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
     """int32 [N]: a fourth of the ids of some parts' tokens, those that 4 divides."""
     RUN: tl.constexpr = STRIDE // PARTS // 4
     SIZE: tl.constexpr = TILE // PARTS // 4
-    start = parts // PARTS * (TILE // 4) + parts % PARTS * RUN
+    start = tile_start(parts // PARTS, vocab_size, TILE, WHOLE) // 4 + parts % PARTS * RUN
     i = tl.arange(0, SIZE)
     counters = start[:, None] + (i // RUN * (STRIDE // 4) + i % RUN)[None, :]
     return tl.reshape(counters, [parts.shape[0] * SIZE])
@@ -364,8 +419,8 @@ def token_kernel(
     token_ptr, table_ptr, hidden_ptr, vocab_size, row_stride, column_stride, splits, width,
     embed_scale: tl.constexpr,
     SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, EMBED: tl.constexpr,
-    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The token of each row: that of the largest logit, or of the largest scaled logit + noise.
 
@@ -392,8 +447,8 @@ def token_kernel(
         if temperature > 0:
             row_ptr = logits_ptr + row * row_stride
             highest, parts = _highest(bounds, offsets)
-            counters = _counters(parts, TILE, PARTS, STRIDE)
-            x = load_logits(row_ptr, _four(counters), vocab_size, column_stride)
+            counters = _counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
+            x = numbers(load_any(row_ptr, _four(counters), vocab_size, column_stride, WHOLE))
             # While these come:
             largest = of_key(tl.max((maxima >> 32).to(tl.int32)))
             # A row without numbers above -inf gives id 0 at any temperature, and has no bounds.
@@ -412,8 +467,8 @@ def token_kernel(
                     is_kept = pack(x, ids) >= cutoff
                     score = tl.where(is_kept, score, float("-inf"))
                 # The next round's, in case there is one. Parts without a bound do no harm.
-                counters = _counters(parts, TILE, PARTS, STRIDE)
-                x = load_logits(row_ptr, _four(counters), vocab_size, column_stride)
+                counters = _counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
+                x = numbers(load_any(row_ptr, _four(counters), vocab_size, column_stride, WHOLE))
                 # By 32 bits twice, which the hardware reduces in one instruction.
                 score = key(score)
                 shape: tl.constexpr = [GROUPS, TILE // PARTS // 4]

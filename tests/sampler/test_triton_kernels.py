@@ -251,7 +251,7 @@ def test_logarithms_and_masses_have_the_reference_s_bits():
 @triton.jit
 def rate_kernel(words_ptr, rate_ptr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(rate_ptr + offsets, kernels.log2_rate(tl.load(words_ptr + offsets)))
+    tl.store(rate_ptr + offsets, kernels.log2_double_rate(tl.load(words_ptr + offsets)))
 
 
 def test_the_bound_of_noise_is_one_and_a_close_one_where_tokens_win():
@@ -265,7 +265,7 @@ def test_the_bound_of_noise_is_one_and_a_close_one_where_tokens_win():
     rate_kernel[(size // block,)](words, rate, BLOCK=block)
     u = (values.double() + 0.5) * 2.0**-23
     expected = (-u.log()).log() / math.log(2)
-    below = expected - rate.cpu()
+    below = expected + 1 - rate.cpu()
     # The tolerance of a score of 0 is more than four times as much.
     assert below.min() > -5e-5
     # r counts from 0 in steps of 2^-23, half a step too low: at its least the bound says nothing.
