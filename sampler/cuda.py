@@ -28,10 +28,14 @@ from sampler.triton_kernels import bounds_kernel, tile_maxima_kernel, token_kern
 TILE = 1024
 # Where there are more tiles than this, they are taken twice as large.
 MANY_TILES = 2048
+# Sampled rows have tiles four times as large where there are still so many, 8 for each of an H200's
+# 132 processors: a third of a small tile's instructions do not depend on its size.
+SAMPLED_TILES = 8 * 132
 # Tokens of which one bound is known, and of which the last launch scores all or none.
 PART = 128
-# A part is a run of each so many tokens of its tile: what 128 threads hold, 4 of them each.
-STRIDE = 512
+# Of a program of the first launch; and a part is a run of each STRIDE tokens of its tile, which are
+# what these warps hold where each thread holds 4 of them.
+WARPS, STRIDE = 4, 512
 # Parts that the last launch scores at once, and its warps: one for each.
 GROUPS = 4
 # Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
@@ -61,7 +65,7 @@ def _tile_maxima(
         logits, rows, maxima, bins, *sampling, bounds,
         logits.shape[1], logits.stride(0), logits.stride(1), splits,
         HAS_ROWS=rows is not None, SAMPLED=bounds is not None, **_cut(tile, logits.shape[1]),
-        BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)),
+        BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)), num_warps=WARPS,
     )  # fmt: skip
     return maxima
 
@@ -76,6 +80,12 @@ def _cut(tile: int, vocab_size: int) -> dict[str, int]:
 
 def _wide_tile(rows: int, vocab_size: int) -> int:
     return TILE if rows * triton.cdiv(vocab_size, TILE) <= MANY_TILES else 2 * TILE
+
+
+def _sampled_tile(rows: int, vocab_size: int) -> int:
+    large = 4 * TILE
+    is_large = rows * triton.cdiv(vocab_size, large) >= SAMPLED_TILES
+    return large if is_large else _wide_tile(rows, vocab_size)
 
 
 def _cutoffs(
@@ -229,20 +239,16 @@ def _sampled(
     **written: Tensor | float,
 ) -> Tensor:
     sampling, cutoff = (temperature, seed, position), None
-    tile = tile or (TILE if restricted else _wide_tile(*logits.shape))
+    tile = tile or (TILE if restricted else _sampled_tile(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
-    bounds = torch.empty(
-        batch,
-        splits * _cut(tile, logits.shape[1])["PARTS"],
-        dtype=torch.int32,
-        device=logits.device,
-    )
+    cut = _cut(tile, logits.shape[1])
+    bounds = torch.empty(batch, splits * cut["PARTS"], dtype=torch.int32, device=logits.device)
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
         wrap_triton(bounds_kernel)[(splits, batch)](
             logits, maxima, cutoff, *sampling, bounds,
             logits.shape[1], logits.stride(0), logits.stride(1),
-            **_cut(tile, logits.shape[1]), SPLITS=triton.next_power_of_2(splits),
+            **cut, SPLITS=triton.next_power_of_2(splits), num_warps=WARPS,
         )  # fmt: skip
     else:
         maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)

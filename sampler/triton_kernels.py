@@ -315,9 +315,10 @@ def tile_maxima_kernel(
     row_ptr = logits_ptr + source_row * row_stride
     x = load_tile(row_ptr, start, vocab_size, column_stride, TILE, WHOLE)
     if SAMPLED:
-        # By the position, too, though it adds nothing: what a branch waits for it waits for alone,
-        # but all that is used only behind one, like the logits, is waited for together.
-        if temperature + position.to(tl.int32).to(tl.float32) * 0.0 > 0:
+        # Seed and position add nothing, but the branch waits for them, and for them alone: what is
+        # used only behind a branch, like the logits, is waited for together.
+        zero = (seed ^ position).to(tl.int32).to(tl.float32) * 0.0
+        if temperature + zero > 0:
             # Noise does not wait for logits. Of these rows nobody asks which token is the first of
             # the largest.
             counters = start // 4 + tl.arange(0, TILE // 4)
