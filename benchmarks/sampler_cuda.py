@@ -53,7 +53,8 @@ CASES = {
 # Probabilities like those of words, 1 / rank^1.2 at temperature 1, or thousands much alike.
 EXPONENT, FLAT_SPREAD = 1.2, 4.0
 CALLS = 20
-PARTS = 128, 256, 512, 1024  # in place of the sampler's own
+# In place of the sampler's own: tokens of a part, warps of a tile, parts that are scored at once.
+PARTS, WARPS, GROUPS = (128, 256), (4, 8), (2, 4, 8)
 COLD_BYTES = 256e6  # several times the largest L2
 HEADER = (
     f"{'case':<26}{'V':>8}{'B':>4}{'floor':>8}{'ours':>8}{'torch':>9}"
@@ -220,19 +221,31 @@ def measure(work: Work, repeats: int) -> dict:
 
 
 def measure_cuts(repeats: int) -> list[dict]:
-    """Selection without top_k and top_p, with other tiles and parts than the sampler's own."""
-    print(f"{'case':<26}{'V':>8}{'B':>4}{'tile':>7}{'part':>6}{'us':>8}{'wrong':>7}")
-    rows, own = [], cuda.PART
+    """Selection without top_k and top_p, with other tiles, parts, warps and groups than the
+    sampler's own."""
+    print(
+        f"{'case':<26}{'V':>8}{'B':>4}{'tile':>7}{'part':>6}{'warps':>6}{'groups':>7}{'us':>8}"
+        f"{'wrong':>7}"
+    )
+    names = "PART", "WARPS", "GROUPS", "STRIDE"
+    rows, own = [], [getattr(cuda, name) for name in names]
     cases = itertools.product(
         VOCABULARIES,
-        (("greedy", (own,)), ("sampled", PARTS), ("half greedy, half sampled", PARTS)),
+        ("greedy", "sampled", "half greedy, half sampled"),
         ((1, (1024,)), (32, (1024, 2048, 4096))),
     )
     try:
-        for vocabulary, (case, parts), (batch, tiles) in cases:
+        for vocabulary, case, (batch, tiles) in cases:
             work = make_work(case, vocabulary, batch, False)
             expected = sample(work.sets[0].cpu(), *(x.cpu() for x in work.parameters))
-            for tile, cuda.PART in itertools.product(tiles, parts):
+            if case == "greedy":
+                cuts = [(own[0], warps, own[2]) for warps in WARPS]
+            else:
+                cuts = [*itertools.product(PARTS, WARPS, own[2:3])]
+                cuts += [(own[0], own[1], groups) for groups in GROUPS if groups != own[2]]
+            for tile, (part, warps, groups) in itertools.product(tiles, cuts):
+                for name, value in zip(names, (part, warps, groups, 128 * warps)):
+                    setattr(cuda, name, value)
 
                 def ours(logits: Tensor, work=work, tile=tile) -> Tensor:
                     if all(work.greedy_rows):
@@ -241,15 +254,17 @@ def measure_cuts(repeats: int) -> list[dict]:
 
                 us = statistics.median(graph_us(ours, work.sets, repeats))
                 wrong = int((ours(work.sets[0]).cpu() != expected).sum())
-                row = {"case": case, "vocabulary": vocabulary, "batch": batch}
-                rows.append(row | {"tile": tile, "part": cuda.PART, "us": us, "wrong": wrong})
+                row = {"case": case, "vocabulary": vocabulary, "batch": batch, "tile": tile}
+                row |= {"part": part, "warps": warps, "groups": groups}
+                rows.append(row | {"us": us, "wrong": wrong})
                 print(
-                    f"{case:<26}{vocabulary:>8}{batch:>4}{tile:>7}{cuda.PART:>6}{us:>8.2f}"
-                    f"{wrong:>7}",
+                    f"{case:<26}{vocabulary:>8}{batch:>4}{tile:>7}{part:>6}{warps:>6}{groups:>7}"
+                    f"{us:>8.2f}{wrong:>7}",
                     flush=True,
                 )
     finally:
-        cuda.PART = own
+        for name, value in zip(names, own):
+            setattr(cuda, name, value)
     return rows
 
 

@@ -28,8 +28,16 @@ from sampler.triton_kernels import bounds_kernel, tile_maxima_kernel, token_kern
 TILE = 1024
 # Where there are more tiles than this, they are taken twice as large.
 MANY_TILES = 2048
-# Tokens that the last launch scores at once.
-PART = 256
+# Sampled rows have tiles four times as large where there are still so many, 8 for each of an H200's
+# 132 processors: a third of a small tile's instructions do not depend on its size.
+SAMPLED_TILES = 8 * 132
+# Tokens of which one bound is known, and of which the last launch scores all or none.
+PART = 128
+# Of a program of the first launch; and a part is a run of each STRIDE tokens of its tile, which are
+# what these warps hold where each thread holds 4 of them.
+WARPS, STRIDE = 4, 512
+# Parts that the last launch scores at once, and its warps: one for each.
+GROUPS = 4
 # Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
 # have hundreds of tokens to a bin, others a few. A power of two.
 BINS = 2048
@@ -47,7 +55,7 @@ def _tile_maxima(
     sampling: tuple[Tensor, ...] = (None, None, None),
     bounds: Tensor | None = None,
 ) -> Tensor:
-    """int64 [B, splits]; and with bounds float32 [B, splits * parts], to be written, and
+    """int64 [B, splits]; and with bounds int32 [B, splits * parts], to be written, and
     temperature, seed and position in `sampling`, the bounds of the scores of the tiles' parts."""
     batch = logits.shape[0] if rows is None else rows.shape[0]
     splits = triton.cdiv(logits.shape[1], tile)
@@ -55,19 +63,29 @@ def _tile_maxima(
     maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
     wrap_triton(tile_maxima_kernel)[(splits, batch)](
         logits, rows, maxima, bins, *sampling, bounds,
-        logits.shape[1], logits.stride(0), logits.stride(1),
-        HAS_ROWS=rows is not None, SAMPLED=bounds is not None, TILE=tile, PARTS=_parts(tile),
-        BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)),
+        logits.shape[1], logits.stride(0), logits.stride(1), splits,
+        HAS_ROWS=rows is not None, SAMPLED=bounds is not None, **_cut(tile, logits.shape[1]),
+        BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)), num_warps=WARPS,
     )  # fmt: skip
     return maxima
 
 
-def _parts(tile: int) -> int:
-    return max(1, tile // PART)
+def _cut(tile: int, vocab_size: int) -> dict[str, int]:
+    """How tiles are cut into parts. Philox makes noise for 4 tokens at once: runs have no less."""
+    stride = min(tile, STRIDE)
+    parts = min(max(1, tile // PART), stride // 4)
+    whole = vocab_size >= tile >= 16 and vocab_size % 16 == 0
+    return {"TILE": tile, "PARTS": parts, "STRIDE": stride, "WHOLE": whole}
 
 
 def _wide_tile(rows: int, vocab_size: int) -> int:
     return TILE if rows * triton.cdiv(vocab_size, TILE) <= MANY_TILES else 2 * TILE
+
+
+def _sampled_tile(rows: int, vocab_size: int) -> int:
+    large = 4 * TILE
+    is_large = rows * triton.cdiv(vocab_size, large) >= SAMPLED_TILES
+    return large if is_large else _wide_tile(rows, vocab_size)
 
 
 def _cutoffs(
@@ -115,6 +133,7 @@ def _tokens(
 ) -> Tensor:
     """int64 [B, 1], or `out`; with a table, hidden is written as well."""
     batch, splits = maxima.shape
+    cut, padded = _cut(tile, logits.shape[1]), triton.next_power_of_2(splits)
     token, width = out, 0 if table is None else table.shape[1]
     if token is None:
         token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
@@ -122,8 +141,8 @@ def _tokens(
         logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
         logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
         SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
-        PART=tile // _parts(tile), PARTS=_parts(tile), SPLITS=triton.next_power_of_2(splits),
-        BLOCK_D=triton.next_power_of_2(width),
+        **cut, SPLITS=padded, GROUPS=min(GROUPS, padded * cut["PARTS"]),
+        BLOCK_D=triton.next_power_of_2(width), num_warps=4 if bounds is None else GROUPS,
     )  # fmt: skip
     return token
 
@@ -220,15 +239,16 @@ def _sampled(
     **written: Tensor | float,
 ) -> Tensor:
     sampling, cutoff = (temperature, seed, position), None
-    tile = tile or (TILE if restricted else _wide_tile(*logits.shape))
+    tile = tile or (TILE if restricted else _sampled_tile(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
-    bounds = torch.empty(batch, splits * _parts(tile), device=logits.device)
+    cut = _cut(tile, logits.shape[1])
+    bounds = torch.empty(batch, splits * cut["PARTS"], dtype=torch.int32, device=logits.device)
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
         wrap_triton(bounds_kernel)[(splits, batch)](
             logits, maxima, cutoff, *sampling, bounds,
             logits.shape[1], logits.stride(0), logits.stride(1),
-            TILE=tile, PARTS=_parts(tile), SPLITS=triton.next_power_of_2(splits),
+            **cut, SPLITS=triton.next_power_of_2(splits), num_warps=WARPS,
         )  # fmt: skip
     else:
         maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)
