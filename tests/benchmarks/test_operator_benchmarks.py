@@ -33,7 +33,7 @@ def test_lengths_add_up_and_are_even_or_skewed(sequences, skewed):
 def test_both_grids_of_the_convolution_give_the_reference_s_output_and_states(lengths):
     work = causal_conv1d.make_work(10, lengths, DEVICE)
     state = work.state.clone()
-    with causal_conv1d.cut_into((4, 8, 1)):
+    with causal_conv1d.cut_into((8, 2, 8, 1, 1)):
         assert work.error(work.ours) < ERROR
     assert work.error(lambda x: work.by_sequence(x, (4, 8, 1))) < ERROR
     assert torch.equal(work.state, state)
@@ -41,7 +41,7 @@ def test_both_grids_of_the_convolution_give_the_reference_s_output_and_states(le
 
 def test_a_wrong_convolution_is_found_out():
     work = causal_conv1d.make_work(10, [6, 3], DEVICE)
-    with causal_conv1d.cut_into((4, 8, 1)):
+    with causal_conv1d.cut_into((8, 2, 8, 1, 1)):
         assert work.error(lambda x: work.ours(x) * 1.1) > ERROR
         assert work.error(lambda x: work.ours(x.flip(1)).flip(1)) == torch.inf
 

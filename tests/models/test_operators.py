@@ -40,7 +40,8 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def small_blocks(monkeypatch):
     """Let short sequences and narrow heads take several programs as well."""
     if not ON_GPU:
-        monkeypatch.setattr(cuda, "ROLLING", (4, 4, 1))
+        monkeypatch.setattr(cuda, "ROLLING", (8, 2, 4, 1, 1))
+        monkeypatch.setattr(cuda, "PROGRAMS", 4)
         monkeypatch.setattr(cuda, "WHOLE", (4, 4, 1))
         monkeypatch.setattr(cuda, "UPDATE_DIM", 4)
         monkeypatch.setattr(cuda, "COLUMNS", (4, 4))
@@ -143,8 +144,8 @@ def test_short_sequences_may_begin_with_states_or_zeros_in_any_order(operators, 
 def test_there_may_be_more_sequences_than_are_searched_at_once(operators, layout, monkeypatch):
     count = 300
     if not ON_GPU:
-        monkeypatch.setattr(triton_conv1d, "SEARCH", tl.constexpr(4))
-        count = 9
+        monkeypatch.setattr(triton_conv1d, "SEARCH", tl.constexpr(2))
+        count = 19
     lengths = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     Convolution(lengths, 4, layout, slots=count, rest=2).check(operators, "silu")
 
@@ -205,7 +206,8 @@ def test_programs_may_run_in_any_order(monkeypatch, layout):
     forwards = interpreter_builder.set_grid_idx
 
     def backwards(x, y, z):
-        forwards(interpreter_builder.grid_dim[0] - 1 - x, y, z)
+        along_x, along_y, _ = interpreter_builder.grid_dim
+        forwards(along_x - 1 - x, along_y - 1 - y, z)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
     # Begins one, two and three tokens before the end of a block.
