@@ -1,7 +1,8 @@
 """How fast is the causal convolution of packed sequences on a CUDA GPU, beside a copy, and beside
 the same arithmetic with a grid of (sequence, block of tokens, block of channels)?
 `python benchmarks/causal_conv1d.py` prints the ceiling, the figures and one JSON line; with
-`--sweep` only what different cuts of the operator take beside the other grid, a line for each size.
+`--sweep` only what different cuts of the operator take beside the other grid, a line for each size
+(a minute; JSON only where --output says).
 
 Times are medians of CUDA graphs of several calls between events, over inputs that no L2 holds. A
 share is of what a copy within the device moves: each input read and each output written once. The
@@ -15,6 +16,7 @@ operator's SiLU, which is faster than theirs.
 
 import argparse
 import contextlib
+import json
 import statistics
 import sys
 import time
@@ -317,7 +319,7 @@ def measure_cuts(dim: int, tokens: int, bandwidth: float, repeats: int) -> list[
     return rows
 
 
-def sweep(repeats: int) -> list[dict]:
+def sweep(repeats: int, device: str = "cuda") -> list[dict]:
     """Each size's times of all cuts, the best first, and then each cut's ratios to the other grid
     over all sizes. `rule` is the operator's own, which depends on the sizes."""
     rows = []
@@ -325,7 +327,7 @@ def sweep(repeats: int) -> list[dict]:
         for tokens in TOKENS:
             for sequences, skewed in ((1, False), (8, False), (64, False), (64, True)):
                 count = int(COLD_BYTES // (4 * dim * tokens)) + 1
-                work = make_work(dim, lengths_of(tokens, sequences, skewed), "cuda", count)
+                work = make_work(dim, lengths_of(tokens, sequences, skewed), device, count)
                 times, errors = {}, []
                 for cut in (None, *SWEPT):
                     with cut_into(cut or cuda.ROLLING, 1 if cut else None):
@@ -375,8 +377,8 @@ def main() -> None:
     print(heading(bandwidth))
     if options.sweep:
         rows = sweep(options.repeats)
-        answer = {**origin("causal_conv1d_sweep"), "copy_tb_s": bandwidth / 1e12, "rows": rows}
-        save(answer, options.output)
+        if options.output is not None:
+            options.output.write_text(json.dumps({**origin("causal_conv1d"), "sweep": rows}) + "\n")
         return
     print(HEADER)
     rows = []

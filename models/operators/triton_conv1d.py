@@ -2,10 +2,14 @@
 
 Programs share out tokens and channels, not sequences: their number depends on sizes alone, and a
 batch of one long and many short sequences costs what an even one does. Each finds the sequence of
-its first token in query_start_loc. Most often all of its tokens are within that one; else it goes
-through the sequences that it has tokens of. Where one begins, its first tokens are computed with
-the state, and the last inputs replace it. One program does both, also where the tokens reach into
-the next block; were they two, one could write the slot before the other has read it.
+its first token in query_start_loc, and knows by that where it ends. Where a sequence begins, its
+first tokens are computed with the state, and the last inputs replace it. One program does both,
+also where the tokens reach into the next program's; were they two, one could write the slot before
+the other has read it.
+
+Where channels are adjacent a program takes block after block of the same channels. It holds the
+last WIDTH - 1 inputs in registers, and half a block is on its way from memory while the other half
+is computed. Elsewhere a program takes one block, at once.
 
 Loops are `while`: Triton's interpreter cannot make a range of tensors.
 """
@@ -306,21 +310,19 @@ else:
 
 
 @triton.jit
-def next_rows(x_row, stride, COUNT: tl.constexpr):
-    """Adjacent tokens as they are in memory."""
-    rows = ()
-    for i in tl.static_range(COUNT):
-        rows = rows + (tl.load(x_row + i * stride),)
-    return rows
-
-
-@triton.jit
-def next_rows_masked(x_row, stride, mask, COUNT: tl.constexpr):
-    """Of these none or all."""
+def next_rows(x_row, stride, mask, COUNT: tl.constexpr):
+    """Adjacent tokens as they are in memory: what a loop carries as numbers of 16 bits, compilers
+    take apart at its end, so that the loads would have to be awaited there."""
     rows = ()
     for i in tl.static_range(COUNT):
         rows = rows + (tl.load(x_row + i * stride, mask=mask, other=0),)
     return rows
+
+
+@triton.jit
+def below(numbers, stop, ALL: tl.constexpr):
+    """numbers < stop; ALL: as is known, so that there are no masks."""
+    return tl.full(numbers.shape, True, tl.int1) if ALL else numbers < stop
 
 
 @triton.jit
@@ -359,25 +361,24 @@ def causal_conv1d_rolling_kernel(
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDICES: tl.constexpr, SILU: tl.constexpr,
     TOKEN_AXIS: tl.constexpr, HALF: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
+    """`span` tokens, a multiple of 2 * HALF, of BLOCK_DIM channels that are adjacent in memory.
+    PAIRS: two channels are read as one int32; WORDS: a channel's taps as one int64; EVEN: BLOCK_DIM
+    divides `dim`. Strides of x and out are of tokens, and constants, so that a row's address within
+    a block costs nothing."""
     BLOCK: tl.constexpr = 2 * HALF
+    tl.static_assert(BLOCK >= WIDTH)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     begin = tl.program_id(TOKEN_AXIS) * span
     end = tl.minimum(begin + span, tokens)
     first = tl.program_id(1 - TOKEN_AXIS) * BLOCK_DIM
     channels = first + tl.arange(0, BLOCK_DIM)
-    if EVEN:
-        in_dim = tl.full((BLOCK_DIM,), True, tl.int1)
-    else:
-        in_dim = channels < dim
+    in_dim = below(channels, dim, EVEN)
     out_ptrs = out_ptr + channels
     if PAIRS:
         STRIDE: tl.constexpr = X_STRIDE // 2
         words = first // 2 + tl.arange(0, BLOCK_DIM // 2)
         x_ptrs = x_ptr.to(tl.pointer_type(tl.int32)) + words
-        if EVEN:
-            in_row = tl.full((BLOCK_DIM // 2,), True, tl.int1)
-        else:
-            in_row = words < dim // 2
+        in_row = below(words, dim // 2, EVEN)
     else:
         STRIDE: tl.constexpr = X_STRIDE
         x_ptrs = x_ptr + channels
@@ -385,8 +386,8 @@ def causal_conv1d_rolling_kernel(
     # All loads before all else, what the search needs first: it is done when the tokens come.
     stops = load_stops(query_start_loc_ptr, 0, sequences, tokens)
     x_row = x_ptrs + begin.to(tl.int64) * STRIDE
-    before = next_rows_masked(x_row - (WIDTH - 1) * STRIDE, STRIDE, in_row & (begin > 0), WIDTH - 1)
-    rows = next_rows_masked(x_row, STRIDE, in_row & (begin + BLOCK <= end), HALF)
+    before = next_rows(x_row - (WIDTH - 1) * STRIDE, STRIDE, in_row & (begin > 0), WIDTH - 1)
+    rows = next_rows(x_row, STRIDE, in_row & (begin + BLOCK <= end), HALF)
     if WORDS:
         weights = load_words(weight_ptr, channels, in_dim)
     else:
@@ -394,6 +395,7 @@ def causal_conv1d_rolling_kernel(
         weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
     bias = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
 
+    # 1. The sequence of the first token, and the inputs before that.
     sequence, start, stop = find(stops, query_start_loc_ptr, sequences, tokens, begin)
     # The program before this one computes the tokens that a state reaches.
     token = begin
@@ -402,12 +404,13 @@ def causal_conv1d_rolling_kernel(
         if (tl.load(has_initial_ptr + sequence) != 0) & (is_pad == 0):
             token = tl.minimum(start + WIDTH - 1, stop)
             x_row = x_ptrs + (token - (WIDTH - 1)).to(tl.int64) * STRIDE
-            before = next_rows_masked(x_row, STRIDE, in_row, WIDTH - 1)
+            before = next_rows(x_row, STRIDE, in_row, WIDTH - 1)
     past = ()
     for i in tl.static_range(WIDTH - 1):
         known = token - (WIDTH - 1) + i >= start
         past = past + (tl.where(known, channels_of(before[i], dtype, PAIRS), 0.0),)
 
+    # 2. Pieces of sequences, none longer than a block. Most often they are whole blocks.
     limit = end
     block_end = tl.minimum(begin + BLOCK, end)
     while token < limit:
@@ -418,6 +421,8 @@ def causal_conv1d_rolling_kernel(
                 query_start_loc_ptr + sequence + 1, mask=sequence < sequences, other=tokens
             )
         if token == start:
+            # The state, and what replaces it. Where this program begins a sequence, it computes
+            # all tokens that the state reaches.
             exists = sequence < sequences
             slot = sequence.to(tl.int64)
             if HAS_INDICES:
@@ -443,19 +448,13 @@ def causal_conv1d_rolling_kernel(
             out_row = out_ptrs + token.to(tl.int64) * OUT_STRIDE
             # The loads of what follows before the arithmetic. Where no whole block does, they are
             # of this one again.
-            if EVEN:
-                later = next_rows(x_row + HALF * STRIDE, STRIDE, HALF)
-            else:
-                later = next_rows_masked(x_row + HALF * STRIDE, STRIDE, in_row, HALF)
+            later = next_rows(x_row + HALF * STRIDE, STRIDE, in_row, HALF)
             past = roll_on(
                 past, rows, out_row, OUT_STRIDE, weights, bias, in_dim, dtype,
                 WIDTH, SILU, PAIRS,
             )  # fmt: skip
             x_row += tl.where(ready, BLOCK * STRIDE, 0)
-            if EVEN:
-                rows = next_rows(x_row, STRIDE, HALF)
-            else:
-                rows = next_rows_masked(x_row, STRIDE, in_row, HALF)
+            rows = next_rows(x_row, STRIDE, in_row, HALF)
             past = roll_on(
                 past, later, out_row + HALF * OUT_STRIDE, OUT_STRIDE, weights, bias, in_dim, dtype,
                 WIDTH, SILU, PAIRS,
@@ -465,7 +464,7 @@ def causal_conv1d_rolling_kernel(
             last = tl.minimum(stop, block_end)
             if last == block_end:
                 x_row = x_ptrs + last.to(tl.int64) * STRIDE
-                rows = next_rows_masked(x_row, STRIDE, in_row & ready, HALF)
+                rows = next_rows(x_row, STRIDE, in_row & ready, HALF)
             while token < last:
                 few = ()
                 for i in tl.static_range(STEP):
