@@ -442,28 +442,31 @@ def causal_conv1d_rolling_kernel(
                 for i in tl.static_range(WIDTH - 1):
                     state = left[i].to(state_ptr.dtype.element_ty)
                     tl.store(state_ptrs + i * state_stride_tap, state, mask=in_dim)
-        x_row = x_ptrs + token.to(tl.int64) * STRIDE
-        ready = block_end + BLOCK <= end
         if (token + BLOCK == block_end) & (stop >= block_end):
-            out_row = out_ptrs + token.to(tl.int64) * OUT_STRIDE
-            # The loads of what follows before the arithmetic. Where no whole block does, they are
-            # of this one again.
-            later = next_rows(x_row + HALF * STRIDE, STRIDE, in_row, HALF)
-            past = roll_on(
-                past, rows, out_row, OUT_STRIDE, weights, bias, in_dim, dtype,
-                WIDTH, SILU, PAIRS,
-            )  # fmt: skip
-            x_row += tl.where(ready, BLOCK * STRIDE, 0)
-            rows = next_rows(x_row, STRIDE, in_row, HALF)
-            past = roll_on(
-                past, later, out_row + HALF * OUT_STRIDE, OUT_STRIDE, weights, bias, in_dim, dtype,
-                WIDTH, SILU, PAIRS,
-            )  # fmt: skip
-            token = block_end
+            # Whole blocks, and the loads of what follows before the arithmetic. Where no whole
+            # block does, they are of this one again.
+            blocks_end = token + (tl.minimum(stop, end) - token) // BLOCK * BLOCK
+            while token < blocks_end:
+                x_row = x_ptrs + token.to(tl.int64) * STRIDE
+                out_row = out_ptrs + token.to(tl.int64) * OUT_STRIDE
+                later = next_rows(x_row + HALF * STRIDE, STRIDE, in_row, HALF)
+                past = roll_on(
+                    past, rows, out_row, OUT_STRIDE, weights, bias, in_dim, dtype,
+                    WIDTH, SILU, PAIRS,
+                )  # fmt: skip
+                x_row += tl.where(token + 2 * BLOCK <= end, BLOCK * STRIDE, 0)
+                rows = next_rows(x_row, STRIDE, in_row, HALF)
+                past = roll_on(
+                    past, later, out_row + HALF * OUT_STRIDE, OUT_STRIDE, weights, bias, in_dim,
+                    dtype, WIDTH, SILU, PAIRS,
+                )  # fmt: skip
+                token += BLOCK
+            block_end = token
         else:
             last = tl.minimum(stop, block_end)
             if last == block_end:
                 x_row = x_ptrs + last.to(tl.int64) * STRIDE
+                ready = block_end + BLOCK <= end
                 rows = next_rows(x_row, STRIDE, in_row & ready, HALF)
             while token < last:
                 few = ()
