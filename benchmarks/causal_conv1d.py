@@ -1,16 +1,23 @@
 """How fast is the causal convolution of packed sequences on a CUDA GPU, beside a copy, and beside
 the same arithmetic with a grid of (sequence, block of tokens, block of channels)?
-`python benchmarks/causal_conv1d.py` prints the ceiling, the figures and one JSON line.
+`python benchmarks/causal_conv1d.py` prints the ceiling, the figures and one JSON line; with
+`--sweep` only what different cuts of the operator take beside the other grid, a line for each size
+(a minute; JSON only where --output says).
 
 Times are medians of CUDA graphs of several calls between events, over inputs that no L2 holds. A
 share is of what a copy within the device moves: each input read and each output written once. The
 grid by sequences is given the longest length, which a caller would have to know on the host. The
 host's time is of a call without waiting for it. Several cuts of the work are measured at the end;
 the one the operator uses is marked with *. bfloat16, width 4, SiLU.
+
+The other kernel is as in other projects, a program for one block and constant strides; it has the
+operator's SiLU, which is faster than theirs.
 """
 
 import argparse
 import contextlib
+import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,12 +44,11 @@ from benchmarks.cuda_common import (
 )
 from models.operators import conv1d, cuda
 from models.operators.triton_conv1d import (
+    convolved,
     inputs_before,
     load_bias,
-    load_rows,
     load_slot,
     load_weights,
-    roll,
 )
 
 DIMS = 4096, 8192
@@ -52,7 +58,20 @@ WIDTH = 4
 COLD_BYTES = 200e6  # several times the largest L2
 # Tokens, channels and warps of one program of the grid by sequences; the better one counts.
 PEER_CUTS = (16, 256, 2), (32, 128, 2)
-CUTS = cuda.ROLLING, (8, 256, 2), (16, 128, 1), (16, 512, 4), (32, 128, 2)
+# As cuda.ROLLING.
+CUTS = (
+    cuda.ROLLING, (16, 4, 256, 2, 1), (32, 4, 256, 2, 1), (128, 4, 256, 2, 1), (64, 4, 256, 2, 0),
+    (64, 8, 256, 2, 1), (64, 4, 128, 1, 1),
+)  # fmt: skip
+SWEPT = (
+    *((most, 4, 256, 2, 1) for most in (16, 32, 64, 128, 256)),
+    *((most, 4, 256, 2, 0) for most in (16, 32, 64, 128)),
+    *((most, 4, 128, 1, 1) for most in (32, 64, 128)),
+    *((most, 8, 256, 2, 1) for most in (16, 32, 64, 128)),
+    (64, 8, 128, 1, 1),
+    *((most, 4, 512, 4, 1) for most in (32, 64)),
+    *((most, 2, 256, 2, 1) for most in (32, 64)),
+)
 CHECKED = 48  # channels, at either end
 HEADER = (
     f"{'dim':>5}{'tokens':>8}{'sequences':>11}  {'lengths':<8}{'floor us':>9}{'ours':>9}"
@@ -61,9 +80,43 @@ HEADER = (
 
 
 @triton.jit
+def load_rows(x_ptrs, in_dim, begin, tokens, stride, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """The tokens of a block, each [BLOCK_DIM], after the last WIDTH - 1 before it."""
+    rows = ()
+    for i in tl.static_range(1 - WIDTH, COUNT):
+        token = begin + i
+        mask = in_dim & (token >= 0) & (token < tokens)
+        rows = rows + (tl.load(x_ptrs + token.to(tl.int64) * stride, mask=mask, other=0.0),)
+    return rows
+
+
+@triton.jit
+def roll(
+    rows, out_ptrs, weights, bias, in_dim, begin, end, start, out_stride_token,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A block of one sequence token by token, of what load_rows gave. What is before `start` counts
+    as zeros, what is from `end` on is not stored; INNER: there is none of that."""
+    past = ()
+    for i in tl.static_range(WIDTH - 1):
+        known = begin - (WIDTH - 1) + i >= start
+        past = past + (tl.where(known, rows[i].to(tl.float32), 0.0),)
+    out_row = out_ptrs + begin.to(tl.int64) * out_stride_token
+    for i in tl.static_range(BLOCK_TOKENS):
+        past = past + (rows[WIDTH - 1 + i].to(tl.float32),)
+        out = convolved(past, weights, bias, WIDTH, SILU).to(out_row.dtype.element_ty)
+        stored = in_dim
+        if not INNER:
+            stored = in_dim & (begin + i < end)
+        tl.store(out_row + i * out_stride_token, out, mask=stored)
+        past = past[1:]
+
+
+@triton.jit
 def by_sequence_kernel(
     x_ptr, weight_ptr, query_start_loc_ptr, state_ptr, cache_indices_ptr, has_initial_ptr, out_ptr,
-    dim, x_stride_token, out_stride_token, weight_stride_dim, state_stride_slot, state_stride_dim,
+    dim, weight_stride_dim, state_stride_slot, state_stride_dim,
+    x_stride_token: tl.constexpr, out_stride_token: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """The operator's arithmetic, a program for a block of one sequence. That of a sequence's begin
@@ -126,7 +179,7 @@ class Work:
         blocks = triton.cdiv(self.longest, block_tokens), triton.cdiv(dim, block_dim)
         by_sequence_kernel[(self.started.shape[0], *blocks)](
             x, self.weight, self.query_start_loc, self.state, self.indices, self.started, out,
-            dim, x.stride(1), out.stride(1), self.weight.stride(0), *self.state.stride()[:2],
+            dim, self.weight.stride(0), *self.state.stride()[:2], x.stride(1), out.stride(1),
             WIDTH=WIDTH, BLOCK_TOKENS=block_tokens, BLOCK_DIM=block_dim, num_warps=warps,
         )  # fmt: skip
         return out
@@ -194,13 +247,21 @@ def host_us(work: Work) -> float:
 
 
 @contextlib.contextmanager
-def cut_into(cut: tuple[int, int, int]) -> Iterator[None]:
-    """Let the operator cut its work otherwise."""
-    own, cuda.ROLLING = cuda.ROLLING, cut
+def cut_into(cut: tuple[int, ...], programs: int | None = None) -> Iterator[None]:
+    """Let the operator cut its work otherwise; into at least so many programs."""
+    own = cuda.ROLLING, cuda.PROGRAMS
+    cuda.ROLLING, cuda.PROGRAMS = cut, programs or cuda.PROGRAMS
     try:
         yield
     finally:
-        cuda.ROLLING = own
+        cuda.ROLLING, cuda.PROGRAMS = own
+
+
+def peer_us(work: Work, repeats: int) -> float:
+    return min(
+        median_us(calls(work, lambda x, cut=cut: work.by_sequence(x, cut)), repeats)
+        for cut in PEER_CUTS
+    )
 
 
 def measure(dim: int, tokens: int, sequences: int, skewed: bool, bandwidth: float, repeats: int):
@@ -210,10 +271,7 @@ def measure(dim: int, tokens: int, sequences: int, skewed: bool, bandwidth: floa
     work = make_work(dim, lengths_of(tokens, sequences, skewed), "cuda", count)
     errors = [work.error(work.ours), work.error(work.by_sequence)]
     ours_us = median_us(calls(work, work.ours), repeats)
-    by_sequence_us = min(
-        median_us(calls(work, lambda x, cut=cut: work.by_sequence(x, cut)), repeats)
-        for cut in PEER_CUTS
-    )
+    by_sequence_us = peer_us(work, repeats)
     return {
         "dim": dim,
         "tokens": tokens,
@@ -255,21 +313,74 @@ def measure_cuts(dim: int, tokens: int, bandwidth: float, repeats: int) -> list[
             adjacent = "tokens adjacent" if tokens_adjacent else "channels adjacent"
             own = "*" if cut in (cuda.ROLLING, cuda.WHOLE) else ""
             print(
-                f"{dim:>5}{tokens:>8}  {adjacent:<18}{str(cut):>14} {own:<2}"
+                f"{dim:>5}{tokens:>8}  {adjacent:<18}{str(cut):>19} {own:<2}"
                 f"{row['us']:>9.1f}{row['share']:>7.1%}{row['error']:>9.1e}",
                 flush=True,
             )
     return rows
 
 
+def sweep(repeats: int, device: str = "cuda") -> list[dict]:
+    """Each size's times of all cuts, the best first, and then each cut's ratios to the other grid
+    over all sizes. `rule` is the operator's own, which depends on the sizes."""
+    rows = []
+    for dim in DIMS:
+        for tokens in TOKENS:
+            for sequences, skewed in ((1, False), (8, False), (64, False), (64, True)):
+                count = int(COLD_BYTES // (4 * dim * tokens)) + 1
+                work = make_work(dim, lengths_of(tokens, sequences, skewed), device, count)
+                times, errors = {}, []
+                for cut in (None, *SWEPT):
+                    with cut_into(cut or cuda.ROLLING, 1 if cut else None):
+                        times[cut] = median_us(calls(work, work.ours), repeats)
+                        # The reference takes long.
+                        if tokens == TOKENS[0]:
+                            errors.append(work.error(work.ours))
+                sizes = {"dim": dim, "tokens": tokens, "sequences": sequences, "skewed": skewed}
+                peer = peer_us(work, repeats)
+                rows.append({**sizes, "peer_us": peer, "times": list(times.items())})
+                best = sorted(times, key=times.get)[:5]
+                print(
+                    f"{dim:>5}{tokens:>6} {sequences:>2} {'skew' if skewed else 'even'}"
+                    f" peer {peer:6.1f} rule {times[None]:6.1f} {times[None] / peer:.2f} | "
+                    + "  ".join(f"{cut_name(cut)} {times[cut]:.1f}" for cut in best)
+                    + (f"  error {max(errors):.0e}" if errors else ""),
+                    flush=True,
+                )
+    for skewed in (False, True):
+        print("skewed" if skewed else "even", "cases: ratios to the peer for each number of tokens")
+        for i, cut in enumerate((None, *SWEPT)):
+            line = f"{cut_name(cut):>12}"
+            for tokens in TOKENS:
+                ratios = [
+                    row["times"][i][1] / row["peer_us"]
+                    for row in rows
+                    if row["tokens"] == tokens and row["skewed"] == skewed
+                ]
+                line += f"  {statistics.geometric_mean(ratios):.3f} (<= {max(ratios):.3f})"
+            print(line, flush=True)
+    return rows
+
+
+def cut_name(cut: tuple[int, ...] | None) -> str:
+    return "rule" if cut is None else "/".join(map(str, cut))
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    return kernel_options(kernel_parser("causal_conv1d", __doc__, 10), arguments)
+    parser = kernel_parser("causal_conv1d", __doc__, 10)
+    parser.add_argument("--sweep", action="store_true", help="compare cuts of the work only")
+    return kernel_options(parser, arguments)
 
 
 def main() -> None:
     options = parse()
     bandwidth = copy_bandwidth()
     print(heading(bandwidth))
+    if options.sweep:
+        rows = sweep(options.repeats)
+        if options.output is not None:
+            options.output.write_text(json.dumps({**origin("causal_conv1d"), "sweep": rows}) + "\n")
+        return
     print(HEADER)
     rows = []
     for dim in DIMS:

@@ -12,14 +12,14 @@ if __name__ == "__main__":
 
 import torch
 import triton
-from torch import bfloat16, empty, float32, int32, int64
+from torch import bfloat16, empty, float16, float32, int32, int64
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
-    torch.int16: "i16", torch.bool: "i1",
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.bool: "i1",
 }  # fmt: skip
 OPTIONS = "num_warps", "num_stages"
 compiled = set()
@@ -134,6 +134,11 @@ def hybrids() -> None:
     weight, bias = empty(dim, width, dtype=bfloat16), empty(dim, dtype=bfloat16)
     state = empty(rows, dim, width - 1, dtype=bfloat16)
     ends, begun = empty(rows + 1, dtype=int32), empty(rows, dtype=torch.bool)
+    # By twos or not, with and without channels that are left over.
+    for dtype, channels, taps in ((float16, 4096, 4), (bfloat16, 1001, 3), (float32, 1000, 2)):
+        x = empty(tokens, channels, dtype=dtype).T
+        weight_, state_ = empty(channels, taps, dtype=dtype), empty(rows, channels, taps - 1)
+        cuda.causal_conv1d(x, weight_, None, ends, state_, None, begun, None)
     for x in (empty(tokens, dim, dtype=bfloat16).T, empty(dim, tokens, dtype=bfloat16)):
         for b, slots in ((None, None), (bias, empty(rows, dtype=int32))):
             cuda.causal_conv1d(x, weight, b, ends, state, slots, begun, "silu")

@@ -13,20 +13,41 @@ from torch.library import triton_op, wrap_triton
 
 from models.operators import conv1d, delta_rule
 from models.operators.slots import PAD_SLOT_ID
-from models.operators.triton_conv1d import causal_conv1d_kernel, causal_conv1d_update_kernel
+from models.operators.triton_conv1d import (
+    causal_conv1d_rolling_kernel,
+    causal_conv1d_update_kernel,
+    causal_conv1d_whole_kernel,
+)
 from models.operators.triton_delta_rule import (
     gated_delta_rule_update_kernel,
     gated_rms_norm_kernel,
 )
 
-# Tokens, channels and warps of one program: where channels are adjacent in memory, so
-# that it keeps all its tokens in registers, 4 channels to a thread; and elsewhere, where tokens may
-# be adjacent.
-ROLLING = 16, 256, 2
+# Where channels are adjacent in memory, a program keeps tokens in registers: the most tokens of a
+# program, those loaded together (at least 2; half a block), channels, warps, and the grid's axis of
+# tokens, of which 0 is that of programs that start together. Programs take fewer tokens, but a
+# block, where there would be less than so many of them.
+ROLLING = 64, 4, 256, 2, 1
+PROGRAMS = 1024
+# Of a grid's second axis.
+MOST_PROGRAMS = 65535
+# Elsewhere, where tokens may be adjacent: tokens, channels and warps.
 WHOLE = 64, 32, 4
 UPDATE_DIM = 256
 # Columns of a state to one program, 32 KiB of one of 128 rows, and its warps.
 COLUMNS = 64, 4
+
+
+def pairs(x: Tensor) -> bool:
+    """Whether x [D, T] of adjacent channels can be read as integers of two channels."""
+    even = x.shape[0] % 2 == 0 and x.stride(1) % 2 == 0 and x.storage_offset() % 2 == 0
+    return x.element_size() == 2 and even
+
+
+def words(weight: Tensor) -> bool:
+    """Whether weight [D, 4] can be read as integers of a channel's taps."""
+    aligned = weight.stride() == (4, 1) and weight.storage_offset() % 4 == 0
+    return weight.shape[1] == 4 and weight.element_size() == 2 and aligned
 
 
 @triton_op("tokenloop::causal_conv1d", mutates_args={"conv_state"})
@@ -49,17 +70,36 @@ def causal_conv1d(
         out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device).T
     else:
         out = torch.empty(dim, tokens, dtype=x.dtype, device=x.device)
-    block_tokens, block_dim, warps = ROLLING if rolling else WHOLE
-    wrap_triton(causal_conv1d_kernel)[
-        (triton.cdiv(tokens, block_tokens) * triton.cdiv(dim, block_dim),)
-    ](
-        x, weight, bias, query_start_loc, conv_state, cache_indices, has_initial_state, out,
-        dim, tokens, query_start_loc.shape[0] - 1, pad_slot_id,
-        *x.stride(), *out.stride(), *weight.stride(), *conv_state.stride(),
-        WIDTH=weight.shape[1], HAS_BIAS=bias is not None, HAS_INDICES=cache_indices is not None,
-        SILU=activation is not None, ROLLING=rolling, BLOCK_TOKENS=block_tokens,
-        BLOCK_DIM=block_dim, num_warps=warps,
-    )  # fmt: skip
+    given = x, weight, bias, query_start_loc, conv_state, cache_indices, has_initial_state, out
+    sizes = dim, tokens, query_start_loc.shape[0] - 1, pad_slot_id
+    strides = *weight.stride(), *conv_state.stride()
+    flags = {
+        "WIDTH": weight.shape[1], "HAS_BIAS": bias is not None,
+        "HAS_INDICES": cache_indices is not None, "SILU": activation is not None,
+    }  # fmt: skip
+    if rolling:
+        most, half, block_dim, warps, token_axis = ROLLING
+        block, columns = 2 * half, triton.cdiv(dim, block_dim)
+        # Not Python's min and max: they would decide on a number of tokens that is being exported.
+        blocks = torch.sym_min(most // block, tokens * columns // (block * PROGRAMS))
+        least = triton.cdiv(tokens, block * MOST_PROGRAMS)
+        span = block * torch.sym_max(torch.sym_max(1, least), blocks)
+        spans = triton.cdiv(tokens, span)
+        wrap_triton(causal_conv1d_rolling_kernel)[
+            (columns, spans) if token_axis else (spans, columns)
+        ](
+            *given, *sizes, span, *strides, X_STRIDE=x.stride(1), OUT_STRIDE=dim,
+            PAIRS=pairs(x), WORDS=words(weight), EVEN=dim % block_dim == 0, **flags,
+            TOKEN_AXIS=token_axis, HALF=half, BLOCK_DIM=block_dim, num_warps=warps,
+        )  # fmt: skip
+    else:
+        block_tokens, block_dim, warps = WHOLE
+        wrap_triton(causal_conv1d_whole_kernel)[
+            (triton.cdiv(tokens, block_tokens) * triton.cdiv(dim, block_dim),)
+        ](
+            *given, *sizes, *x.stride(), *out.stride(), *strides,
+            **flags, BLOCK_TOKENS=block_tokens, BLOCK_DIM=block_dim, num_warps=warps,
+        )  # fmt: skip
     return out
 
 

@@ -40,7 +40,8 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def small_blocks(monkeypatch):
     """Let short sequences and narrow heads take several programs as well."""
     if not ON_GPU:
-        monkeypatch.setattr(cuda, "ROLLING", (4, 4, 1))
+        monkeypatch.setattr(cuda, "ROLLING", (8, 2, 4, 1, 1))
+        monkeypatch.setattr(cuda, "PROGRAMS", 4)
         monkeypatch.setattr(cuda, "WHOLE", (4, 4, 1))
         monkeypatch.setattr(cuda, "UPDATE_DIM", 4)
         monkeypatch.setattr(cuda, "COLUMNS", (4, 4))
@@ -65,10 +66,10 @@ class Convolution:
     """Inputs of causal_conv1d, and what comes of them by hand."""
 
     def __init__(
-        self, lengths, width, layout="adjacent channels", bias=True, rest=0, seed=0, slots=SLOTS
-    ):
-        generator = torch.Generator().manual_seed(seed)
-        dim, count = 5, len(lengths)
+        self, lengths, width, layout="adjacent channels", bias=True, rest=0, seed=0, slots=SLOTS,
+        dim=5,
+    ):  # fmt: skip
+        generator, count = torch.Generator().manual_seed(seed), len(lengths)
         ends = torch.tensor(lengths).cumsum(0)
 
         def randn(*shape):
@@ -143,8 +144,8 @@ def test_short_sequences_may_begin_with_states_or_zeros_in_any_order(operators, 
 def test_there_may_be_more_sequences_than_are_searched_at_once(operators, layout, monkeypatch):
     count = 300
     if not ON_GPU:
-        monkeypatch.setattr(triton_conv1d, "SEARCH", tl.constexpr(4))
-        count = 9
+        monkeypatch.setattr(triton_conv1d, "SEARCH", tl.constexpr(2))
+        count = 19
     lengths = torch.randint(0, 4, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     Convolution(lengths, 4, layout, slots=count, rest=2).check(operators, "silu")
 
@@ -205,7 +206,8 @@ def test_programs_may_run_in_any_order(monkeypatch, layout):
     forwards = interpreter_builder.set_grid_idx
 
     def backwards(x, y, z):
-        forwards(interpreter_builder.grid_dim[0] - 1 - x, y, z)
+        along_x, along_y, _ = interpreter_builder.grid_dim
+        forwards(along_x - 1 - x, along_y - 1 - y, z)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
     # Begins one, two and three tokens before the end of a block.
@@ -227,6 +229,27 @@ def test_bfloat16_is_summed_in_float32(operators):
     assert out.dtype == torch.bfloat16
     # One rounding, that of the result, which Triton's interpreter does towards zero.
     torch.testing.assert_close(out.cpu().double(), expected, rtol=2**-7, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", conv1d.WIDTHS)
+def test_numbers_of_16_bits_may_be_read_by_twos(operators, width, dtype):
+    """Of an even number of channels at even places; and elsewhere none of them are."""
+    case = Convolution([9, 2, 1, 30], width, dim=6)
+    case.x, case.weight, case.state = (
+        y.to(dtype) for y in (case.x, case.weight, case.state)
+    )  # fmt: skip
+    wide = torch.zeros(case.x.shape[1], 9, dtype=dtype)
+    wide[:, 1:7] = case.x.T
+    for x in (case.x.T.contiguous().T, wide[:, 1:7].T):
+        case.x, state = x, case.state.to(DEVICE)
+        expected, expected_state = case.by_hand("silu")
+        given = on_device(x, case.weight, case.bias, case.loc, state)
+        out = operators.causal_conv1d(*given, *on_device(case.indices, case.started), "silu")
+        # As above, of the fewer bits.
+        torch.testing.assert_close(out.cpu().double(), expected, rtol=2**-7, atol=1e-4)
+        assert torch.equal(state.cpu(), expected_state)
 
 
 @BOTH
