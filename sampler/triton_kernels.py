@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from models.kernels.dependent_launch import wait
 from sampler import philox
 from sampler import sample as reference
 
@@ -302,14 +303,16 @@ def tile_maxima_kernel(
     """
     split, row = tl.program_id(0), tl.program_id(1)
     source_row = row.to(tl.int64)
+    zero = wait(0)
+    logits_ptr += zero
     if HAS_ROWS:
-        source_row = tl.load(rows_ptr + row).to(tl.int64)
+        source_row = tl.load(rows_ptr + zero + row).to(tl.int64)
     out = row * splits + split
     start = tile_start(split, vocab_size, TILE, WHOLE)
     ids = start + tl.arange(0, TILE)
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
-        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + zero + row)
         # Else the compiler delays two of these loads until the temperature is there.
         tl.debug_barrier()
     row_ptr = logits_ptr + source_row * row_stride
@@ -317,8 +320,8 @@ def tile_maxima_kernel(
     if SAMPLED:
         # Seed and position add nothing, but the branch waits for them, and for them alone: what is
         # used only behind a branch, like the logits, is waited for together.
-        zero = (seed ^ position).to(tl.int32).to(tl.float32) * 0.0
-        if temperature + zero > 0:
+        nothing = (seed ^ position).to(tl.int32).to(tl.float32) * 0.0
+        if temperature + nothing > 0:
             # Noise does not wait for logits. Of these rows nobody asks which token is the first of
             # the largest.
             counters = start // 4 + tl.arange(0, TILE // 4)
@@ -334,7 +337,9 @@ def tile_maxima_kernel(
     if BINS:
         # triton_cutoff's bins_kernel, the next launch, adds to them.
         zeros = split * ZEROS + tl.arange(0, ZEROS)
-        tl.store(bins_ptr + row * 2 * BINS + zeros, tl.zeros([ZEROS], tl.int64), zeros < 2 * BINS)
+        tl.store(
+            bins_ptr + zero + row * 2 * BINS + zeros, tl.zeros([ZEROS], tl.int64), zeros < 2 * BINS
+        )
 
 
 @triton.jit
@@ -431,22 +436,24 @@ def token_kernel(
     scaled, goes to hidden [B, width].
     """
     row = tl.program_id(0).to(tl.int64)
+    zero = wait(0)
     # All loads that depend on nothing come before what waits for one.
-    maxima = load_maxima(maxima_ptr, row, splits, SPLITS)
+    maxima = load_maxima(maxima_ptr + zero, row, splits, SPLITS)
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
-        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
+        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + zero + row)
         if RESTRICTED:
-            cutoff = tl.load(cutoff_ptr + row)
+            cutoff = tl.load(cutoff_ptr + zero + row)
         offsets = tl.arange(0, SPLITS * PARTS)
         count = splits * PARTS
         # Not written where the temperature is 0.
-        bounds = tl.load(bounds_ptr + row * count + offsets, mask=offsets < count, other=LOWEST_KEY)
+        bounds_ptr += zero + row * count
+        bounds = tl.load(bounds_ptr + offsets, mask=offsets < count, other=LOWEST_KEY)
         bounds, offsets = _by_group(bounds, GROUPS), _by_group(offsets, GROUPS)
         # Else the compiler delays these loads until the first one is there.
         tl.debug_barrier()
         if temperature > 0:
-            row_ptr = logits_ptr + row * row_stride
+            row_ptr = logits_ptr + zero + row * row_stride
             highest, parts = _highest(bounds, offsets)
             counters = _counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
             x = numbers(load_any(row_ptr, _four(counters), vocab_size, column_stride, WHOLE))

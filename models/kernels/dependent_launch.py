@@ -21,7 +21,7 @@ import triton.language as tl
 WAITING = (
     "attend_kernel", "dot_kernel", "norm_kernel", "rows_kernel",
     "causal_conv1d_update_kernel", "gated_delta_rule_update_kernel", "gated_rms_norm_kernel",
-    "route_kernel", "gate_up_kernel", "down_kernel",
+    "route_kernel", "gate_up_kernel", "down_kernel", "tile_maxima_kernel", "token_kernel",
 )  # fmt: skip
 
 # Elements: whatever a pointer points to, with so many more it is aligned as it was.
