@@ -28,9 +28,6 @@ from sampler.triton_kernels import bounds_kernel, tile_maxima_kernel, token_kern
 TILE = 1024
 # Where there are more tiles than this, they are taken twice as large.
 MANY_TILES = 2048
-# Sampled rows have tiles four times as large where there are still so many, 8 for each of an H200's
-# 132 processors: a third of a small tile's instructions do not depend on its size.
-SAMPLED_TILES = 8 * 132
 # Tokens of which one bound is known, and of which the last launch scores all or none.
 PART = 128
 # Of a program of the first launch; and a part is a run of each STRIDE tokens of its tile, which are
@@ -80,12 +77,6 @@ def _cut(tile: int, vocab_size: int) -> dict[str, int]:
 
 def _wide_tile(rows: int, vocab_size: int) -> int:
     return TILE if rows * triton.cdiv(vocab_size, TILE) <= MANY_TILES else 2 * TILE
-
-
-def _sampled_tile(rows: int, vocab_size: int) -> int:
-    large = 4 * TILE
-    is_large = rows * triton.cdiv(vocab_size, large) >= SAMPLED_TILES
-    return large if is_large else _wide_tile(rows, vocab_size)
 
 
 def _cutoffs(
@@ -239,7 +230,7 @@ def _sampled(
     **written: Tensor | float,
 ) -> Tensor:
     sampling, cutoff = (temperature, seed, position), None
-    tile = tile or (TILE if restricted else _sampled_tile(*logits.shape))
+    tile = tile or (TILE if restricted else _wide_tile(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
     cut = _cut(tile, logits.shape[1])
     bounds = torch.empty(batch, splits * cut["PARTS"], dtype=torch.int32, device=logits.device)

@@ -21,6 +21,7 @@ from models.kernels.attention import attend_kernel
 from models.kernels.linear import dot_kernel, norm_kernel, rows_kernel
 from models.kernels.packing import GROUP_SIZES, SPAN_WORDS, WORD_BITS, weight_bits
 from models.kernels.tiles import (
+    AHEAD,
     FAN,
     FEW_ROWS,
     PROGRAMS,
@@ -100,7 +101,7 @@ def launch_linear(
             x, *tensors, weight, bias, total, y, rows, outputs, inputs, *numbers, soft_cap,
             NORM=norm is not None, ADD=total is not None and norm is not None,
             ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
-            BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, AHEAD=tiles.ahead > 0 and inputs % 8 == 0,
+            BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, AHEAD=inputs % 8 == 0,
             num_warps=tiles.warps,
         )  # fmt: skip
         return total, y
@@ -120,7 +121,7 @@ def launch_linear(
         ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
         BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
         EVEN=inputs % block == 0, STAGES=tiles.stages,
-        AHEAD=tiles.ahead if weight.shape[1] % 8 == 0 else 0, num_warps=tiles.warps,
+        AHEAD=AHEAD if weight.shape[1] % 8 == 0 else 0, num_warps=tiles.warps,
     )  # fmt: skip
     return total, y
 

@@ -16,6 +16,9 @@ FEW_ROWS = 8
 
 PROCESSORS = 132  # of an H100 or H200
 
+# Programs that fetch weights while they wait for the kernels ahead: those that can begin by then.
+AHEAD = 2 * PROCESSORS
+
 # Weights of a layer from which on few parts and long pipelines have not been measured.
 LARGE = 2**26
 
@@ -27,8 +30,7 @@ PROGRAMS = 1024
 class LinearTiles(NamedTuple):
     """Outputs and inputs of one program and step, parts of the inputs, warps, stages of the
     pipeline; by tensor cores or, a row a program, by plain products: then with `norm`, of few rows,
-    each program norms its row itself, where a norm comes first. The first `ahead` programs fetch
-    weights while they wait for the kernels before them."""
+    each program norms its row itself, where a norm comes first."""
 
     dot: bool
     block_n: int
@@ -37,7 +39,6 @@ class LinearTiles(NamedTuple):
     warps: int = 4
     stages: int = 4
     norm: bool = False
-    ahead: int = 2 * PROCESSORS
 
 
 class AttendTiles(NamedTuple):
@@ -84,10 +85,7 @@ def linear_tiles(
     # A program that has a processor to itself takes all of its memory for a long pipeline: that is
     # better than more parts, which have to be added up.
     has_processor = not large and outputs // tile * splits <= PROCESSORS
-    if has_processor:
-        # Such a pipeline is full soon enough, and more in flight only delays it.
-        return LinearTiles(True, 64, 128, splits, stages=7, ahead=0)
-    return LinearTiles(True, 64, 128, splits)
+    return LinearTiles(True, 64, 128, splits, stages=7 if has_processor else 4)
 
 
 def most_splits(kv_heads: int) -> int:
