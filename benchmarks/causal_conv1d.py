@@ -60,17 +60,16 @@ COLD_BYTES = 200e6  # several times the largest L2
 PEER_CUTS = (16, 256, 2), (32, 128, 2)
 # As cuda.ROLLING.
 CUTS = (
-    cuda.ROLLING, (16, 4, 256, 2, 1), (32, 4, 256, 2, 1), (128, 4, 256, 2, 1), (64, 4, 256, 2, 0),
-    (64, 8, 256, 2, 1), (64, 4, 128, 1, 1),
+    cuda.ROLLING, (8, 4, 256, 2, 1), (32, 4, 256, 2, 1), (128, 4, 256, 2, 1), (16, 4, 256, 2, 0),
+    (16, 8, 256, 2, 1), (16, 4, 128, 1, 1),
 )  # fmt: skip
 SWEPT = (
-    *((most, 4, 256, 2, 1) for most in (16, 32, 64, 128, 256)),
-    *((most, 4, 256, 2, 0) for most in (16, 32, 64, 128)),
-    *((most, 4, 128, 1, 1) for most in (32, 64, 128)),
-    *((most, 8, 256, 2, 1) for most in (16, 32, 64, 128)),
-    (64, 8, 128, 1, 1),
-    *((most, 4, 512, 4, 1) for most in (32, 64)),
-    *((most, 2, 256, 2, 1) for most in (32, 64)),
+    *((most, 4, 256, 2, 1) for most in (8, 16, 32, 128)),
+    *((most, 2, 256, 2, 1) for most in (8, 16)),
+    *((most, 4, 128, 1, 1) for most in (8, 16)),
+    *((most, 8, 256, 2, 1) for most in (16, 32)),
+    (16, 4, 256, 2, 0),
+    (16, 4, 512, 4, 1),
 )
 CHECKED = 48  # channels, at either end
 HEADER = (

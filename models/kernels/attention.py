@@ -219,7 +219,8 @@ def attend_kernel(
     LINES: tl.constexpr = SIZE // 64 if SIZE > 64 else 1
     WIDTH: tl.constexpr = (HEADS + (1 if VALUES_ARE_KEYS else 2)) * KV * SIZE
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    first, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # The programs that have nothing to do come last.
+    kv, row, first = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i = tl.arange(0, HALF)
     whole = tl.arange(0, SIZE)
     g = tl.arange(0, BLOCK_G)
@@ -281,7 +282,7 @@ def attend_kernel(
             BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
         )  # fmt: skip
     else:
-        for split in range(first, active, tl.num_programs(0)):
+        for split in range(first, active, tl.num_programs(2)):
             attend_part(
                 split, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos,
                 sin, k_weight1, k_weight2, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,

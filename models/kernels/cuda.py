@@ -276,7 +276,7 @@ def launch_attend(
     total = empty(rows, kv_heads, splits, stored, **new)
     # Most programs of many short rows would have nothing to do.
     programs = min(splits, max(1, PROGRAMS // (kv_heads * rows)))
-    wrap_triton(attend_kernel)[(programs, kv_heads, rows)](
+    wrap_triton(attend_kernel)[(kv_heads, rows, programs)](
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
         out, acc, largest, total, counters, slots, scale, eps, offset,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,

@@ -61,8 +61,8 @@ if triton.knobs.runtime.interpret:
         return zero * ALIGNMENT
 
     @triton.jit
-    def release(x):
-        return x
+    def release(zero):
+        return zero * ALIGNMENT
 
     @triton.jit
     def prefetch(pointers):
@@ -93,10 +93,10 @@ else:
         )
 
     @triton.jit
-    def release(x):
-        """float32 x, when it is known; then the next kernel may begin."""
-        return tl.inline_asm_elementwise(
-            RELEASE, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    def release(zero):
+        """int32 0, given 0, and the next kernel may begin."""
+        return ALIGNMENT * tl.inline_asm_elementwise(
+            RELEASE, "=r,r", [zero], dtype=tl.int32, is_pure=True, pack=1
         )
 
     @triton.jit

@@ -370,14 +370,13 @@ def dot_kernel(
                 gate, up, w_ptr, these, those, x_ptr, first, second, b, i, rows, K, width,
                 BITS, ACTIVATION is not None,
             )  # fmt: skip
-    gate = release(gate)
     if BITS == 8:
         gate *= tl.load(scale_ptr + first)[:, None]
         if ACTIVATION is not None:
             up *= tl.load(scale_ptr + second)[:, None]
 
     mask = (n < N)[:, None] & (b < rows)[None, :]
-    y_offsets = b.to(tl.int64)[None, :] * N + n[:, None]
+    y_offsets = b.to(tl.int64)[None, :] * N + n[:, None] + release(0)
     if SPLITS > 1:
         size = tl.cast(rows, tl.int64) * N
         stride = size if ACTIVATION is None else 2 * size

@@ -27,7 +27,7 @@ from models.operators.triton_delta_rule import (
 # program, those loaded together (at least 2; half a block), channels, warps, and the grid's axis of
 # tokens, of which 0 is that of programs that start together. Programs take fewer tokens, but a
 # block, where there would be less than so many of them.
-ROLLING = 16, 4, 256, 2, 1
+ROLLING = 16, 4, 128, 1, 1
 PROGRAMS = 1024
 # Of a grid's second axis.
 MOST_PROGRAMS = 65535
