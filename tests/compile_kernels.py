@@ -1,4 +1,5 @@
-"""Compile for a Hopper GPU what a group of operators would launch: `python tests/compile_kernels.py
+"""Compile for a Hopper GPU what a group of operators would launch, and see that those kernels wait
+for others which are said to: `python tests/compile_kernels.py
 linear` prints how many different kernels that were. It takes Triton, and no GPU."""
 
 import importlib
@@ -15,6 +16,8 @@ import triton
 from torch import bfloat16, empty, float16, float32, int32, int64
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from models.kernels.dependent_launch import WAITING
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -59,7 +62,8 @@ class Compiled:
         if key not in compiled:
             compiled.add(key)
             source = ASTSource(self.kernel, signature, constants, attributes)
-            triton.compile(source, target=TARGET, options=options)
+            code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
+            assert ("griddepcontrol.wait" in code) == (self.kernel.__name__ in WAITING)
 
     @staticmethod
     def is_one(parameter, value) -> bool:

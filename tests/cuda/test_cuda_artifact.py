@@ -79,6 +79,18 @@ def test_experts_give_the_eager_networks_ids(make_qwen_checkpoint, run_script, t
         assert [result.token_ids for result in results] == expected, options
 
 
+def test_the_kernels_of_a_step_overlap(package, monkeypatch):
+    from runner import dependent_launch
+
+    counts, let_overlap = [], dependent_launch.let_overlap
+    monkeypatch.setattr(
+        dependent_launch, "let_overlap", lambda *given: counts.append(let_overlap(*given))
+    )
+    runner.load(package)
+    # Of each of the two graphs that are captured when it is loaded all but the first kernel's.
+    assert len(counts) == 2 and min(counts) > 10
+
+
 def test_feeding_the_embedding_saves_a_kernel_in_each_step(model):
     from benchmarks.cuda_common import profiled
 
