@@ -29,8 +29,8 @@ compiled = set()
 
 
 class Compiled:
-    """What torch.library.wrap_triton gives, but a launch only compiles the kernel, with what Triton
-    takes for constants and multiples of 16."""
+    """What torch.library.wrap_triton gives, but a launch only compiles the kernel, with what torch's
+    compiler takes for constants, any 1 among them, and multiples of 16."""
 
     def __init__(self, kernel: triton.JITFunction):
         self.kernel = kernel
@@ -48,7 +48,7 @@ class Compiled:
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPES[value.dtype]
                 aligned = True
-            elif parameter.is_constexpr or value is None or self.is_one(parameter, value):
+            elif parameter.is_constexpr or value is None or value == 1:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             else:
@@ -64,10 +64,6 @@ class Compiled:
             source = ASTSource(self.kernel, signature, constants, attributes)
             code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
             assert ("griddepcontrol.wait" in code) == (self.kernel.__name__ in WAITING)
-
-    @staticmethod
-    def is_one(parameter, value) -> bool:
-        return value == 1 and not parameter.do_not_specialize
 
 
 def operators(name: str):
@@ -146,6 +142,7 @@ def hybrids() -> None:
     for x in (empty(tokens, dim, dtype=bfloat16).T, empty(dim, tokens, dtype=bfloat16)):
         for b, slots in ((None, None), (bias, empty(rows, dtype=int32))):
             cuda.causal_conv1d(x, weight, b, ends, state, slots, begun, "silu")
+        cuda.causal_conv1d(x, weight, None, ends[:2], state, None, begun[:1], "silu")
     positions = empty(rows, dtype=int64)
     x = empty(rows, dim, dtype=bfloat16)
     cuda.causal_conv1d_update(x, weight, None, state, None, positions, "silu")

@@ -71,7 +71,9 @@ def causal_conv1d(
     else:
         out = torch.empty(dim, tokens, dtype=x.dtype, device=x.device)
     given = x, weight, bias, query_start_loc, conv_state, cache_indices, has_initial_state, out
-    sizes = dim, tokens, query_start_loc.shape[0] - 1, pad_slot_id
+    # Not how many sequences there are: torch's compiler makes a constant of 1, and Triton's then
+    # fails with loads that it knows to be masked.
+    sizes = dim, tokens, query_start_loc.shape[0], pad_slot_id
     strides = *weight.stride(), *conv_state.stride()
     flags = {
         "WIDTH": weight.shape[1], "HAS_BIAS": bias is not None,

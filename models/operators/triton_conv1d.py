@@ -203,17 +203,18 @@ def inputs_before(
 
 
 # A kernel for all lengths: none is compiled anew for a number of tokens or sequences.
-@triton.jit(do_not_specialize=["tokens", "sequences", "pad_slot_id"])
+@triton.jit(do_not_specialize=["tokens", "bounds", "pad_slot_id"])
 def causal_conv1d_whole_kernel(
     x_ptr, weight_ptr, bias_ptr, query_start_loc_ptr, state_ptr, cache_indices_ptr,
     has_initial_ptr, out_ptr,
-    dim, tokens, sequences, pad_slot_id,
+    dim, tokens, bounds, pad_slot_id,
     x_stride_dim, x_stride_token, out_stride_dim, out_stride_token,
     weight_stride_dim, weight_stride_tap, state_stride_slot, state_stride_dim, state_stride_tap,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INDICES: tl.constexpr, SILU: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_TOKENS tokens of BLOCK_DIM channels, of any strides."""
+    sequences = bounds - 1
     blocks = tl.cdiv(dim, BLOCK_DIM)
     begin = (tl.program_id(0) // blocks) * BLOCK_TOKENS
     end = tl.minimum(begin + BLOCK_TOKENS, tokens)
@@ -352,11 +353,11 @@ def roll_on(
     return past
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "pad_slot_id", "span"])
+@triton.jit(do_not_specialize=["tokens", "bounds", "pad_slot_id", "span"])
 def causal_conv1d_rolling_kernel(
     x_ptr, weight_ptr, bias_ptr, query_start_loc_ptr, state_ptr, cache_indices_ptr,
     has_initial_ptr, out_ptr,
-    dim, tokens, sequences, pad_slot_id, span,
+    dim, tokens, bounds, pad_slot_id, span,
     weight_stride_dim, weight_stride_tap, state_stride_slot, state_stride_dim, state_stride_tap,
     X_STRIDE: tl.constexpr, OUT_STRIDE: tl.constexpr, PAIRS: tl.constexpr, WORDS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -367,6 +368,7 @@ def causal_conv1d_rolling_kernel(
     PAIRS: two channels are read as one int32; WORDS: a channel's taps as one int64; EVEN: BLOCK_DIM
     divides `dim`. Strides of x and out are of tokens, and constants, so that a row's address within
     a block costs nothing."""
+    sequences = bounds - 1
     BLOCK: tl.constexpr = 2 * HALF
     tl.static_assert(BLOCK >= WIDTH)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
