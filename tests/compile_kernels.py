@@ -29,8 +29,8 @@ compiled = set()
 
 
 class Compiled:
-    """What torch.library.wrap_triton gives, but a launch only compiles the kernel, with what torch's
-    compiler takes for constants, any 1 among them, and multiples of 16."""
+    """What torch.library.wrap_triton gives, but a launch only compiles the kernel, with what is a
+    constant for torch's compiler, any 1 among them, and multiples of 16."""
 
     def __init__(self, kernel: triton.JITFunction):
         self.kernel = kernel
