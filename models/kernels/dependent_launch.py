@@ -43,7 +43,7 @@ _PREFETCH = """{
 }"""
 # Before Hopper there are no such instructions.
 if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-    _RELEASE, _WAIT, _PREFETCH = "", "", "mov.b32 $0, 0;"
+    _RELEASE, _WAIT, _PREFETCH, WAITING = "", "", "mov.b32 $0, 0;", ()
 RELEASE = tl.constexpr(f"{_RELEASE} mov.b32 $0, $1;")
 WAIT = tl.constexpr(f"{_WAIT} mov.b32 $0, $1;")
 RELEASE_WAIT = tl.constexpr(f"{_RELEASE} {_WAIT} mov.b32 $0, $1;")
