@@ -21,11 +21,11 @@ def variants(
     feeds: Iterable[str] = ("embed", "alias", "host"), graphs: Iterable[bool] = (True,)
 ) -> list[LoopOptions]:
     """Every way to feed a step and give it its position, with double buffering and without; steps
-    that run ahead; and graphs whose kernels do not overlap."""
+    that run ahead; and, where there are graphs, one whose kernels do not overlap."""
     ways = itertools.product(graphs, feeds, ("device", "host"), (True, False))
     every = [LoopOptions(*way, run_ahead=1, graph=graph) for graph, *way in ways]
     every += [LoopOptions(double_buffering=ahead, run_ahead=4) for ahead in (True, False)]
-    return every + [LoopOptions(overlap=False)]
+    return every + [LoopOptions(overlap=False)] * (False in graphs)
 
 
 def ids_of(model, prompt, count=60, options=None, **parameters) -> list[int]:
