@@ -49,6 +49,7 @@ from models.operators.triton_conv1d import (
     load_bias,
     load_slot,
     load_weights,
+    store_state,
 )
 
 DIMS = 4096, 8192
@@ -92,10 +93,10 @@ def load_rows(x_ptrs, in_dim, begin, tokens, stride, WIDTH: tl.constexpr, COUNT:
 @triton.jit
 def roll(
     rows, out_ptrs, weights, bias, in_dim, begin, end, start, out_stride_token,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, INNER: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A block of one sequence token by token, of what load_rows gave. What is before `start` counts
-    as zeros, what is from `end` on is not stored; INNER: there is none of that."""
+    as zeros, what is from `end` on is not stored."""
     past = ()
     for i in tl.static_range(WIDTH - 1):
         known = begin - (WIDTH - 1) + i >= start
@@ -104,10 +105,7 @@ def roll(
     for i in tl.static_range(BLOCK_TOKENS):
         past = past + (rows[WIDTH - 1 + i].to(tl.float32),)
         out = convolved(past, weights, bias, WIDTH, SILU).to(out_row.dtype.element_ty)
-        stored = in_dim
-        if not INNER:
-            stored = in_dim & (begin + i < end)
-        tl.store(out_row + i * out_stride_token, out, mask=stored)
+        tl.store(out_row + i * out_stride_token, out, mask=in_dim & (begin + i < end))
         past = past[1:]
 
 
@@ -135,7 +133,7 @@ def by_sequence_kernel(
     if begin > start:
         roll(
             rows, out_ptrs, weights, bias, in_dim, begin, stop, start, out_stride_token,
-            WIDTH, True, False, BLOCK_TOKENS,
+            WIDTH, True, BLOCK_TOKENS,
         )  # fmt: skip
         return
     slot = load_slot(cache_indices_ptr, sequence, True)
@@ -146,12 +144,10 @@ def by_sequence_kernel(
     roll(
         inputs_before(start, *held, in_dim, WIDTH) + rows[WIDTH - 1 :], out_ptrs, weights, bias,
         in_dim, begin, stop, start - (WIDTH - 1), out_stride_token,
-        WIDTH, True, False, BLOCK_TOKENS,
+        WIDTH, True, BLOCK_TOKENS,
     )  # fmt: skip
     left = inputs_before(stop, *held, in_dim, WIDTH)
-    tl.debug_barrier()
-    for i in tl.static_range(WIDTH - 1):
-        tl.store(state_ptrs + i, left[i].to(state_ptr.dtype.element_ty), mask=in_dim)
+    store_state(left, state_ptrs, 1, in_dim, WIDTH)
 
 
 @dataclass(frozen=True)

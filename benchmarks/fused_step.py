@@ -22,6 +22,7 @@ from benchmarks.cuda import MODULES
 from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, profiled, save
 from export.fused import FusedDecode
 from export.fused_hybrid import HybridDecode
+from export.random_weights import make_parameters
 from models.kernels.dependent_launch import WAITING
 from models.qwen3_5 import Qwen3_5
 from runner.dependent_launch import let_overlap
@@ -40,13 +41,9 @@ def make_step(name: str, layers: int, batch: int, max_seq_len: int, bits: int) -
     config = module.Config.from_dict(keys)
     with torch.device("meta"):
         network = module.Network(config, max_seq_len, batch, torch.bfloat16)
-    made = {}
-    for part in network.modules():
-        for key, parameter in dict(part.named_parameters(recurse=False)).items():
-            if parameter not in made:
-                weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
-                made[parameter] = torch.nn.Parameter(weight.normal_(std=0.02), requires_grad=False)
-            setattr(part, key, made[parameter])
+    make_parameters(network, torch.device("cuda"), torch.bfloat16)
+    for parameter in network.parameters():
+        parameter.normal_(std=0.02)
     decode = HybridDecode if isinstance(network, Qwen3_5) else FusedDecode
     return decode(network.to("cuda").eval(), bits).cuda()
 

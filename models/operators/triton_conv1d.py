@@ -64,11 +64,14 @@ def convolved(inputs, weights, bias, WIDTH: tl.constexpr, SILU: tl.constexpr):
 
 
 @triton.jit
-def load_slot(cache_indices_ptr, sequence, HAS_INDICES: tl.constexpr):
+def load_slot(cache_indices_ptr, sequence, HAS_INDICES: tl.constexpr, exists=None):
+    """The slot of a sequence; of one that may not exist, any."""
+    slot = sequence.to(tl.int64)
     if HAS_INDICES:
-        slot = tl.load(cache_indices_ptr + sequence).to(tl.int64)
-    else:
-        slot = sequence.to(tl.int64)
+        if exists is None:
+            slot = tl.load(cache_indices_ptr + sequence).to(tl.int64)
+        else:
+            slot = tl.load(cache_indices_ptr + sequence, mask=exists, other=0).to(tl.int64)
     return slot
 
 
@@ -202,6 +205,16 @@ def inputs_before(
     return inputs
 
 
+@triton.jit
+def store_state(inputs, state_ptrs, stride, in_dim, WIDTH: tl.constexpr):
+    """Replace a state by the WIDTH - 1 last inputs."""
+    # Threads may store here what others have read.
+    tl.debug_barrier()
+    for i in tl.static_range(WIDTH - 1):
+        state = inputs[i].to(state_ptrs.dtype.element_ty)
+        tl.store(state_ptrs + i * stride, state, mask=in_dim)
+
+
 # A kernel for all lengths: none is compiled anew for a number of tokens or sequences.
 @triton.jit(do_not_specialize=["tokens", "bounds", "pad_slot_id"])
 def causal_conv1d_whole_kernel(
@@ -248,9 +261,7 @@ def causal_conv1d_whole_kernel(
     while start < end:
         exists = sequence < sequences
         stop = tl.load(query_start_loc_ptr + sequence + 1, mask=exists, other=tokens)
-        slot = sequence.to(tl.int64)
-        if HAS_INDICES:
-            slot = tl.load(cache_indices_ptr + sequence, mask=exists, other=0).to(tl.int64)
+        slot = load_slot(cache_indices_ptr, sequence, HAS_INDICES, exists)
         begins = exists & (start >= begin) & (start < stop) & (slot != pad_slot_id)
         started = begins & (tl.load(has_initial_ptr + sequence, mask=exists, other=0) != 0)
         token = tl.maximum(start, begin + skip)
@@ -275,11 +286,7 @@ def causal_conv1d_whole_kernel(
                 past = past[1:]
             token += STEP
         if begins:
-            # Threads may store here what others read above.
-            tl.debug_barrier()
-            for i in tl.static_range(WIDTH - 1):
-                state = left[i].to(state_ptr.dtype.element_ty)
-                tl.store(state_ptrs + i * state_stride_tap, state, mask=in_dim)
+            store_state(left, state_ptrs, state_stride_tap, in_dim, WIDTH)
         sequence += 1
         start = stop
 
@@ -428,9 +435,7 @@ def causal_conv1d_rolling_kernel(
             # The state, and what replaces it. Where this program begins a sequence, it computes
             # all tokens that the state reaches.
             exists = sequence < sequences
-            slot = sequence.to(tl.int64)
-            if HAS_INDICES:
-                slot = tl.load(cache_indices_ptr + sequence, mask=exists, other=0).to(tl.int64)
+            slot = load_slot(cache_indices_ptr, sequence, HAS_INDICES, exists)
             begins = exists & (slot != pad_slot_id)
             started = begins & (tl.load(has_initial_ptr + sequence, mask=exists, other=0) != 0)
             again = recomputed(channels, sequence)
@@ -441,11 +446,7 @@ def causal_conv1d_rolling_kernel(
                 limit = tl.maximum(end, tl.minimum(start + WIDTH - 1, stop))
             if begins:
                 left = inputs_before(stop, *held, in_dim, WIDTH)
-                # Threads may store here what others read above.
-                tl.debug_barrier()
-                for i in tl.static_range(WIDTH - 1):
-                    state = left[i].to(state_ptr.dtype.element_ty)
-                    tl.store(state_ptrs + i * state_stride_tap, state, mask=in_dim)
+                store_state(left, state_ptrs, state_stride_tap, in_dim, WIDTH)
         if (token + BLOCK == block_end) & (stop >= block_end):
             # Whole blocks, and the loads of what follows before the arithmetic. Where no whole
             # block does, they are of this one again.
