@@ -14,12 +14,13 @@ _get_edges, _add, _remove = (
 
 
 def let_overlap(graph: torch.cuda.CUDAGraph, kernels: Iterable[str]) -> int:
-    """Make programmatic those dependencies of the graph that kernels of these names have on another
-    kernel; how many there are.
+    """Make programmatic those dependencies of the graph that kernels of these names have on one
+    another; how many there are.
 
     The graph is captured, kept, and not instantiated. Such a kernel waits for those before it by
-    itself, by `griddepcontrol.wait`; other nodes after it still wait until it has ended. See
-    "Programmatic Dependent Launch" in NVIDIA's CUDA C++ programming guide.
+    itself, by `griddepcontrol.wait`; it still begins when any other node before it has ended, and
+    any other node after it when it has. See "Programmatic Dependent Launch" in NVIDIA's CUDA C++
+    programming guide.
     """
     handle = driver.CUgraph(graph.raw_cuda_graph())
     *_, count = _call(_get_edges, handle, 0)
@@ -28,7 +29,7 @@ def let_overlap(graph: torch.cuda.CUDAGraph, kernels: Iterable[str]) -> int:
     pairs = [
         (before, after)
         for before, after in zip(befores, afters)
-        if _kernel(after) in names and _kernel(before) is not None
+        if _kernel(before) in names and _kernel(after) in names
     ]
     if pairs:
         edge = driver.CUgraphEdgeData()

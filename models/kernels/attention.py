@@ -229,26 +229,30 @@ def attend_kernel(
     k_ptr += head
     v_ptr += head
 
-    # 1. What no other kernel of the step writes, and the first slots, of which this one writes but
-    # the new one's. Which they are the position says that is there, be it the step's before.
+    # 1. What no kernel that overlaps writes: the position is there before the first of them begins,
+    # and of the slots a step writes but the new one, here.
+    position = tl.load(position_ptr + row).to(tl.int32)
+    filled, size = parts_of(position, slots, SPLITS, BLOCK_S, LEAST)
+    active = tl.cdiv(filled, size)
+    if first >= active:
+        return
+    ahead = first * size + tl.arange(0, 2 * BLOCK_S)
+    ahead = tl.minimum(ahead, tl.minimum(first * size + size, filled) - 1).to(tl.int64) * stride
+    # A line of 128 bytes is 64 elements.
+    lines = ahead[:, None] + 64 * tl.arange(0, LINES)[None, :]
+    asked = tl.max(prefetch(k_ptr + lines) + prefetch(v_ptr + lines))
     inv_freq = tl.load(inv_freq_ptr + i)
     if q_norm_ptr is not None:
         q_weight1, q_weight2 = load_halves(q_norm_ptr, i, HALF)
     k_weight1, k_weight2 = inv_freq, inv_freq  # not used
     if k_norm_ptr is not None:
         k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
-    previous = tl.load(position_ptr + row, cache_modifier=".cg")
-    filled, size = parts_of(previous, slots, SPLITS, BLOCK_S, LEAST)
-    ahead = first * size + tl.arange(0, 2 * BLOCK_S)
-    ahead = tl.minimum(ahead, tl.minimum(first * size + size, filled) - 1).to(tl.int64) * stride
-    # A line of 128 bytes is 64 elements.
-    lines = ahead[:, None] + 64 * tl.arange(0, LINES)[None, :]
-    zero = wait(tl.max(prefetch(k_ptr + lines) + prefetch(v_ptr + lines)))
+    slot = position % slots
+    angle = position.to(tl.float32) * inv_freq
+    cos, sin = tl.cos(angle), tl.sin(angle)
 
-    # 2. All that depends on the position is computed while the projections come.
-    position_ptr += zero
-    position = tl.load(position_ptr + row).to(tl.int32)
-    qkv_ptr += row * WIDTH + zero
+    # 2. The projections.
+    qkv_ptr += row * WIDTH + wait(asked)
     q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
     present = (g < HEADS)[:, None]
     q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0)
@@ -259,14 +263,6 @@ def attend_kernel(
         value_ptr = key_ptr + KV * SIZE
     new_k1, new_k2 = load_halves(key_ptr, i, HALF)
     new_v = tl.load(value_ptr + whole)
-    slot = position % slots
-    filled, size = parts_of(position, slots, SPLITS, BLOCK_S, LEAST)
-    active = tl.cdiv(filled, size)
-    if first >= active:
-        return
-
-    angle = position.to(tl.float32) * inv_freq
-    cos, sin = tl.cos(angle), tl.sin(angle)
     q1, q2 = q1.to(tl.float32), q2.to(tl.float32)
     if q_norm_ptr is not None:
         q1, q2 = normed(q1, q2, offset + q_weight1, offset + q_weight2, eps)

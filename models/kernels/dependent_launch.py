@@ -3,7 +3,8 @@
 A kernel of the list below first asks for weights, which no kernel of a step writes. Then it calls
 `wait`, which ends when all that the kernels ahead of it do is done and can be seen. So launching a
 kernel, and fetching what it reads first, costs little where the ones ahead of it leave room.
-Launched in any other way a kernel waits for nothing.
+Launched in any other way a kernel waits for nothing. Only kernels of the list overlap one another:
+what any other writes, such as a step's positions, is there before those after it begin.
 
 The next kernel may begin as soon as every program of this one has said so: at once, by `wait`; or,
 with `wait_alone` and then `release`, when it has read what it reads. That is for programs that fill

@@ -64,27 +64,29 @@ def linear_tiles(
     if not bits and inputs <= 2048 and outputs <= 8192:
         return LinearTiles(False, 4, 1024, warps=2, norm=inputs <= 1024)
     # Layers of few outputs need parts of the inputs to have programs for every processor, how many
-    # an H200 measured. Integers of few rows take 2 warps, and where a program holds twice as many,
-    # of gated layers or 8 bits, half as many outputs. How many parts there are must not depend on
-    # rows: their sums are rounded.
+    # an H100 and an H200 measured: of floating-point weights as many as run at once. Integers of
+    # few rows take 2 warps, and where a program has twice as many, of gated layers or 8 bits, half
+    # as many outputs. How many parts there are must not depend on rows: their sums are rounded.
     tile = 32 if bits == 8 or (bits and gated) else 64
-    large = outputs * inputs >= LARGE
-    programs = 400 if bits else 256 if large else 80
-    splits = 1
-    while splits < 8 and outputs // tile * splits < programs and inputs // splits >= 1024:
-        splits *= 2
+    tiles = -(-outputs // tile)
     if bits:
+        splits = 1
+        while splits < 8 and tiles * splits < 400 and inputs // splits >= 1024:
+            splits *= 2
         # A fourth stage of what is large would leave shared memory for fewer programs.
         stages = 4 if bits == 8 and not gated else 3
         if rows <= FEW_ROWS:
             return LinearTiles(True, tile, 128, splits, warps=2, stages=stages)
         return LinearTiles(True, 64, 128, splits, stages=stages)
-    # Short blocks begin sooner.
+    large = outputs * inputs >= LARGE
+    turn = 2 * PROCESSORS if large else PROCESSORS
+    splits = max(1, min(turn // tiles, 8, inputs // 512))
+    # Short blocks begin sooner; four of a gated layer leave room for two programs of 32 rows.
     if splits > 1 if large else gated:
-        return LinearTiles(True, 64, 64, splits, stages=6)
+        return LinearTiles(True, 64, 64, splits, stages=4 if gated else 6)
     # A program that has a processor to itself takes all of its memory for a long pipeline: that is
     # better than more parts, which have to be added up.
-    has_processor = not large and outputs // tile * splits <= PROCESSORS
+    has_processor = not large and tiles * splits <= PROCESSORS
     return LinearTiles(True, 64, 128, splits, stages=7 if has_processor else 4)
 
 
@@ -98,8 +100,11 @@ def attend_tiles(slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
     splits = most_splits(kv_heads)
     if dtype == torch.float32:
         return AttendTiles(16, splits, warps=8, stages=1)
+    # Short heads have few and long parts, in small steps: many rows have programs enough, which
+    # are to have room beside the products before them.
+    if head_dim <= 128:
+        return AttendTiles(32, splits, least=8, stages=4)
     # Few heads, with many parts each, take larger steps, so that there is less to add up; so do
-    # parts of long caches, of which little may be filled, and short heads.
+    # parts of long caches, of which little may be filled.
     block_s = 32 if head_dim > 256 or kv_heads > 8 else 64
-    least = 4 if head_dim <= 128 else 2 if slots > 1024 else 1
-    return AttendTiles(block_s, splits, least, stages=3)
+    return AttendTiles(block_s, splits, least=2 if slots > 1024 else 1, stages=3)
