@@ -72,6 +72,7 @@ SWEPT = (
     (16, 4, 256, 2, 0),
     (16, 4, 512, 4, 1),
 )
+SWEPT_LENGTHS = (1, False), (8, False), (64, False), (64, True)  # sequences, and whether skewed
 CHECKED = 48  # channels, at either end
 HEADER = (
     f"{'dim':>5}{'tokens':>8}{'sequences':>11}  {'lengths':<8}{'floor us':>9}{'ours':>9}"
@@ -321,7 +322,7 @@ def sweep(repeats: int, device: str = "cuda") -> list[dict]:
     rows = []
     for dim in DIMS:
         for tokens in TOKENS:
-            for sequences, skewed in ((1, False), (8, False), (64, False), (64, True)):
+            for sequences, skewed in SWEPT_LENGTHS:
                 count = int(COLD_BYTES // (4 * dim * tokens)) + 1
                 work = make_work(dim, lengths_of(tokens, sequences, skewed), device, count)
                 times, errors = {}, []

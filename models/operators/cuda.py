@@ -28,7 +28,7 @@ from models.operators.triton_delta_rule import (
 # tokens, of which 0 is that of programs that start together. Programs take fewer tokens, but a
 # block, where there would be less than so many of them.
 ROLLING = 16, 4, 128, 1, 1
-PROGRAMS = 1024
+PROGRAMS = 8192
 # Of a grid's second axis.
 MOST_PROGRAMS = 65535
 # Elsewhere, where tokens may be adjacent: tokens, channels and warps.
