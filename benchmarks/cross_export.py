@@ -158,7 +158,6 @@ def export_fake(script: str, arguments: list[str]) -> int:
     """What export/`script` does, with fake tensors."""
     import torch
     from torch._export.utils import _detect_fake_mode_from_gm
-    from torch._inductor import aot_compile
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -176,14 +175,14 @@ def export_fake(script: str, arguments: list[str]) -> int:
         replace_tensors(module, lambda x: x if x.is_cuda else alike(x, device=device))
         return module
 
-    def compile_method(method, example, dynamic_shapes=None) -> list[str]:
+    def compile_method(method, example, dynamic_shapes=None) -> dict[str, bytes]:
         with unset_fake_temporarily(), torch.device("cpu"):
             graph = pt2.trace(method, example, dynamic_shapes)
             # A graph's tensors must be of one mode, and it was traced in one of its own.
             mode = _detect_fake_mode_from_gm(graph)
             replace_tensors(graph, lambda x: alike(x, mode))
             example = tuple(alike(x, mode) for x in example)
-            return aot_compile(graph, example, options=pt2.OPTIONS)
+            return pt2.compile_graph(graph, example)
 
     class Later:
         """export.background.Background in this process."""

@@ -1,14 +1,18 @@
 """The AOTInductor package: every method compiled for one device; weights and state lie outside."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch._inductor import aot_compile
 from torch._inductor.package import package_aoti
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.export import Dim
+from torch.fx import GraphModule
 
 from export.background import Background
 from export.embedding import Embed
@@ -111,35 +115,26 @@ def write_package(
     files |= selection.result()
     progress("writing")
     with TemporaryDirectory() as directory:
-        # The loader of torch 2.11 takes all files whose path begins with a method's name, those of
-        # greedy_embed for greedy's too: no name begins as another does with its end marked.
-        marked = {f"{name}-": of_method for name, of_method in files.items()}
-        package_aoti(str(path), without_sources(marked, Path(directory)))
+        paths = {}
+        for method, contents in files.items():
+            # The loader of torch 2.11 takes all files whose path begins with a method's name, those
+            # of greedy_embed for greedy's too: no name begins as another does with its end marked.
+            folder = Path(directory, f"{method}-")
+            folder.mkdir()
+            paths[folder.name] = [str(folder / name) for name in contents]
+            for name, content in contents.items():
+                (folder / name).write_bytes(content)
+        package_aoti(str(path), paths)
     return sorted(files)
-
-
-def without_sources(files: dict[str, list[str]], directory: Path) -> dict[str, list[str]]:
-    """The methods' files with empty ones in `directory` for the sources: these say where they were
-    compiled, so that no two exports would be the same. Nobody reads them, but the loader finds the
-    metadata by the source's name."""
-
-    def emptied(file: str) -> str:
-        if not file.endswith(".cpp"):
-            return file
-        path = directory / Path(file).name
-        path.touch()
-        return str(path)
-
-    return {name: [emptied(file) for file in of_method] for name, of_method in files.items()}
 
 
 def compile_selection(
     batch: int, vocab_size: int, max_seq_len: int, hidden_size: int, embed_scale: float,
     dtype: torch.dtype, device: str,
-) -> dict[str, list[str]]:  # fmt: skip
-    """The compiled files of what is between a step's logits and the next step: the lookup,
-    selection, and selection of one row of several; with CUDA next_positions, and selection that
-    looks up as well. (A CPU would gain nothing by that, and compiles for long.)
+) -> dict[str, dict[str, bytes]]:  # fmt: skip
+    """The compiled files, by method and name, of what is between a step's logits and the next step:
+    the lookup, selection, and selection of one row of several; with CUDA next_positions, and
+    selection that looks up as well. (A CPU would gain nothing by that, and compiles for long.)
 
     The table of embeddings is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
     """
@@ -176,13 +171,30 @@ def compile_selection(
 
 def compile_method(
     method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None = None
-) -> list[str]:
-    """The files of a package's method, compiled for the device of its example inputs."""
-    graph = trace(method, example, dynamic_shapes)
-    return aot_compile(graph, example, options=OPTIONS)
+) -> dict[str, bytes]:
+    """The files of a package's method by name, compiled for the device of its example inputs."""
+    return compile_graph(trace(method, example, dynamic_shapes), example)
 
 
-def trace(method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None) -> nn.Module:
+def compile_graph(graph: GraphModule, example: tuple[Tensor, ...]) -> dict[str, bytes]:
+    """`compile_method` of what `trace` gives.
+
+    Sources are left empty: they say where they were compiled, so that no two exports would be the
+    same. Nobody reads them, but the loader finds the metadata by the source's name.
+    """
+    # Two exports compile the same code in the same place, and a compiler writes in place: one of
+    # them at a time, until its files are read. Another place would give the files other names.
+    directory = Path(cache_dir(), hashlib.sha256(graph.code.encode()).hexdigest())
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / "lock"):
+        options = OPTIONS | {"aot_inductor.output_path": str(directory)}
+        files = map(Path, aot_compile(graph, example, options=options))
+        return {file.name: b"" if file.suffix == ".cpp" else file.read_bytes() for file in files}
+
+
+def trace(
+    method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None
+) -> GraphModule:
     """The method as torch.export sees it."""
     # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
     program = torch.export.export(

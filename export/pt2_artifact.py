@@ -115,7 +115,7 @@ def _waiting_kernels() -> list[str]:
     return list(WAITING)
 
 
-def _compile_selection(*arguments) -> dict[str, list[str]]:
+def _compile_selection(*arguments) -> dict[str, dict[str, bytes]]:
     # Imports of seconds, in the other process.
     from export.pt2 import compile_selection
 
