@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
+AUSTEN = ROOT / "tests" / "data" / "austen"
 
 
 @pytest.fixture(scope="session")
@@ -68,15 +69,39 @@ def export_artifact(once, run_script):
 
 
 @pytest.fixture(scope="session")
-def default_artifact(export_artifact) -> Path:
+def default_artifact(once, run_script) -> Path:
     """Gemma 3 270M as `python export/gemma.py` makes it."""
-    return export_artifact("default")
+
+    def make(directory):
+        done = run_script("export/gemma.py", cwd=directory.parent)
+        assert done.returncode == 0, done.stderr
+        (directory.parent / "artifacts/gemma3-xnnpack").rename(directory)
+
+    return once("default", make)
 
 
 @pytest.fixture(scope="session")
 def fp32_artifact(export_artifact) -> Path:
     """Gemma 3 270M in float32."""
     return export_artifact("fp32", "--quant", "fp32")
+
+
+@pytest.fixture(scope="session")
+def austen_artifact(once, run_script):
+    """A function (backend, rows) -> artifact of the small hybrid of English text."""
+
+    def export(backend: str, rows: int) -> Path:
+        def make(output):
+            done = run_script(
+                *("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend, "--batch", rows),
+                *("--max-seq-len", 400, "--max-prefill", 16, "--output", output),
+                cwd=output.parent,
+            )
+            assert done.returncode == 0, done.stderr
+
+        return once(f"austen-{backend}-{rows}", make)
+
+    return export
 
 
 @pytest.fixture(scope="session")

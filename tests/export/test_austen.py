@@ -3,14 +3,13 @@ engines of the CPU, and its perplexity on what it did not learn from."""
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 import runner
+from tests.conftest import AUSTEN
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "data" / "austen"
 GREEDY = {
     "The morning was fine, and Emma": (
         " was obliged to go out of the room for a few minutes.\nThe Miss Bertrams were not to be "
@@ -32,16 +31,9 @@ NEW_TOKENS = 48
 MEASURED, PERPLEXITY = 120, 26.0344
 
 
-@pytest.fixture(scope="module", params=["portable", "inductor"])
-def artifact(request, run_script, tmp_path_factory):
-    root = tmp_path_factory.mktemp("austen")
-    done = run_script(
-        *("export/qwen3_5.py", "--model", CHECKPOINT, "--backend", request.param),
-        *("--max-seq-len", 400, "--max-prefill", 16, "--output", root / "artifact"),
-        cwd=root,
-    )
-    assert done.returncode == 0, done.stderr
-    return root / "artifact"
+@pytest.fixture(scope="module", params=[("portable", 1), ("inductor", 3)], ids="{0[0]}".format)
+def artifact(request, austen_artifact):
+    return austen_artifact(*request.param)
 
 
 def test_the_greedy_text_is_what_it_was(artifact, run_script, tmp_path):
@@ -54,11 +46,12 @@ def test_the_greedy_text_is_what_it_was(artifact, run_script, tmp_path):
 
 def test_the_perplexity_of_text_held_out_is_what_it_was(artifact):
     model = runner.load(artifact)
-    text = (CHECKPOINT / "held_out.txt").read_text(encoding="utf-8")
+    text = (AUSTEN / "held_out.txt").read_text(encoding="utf-8")
     ids, program = model.tokenizer.encode(text)[: MEASURED + 1], model.loop.program
     nats = 0.0
     for position, (token, following) in enumerate(zip(ids, ids[1:])):
-        inputs = model.loop.transfers.upload([[token]]), model.loop.transfers.upload([position])
+        inputs = [[token]] * model.batch, [position] * model.batch
+        inputs = map(model.loop.transfers.upload, inputs)
         logits = torch.as_tensor(program.decode(*inputs))[0]
         nats -= logits.log_softmax(-1)[following].item()
     assert math.exp(nats / MEASURED) == pytest.approx(PERPLEXITY, rel=1e-4)

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import runner
 from runner import LoopOptions, Request
+from tests.conftest import AUSTEN
 
 # Of one chunk, and of several.
 PROMPTS = [[5], [5, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(75)]]
@@ -16,27 +17,23 @@ VARIANTS = [
     LoopOptions(*variant)
     for variant in itertools.product(("auto", "alias", "host"), ("device", "host"), (True, False))
 ]
-# Few layers, for what compiles them takes its time; tests/export/test_austen.py has more.
+# Few layers, for lowering them takes its time.
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-ARTIFACTS = {
-    "portable": ("qwen3_5_text", "--backend", "portable", "--max-prefill", 7),
-    "inductor": ("qwen3_next", "--max-prefill", 5),
-}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module", params=ARTIFACTS)
-def exported(request, make_hybrid_checkpoint, run_script, tmp_path_factory):
-    """The directories of a checkpoint and of its artifact of three rows."""
-    model_type, *flags = ARTIFACTS[request.param]
-    checkpoint, root = (
-        make_hybrid_checkpoint(model_type, **LAYERS),
-        tmp_path_factory.mktemp("hybrid"),
-    )
+@pytest.fixture(scope="module", params=["portable", "inductor"])
+def exported(request, make_hybrid_checkpoint, austen_artifact, run_script, tmp_path_factory):
+    """The directories of a checkpoint and of its artifact of three rows: of Qwen3-Next's layout, or
+    the trained one of Qwen3.5's."""
+    if request.param == "inductor":
+        return AUSTEN, austen_artifact("inductor", 3)
+    checkpoint = make_hybrid_checkpoint("qwen3_next", **LAYERS)
+    root = tmp_path_factory.mktemp("hybrid")
     done = run_script(
         *("export/qwen3_5.py", "--model", checkpoint, "--output", root / "artifact"),
-        *("--max-seq-len", 200, "--batch", 3, *flags),
+        *("--backend", "portable", "--max-seq-len", 200, "--max-prefill", 7, "--batch", 3),
         cwd=root,
     )
     assert done.returncode == 0, done.stderr
@@ -46,7 +43,7 @@ def exported(request, make_hybrid_checkpoint, run_script, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(exported):
     """A function: prompt, count -> transformers' greedy ids."""
-    model = AutoModelForCausalLM.from_pretrained(exported[0])
+    model = AutoModelForCausalLM.from_pretrained(exported[0], dtype=torch.float32)
     model.generation_config.eos_token_id = None
 
     def ids(prompt: list[int], count: int) -> list[int]:
@@ -77,8 +74,9 @@ def test_the_scripts_give_transformers_greedy_ids(exported, expected, run_script
     result = json.loads(done.stdout)
     ids = expected(result["prompt_ids"], 64)
     assert len(set(ids)) > 20
-    if 1 in ids:
-        ids = ids[: ids.index(1)]
+    (end,) = runner.load(exported[1]).tokenizer.eos_token_ids
+    if end in ids:
+        ids = ids[: ids.index(end)]
     assert result["token_ids"] == ids
 
 
@@ -97,11 +95,19 @@ def test_rows_that_join_and_leave_give_what_each_gives_alone(model, expected):
         assert [result.token_ids for result in results] == ids, options
 
 
-def test_the_manifest_has_every_state_with_its_shape(model):
+def test_the_manifest_has_every_state_with_its_shape(exported, model):
     states = model.manifest["state"]
-    delta_net = [[3, 2 * 2 * 16 + 6 * 32, 3], [3, 6, 16, 32]]
-    attention = [[3, 200, 2, 32]] * 2
-    assert sorted(state["shape"] for state in states) == sorted(delta_net + attention)
+    config = AutoConfig.from_pretrained(exported[0])
+    keys, key_size = config.linear_num_key_heads, config.linear_key_head_dim
+    values, value_size = config.linear_num_value_heads, config.linear_value_head_dim
+    delta_net = [
+        [3, 2 * keys * key_size + values * value_size, 3],
+        [3, values, key_size, value_size],
+    ]
+    attention = [[3, model.max_seq_len, config.num_key_value_heads, config.head_dim]] * 2
+    expected = delta_net * config.layer_types.count("linear_attention")
+    expected += attention * config.layer_types.count("full_attention")
+    assert sorted(state["shape"] for state in states) == sorted(expected)
     assert {state["dtype"] for state in states} == {"float32"}
     assert len({state["name"] for state in states}) == len(states)
 

@@ -191,7 +191,7 @@ SUPPORTS = [
 def test_top_k_keeps_ties_and_top_p_drops_the_lower_ids_first(monkeypatch, bins, few):
     monkeypatch.setattr(cuda, "BINS", bins)
     monkeypatch.setattr(cuda, "FEW", few)
-    draws = 500 if ON_GPU else 2
+    draws = 500 if ON_GPU else 1
     row = torch.full((19,), -6.0)
     row[[0, 5, 6, 16, 17]] = 1.0
     row[[3, 18]] = 2.0
@@ -221,11 +221,12 @@ def test_cutoffs_are_the_reference_s_wherever_bins_part_a_row(monkeypatch, sprea
     monkeypatch.setattr(cuda, "BINS", bins)
     monkeypatch.setattr(cuda, "FEW", few)
     generator = torch.Generator().manual_seed(7)
-    rows = len(CUTS)
+    cuts = CUTS if ON_GPU else CUTS[::2] if spread == 1.0 else CUTS[1::2]
+    rows = len(cuts)
     x = torch.randn(rows, 200, generator=generator)
     x[::2] = (x[::2] * 8).round() / 8
     x *= spread
-    top_k, top_p = (torch.tensor(column) for column in zip(*CUTS))
+    top_k, top_p = (torch.tensor(column) for column in zip(*cuts))
     temperature = torch.full((rows,), 0.8)
     inputs = [y.to(DEVICE) for y in (x, temperature, top_k, top_p)]
     cutoff = cuda._cutoffs(*inputs, TILE)[1].cpu()[:, None]
@@ -339,9 +340,10 @@ def test_the_operators_can_be_exported():
 @pytest.mark.parametrize("scale", [1.0, 25.25])
 def test_the_last_launch_looks_up_the_chosen_tokens_embeddings(dtype, width, scale):
     generator = torch.Generator().manual_seed(width)
-    logits = torch.randn(3, 129, generator=generator)
-    table = torch.randn(129, width, generator=generator).to(DEVICE, dtype)
-    sampling = parameters(3, 129, generator)
+    size = 129 if ON_GPU else 40
+    logits = torch.randn(3, size, generator=generator)
+    table = torch.randn(size, width, generator=generator).to(DEVICE, dtype)
+    sampling = parameters(3, size, generator)
     for function, plain, arguments in (
         (cuda.greedy_embed, cuda.greedy, (logits,)),
         (cuda.sample_embed, cuda.sample, (logits, *sampling)),
