@@ -4,7 +4,9 @@ one for the end."""
 import torch
 from torch import Tensor, nn
 
+from export.errors import ExportError
 from export.rows import FusedLayer, IntegerHead, Rows, fuse_layers
+from models.cache import KVCache
 from models.kernels import cuda, experts
 
 
@@ -15,6 +17,8 @@ class FusedDecode(nn.Module):
     `bits` of the layers' weights are 4 or 8, and the head's then 8, or 0 for those that the network
     has; the embedding stays as it is. Nothing of the network that only prefill reads is in here:
     what is compiled may not take two tensors of one memory where it writes to any.
+
+    Raises ExportError for heads that the kernels cannot take.
     """
 
     fuse_layers = staticmethod(fuse_layers)
@@ -24,6 +28,9 @@ class FusedDecode(nn.Module):
         backbone = network.model
         self.rope, self.norm = backbone.rope, backbone.norm
         self.layers = nn.ModuleList(self.fuse_layers(network, bits))
+        for part in self.layers.modules():
+            if isinstance(part, KVCache):
+                check_head_dim(part.k.shape[-1])
         if bits:
             network.lm_head = IntegerHead(network.lm_head)
         self.head: nn.Module = network.lm_head.rows if bits else network.lm_head
@@ -93,6 +100,12 @@ class FusedDecode(nn.Module):
             offset=getattr(q_norm, "offset", 0.0),
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
         )  # fmt: skip
+
+
+def check_head_dim(size: int) -> None:
+    """Of half a head there are products of matrices, of at least 16 inputs."""
+    if size < 32 or size & (size - 1):
+        raise ExportError(f"head_dim is {size}; with --device cuda it must be 32, 64, 128, ...")
 
 
 def weight_of(norm: nn.Module | None) -> Tensor | None:

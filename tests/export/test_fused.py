@@ -5,7 +5,8 @@ import torch
 
 from tests.models.test_kernels import DEVICE, interpreted_ranges  # noqa: F401
 
-from export.fused import FusedDecode  # isort: skip  (Triton's interpreter is set above)
+from export.errors import ExportError  # isort: skip  (Triton's interpreter is set above)
+from export.fused import FusedDecode  # isort: skip
 from models import qwen3  # isort: skip
 
 SHAPE = {
@@ -15,7 +16,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
@@ -45,3 +46,10 @@ def test_steps_give_the_networks_logits(model_type):
             actual = step(fused.embed(token.to(DEVICE)), where.to(DEVICE)).cpu()
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert not step.counters.any()
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_heads_that_the_kernels_cannot_take_are_refused(size):
+    config = qwen3.Config.from_dict(SHAPE | {"model_type": "qwen3", "head_dim": size})
+    with pytest.raises(ExportError, match=f"head_dim is {size}; .* must be 32, 64, 128"):
+        FusedDecode(qwen3.Network(config, 9))
