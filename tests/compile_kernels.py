@@ -86,13 +86,13 @@ def linear() -> None:
             x = empty(rows, inputs, dtype=float32 if weight.dtype == float32 else bfloat16)
             for activation in (None, "gelu_tanh"):
                 arguments = weight, scale, None, counters
-                cuda.linear(x, *arguments, activation=activation, wide=True)
+                cuda.linear(x, *arguments, activation=activation)
                 norm = empty(inputs, dtype=x.dtype)
                 options = {"eps": 1e-6, "offset": 1.0, "activation": activation}
                 cuda.add_norm_linear(x, x, norm, norm[:1], norm, *arguments, **options)
     uneven = empty(3, 5000, dtype=bfloat16), empty(77, 5000, dtype=bfloat16)
     bias = empty(77, dtype=bfloat16)
-    cuda.linear(*uneven, None, bias, counters, soft_cap=30.0)
+    cuda.linear(*uneven, None, bias, counters, soft_cap=30.0, wide=True)
 
 
 def attention() -> None:

@@ -88,18 +88,18 @@ def fp32_artifact(export_artifact) -> Path:
 
 @pytest.fixture(scope="session")
 def austen_artifact(once, run_script):
-    """A function (backend, rows) -> artifact of the small hybrid of English text."""
+    """A function: backend -> artifact of the small hybrid of English text."""
 
-    def export(backend: str, rows: int) -> Path:
+    def export(backend: str) -> Path:
         def make(output):
             done = run_script(
-                *("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend, "--batch", rows),
+                *("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend),
                 *("--max-seq-len", 400, "--max-prefill", 16, "--output", output),
                 cwd=output.parent,
             )
             assert done.returncode == 0, done.stderr
 
-        return once(f"austen-{backend}-{rows}", make)
+        return once(f"austen-{backend}", make)
 
     return export
 

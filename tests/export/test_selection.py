@@ -17,7 +17,7 @@ NAN, INF = math.nan, math.inf
 # A tiny vocabulary, one that is not whole groups, one of a few more groups than there are
 # candidates, and a real one.
 GROUPED = 65_536 + TOKENS_PER_GROUP
-SIZES = [(8, 7), (1000, 2), (GROUPED, 7), (262_144, 1)]
+SIZES = [(8, 7), (1000, 2), (GROUPED, 3), (262_144, 1)]
 
 
 def arguments(logits, *settings):
@@ -94,7 +94,7 @@ def test_rows_with_nan_and_infinities_are_decided_as_documented(program, size, r
             check(program, logits, kind)
 
 
-@pytest.mark.parametrize("size, rows", [(GROUPED, 7), (262_144, 1)])
+@pytest.mark.parametrize("size, rows", [(GROUPED, 3), (262_144, 1)])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_cuts_around_the_number_of_candidates(program, size, rows, extra):
     """As many tokens as candidates, one less and one more stay: by top-k, by top-p, and by ties."""
@@ -114,8 +114,8 @@ def test_cuts_around_the_number_of_candidates(program, size, rows, extra):
 
 
 def test_a_row_goes_its_own_way_beside_others(program):
-    logits = random_logits(GROUPED, 7, 5, 4.0)
-    logits[3, 8] = NAN
+    logits = random_logits(GROUPED, 3, 5, 4.0)
+    logits[2, 8] = NAN
     kinds = [
         row(0.0), row(1.0, 40), row(1.0, 0, 0.3), row(0.0), row(1.0), row(1.0, 0, 0.999),
         row(0.5, 600, 0.9),
