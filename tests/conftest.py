@@ -58,9 +58,9 @@ def once(tmp_path_factory):
 def export_artifact(once, run_script):
     """A function (name, *arguments) -> directory that exports at most once for each name."""
 
-    def export(name: str, *arguments) -> Path:
+    def export(name: str, *arguments, script: str = "export/gemma.py") -> Path:
         def make(output):
-            done = run_script("export/gemma.py", "--output", output, *arguments, cwd=output.parent)
+            done = run_script(script, "--output", output, *arguments, cwd=output.parent)
             assert done.returncode == 0, done.stderr
 
         return once(name, make)
@@ -87,19 +87,13 @@ def fp32_artifact(export_artifact) -> Path:
 
 
 @pytest.fixture(scope="session")
-def austen_artifact(once, run_script):
+def austen_artifact(export_artifact):
     """A function: backend -> artifact of the small hybrid of English text."""
 
     def export(backend: str) -> Path:
-        def make(output):
-            done = run_script(
-                *("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend),
-                *("--max-seq-len", 400, "--max-prefill", 16, "--output", output),
-                cwd=output.parent,
-            )
-            assert done.returncode == 0, done.stderr
-
-        return once(f"austen-{backend}", make)
+        arguments = ("--model", AUSTEN, "--backend", backend, "--max-seq-len", 400)
+        arguments += ("--max-prefill", 16)
+        return export_artifact(f"austen-{backend}", *arguments, script="export/qwen3_5.py")
 
     return export
 

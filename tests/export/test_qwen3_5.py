@@ -24,20 +24,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["portable", "inductor"])
-def exported(request, make_hybrid_checkpoint, austen_artifact, run_script, tmp_path_factory):
+def exported(request, make_hybrid_checkpoint, austen_artifact, export_artifact):
     """The directories of a checkpoint and of its artifact: of Qwen3-Next's layout with three rows,
     or the trained one of Qwen3.5's."""
     if request.param == "inductor":
         return AUSTEN, austen_artifact("inductor")
     checkpoint = make_hybrid_checkpoint("qwen3_next", **LAYERS)
-    root = tmp_path_factory.mktemp("hybrid")
-    done = run_script(
-        *("export/qwen3_5.py", "--model", checkpoint, "--output", root / "artifact"),
-        *("--backend", "portable", "--max-seq-len", 200, "--max-prefill", 7, "--batch", 3),
-        cwd=root,
-    )
-    assert done.returncode == 0, done.stderr
-    return checkpoint, root / "artifact"
+    arguments = ("--model", checkpoint, "--backend", "portable", "--batch", 3)
+    arguments += ("--max-seq-len", 200, "--max-prefill", 7)
+    artifact = export_artifact("tiny-hybrid", *arguments, script="export/qwen3_5.py")
+    return checkpoint, artifact
 
 
 @pytest.fixture(scope="module")
