@@ -187,7 +187,7 @@ def export_fake(script: str, arguments: list[str]) -> int:
     class Later:
         """export.background.Background in this process."""
 
-        def __init__(self, what, function, *arguments):
+        def __init__(self, what, function, *arguments, processor=""):
             self.function, self.arguments = function, arguments
 
         def result(self):

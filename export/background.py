@@ -3,34 +3,46 @@
 Tracing is Python's work on one core; `sample` alone would take a fifth of the whole time.
 """
 
+import gc
 import logging
 import multiprocessing
+import pickle
 import signal
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from export import build_cache
 
 if TYPE_CHECKING:
     from executorch.exir.schema import Program
 
 
 class Background:
-    """A function's result, computed in another process that begins at once."""
+    """A function's result: kept by an export before, or computed in another process that begins at
+    once."""
 
-    def __init__(self, what: str, function: Callable, *arguments: Any):
-        """`what` fails, says `result` where it does; `function` is of a module."""
+    def __init__(self, what: str, function: Callable, *arguments: Any, processor: str = ""):
+        """`what` fails, says `result` where it does; `function` is of a module, and its result can
+        be pickled. Compiled code is kept for a `processor`."""
         self._what = what
+        file = build_cache.place(function, arguments, processor)
+        self._kept = file.read_bytes() if file is not None and file.exists() else None
+        if self._kept is not None:
+            return
         context = multiprocessing.get_context("spawn")
         self._results, results = context.Pipe(duplex=False)
         # Being a daemon it does not outlive this process.
-        process = context.Process(target=_send, args=(results, function, arguments), daemon=True)
+        arguments = results, function, arguments, file
+        process = context.Process(target=_send, args=arguments, daemon=True)
         process.start()
         results.close()
 
     def result(self) -> Any:
         """Wait for it. Raises RuntimeError when the other process failed: it has written why."""
         try:
-            return self._results.recv()
+            return pickle.loads(self._kept or self._results.recv_bytes())
         except EOFError:
             raise RuntimeError(f"{self._what} could not be exported") from None
 
@@ -42,12 +54,19 @@ class SelectionExport(Background):
         super().__init__("the selection methods", _export, batch, vocab_size, backend)
 
 
-def _send(results, function: Callable, arguments: tuple) -> None:
+def collect_seldom() -> None:
+    """Tracing makes many small objects that live on: looking for cycles among them as often as
+    Python does by itself takes an eighth of an export."""
+    gc.set_threshold(50_000, 20, 20)
+
+
+def _send(results, function: Callable, arguments: tuple, file: Path | None) -> None:
     # An interrupt is for the process that the user sees.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    results.send(function(*arguments))
+    collect_seldom()
+    results.send_bytes(build_cache.result_of(function, arguments, file))
 
 
 def _export(batch: int, vocab_size: int, backend: str) -> "Program":

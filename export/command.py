@@ -15,6 +15,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from export.background import collect_seldom
 from export.errors import ExportError
 from export.recipes import FOR_BACKEND
 
@@ -227,6 +228,7 @@ def main(family: Family, arguments: list[str] | None = None) -> int:
     # torch, torchao and executorch warn about one another; none of it is the user's to mend.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    collect_seldom()
     start = time.perf_counter()
     console = Console(stderr=True)
     bar = Progress(

@@ -42,6 +42,7 @@ class Pt2Artifact:
             model.model.embed_scale,
             self.dtype,
             self.device.type,
+            processor=processor(self.device),
         )
 
     def write(

@@ -40,17 +40,27 @@ def selection_methods(
     batch: int, vocab_size: int, delegates: bool = True
 ) -> dict[str, ExportedProgram]:
     """`greedy` and `sample` of all rows; where they are several, also of one that was prefilled."""
-    methods = {}
-    for suffix, rows in [("", batch), ("_row", 1)][: 1 + (batch > 1)]:
-        logits = torch.zeros(rows, vocab_size)
-        # temperature, top_k, top_p, seed, position: each a tensor of its own, for torch.export
-        # takes one that is passed twice for one argument.
-        dtypes = torch.float32, torch.int64, torch.float32, torch.int64, torch.int64
-        parameters = [torch.ones(rows, dtype=dtype) for dtype in dtypes]
-        sample = Sample(vocab_size, delegates)
-        methods["greedy" + suffix] = torch.export.export(Greedy(), (logits,))
-        methods["sample" + suffix] = torch.export.export(sample, (logits, *parameters))
+    methods = methods_of_rows(batch, vocab_size, delegates)
+    if batch > 1:
+        row = methods_of_rows(1, vocab_size, delegates)
+        methods |= {f"{name}_row": method for name, method in row.items()}
     return methods
+
+
+def methods_of_rows(
+    rows: int, vocab_size: int, delegates: bool = True
+) -> dict[str, ExportedProgram]:
+    """`greedy` and `sample` of so many rows."""
+    logits = torch.zeros(rows, vocab_size)
+    # temperature, top_k, top_p, seed, position: each a tensor of its own, for torch.export takes
+    # one that is passed twice for one argument.
+    dtypes = torch.float32, torch.int64, torch.float32, torch.int64, torch.int64
+    parameters = [torch.ones(rows, dtype=dtype) for dtype in dtypes]
+    sample = Sample(vocab_size, delegates)
+    return {
+        "greedy": torch.export.export(Greedy(), (logits,)),
+        "sample": torch.export.export(sample, (logits, *parameters)),
+    }
 
 
 def taken(logits: Tensor, token: Tensor, *_) -> Tensor:

@@ -19,13 +19,16 @@ AUSTEN = ROOT / "tests" / "data" / "austen"
 
 
 @pytest.fixture(scope="session")
-def run_script():
+def run_script(shared):
     """A function that runs export/gemma.py or runner/run.py as a user does; what they print must
-    be UTF-8."""
+    be UTF-8. Exports keep what they have in common, unless their environment is given."""
+    keeping = os.environ | {"TOKENLOOP_CACHE": str(shared / "cache")}
 
-    def run(script: str, *arguments, cwd: Path, **options) -> subprocess.CompletedProcess:
+    def run(
+        script: str, *arguments, cwd: Path, env: dict[str, str] = keeping, **options
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        done = subprocess.run(command, cwd=cwd, capture_output=True, **options)
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, **options)
         # Text mode would turn "\r" into "\n".
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
         return done
@@ -34,18 +37,23 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory):
-    """A function (name, make) -> directory that make(directory) has filled, at most once for each
-    name, whichever of the test run's processes needs it first. Nothing else is made beside it."""
+def shared(tmp_path_factory) -> Path:
+    """A directory for all of the test run's processes."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
-    root = root / "shared"
-    root.mkdir(exist_ok=True)
+    (root / "shared").mkdir(exist_ok=True)
+    return root / "shared"
+
+
+@pytest.fixture(scope="session")
+def once(shared):
+    """A function (name, make) -> directory that make(directory) has filled, at most once for each
+    name, whichever of the test run's processes needs it first. Nothing else is made beside it."""
 
     def find(name: str, make) -> Path:
-        directory = root / name / name
-        with FileLock(root / f"{name}.lock"):
+        directory = shared / name / name
+        with FileLock(shared / f"{name}.lock"):
             directory.parent.mkdir(exist_ok=True)
             if not directory.exists():
                 make(directory)

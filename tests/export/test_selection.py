@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export.pte import to_program
-from export.selection import CANDIDATES, TOKENS_PER_GROUP, selection_methods
+from export.selection import CANDIDATES, TOKENS_PER_GROUP, methods_of_rows
 from runner.executorch_runtime import Program
 from sampler.greedy import greedy
 from sampler.sample import sample
@@ -39,11 +39,10 @@ def program(tmp_path_factory):
     def load(size, rows):
         if (size, rows) not in programs:
             path = tmp_path_factory.mktemp("selection") / "selection.pte"
-            methods = selection_methods(rows, size)
-            methods = {name: methods[name] for name in ("greedy", "sample")}
+            methods = methods_of_rows(rows, size)
             path.write_bytes(to_program(methods, {}, True, lambda what: None).buffer)
             program = Program(path)
-            programs[size, rows] = [program.load_method(name) for name in ("greedy", "sample")]
+            programs[size, rows] = [program.load_method(name) for name in methods]
         return programs[size, rows]
 
     return load

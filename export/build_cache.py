@@ -1,0 +1,71 @@
+"""What exports have in common, kept in a directory between them: TOKENLOOP_CACHE names it.
+
+Without that variable nothing is kept. A result is found again by all that it comes from: the
+function and its arguments, the sources, the packages' versions and the compiler.
+"""
+
+import os
+import pickle
+import platform
+from collections.abc import Callable
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock
+
+from export.errors import ExportError
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = "export", "models", "sampler"
+PACKAGES = "torch", "executorch", "triton"
+
+
+def place(function: Callable, arguments: tuple, processor: str) -> Path | None:
+    """The file of a result, which need not be there; None if nothing is kept.
+
+    `arguments` are plain values; `processor` is what compiled code needs, "" for none. Errors:
+    ExportError if there can be no such directory.
+    """
+    directory = os.environ.get("TOKENLOOP_CACHE")
+    if not directory:
+        return None
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"TOKENLOOP_CACHE: cannot make {directory}: {error.strerror}") from error
+    key = sha256()
+    machine = platform.python_version(), platform.machine(), processor, os.environ.get("CXX")
+    comes_from = function.__module__, function.__name__, arguments, machine
+    key.update(repr((comes_from, [_version(name) for name in PACKAGES])).encode())
+    for source in sorted(path for name in SOURCES for path in (ROOT / name).rglob("*.py")):
+        key.update(f"{source.relative_to(ROOT)} ".encode() + sha256(source.read_bytes()).digest())
+    return Path(directory, f"{function.__name__.strip('_')}-{key.hexdigest()[:32]}.pickle")
+
+
+def result_of(function: Callable, arguments: tuple, file: Path | None) -> bytes:
+    """function(*arguments), pickled: out of `file` where it is, computed and kept there if not.
+
+    Of several processes one computes it, and the others wait.
+    """
+    if file is None:
+        return pickle.dumps(function(*arguments))
+    with FileLock(file.with_suffix(".lock")):
+        if file.exists():
+            return file.read_bytes()
+        result = pickle.dumps(function(*arguments))
+        # Whole or not at all; what does not fit on the disk is computed again the next time.
+        unfinished = file.with_suffix(".tmp")
+        try:
+            unfinished.write_bytes(result)
+            unfinished.replace(file)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+        return result
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
