@@ -6,8 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # A worker has processors of its own, for threads of two that share some wait for one another,
+    # spinning. This comes before torch, which counts them.
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    count, processors = (
+        int(os.environ["PYTEST_XDIST_WORKER_COUNT"]),
+        sorted(os.sched_getaffinity(0)),
+    )
+    share = processors[worker::count] or [processors[worker % len(processors)]]
+    os.sched_setaffinity(0, share)
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. This is read when Triton, which torch may import,
@@ -96,11 +108,12 @@ def fp32_artifact(export_artifact) -> Path:
 
 @pytest.fixture(scope="session")
 def austen_artifact(export_artifact):
-    """A function: backend -> artifact of the small hybrid of English text."""
+    """A function: backend -> artifact of the small hybrid of English text: of one row for
+    ExecuTorch, of three for AOTInductor."""
 
     def export(backend: str) -> Path:
         arguments = ("--model", AUSTEN, "--backend", backend, "--max-seq-len", 400)
-        arguments += ("--max-prefill", 16)
+        arguments += ("--max-prefill", 16, "--batch", 3 if backend == "inductor" else 1)
         return export_artifact(f"austen-{backend}", *arguments, script="export/qwen3_5.py")
 
     return export
@@ -111,6 +124,13 @@ def tiny_artifact(export_artifact, tiny_checkpoint) -> Path:
     """The tiny checkpoint in float32, with a chunk that its window is no multiple of."""
     arguments = ("--model", tiny_checkpoint, "--quant", "fp32")
     return export_artifact("tiny", *arguments, "--max-seq-len", 200, "--max-prefill", 7)
+
+
+@pytest.fixture(scope="session")
+def portable_artifact(export_artifact, tiny_checkpoint) -> Path:
+    """The tiny checkpoint for ExecuTorch's plain kernels: of three rows, and with the defaults."""
+    arguments = ("--model", tiny_checkpoint, "--quant", "fp32", "--backend", "portable")
+    return export_artifact("tiny-portable", *arguments, "--batch", 3)
 
 
 @pytest.fixture(scope="session")

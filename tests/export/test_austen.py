@@ -50,7 +50,7 @@ def test_the_perplexity_of_text_held_out_is_what_it_was(artifact):
     ids, program = model.tokenizer.encode(text)[: MEASURED + 1], model.loop.program
     nats = 0.0
     for position, (token, following) in enumerate(zip(ids, ids[1:])):
-        inputs = model.loop.transfers.upload([[token]]), model.loop.transfers.upload([position])
-        logits = torch.as_tensor(program.decode(*inputs))[0]
+        inputs = [[token]] * model.batch, [position] * model.batch
+        logits = torch.as_tensor(program.decode(*map(model.loop.transfers.upload, inputs)))[0]
         nats -= logits.log_softmax(-1)[following].item()
     assert math.exp(nats / MEASURED) == pytest.approx(PERPLEXITY, rel=1e-4)

@@ -40,7 +40,6 @@ LARGE = {"vocab_size": 16384, "num_hidden_layers": 1}
 # Each is an export of its own: what Gemma's tests do not show.
 EXACT = {
     "qwen2, tied": Made("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": Made("qwen3"),
     "qwen3_moe": Made("qwen3_moe"),
     "qwen3_moe, portable": Made("qwen3_moe", backend="portable"),
 }
@@ -136,7 +135,7 @@ def test_rows_of_a_program_give_the_eager_networks_logits(export_of, name):
 
 def test_the_scripts_give_transformers_greedy_ids(make_qwen_checkpoint, run_script, tmp_path):
     checkpoint, output = make_qwen_checkpoint("qwen3"), tmp_path / "artifact"
-    flags = ("--quant", "fp32", "--max-seq-len", 100, "--max-prefill", 4, "--output", output)
+    flags = ("--quant", "fp32", "--max-seq-len", 100, "--max-prefill", 1, "--output", output)
     done = run_script("export/qwen3.py", "--model", checkpoint, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = run_script(

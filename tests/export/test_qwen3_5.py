@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module", params=["portable", "inductor"])
 def exported(request, make_hybrid_checkpoint, austen_artifact, export_artifact):
-    """The directories of a checkpoint and of its artifact: of Qwen3-Next's layout with three rows,
+    """The directories of a checkpoint and of its artifact of three rows: of Qwen3-Next's layout,
     or the trained one of Qwen3.5's."""
     if request.param == "inductor":
         return AUSTEN, austen_artifact("inductor")
@@ -96,9 +96,11 @@ def test_the_manifest_has_every_state_with_its_shape(exported, model):
     config = AutoConfig.from_pretrained(exported[0])
     keys, key_size = config.linear_num_key_heads, config.linear_key_head_dim
     values, value_size = config.linear_num_value_heads, config.linear_value_head_dim
-    rows, size = model.batch, 2 * keys * key_size + values * value_size
-    delta_net = [[rows, size, 3], [rows, values, key_size, value_size]]
-    attention = [[rows, model.max_seq_len, config.num_key_value_heads, config.head_dim]] * 2
+    delta_net = [
+        [3, 2 * keys * key_size + values * value_size, 3],
+        [3, values, key_size, value_size],
+    ]
+    attention = [[3, model.max_seq_len, config.num_key_value_heads, config.head_dim]] * 2
     expected = delta_net * config.layer_types.count("linear_attention")
     expected += attention * config.layer_types.count("full_attention")
     assert sorted(state["shape"] for state in states) == sorted(expected)

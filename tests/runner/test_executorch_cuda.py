@@ -19,21 +19,13 @@ PROMPTS = [[2, 70, 40, 121, 33, 56, 78, 99, 104], [2], [2, 90, 91]]
 SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 7}
 
 
-@pytest.fixture(scope="module")
-def portable(export_artifact, make_checkpoint):
-    """An artifact of three rows for ExecuTorch's plain kernels."""
-    checkpoint = make_checkpoint(num_hidden_layers=1, layer_types=["sliding_attention"])
-    arguments = ("--model", checkpoint, "--backend", "portable", "--batch", 3)
-    return export_artifact("portable", *arguments, "--max-seq-len", 60, "--max-prefill", 7)
-
-
 @pytest.fixture
-def altered(portable, tmp_path):
+def altered(portable_artifact, tmp_path):
     """A function (**entries) -> a copy of the artifact with these entries in its manifest."""
 
     def alter(**entries):
         directory = tmp_path / "copy"
-        shutil.copytree(portable, directory)
+        shutil.copytree(portable_artifact, directory)
         path = directory / "manifest.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | entries))
         return directory
@@ -53,16 +45,16 @@ def generated(model):
     return results
 
 
-def test_both_programs_for_executorch_give_the_same_tokens(portable, monkeypatch):
-    expected = generated(runner.load(portable))
+def test_both_programs_for_executorch_give_the_same_tokens(portable_artifact, monkeypatch):
+    expected = generated(runner.load(portable_artifact))
     monkeypatch.setattr(
         "runner.model.load_program", lambda artifact, threads: ExecuTorchCudaProgram(artifact)
     )
-    assert generated(runner.load(portable)) == expected
+    assert generated(runner.load(portable_artifact)) == expected
 
 
-def test_outputs_lie_in_memory_of_the_programs_own(portable):
-    program = ExecuTorchCudaProgram(open_artifact(portable))
+def test_outputs_lie_in_memory_of_the_programs_own(portable_artifact):
+    program = ExecuTorchCudaProgram(open_artifact(portable_artifact))
     batch = program.next_id(0).shape[0]
     token, position = program.empty(batch, 1).fill_(70), torch.zeros(batch, dtype=torch.int64)
     logits = program.decode(token, position)
@@ -104,8 +96,8 @@ def test_a_program_of_zeros_is_refused_in_one_line(altered):
     assert "\n" not in str(caught.value)
 
 
-def test_an_artifact_that_cannot_sample_says_so(altered, portable):
-    methods = json.loads((portable / "manifest.json").read_text())["methods"]
+def test_an_artifact_that_cannot_sample_says_so(altered, portable_artifact):
+    methods = json.loads((portable_artifact / "manifest.json").read_text())["methods"]
     program = ExecuTorchCudaProgram(
         open_artifact(altered(methods=[name for name in methods if "sample" not in name]))
     )

@@ -381,19 +381,9 @@ def reference(tiny_checkpoint):
     return generate
 
 
-@pytest.mark.parametrize(
-    "name, arguments",
-    [
-        ("tiny", ()),
-        ("tiny-portable", ("--backend", "portable")),
-        ("tiny-single", ("--max-seq-len", 100, "--max-prefill", 1)),
-    ],
-)
-def test_a_float32_artifact_gives_the_tokens_of_transformers(
-    export_artifact, tiny_artifact, tiny_checkpoint, reference, name, arguments
-):
-    arguments = ("--model", tiny_checkpoint, "--quant", "fp32", *arguments)
-    model = runner.load(export_artifact(name, *arguments))
+@pytest.mark.parametrize("artifact", ["tiny_artifact", "portable_artifact"])
+def test_a_float32_artifact_gives_the_tokens_of_transformers(request, reference, artifact):
+    model = runner.load(request.getfixturevalue(artifact))
     model.tokenizer.eos_token_ids = []
     for prompt in PROMPTS:
         ids = model.generate(prompt, 40).run().token_ids
