@@ -12,10 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # A worker has processors of its own, for threads of two that share some wait for one another,
     # spinning. This comes before torch, which counts them.
     worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    count, processors = (
-        int(os.environ["PYTEST_XDIST_WORKER_COUNT"]),
-        sorted(os.sched_getaffinity(0)),
-    )
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    processors = sorted(os.sched_getaffinity(0))
     share = processors[worker::count] or [processors[worker % len(processors)]]
     os.sched_setaffinity(0, share)
 
