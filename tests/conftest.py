@@ -32,12 +32,12 @@ AUSTEN = ROOT / "tests" / "data" / "austen"
 def run_script(shared):
     """A function that runs export/gemma.py or runner/run.py as a user does; what they print must
     be UTF-8. Exports keep what they have in common, unless their environment is given."""
-    keeping = os.environ | {"TOKENLOOP_CACHE": str(shared / "cache")}
 
     def run(
-        script: str, *arguments, cwd: Path, env: dict[str, str] = keeping, **options
+        script: str, *arguments, cwd: Path, env: dict[str, str] | None = None, **options
     ) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        env = env or os.environ | {"TOKENLOOP_CACHE": str(shared / "cache")}
         done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, **options)
         # Text mode would turn "\r" into "\n".
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
