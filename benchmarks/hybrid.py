@@ -2,12 +2,12 @@
 what does it cost against the context? `python benchmarks/hybrid.py` prints the ceiling, the figures
 and one JSON line.
 
-The shape is transformers' default of Qwen3.5's dense text model, about 9 B parameters; weights are
-random. The peer is transformers' model with its static cache, compiled whole with its argmax by
-torch.compile's reduce-overhead; where that fails, this project's eager network compiled so, and the
-JSON says which and why. Shares are of the
-memory's speed, as it can be read or copied: the weights that a step reads, what the KV caches hold,
-and the states of the delta nets, read and written.
+The shapes are transformers' defaults of Qwen3.5's text models: the dense one, about 9 B parameters,
+and the one of 256 experts, about 35 B, of which a token reads 3. Weights are random. The peer is
+transformers' model with its static cache, compiled whole with its argmax by torch.compile's
+reduce-overhead; where that fails, this project's eager network compiled so, and the JSON says which
+and why. Shares are of the memory's speed, as it can be read or copied: the weights that a step
+reads, what the KV caches hold, and the states of the delta nets, read and written.
 """
 
 import argparse
@@ -46,18 +46,21 @@ from benchmarks.cuda_common import (
 from models import qwen3_5
 from runner import LoopOptions
 
-CONFIG = "qwen3.5-9b"
 CONTEXTS = 256, 1024, 4096, 16_384, 32_000
 LINEAR_KERNELS = "causal_conv1d", "gated_delta_rule"
 HEADER = f"{'context':>8}{'floor ms':>10}{'ms':>8}{'share':>8}{'linear us':>11}{'attention us':>14}"
 
 
-def step_bytes(model, position: int) -> float:
+def step_bytes(model, keys: dict, position: int) -> float:
     """Bytes that a step at `position` has to move: every weight but the embedding, of which it
-    reads a row; keys and values up to there; and states of any length, read and written."""
+    reads a row, and the experts that are not chosen; keys and values up to there; and states of any
+    length, read and written. `keys` is the network's config."""
     manifest = model.manifest
     entries = [e for e in manifest["weights"]["random"] if "embed_tokens" not in e["name"]]
     size = sum(map(_bytes_of, entries))
+    experts = sum(_bytes_of(entry) for entry in entries if ".experts." in entry["name"])
+    if experts:
+        size -= experts * (1 - keys["num_experts_per_tok"] / keys["num_experts"])
     for entry in manifest["state"]:
         if entry["name"].endswith((".conv", ".recurrent")):
             size += 2 * _bytes_of(entry)
@@ -89,9 +92,9 @@ def last_chunks_only(model) -> Iterator[None]:
         del loop._prefill
 
 
-def measure(model, position: int, bandwidth: float, steps: int, repeats: int) -> dict:
+def measure(model, keys: dict, position: int, bandwidth: float, steps: int, repeats: int) -> dict:
     """A row of figures at a context."""
-    size = step_bytes(model, position)
+    size = step_bytes(model, keys, position)
     ms = statistics.median(decode_ms(model, position, steps, repeats, LoopOptions()))
     prompt = [i * 37 % 250 + 3 for i in range(position)]
     events = profiled(lambda: model.generate(prompt, 34).run())
@@ -149,12 +152,14 @@ def timed(step, token, position, steps: int, repeats: int) -> list[float]:
 
 def transformers_ms(keys: dict, position: int, steps: int, repeats: int) -> list[float]:
     """transformers' model, its static cache filled up to `position` less half the steps."""
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, StaticCache
+    import transformers
 
+    name = "Qwen3_5Moe" if "num_experts" in keys else "Qwen3_5"
+    config = getattr(transformers, f"{name}TextConfig")(**keys)
     with torch.device("cuda"):
-        config = Qwen3_5TextConfig(**keys)
-        model = Qwen3_5ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    cache = StaticCache(config=config, max_cache_len=2048)
+        network = getattr(transformers, f"{name}ForCausalLM")
+        model = network._from_config(config, dtype=torch.bfloat16).eval()
+    cache = transformers.StaticCache(config=config, max_cache_len=2048)
     parameters = inspect.signature(model.forward).parameters
     options = {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
     begin = position - steps // 2
@@ -187,8 +192,7 @@ def network_ms(keys: dict, position: int, steps: int, repeats: int) -> list[floa
     return timed(step, torch.full((1, 1), 5, device="cuda"), where, steps, repeats)
 
 
-def measure_peer(position: int, steps: int, repeats: int) -> dict:
-    keys = json.loads((CONFIGS / f"{CONFIG}.json").read_text())
+def measure_peer(keys: dict, position: int, steps: int, repeats: int) -> dict:
     failed = None
     for name, function in (("transformers", transformers_ms), ("network", network_ms)):
         try:
@@ -207,6 +211,9 @@ def measure_peer(position: int, steps: int, repeats: int) -> dict:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/hybrid.py", description=__doc__)
+    parser.add_argument(
+        "--config", default="qwen3.5-9b", help="of benchmarks/configs (default: qwen3.5-9b)"
+    )
     parser.add_argument("--quant", default="bf16", help="of the export (default: bf16)")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: 5)")
@@ -221,6 +228,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    keys = json.loads((CONFIGS / f"{options.config}.json").read_text())
     copied, read, device = copy_bandwidth(), read_bandwidth(), torch.cuda.get_device_name()
     bandwidth = max(copied, read)
     print(
@@ -231,14 +239,14 @@ def main() -> None:
         **origin("hybrid"),
         "copy_tb_s": copied / 1e12,
         "read_tb_s": read / 1e12,
-        "config": CONFIG,
+        "config": options.config,
         "quant": options.quant,
         "batch": 1,
     }
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
         artifact = options.artifact or export(
-            CONFIG, Path(directory), "--quant", options.quant,
+            options.config, Path(directory), "--quant", options.quant,
             "--max-seq-len", 32_768, "--max-prefill", 64,
         )  # fmt: skip
         answer["export_s"] = time.perf_counter() - start
@@ -248,7 +256,7 @@ def main() -> None:
         print(f"a step: {answer['step']}\n{HEADER}", flush=True)
         with last_chunks_only(model):
             answer["rows"] = [
-                measure(model, context, bandwidth, options.steps, options.repeats)
+                measure(model, keys, context, bandwidth, options.steps, options.repeats)
                 for context in CONTEXTS
             ]
     for name, count, us in answer["rows"][0]["kernels"]:
@@ -258,7 +266,7 @@ def main() -> None:
     if not options.no_peer:
         del model
         torch.cuda.empty_cache()
-        answer["peer"] = measure_peer(CONTEXTS[0], options.steps, options.repeats)
+        answer["peer"] = measure_peer(keys, CONTEXTS[0], options.steps, options.repeats)
         answer["peer"]["ratio"] = answer["peer"]["ms"] / answer["rows"][0]["ms"]
         print(f"{answer['peer']}")
     save(answer, options.output)

@@ -1,5 +1,5 @@
-"""A decode step on CUDA by models/kernels: five launches a layer, or eight with routed experts, and
-one for the end."""
+"""A decode step on CUDA by models/kernels: five launches a layer, eight with routed experts, or ten
+where one of them is every token's, and one for the end."""
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,16 @@ class FusedDecode(nn.Module):
             x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
             return x, self._linear(gated, layer.down)
         x, normed = cuda.add_norm(*residual, **options)
-        config, weights = layer.moe.config, layer.moe.experts
-        routed = experts.route(
-            self._linear(normed, layer.moe.gate), config.num_experts_per_tok, config.norm_topk_prob
-        )
-        return x, experts.experts(normed, *routed, weights.gate_up_proj, weights.down_proj)
+        config, weights = layer.moe, layer.experts
+        scores = self._linear(normed, layer.scores)
+        counts = config.num_experts, config.num_experts_per_tok
+        routed = experts.route(scores, *counts, config.norm_topk_prob)
+        shared = ()
+        if layer.shared:
+            gated = self._linear(normed, layer.gate_up, activation=layer.activation)
+            shared = self._linear(gated, layer.down), scores
+        tables = weights.gate_up_proj, weights.down_proj
+        return x, experts.experts(normed, *routed, *tables, *shared)
 
     def _after(
         self,
@@ -88,8 +93,8 @@ class FusedDecode(nn.Module):
             x, branch, post, before.layer_scalar, norm.weight, *tensors, **options
         )
 
-    def _linear(self, x: Tensor, rows: nn.Module) -> Tensor:
-        return cuda.linear(x, *_tensors(rows), self.counters)
+    def _linear(self, x: Tensor, rows: nn.Module, **options) -> Tensor:
+        return cuda.linear(x, *_tensors(rows), self.counters, **options)
 
     def _attend(self, layer: FusedLayer, qkv: Tensor, position: Tensor) -> Tensor:
         cache, q_norm = layer.cache, layer.q_norm

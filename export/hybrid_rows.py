@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.rows import ACTIVATIONS, fuse
+from export.rows import FusedMlp, fuse
 from models.delta_net import GatedDeltaNet
 from models.qwen3_5 import FULL, Attention, Block, Qwen3_5
 
@@ -80,16 +80,11 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-class HybridLayer(nn.Module):
-    """What a decode step's launches read of a block, without experts, of an arranged network."""
-
-    moe = None
+class HybridLayer(FusedMlp):
+    """What a decode step's launches read of a block of an arranged network."""
 
     def __init__(self, block: Block, bits: int):
-        super().__init__()
-        self.gate_up = fuse(block.mlp, ["gate_proj", "up_proj"], bits)
-        self.down = fuse(block.mlp, ["down_proj"], bits)
-        self.activation = ACTIVATIONS[type(block.mlp.act)]
+        super().__init__(block.mlp, bits)
         self.input_norm, self.mlp_norm = block.input_layernorm, block.post_attention_layernorm
         self.post_attention_norm = self.post_mlp_norm = self.layer_scalar = None
         self.cache = block.mixer.cache

@@ -72,8 +72,7 @@ class Pt2Artifact:
         model.to(self.device)
         # Modules with the tensors that those of the step are views of.
         whole = []
-        # A hybrid's experts have a shared one beside them, which the fused step does not know.
-        if self.device.type == "cuda" and not (hybrid and experts):
+        if self.device.type == "cuda":
             if hybrid:
                 from export.fused_hybrid import HybridDecode as FusedDecode
             else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.kernels.packing import quantize_int4, quantize_int8
 from models.kernels.reference import dequantize
-from models.moe import SparseMoe
+from models.moe import SharedSparseMoe, SparseMoe
 
 QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
 ACTIVATIONS = {nn.GELU: "gelu_tanh", nn.SiLU: "silu"}
@@ -77,21 +77,38 @@ class IntegerHead(nn.Module):
         return cuda.linear(hidden[:, 0], weight, scale, None, counters, wide=True)[:, None]
 
 
-class FusedLayer(nn.Module):
-    """What a decode step's launches read of a block, which is changed: its linear layers, which
-    prefill uses, become views. Routed experts, `moe`, stay as they are, whatever the bits."""
+class FusedMlp(nn.Module):
+    """What a decode step's launches read of a feed-forward, which is changed: its linear layers,
+    which prefill uses, become views.
+
+    With routed experts, `moe` is their config, and they stay as they are, whatever the bits. Rows
+    of `scores` choose them; the last one weighs the expert that every token has, if there is one,
+    whose rows are then those of `gate_up` and `down`.
+    """
+
+    def __init__(self, mlp: nn.Module, bits: int):
+        super().__init__()
+        self.moe, self.shared, dense = None, False, mlp
+        if isinstance(mlp, SparseMoe):
+            self.shared = isinstance(mlp, SharedSparseMoe)
+            self.moe, self.experts = mlp.config, mlp.experts
+            self.scores = fuse(mlp, ["gate"] + ["shared_expert_gate"] * self.shared, 0)
+            dense = mlp.shared_expert if self.shared else None
+        if dense is not None:
+            self.gate_up = fuse(dense, ["gate_proj", "up_proj"], bits)
+            self.down = fuse(dense, ["down_proj"], bits)
+            self.activation = ACTIVATIONS[type(dense.act)]
+
+
+class FusedLayer(FusedMlp):
+    """What a decode step's launches read of a block, which is changed as FusedMlp says."""
 
     def __init__(self, block: nn.Module, bits: int):
-        super().__init__()
-        attention, mlp = block.self_attn, block.mlp
+        super().__init__(block.mlp, bits)
+        attention = block.self_attn
         projections = [name for name in ("q_proj", "k_proj", "v_proj") if hasattr(attention, name)]
         self.qkv = fuse(attention, projections, bits)
         self.o = fuse(attention, ["o_proj"], bits)
-        self.moe = mlp if isinstance(mlp, SparseMoe) else None
-        if self.moe is None:
-            self.gate_up = fuse(mlp, ["gate_proj", "up_proj"], bits)
-            self.down = fuse(mlp, ["down_proj"], bits)
-            self.activation = ACTIVATIONS[type(mlp.act)]
         self.input_norm, self.mlp_norm = block.input_layernorm, block.mlp_norm
         self.post_attention_norm, self.post_mlp_norm = block.branch_norms
         self.layer_scalar = getattr(block, "layer_scalar", None)

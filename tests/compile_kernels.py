@@ -115,10 +115,11 @@ def attention() -> None:
 def experts() -> None:
     module = operators("models.kernels.experts")
     for dtype in (bfloat16, float32):
-        chosen, weights = module.route(empty(2, 128, dtype=dtype), 8, True)
-        x = empty(2, 2048, dtype=dtype)
+        scores, x = empty(2, 129, dtype=dtype), empty(2, 2048, dtype=dtype)
+        chosen, weights = module.route(scores, 128, 8, True)
         tables = empty(128, 1536, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
         module.experts(x, chosen, weights, *tables)
+        module.experts(x, chosen, weights, *tables, x, scores)
 
 
 def positions() -> None:

@@ -24,14 +24,14 @@ BLOCK_N = 8
 
 @triton.jit
 def route_kernel(
-    scores_ptr, chosen_ptr, weights_ptr, E,
+    scores_ptr, chosen_ptr, weights_ptr, E, width,
     C: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A row's largest scores, one after the other, and their probabilities."""
+    """The largest of a row's first E scores, one after the other, and their probabilities."""
     b = tl.program_id(0)
     e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
     scores_ptr += wait(0)
-    scores = tl.load(scores_ptr + b * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
+    scores = tl.load(scores_ptr + b * width + e, mask=e < E, other=float("-inf")).to(tl.float32)
     left = tl.exp(scores - tl.max(scores, 0))
     left = tl.where(e < E, left / tl.sum(left, 0), -1.0)
     chosen, weights = tl.zeros([BLOCK_C], tl.int64), tl.zeros([BLOCK_C], tl.float32)
@@ -80,10 +80,11 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    h_ptr, chosen_ptr, weights_ptr, w_ptr, y_ptr, N, K,
+    h_ptr, chosen_ptr, weights_ptr, w_ptr, shared_ptr, scores_ptr, y_ptr, N, K, width,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of a row: the weighted sum of what its experts make of h [B, C, K]."""
+    """BLOCK_N outputs of a row: the weighted sum of what its experts make of h [B, C, K], and of
+    what is shared, whose weight is the last of the row's scores."""
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.zeros([BLOCK_N], tl.float32)
@@ -94,17 +95,21 @@ def down_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         acc = products(acc, h_ptr + pair * K, w_ptr + expert, n, N, K, BLOCK_K)
         y += tl.load(weights_ptr + pair).to(tl.float32) * tl.sum(acc, 1)
+    if shared_ptr is not None:
+        score = tl.load(scores_ptr + zero + b * width + width - 1).to(tl.float32)
+        shared = tl.load(shared_ptr + zero + b * N + n, mask=n < N, other=0.0).to(tl.float32)
+        y += shared / (1 + tl.exp(-score))
     tl.store(y_ptr + b * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton_op("tokenloop::route", mutates_args={})
-def route(scores: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
+def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
     """See reference.route. The scores are contiguous."""
-    rows, experts = scores.shape
+    rows, width = scores.shape
     chosen = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
     weights = torch.empty(rows, count, dtype=scores.dtype, device=scores.device)
     wrap_triton(route_kernel)[(rows,)](
-        scores, chosen, weights, experts, C=count, NORMALIZED=normalized,
+        scores, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
         BLOCK_E=triton.next_power_of_2(experts), BLOCK_C=triton.next_power_of_2(count),
         num_warps=1,
     )  # fmt: skip
@@ -112,10 +117,19 @@ def route(scores: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]
 
 
 @triton_op("tokenloop::experts", mutates_args={})
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> Tensor:
     """See reference.experts. Raises ValueError for a tensor that is not contiguous."""
-    for name, tensor in (("x", x), ("chosen", chosen), ("weights", weights)):
-        if not tensor.is_contiguous():
+    rest = {"shared": shared, "scores": scores}
+    for name, tensor in {"x": x, "chosen": chosen, "weights": weights, **rest}.items():
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} of strides {tensor.stride()} is not contiguous")
     rows, count = chosen.shape
     _, size, inner = down.shape
@@ -126,7 +140,8 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: T
     )  # fmt: skip
     y = torch.empty_like(x)
     wrap_triton(down_kernel)[(triton.cdiv(size, BLOCK_N), rows)](
-        h, chosen, weights, down, y, size, inner,
+        h, chosen, weights, down, shared, scores, y, size, inner,
+        0 if scores is None else scores.shape[1],
         C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(inner), num_warps=4,
     )  # fmt: skip
     return y

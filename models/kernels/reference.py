@@ -185,10 +185,11 @@ def attend_step(
     return out.reshape(rows, -1).to(qkv.dtype)
 
 
-def route(scores: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
-    """The `count` experts with the largest of scores [B, E], int64 [B, count], the first of equal
-    ones first; and their probabilities, of the scores' dtype, which add up to 1 if `normalized`."""
-    probabilities = F.softmax(scores.float(), dim=-1)
+def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The `count` experts with the largest of scores [B, E or more], whose first E are those of
+    `experts`: int64 [B, count], the first of equal ones first; and their probabilities, of the
+    scores' dtype, which add up to 1 if `normalized`."""
+    probabilities = F.softmax(scores[:, :experts].float(), dim=-1)
     weights, chosen = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     weights, chosen = weights[:, :count], chosen[:, :count]
     if normalized:
@@ -196,13 +197,26 @@ def route(scores: Tensor, count: int, normalized: bool) -> tuple[Tensor, Tensor]
     return chosen, weights.to(scores.dtype)
 
 
-def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> Tensor:
     """SiLU-gated feed-forwards of x [B, K], by the experts chosen int64 [B, C], weighted with
     weights [B, C] and added up: [B, K].
 
-    gate_up [E, 2 I, K], down [E, K, I]. What lies between the two is rounded to x's dtype.
+    gate_up [E, 2 I, K], down [E, K, I]. What lies between the two is rounded to x's dtype. What an
+    expert gives that all rows have, `shared` [B, K], is added as well, weighted with the sigmoid of
+    the last of `scores` [B, S].
     """
     gate, up = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float()).chunk(2, dim=-1)
     hidden = (F.silu(gate) * up).to(x.dtype).float()
     out = torch.einsum("bci,bcki->bck", hidden, down[chosen].float())
-    return (out * weights.float()[..., None]).sum(1).to(x.dtype)
+    out = (out * weights.float()[..., None]).sum(1)
+    if shared is not None:
+        out = out + scores[:, -1:].float().sigmoid() * shared.float()
+    return out.to(x.dtype)

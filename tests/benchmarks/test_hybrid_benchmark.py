@@ -5,23 +5,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3_5TextConfig
+from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 from benchmarks.cuda_common import CONFIGS
-from benchmarks.hybrid import CONFIG, last_chunks_only, step_bytes
+from benchmarks.hybrid import last_chunks_only, step_bytes
 from models import qwen3_5
 from runner.loop import Loop, LoopOptions
 from runner.torch_memory import TorchMemory
 from runner.transfers import Transfers
 
 
-def test_the_shape_is_transformers_default():
-    keys = json.loads((CONFIGS / f"{CONFIG}.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "config", "billions"),
+    [("qwen3.5-9b", Qwen3_5TextConfig, 9.0), ("qwen3.5-35b-a3b", Qwen3_5MoeTextConfig, 34.7)],
+)
+def test_the_shapes_are_transformers_defaults(name, config, billions):
+    keys = json.loads((CONFIGS / f"{name}.json").read_text())
     read = qwen3_5.Config.from_dict(keys)
-    assert read == qwen3_5.Config.from_dict(Qwen3_5TextConfig().to_dict())
+    assert read == qwen3_5.Config.from_dict(config().to_dict())
     with torch.device("meta"):
         model = qwen3_5.Network(read, 8, 1, torch.bfloat16)
-    assert 8.5e9 < sum(parameter.numel() for parameter in model.parameters()) < 9.5e9
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size / 1e9 == pytest.approx(billions, abs=0.5)
 
 
 def test_bytes_of_a_step_are_weights_filled_slots_and_states_twice():
@@ -43,7 +48,12 @@ def test_bytes_of_a_step_are_weights_filled_slots_and_states_twice():
         ],
     }
     expected = 1600 + 2 * 128 + 2 * 96 + 10 * 16
-    assert step_bytes(SimpleNamespace(manifest=manifest), 9) == pytest.approx(expected)
+    model = SimpleNamespace(manifest=manifest)
+    assert step_bytes(model, {}, 9) == pytest.approx(expected)
+    # Of 10 experts a token reads 2.
+    manifest["weights"]["random"].append(entry("layers.0.experts.down_proj", "bfloat16", 10, 8, 3))
+    keys = {"num_experts": 10, "num_experts_per_tok": 2}
+    assert step_bytes(model, keys, 9) == pytest.approx(expected + 2 * 24 * 2)
 
 
 def test_of_a_long_prompt_only_the_last_chunk_is_computed():

@@ -19,6 +19,7 @@ from tests.models.driving import assert_near, prompt  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 LAYOUTS = ["qwen3_5_text", "qwen3_next"]
+EXPERTS = "qwen3_5_moe_text"
 # The interpreter takes its time.
 SMALL = {
     "vocab_size": 48,
@@ -61,7 +62,7 @@ def networks(make_hybrid_checkpoint):
     return make
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, EXPERTS])
 def test_an_arranged_network_computes_what_it_did(networks, layout):
     plain, arranged = networks(layout, 2)
     fuse_layers(arranged, 0)
@@ -84,7 +85,7 @@ def test_integer_weights_are_near_what_they_stand_for(networks, layout):
     assert 0 < difference.abs().max() < 0.05 * expected.abs().max()
 
 
-@pytest.mark.parametrize(("layout", "batch"), zip(LAYOUTS, [1, 3]))
+@pytest.mark.parametrize(("layout", "batch"), zip([*LAYOUTS, EXPERTS], [1, 3, 2]))
 def test_a_fused_step_gives_the_networks_logits(networks, layout, batch):
     plain, changed = networks(layout, batch)
     decode = HybridDecode(changed)
@@ -97,8 +98,9 @@ def test_a_fused_step_gives_the_networks_logits(networks, layout, batch):
     assert not decode.counters.any()
 
 
-def test_no_two_tensors_of_a_fused_step_share_memory(networks):
-    decode = HybridDecode(networks("qwen3_next", 1)[0])
+@pytest.mark.parametrize("layout", ["qwen3_next", EXPERTS])
+def test_no_two_tensors_of_a_fused_step_share_memory(networks, layout):
+    decode = HybridDecode(networks(layout, 1)[0])
     tensors = [*decode.parameters(), *decode.buffers()]
     addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     assert len(addresses) == len(tensors) > 20

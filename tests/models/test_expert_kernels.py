@@ -13,7 +13,7 @@ from tests.models.test_kernels import (  # noqa: F401  (the fixture is used by e
 )
 
 from models.kernels import experts, reference  # isort: skip  (Triton's interpreter is set above)
-from models.moe import MoeConfig, SparseMoe  # isort: skip
+from models.moe import MoeConfig, SharedSparseMoe, SparseMoe  # isort: skip
 
 EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
 ROWS = [1, 2, 7]
@@ -42,8 +42,8 @@ def test_the_largest_scores_choose_and_weigh(rows, dtype, normalized):
     scores = made(rows, EXPERTS, dtype=dtype)
     # Ties, which go to the first; and one that leaves nothing to the others.
     scores[0, 1:4], scores[-1, 2] = 2.5, 80.0
-    chosen, weights = experts.route(scores, CHOICES, normalized)
-    expected, expected_weights = reference.route(scores, CHOICES, normalized)
+    chosen, weights = experts.route(scores, EXPERTS, CHOICES, normalized)
+    expected, expected_weights = reference.route(scores, EXPERTS, CHOICES, normalized)
     assert torch.equal(chosen, expected) and weights.dtype == dtype
     torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
 
@@ -51,20 +51,39 @@ def test_the_largest_scores_choose_and_weigh(rows, dtype, normalized):
 def test_a_row_of_nan_chooses_experts_that_exist():
     scores = made(2, EXPERTS)
     scores[0] = torch.nan
-    chosen, _ = experts.route(scores, CHOICES, True)
+    chosen, _ = experts.route(scores, EXPERTS, CHOICES, True)
     assert chosen.min() >= 0 and chosen.max() < EXPERTS
-    assert torch.equal(chosen[1:], reference.route(scores[1:], CHOICES, True)[0])
+    assert torch.equal(chosen[1:], reference.route(scores[1:], EXPERTS, CHOICES, True)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_chosen_experts_give_what_the_reference_gives(rows, dtype):
     x = made(rows, SIZE, dtype=dtype)
-    routed = experts.route(made(rows, EXPERTS, dtype=dtype, seed=3), CHOICES, True)
+    routed = experts.route(made(rows, EXPERTS, dtype=dtype, seed=3), EXPERTS, CHOICES, True)
     actual = experts.experts(x, *routed, *weights_of(dtype))
     expected = reference.experts(x, *routed, *weights_of(dtype))
     assert actual.dtype == dtype
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_what_all_rows_have_is_added_with_a_weight_of_its_own(rows, dtype):
+    x, shared = (made(rows, SIZE, dtype=dtype, seed=seed) for seed in (0, 5))
+    scores = made(rows, EXPERTS + 1, dtype=dtype, seed=3)
+    # Not to be chosen, however large it is.
+    scores[0, -1] = 90.0
+    routed = experts.route(scores, EXPERTS, CHOICES, True)
+    assert routed[0].max() < EXPERTS
+    assert torch.equal(
+        routed[0], experts.route(scores[:, :-1].contiguous(), EXPERTS, CHOICES, True)[0]
+    )
+    actual = experts.experts(x, *routed, *weights_of(dtype), shared, scores)
+    expected = reference.experts(x, *routed, *weights_of(dtype), shared, scores)
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    alone = reference.experts(x, *routed, *weights_of(dtype))
+    assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
 
 
 def test_what_is_not_contiguous_is_refused():
@@ -86,10 +105,10 @@ def test_experts_that_are_not_chosen_are_not_read():
 def test_a_row_gives_the_same_bits_whatever_the_others_are(dtype):
     x, gate_up_down = made(7, SIZE, dtype=dtype), weights_of(dtype)
     scores = made(7, EXPERTS, dtype=dtype, seed=3)
-    together = experts.experts(x, *experts.route(scores, CHOICES, True), *gate_up_down)
+    together = experts.experts(x, *experts.route(scores, EXPERTS, CHOICES, True), *gate_up_down)
     for row in range(7):
         one = slice(row, row + 1)
-        routed = experts.route(scores[one], CHOICES, True)
+        routed = experts.route(scores[one], EXPERTS, CHOICES, True)
         assert torch.equal(experts.experts(x[one], *routed, *gate_up_down), together[one])
 
 
@@ -102,6 +121,20 @@ def test_they_are_the_networks_own_experts(normalized):
     x = made(3, SIZE)
     with torch.no_grad():
         expected = moe(x[:, None])[:, 0]
-        routed = experts.route(moe.gate(x), CHOICES, normalized)
+        routed = experts.route(moe.gate(x), EXPERTS, CHOICES, normalized)
         actual = experts.experts(x, *routed, gate_up, down)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_they_are_the_networks_own_with_one_that_every_token_has():
+    config = MoeConfig(EXPERTS, CHOICES, INNER, True)
+    moe = SharedSparseMoe(SIZE, config, INNER).to(DEVICE).requires_grad_(False)
+    for seed, parameter in enumerate(moe.parameters()):
+        parameter.data = made(*parameter.shape, seed=seed) / parameter.shape[-1] ** 0.5
+    x = made(3, SIZE)
+    weight = torch.cat([moe.gate.weight, moe.shared_expert_gate.weight])
+    scores = torch.nn.functional.linear(x, weight)
+    routed = experts.route(scores, EXPERTS, CHOICES, True)
+    tables = moe.experts.gate_up_proj, moe.experts.down_proj
+    actual = experts.experts(x, *routed, *tables, moe.shared_expert(x), scores)
+    torch.testing.assert_close(actual, moe(x[:, None])[:, 0], rtol=1e-4, atol=1e-4)
