@@ -19,8 +19,8 @@ pytestmark = [
 VARIANTS = variants(("auto", "alias", "host"), (True, False))
 # Chunks of a prompt are as long as the delta rule's own.
 PROMPTS = [[2], [2, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(130)]]
-# Each layout, one of them with several rows, and experts.
-ROWS = {"qwen3_5_text": 1, "qwen3_next": 3, "qwen3_5_moe_text": 1}
+# Each layout, and experts; some with several rows.
+ROWS = {"qwen3_5_text": 1, "qwen3_next": 3, "qwen3_5_moe_text": 2}
 
 
 @pytest.fixture(scope="module")
