@@ -285,7 +285,10 @@ def largest(logits: torch.Tensor) -> list[int]:
 @given(st.integers(0, 2**31), st.sampled_from([256, 257, 1000, 4097]))
 def test_the_shortlist_has_the_largest_of_all(seed, groups):
     logits = random(64 * groups, seed=seed)
-    assert largest(logits) == torch.topk(logits, 256).indices.sort().values.tolist()
+    found = largest(logits)
+    # Of equal ones any.
+    assert len(set(found)) == 256
+    assert torch.equal(logits[found].sort(descending=True).values, torch.topk(logits, 256).values)
 
 
 def test_the_shortlist_has_the_largest_though_one_group_has_most_of_them():
