@@ -43,6 +43,7 @@ from benchmarks.cuda_common import (
     read_bandwidth,
     save,
 )
+from export.random_weights import make_parameters
 from models import qwen3_5
 from runner import LoopOptions
 
@@ -179,10 +180,9 @@ def network_ms(keys: dict, position: int, steps: int, repeats: int) -> list[floa
     config = qwen3_5.Config.from_dict(keys)
     with torch.device("meta"):
         network = qwen3_5.Network(config, 2048, 1, torch.bfloat16)
-    for part in network.modules():
-        for key, parameter in dict(part.named_parameters(recurse=False)).items():
-            weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
-            setattr(part, key, torch.nn.Parameter(weight.normal_(std=0.02), requires_grad=False))
+    make_parameters(network, torch.device("cuda"), torch.bfloat16)
+    for parameter in network.parameters():
+        parameter.normal_(std=0.02)
     network.to("cuda").eval()
 
     def step(token, position):

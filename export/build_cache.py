@@ -9,11 +9,11 @@ import pickle
 import platform
 from collections.abc import Callable
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from filelock import FileLock
 
+from export.artifact import installed_version
 from export.errors import ExportError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ def place(function: Callable, arguments: tuple, processor: str) -> Path | None:
     key = sha256()
     machine = platform.python_version(), platform.machine(), processor, os.environ.get("CXX")
     comes_from = function.__module__, function.__name__, arguments, machine
-    key.update(repr((comes_from, [_version(name) for name in PACKAGES])).encode())
+    key.update(repr((comes_from, [installed_version(name) for name in PACKAGES])).encode())
     for source in sorted(path for name in SOURCES for path in (ROOT / name).rglob("*.py")):
         key.update(f"{source.relative_to(ROOT)} ".encode() + sha256(source.read_bytes()).digest())
     return Path(directory, f"{function.__name__.strip('_')}-{key.hexdigest()[:32]}.pickle")
@@ -62,10 +62,3 @@ def result_of(function: Callable, arguments: tuple, file: Path | None) -> bytes:
         except OSError:
             unfinished.unlink(missing_ok=True)
         return result
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

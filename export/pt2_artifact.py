@@ -59,8 +59,7 @@ class Pt2Artifact:
         """
         bits = INTEGER_BITS[self.options.quant]
         hybrid = isinstance(model, Qwen3_5)
-        experts = any(isinstance(block.mlp, SparseMoe) for block in model.model.layers)
-        if bits and experts:
+        if bits and any(isinstance(block.mlp, SparseMoe) for block in model.model.layers):
             raise ExportError(
                 f"--quant {self.options.quant} is not for experts with --backend inductor; bf16 "
                 "and fp32 are"

@@ -24,7 +24,7 @@ ROWS = {"qwen3_5_text": 1, "qwen3_next": 3, "qwen3_5_moe_text": 2}
 
 
 @pytest.fixture(scope="module")
-def export_hybrid(make_hybrid_checkpoint, once, run_script):
+def export_hybrid(make_hybrid_checkpoint, export_artifact):
     """A function: layout, rows, recipe -> the checkpoint's and the artifact's directories."""
 
     def make(layout: str, batch: int, quant: str) -> tuple[Path, Path]:
@@ -33,13 +33,8 @@ def export_hybrid(make_hybrid_checkpoint, once, run_script):
             *("--model", checkpoint, "--device", "cuda", "--quant", quant, "--batch", batch),
             *("--max-seq-len", 200, "--max-prefill", CHUNK),
         )
-
-        def export(output: Path) -> None:
-            command = "export/qwen3_5.py", *arguments, "--output", output
-            done = run_script(*command, cwd=output.parent)
-            assert done.returncode == 0, done.stderr
-
-        return checkpoint, once(f"{layout}-{batch}-{quant}", export)
+        name = f"{layout}-{batch}-{quant}"
+        return checkpoint, export_artifact(name, *arguments, script="export/qwen3_5.py")
 
     return make
 

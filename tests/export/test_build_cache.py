@@ -70,7 +70,7 @@ def test_arguments_processors_compilers_and_versions_make_it_another_result(
     result_of(compute, 1, processor="AVX512")
     monkeypatch.setenv("CXX", "another-compiler")
     result_of(compute, 1)
-    monkeypatch.setattr(build_cache, "version", lambda package: "0.0")
+    monkeypatch.setattr(build_cache, "installed_version", lambda package: "0.0")
     result_of(compute, 1)
     assert len(compute.calls) == 5
 

@@ -1,9 +1,9 @@
 """The program that needs CudaBackend, as far as there is none: what it refuses, and all the rest of
 it on the CPU, with a program for ExecuTorch's plain kernels."""
 
+import functools
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from runner.errors import RunnerError
 from runner.executorch_cuda_program import ExecuTorchCudaProgram
 from runner.torch_memory import ALIGNMENT, Aligned
 from runner.transfers import Transfers
+from tests import driving
 
 PROMPTS = [[2, 70, 40, 121, 33, 56, 78, 99, 104], [2], [2, 90, 91]]
 SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 7}
@@ -22,15 +23,7 @@ SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 7}
 @pytest.fixture
 def altered(portable_artifact, tmp_path):
     """A function (**entries) -> a copy of the artifact with these entries in its manifest."""
-
-    def alter(**entries):
-        directory = tmp_path / "copy"
-        shutil.copytree(portable_artifact, directory)
-        path = directory / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-        return directory
-
-    return alter
+    return functools.partial(driving.altered, portable_artifact, tmp_path / "copy")
 
 
 def generated(model):
