@@ -42,8 +42,8 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from models.operators import conv1d, cuda
-from models.operators.triton_conv1d import (
+from tokenloop.models.operators import conv1d, cuda
+from tokenloop.models.operators.triton_conv1d import (
     convolved,
     inputs_before,
     load_bias,

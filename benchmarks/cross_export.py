@@ -161,7 +161,9 @@ def export_fake(script: str, arguments: list[str]) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    from export import command, pt2, pt2_artifact
+    from tokenloop.export import command
+    from tokenloop.export.pt2 import package as pt2
+    from tokenloop.export.pt2 import pt2_artifact
 
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(tracked_fakes=[]))
 
@@ -185,7 +187,7 @@ def export_fake(script: str, arguments: list[str]) -> int:
             return pt2.compile_graph(graph, example)
 
     class Later:
-        """export.background.Background in this process."""
+        """tokenloop.export.background.Background in this process."""
 
         def __init__(self, what, function, *arguments, processor=""):
             self.function, self.arguments = function, arguments
@@ -203,7 +205,7 @@ def export_fake(script: str, arguments: list[str]) -> int:
             export(*arguments)
 
     command.export = with_fake_tensors
-    family = importlib.import_module(f"export.{script.removesuffix('.py')}").FAMILY
+    family = importlib.import_module(f"tokenloop.export.{script.removesuffix('.py')}").FAMILY
     flags = ["--backend", "inductor", "--device", "cuda", *arguments]
     return command.main(family, flags)
 

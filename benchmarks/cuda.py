@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-import runner
 from benchmarks.cuda_common import (
     CONFIGS,
     copy_bandwidth,
@@ -38,9 +37,14 @@ from benchmarks.cuda_common import (
     read_bandwidth,
     save,
 )
-from runner import LoopOptions
+from tokenloop import runner
+from tokenloop.runner import LoopOptions
 
-MODULES = {"gemma3_text": "models.gemma3", "gemma4_text": "models.gemma4", "qwen3": "models.qwen3"}
+MODULES = {
+    "gemma3_text": "tokenloop.models.gemma3",
+    "gemma4_text": "tokenloop.models.gemma4",
+    "qwen3": "tokenloop.models.qwen3",
+}
 
 
 def step_bytes(model, position: int) -> float:

@@ -24,9 +24,9 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-import runner
 from benchmarks.cuda_common import PROMPT, export, idle_share, origin, profiled, save
-from runner import LoopOptions, Request
+from tokenloop import runner
+from tokenloop.runner import LoopOptions, Request
 
 # Each with the batches that it is measured at.
 CONFIGS = {"qwen3-0.6b": (1,), "qwen3-4b": (1, 16, 32), "qwen3-14b": (1,)}

@@ -20,14 +20,14 @@ import torch
 
 from benchmarks.cuda import MODULES
 from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, profiled, save
-from export.fused import FusedDecode
-from export.fused_hybrid import HybridDecode
-from export.random_weights import make_parameters
-from models.kernels.dependent_launch import WAITING
-from models.qwen3_5 import Qwen3_5
-from runner.dependent_launch import let_overlap
+from tokenloop.export.pt2.cuda_step import FusedDecode
+from tokenloop.export.pt2.fused_hybrid import HybridDecode
+from tokenloop.export.random_weights import make_parameters
+from tokenloop.models.kernels.dependent_launch import WAITING
+from tokenloop.models.qwen3_5 import Qwen3_5
+from tokenloop.runner.engines.programmatic_launch import let_overlap
 
-MODULES = MODULES | {"qwen3_5_text": "models.qwen3_5"}
+MODULES = MODULES | {"qwen3_5_text": "tokenloop.models.qwen3_5"}
 REPLAYS = 8
 
 

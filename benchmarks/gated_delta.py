@@ -30,7 +30,7 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from models.operators import conv1d, cuda, delta_rule
+from tokenloop.models.operators import conv1d, cuda, delta_rule
 
 BATCHES = 1, 2, 4, 8, 16, 32, 64
 HEADS, KEY_HEADS, SIZE = 32, 16, 128

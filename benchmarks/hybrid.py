@@ -28,7 +28,6 @@ if __name__ == "__main__":
 
 import torch
 
-import runner
 from benchmarks.cuda_common import (
     CONFIGS,
     copies,
@@ -43,9 +42,10 @@ from benchmarks.cuda_common import (
     read_bandwidth,
     save,
 )
-from export.random_weights import make_parameters
-from models import qwen3_5
-from runner import LoopOptions
+from tokenloop import runner
+from tokenloop.export.random_weights import make_parameters
+from tokenloop.models import qwen3_5
+from tokenloop.runner import LoopOptions
 
 CONTEXTS = 256, 1024, 4096, 16_384, 32_000
 LINEAR_KERNELS = "causal_conv1d", "gated_delta_rule"

@@ -32,9 +32,9 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from models.kernels import cuda, reference
-from models.kernels.packing import quantize_int4, quantize_int8
-from models.kernels.tiles import (
+from tokenloop.models.kernels import cuda, reference
+from tokenloop.models.kernels.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.tiles import (
     LARGE,
     AttendTiles,
     LinearTiles,

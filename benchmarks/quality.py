@@ -141,8 +141,8 @@ class Reference:
     def __init__(self, path: Path, vocab_size: int):
         import torch
 
-        from export.checkpoint import load_weights, open_checkpoint
-        from models import gemma3
+        from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+        from tokenloop.models import gemma3
 
         checkpoint = open_checkpoint(path)
         if checkpoint.config["model_type"] not in gemma3.MODEL_TYPES:
@@ -241,8 +241,8 @@ def benchmark(options: argparse.Namespace) -> dict:
         raise BenchmarkError("the demo model is not installed: give --model, or --no-reference")
     import torch
 
-    from runner.artifact import open_artifact
-    from runner.tokenizer import Tokenizer
+    from tokenloop.runner.manifest import open_artifact
+    from tokenloop.runner.tokenizer import Tokenizer
 
     manifest = open_artifact(options.artifact).manifest
     if manifest["max_seq_len"] < WINDOW:

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import THREADS
-from export.pte import to_program
-from export.selection import selection_methods
-from runner import executorch_runtime
-from sampler.sample import sample
+from tokenloop.export.pte.pte_program import to_program
+from tokenloop.export.pte.selection import selection_methods
+from tokenloop.runner.engines import executorch_runtime
+from tokenloop.sampler.sample import sample
 
 VOCABULARIES = 151_936, 262_144
 BATCHES = 1, 4, 16, 32

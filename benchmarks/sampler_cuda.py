@@ -33,9 +33,9 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from sampler import cuda
-from sampler.greedy import greedy
-from sampler.sample import sample
+from tokenloop.sampler import cuda
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.sample import sample
 
 VOCABULARIES = 151_936, 262_144
 BATCHES = 1, 4, 16, 32

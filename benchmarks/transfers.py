@@ -15,10 +15,10 @@ if __name__ == "__main__":
 
 import torch
 
-import runner
 from benchmarks.cuda_common import PROMPT, copies, export, launches, origin, profiled, save
-from runner import LoopOptions
-from runner.compare import variants
+from tokenloop import runner
+from tokenloop.runner import LoopOptions
+from tokenloop.runner.compare import variants
 
 SHORT = {"host_to_device": "H2D", "device_to_device": "D2D", "device_to_host": "D2H"}
 COLUMNS = (

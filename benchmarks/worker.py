@@ -29,7 +29,7 @@ class TokenLoop:
     def __init__(self, spec: dict):
         import numpy
 
-        from runner.model import Model
+        from tokenloop.runner.model import Model
 
         self.numpy, self.weights_mb = numpy, None
         start = time.perf_counter()
@@ -42,7 +42,7 @@ class TokenLoop:
             yield token.id
 
     def rows(self, prompts: list[list[int]], limit: int) -> Iterator[int]:
-        from runner.request import Request
+        from tokenloop.runner.request import Request
 
         requests = [Request(ids, max_new_tokens=limit) for ids in prompts]
         for _, token in self.model.generate_batch(requests):
@@ -274,8 +274,8 @@ def system_info(spec: dict) -> dict:
 
 def texts(spec: dict) -> dict:
     """The artifact's manifest, the ids of each text, and the first text's beginning of 128 ids."""
-    from runner.artifact import open_artifact
-    from runner.tokenizer import Tokenizer
+    from tokenloop.runner.manifest import open_artifact
+    from tokenloop.runner.tokenizer import Tokenizer
 
     manifest = open_artifact(Path(spec["path"])).manifest
     tokenizer = Tokenizer(Path(spec["path"]), manifest["tokenizer"])
@@ -322,7 +322,7 @@ def save_transformers(spec: dict) -> dict:
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    from export.checkpoint import open_checkpoint
+    from tokenloop.export.checkpoint.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(Path(spec["model"]))
     state = dict(checkpoint.tensors())

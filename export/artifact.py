@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
 
-from export.errors import ExportError
+from tokenloop.export.errors import ExportError
 
 # Raised when the runner of an older tokenloop could no longer drive the artifact.
 FORMAT_VERSION = 3

@@ -1,4 +1,4 @@
-"""The selection methods, exported in another process while this one exports the network.
+"""A part of an export in another process, beside the rest.
 
 Tracing is Python's work on one core; `sample` alone would take a fifth of the whole time.
 """
@@ -11,12 +11,9 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from export import build_cache
-
-if TYPE_CHECKING:
-    from executorch.exir.schema import Program
+from tokenloop.export import build_cache
 
 
 class Background:
@@ -47,13 +44,6 @@ class Background:
             raise RuntimeError(f"{self._what} could not be exported") from None
 
 
-class SelectionExport(Background):
-    """`result()` is the program of export.selection.selection_methods."""
-
-    def __init__(self, batch: int, vocab_size: int, backend: str):
-        super().__init__("the selection methods", _export, batch, vocab_size, backend)
-
-
 def collect_seldom() -> None:
     """Tracing makes many small objects that live on: looking for cycles among them as often as
     Python does by itself takes an eighth of an export."""
@@ -67,15 +57,3 @@ def _send(results, function: Callable, arguments: tuple, file: Path | None) -> N
     logging.disable(logging.WARNING)
     collect_seldom()
     results.send_bytes(build_cache.result_of(function, arguments, file))
-
-
-def _export(batch: int, vocab_size: int, backend: str) -> "Program":
-    import torch
-
-    torch.set_num_threads(1)
-    from export.pte import to_program
-    from export.selection import selection_methods
-
-    methods = selection_methods(batch, vocab_size, delegates=backend == "xnnpack")
-    program = to_program(methods, {}, backend == "xnnpack", lambda what: None)
-    return program.executorch_program

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from export.artifact import installed_version
-from export.errors import ExportError
+from tokenloop.export.artifact import installed_version
+from tokenloop.export.errors import ExportError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = "export", "models", "sampler"

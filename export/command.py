@@ -15,9 +15,9 @@ from types import ModuleType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from export.background import collect_seldom
-from export.errors import ExportError
-from export.recipes import FOR_BACKEND
+from tokenloop.export.background import collect_seldom
+from tokenloop.export.errors import ExportError
+from tokenloop.export.recipes import FOR_BACKEND
 
 DEFAULT_OUTPUT = "artifacts/{name}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -134,10 +134,10 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     # the checkpoint is, too.
     import torch
 
-    from export.artifact import new_artifact, write_manifest
-    from export.checkpoint import load_weights, open_checkpoint
-    from export.random_weights import make_parameters, open_config, write_byte_tokenizer
-    from export.tokenizer_files import write_tokenizer
+    from tokenloop.export.artifact import new_artifact, write_manifest
+    from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+    from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
+    from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
 
     # 1. The checkpoint and the network it describes.
     if options.random_weights is not None:
@@ -172,11 +172,11 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
             f"--max-seq-len {max_seq_len} is more than the model's {positions} positions"
         )
     if options.backend == "inductor":
-        from export.pt2_artifact import Pt2Artifact as Artifact
+        from tokenloop.export.pt2.pt2_artifact import Pt2Artifact as Artifact
     elif options.backend == "cuda":
-        from export.pte_artifact import CudaPteArtifact as Artifact
+        from tokenloop.export.pte.pte_artifact import CudaPteArtifact as Artifact
     else:
-        from export.pte_artifact import PteArtifact as Artifact
+        from tokenloop.export.pte.pte_artifact import PteArtifact as Artifact
     with new_artifact(options.output) as directory, torch.no_grad():
         engine = Artifact(options)
         with torch.device("meta"):

@@ -3,12 +3,8 @@
 import sys
 from pathlib import Path
 
-# As a script, the project's root must be importable, and export/ itself must not shadow packages.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from export.command import Family, main
-from export.errors import ExportError
+from tokenloop.export.command import Family, main
+from tokenloop.export.errors import ExportError
 
 
 def demo_model() -> Path:
@@ -27,10 +23,10 @@ FAMILY = Family(
     "export/gemma.py",
     "Gemma",
     "gemma3",
-    ("models.gemma3", "models.gemma4"),
+    ("tokenloop.models.gemma3", "tokenloop.models.gemma4"),
     demo_model,
     # Its layers are of two shapes, and their norms others.
-    unknown={"xnnpack": ("models.gemma4",)},
+    unknown={"xnnpack": ("tokenloop.models.gemma4",)},
 )
 
 if __name__ == "__main__":

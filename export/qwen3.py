@@ -3,12 +3,8 @@
 import sys
 from pathlib import Path
 
-# As a script, the project's root must be importable, and export/ itself must not shadow packages.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from export.command import Family, main
-from export.errors import ExportError
+from tokenloop.export.command import Family, main
+from tokenloop.export.errors import ExportError
 
 
 def demo_model() -> Path:
@@ -16,7 +12,9 @@ def demo_model() -> Path:
     raise ExportError("no --model; give it a .gguf file or a Hugging Face directory")
 
 
-FAMILY = Family("export/qwen3.py", "Qwen2 or Qwen3", "qwen3", ("models.qwen3",), demo_model)
+FAMILY = Family(
+    "export/qwen3.py", "Qwen2 or Qwen3", "qwen3", ("tokenloop.models.qwen3",), demo_model
+)
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))

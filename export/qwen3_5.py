@@ -3,12 +3,8 @@
 import sys
 from pathlib import Path
 
-# As a script, the project's root must be importable, and export/ itself must not shadow packages.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from export.command import Family, main
-from export.errors import ExportError
+from tokenloop.export.command import Family, main
+from tokenloop.export.errors import ExportError
 
 
 def demo_model() -> Path:
@@ -20,7 +16,7 @@ FAMILY = Family(
     "export/qwen3_5.py",
     "Qwen3.5 or Qwen3-Next",
     "qwen3_5",
-    ("models.qwen3_5",),
+    ("tokenloop.models.qwen3_5",),
     demo_model,
     backends=("inductor", "portable"),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.layers import RotaryEmbedding, rounded
+from tokenloop.models.layers import RotaryEmbedding, rounded
 
 
 class Backbone(nn.Module):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import operators
-from models.layers import normalize
+from tokenloop.models import operators
+from tokenloop.models.layers import normalize
 
 
 @dataclass(frozen=True)

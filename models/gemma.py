@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models import decoder, layers
-from models.decoder import CausalLM
-from models.layers import Attention, RotaryEmbedding
+from tokenloop.models import decoder, layers
+from tokenloop.models.decoder import CausalLM
+from tokenloop.models.layers import Attention, RotaryEmbedding
 
 KINDS = ("sliding_attention", "full_attention")
 

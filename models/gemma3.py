@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from models import gemma, layers
-from models.layers import RopeConfig, RotaryEmbedding, kv_cache
+from tokenloop.models import gemma, layers
+from tokenloop.models.layers import RopeConfig, RotaryEmbedding, kv_cache
 
 MODEL_TYPES = ("gemma3_text",)
 # transformers' Gemma3TextConfig; the 4B's config.json says nothing of what equals these.

@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import gemma, layers
-from models.layers import RMSNorm, RopeConfig, RotaryEmbedding, kv_cache, normalize, rotate
+from tokenloop.models import gemma, layers
+from tokenloop.models.layers import (
+    RMSNorm,
+    RopeConfig,
+    RotaryEmbedding,
+    kv_cache,
+    normalize,
+    rotate,
+)
 
 MODEL_TYPES = ("gemma4_text",)
 # transformers' Gemma4TextConfig; a config.json need not say what equals these.

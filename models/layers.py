@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cache import FullCache, KVCache, SlidingCache
+from tokenloop.models.cache import FullCache, KVCache, SlidingCache
 
 
 class Piece(NamedTuple):

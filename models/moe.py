@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import MLP
+from tokenloop.models.layers import MLP
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from models import layers
-from models.cache import KVCache
-from models.decoder import Backbone, CausalLM
-from models.layers import MLP, Piece, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
-from models.moe import MoeConfig, SparseMoe
+from tokenloop.models import layers
+from tokenloop.models.cache import KVCache
+from tokenloop.models.decoder import Backbone, CausalLM
+from tokenloop.models.layers import MLP, Piece, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
+from tokenloop.models.moe import MoeConfig, SparseMoe
 
 KIND = "full_attention"
 _SHARED_DEFAULTS = {

@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from models import decoder, layers, qwen3
-from models.cache import KVCache
-from models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
-from models.layers import MLP, Piece, RopeConfig, RotaryEmbedding, kv_cache, rotate
-from models.moe import MoeConfig, SharedSparseMoe
-from models.operators.conv1d import WIDTHS
+from tokenloop.models import decoder, layers, qwen3
+from tokenloop.models.cache import KVCache
+from tokenloop.models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
+from tokenloop.models.layers import MLP, Piece, RopeConfig, RotaryEmbedding, kv_cache, rotate
+from tokenloop.models.moe import MoeConfig, SharedSparseMoe
+from tokenloop.models.operators.conv1d import WIDTHS
 
 FULL, LINEAR = "full_attention", "linear_attention"
 _SHARED_DEFAULTS = {

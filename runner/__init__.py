@@ -39,4 +39,4 @@ def __getattr__(name: str):
         name = "Model"
     if name not in HOMES:
         raise AttributeError(f"module 'runner' has no attribute {name!r}")
-    return getattr(import_module(f"runner.{HOMES[name]}"), name)
+    return getattr(import_module(f"tokenloop.runner.{HOMES[name]}"), name)

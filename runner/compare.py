@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from runner.loop import LoopOptions
-from runner.model import Model
-from runner.request import Request
+from tokenloop.runner.loop import LoopOptions
+from tokenloop.runner.model import Model
+from tokenloop.runner.request import Request
 
 RUN_AHEAD = 8
 COPIES = {"H2D": "host_to_device", "D2D": "device_to_device", "D2H": "device_to_host"}

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.errors import RunnerError
-from runner.loop import LoopOptions
-from runner.request import Request
-from runner.result import Result, Token
-from runner.transfers import Transfers
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.loop import LoopOptions
+from tokenloop.runner.request import Request
+from tokenloop.runner.result import Result, Token
+from tokenloop.runner.transfers import Transfers
 
 if TYPE_CHECKING:
-    from runner.model import Model
+    from tokenloop.runner.model import Model
 
 
 @dataclass(frozen=True)

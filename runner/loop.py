@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runner.errors import RunnerError
-from runner.rows import Rows, Sequence
-from runner.transfers import Transfers
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.slots import Rows, Sequence
+from tokenloop.runner.transfers import Transfers
 
 FEEDS = ("auto", "embed", "alias", "host")
 

@@ -6,13 +6,13 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from runner.artifact import Artifact, open_artifact
-from runner.errors import RunnerError
-from runner.generation import BatchGeneration, Generation
-from runner.loop import Loop, LoopOptions
-from runner.request import Request
-from runner.result import Result
-from runner.tokenizer import Tokenizer
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.generation import BatchGeneration, Generation
+from tokenloop.runner.loop import Loop, LoopOptions
+from tokenloop.runner.manifest import Artifact, open_artifact
+from tokenloop.runner.request import Request
+from tokenloop.runner.result import Result
+from tokenloop.runner.tokenizer import Tokenizer
 
 ENGINES = ("executorch", "inductor")
 
@@ -24,13 +24,15 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Any:
     engine, backend = artifact.manifest["engine"], artifact.manifest["backend"]
     # ExecuTorch on a CPU needs no torch, which takes a second to import, and 200 MB.
     if engine == "executorch" and backend != "cuda":
-        from runner.executorch_program import ExecuTorchProgram as Program
+        from tokenloop.runner.engines.executorch import ExecuTorchProgram as Program
     elif engine in ENGINES:
         try:
             if engine == "executorch":
-                from runner.executorch_cuda_program import ExecuTorchCudaProgram as Program
+                from tokenloop.runner.engines.executorch_cuda import (
+                    ExecuTorchCudaProgram as Program,
+                )
             else:
-                from runner.inductor_program import InductorProgram as Program
+                from tokenloop.runner.engines.inductor import InductorProgram as Program
         except ImportError as error:
             others = "executorch" if engine == "executorch" else "safetensors"
             raise RunnerError(

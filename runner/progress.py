@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from runner.generation import BatchGeneration
+from tokenloop.runner.generation import BatchGeneration
 
 INTERVAL_S = 0.1
 

@@ -9,8 +9,8 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from runner.errors import RunnerError
-from runner.request import Request
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.request import Request
 
 DEFAULT_PROMPT = "The capital of France is"
 KEYS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from runner.errors import RunnerError
+from tokenloop.runner.errors import RunnerError
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 

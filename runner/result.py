@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.request import Request
-from runner.tokenizer import Tokenizer
+from tokenloop.runner.request import Request
+from tokenloop.runner.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

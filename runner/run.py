@@ -7,13 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-# As a script, the project's root must be importable, and runner/ itself must not shadow packages.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from runner.errors import RunnerError
-from runner.prompts import DEFAULT_PROMPT, read_requests
-from runner.request import RULES, Request, fault_of
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.prompts import DEFAULT_PROMPT, read_requests
+from tokenloop.runner.request import RULES, Request, fault_of
 
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
 
@@ -147,15 +143,15 @@ def run(options: argparse.Namespace) -> int:
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    from runner.loop import LoopOptions
-    from runner.model import Model
+    from tokenloop.runner.loop import LoopOptions
+    from tokenloop.runner.model import Model
 
     signal.signal(signal.SIGINT, previous)
     if options.compare and len(requests) > 1:
         raise RunnerError(f"--compare takes one prompt, and {len(requests)} are given")
     model = Model(options.artifact, options.threads)
     if options.compare:
-        from runner.compare import compare
+        from tokenloop.runner.compare import compare
 
         return compare(model, requests[0], options.json)
     loop = LoopOptions(
@@ -191,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
 def run_batch(model, requests: list[Request], loop, options: argparse.Namespace) -> int:
     """Generate for all prompts, several at a time, and print what comes of each when it and all
     before it are there; the exit status. Errors: RunnerError."""
-    from runner.progress import progress
+    from tokenloop.runner.progress import progress
 
     batch, printed, status = model.generate_batch(requests, loop, options.batch), 0, 0
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from runner.errors import RunnerError
+from tokenloop.runner.errors import RunnerError
 
 ENTRY_KEYS = (
     "file",

@@ -15,14 +15,14 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from sampler.triton_cutoff import (
+from tokenloop.sampler.triton_cutoff import (
     PLAN,
     bins_kernel,
     cutoff_kernel,
     list_kernel,
     plan_kernel,
 )
-from sampler.triton_kernels import bounds_kernel, tile_maxima_kernel, token_kernel
+from tokenloop.sampler.triton_kernels import bounds_kernel, tile_maxima_kernel, token_kernel
 
 # 4 KiB of float32 to a program: a vocabulary of 262,144 alone makes 256 of them.
 TILE = 1024

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from sampler.greedy import greedy
-from sampler.philox import (
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.philox import (
     LN2_HIGH,
     LN2_LOW,
     gumbel,

@@ -18,7 +18,7 @@ below LOWEST have no mass and cannot win a row, so a top-k that reaches down to 
 import triton
 import triton.language as tl
 
-from sampler.triton_kernels import (
+from tokenloop.sampler.triton_kernels import (
     LOWEST,
     NOTHING,
     load_logits,

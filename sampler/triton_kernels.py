@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from models.kernels.dependent_launch import wait
-from sampler import philox
-from sampler import sample as reference
+from tokenloop.models.kernels.dependent_launch import wait
+from tokenloop.sampler import philox
+from tokenloop.sampler import sample as reference
 
 # A product that no compiler fuses with a sum: engines must agree in every bit. The interpreter has
 # no libdevice and fuses nothing.

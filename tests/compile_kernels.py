@@ -17,7 +17,7 @@ from torch import bfloat16, empty, float16, float32, int32, int64
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.kernels.dependent_launch import WAITING
+from tokenloop.models.kernels.dependent_launch import WAITING
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -74,9 +74,9 @@ def operators(name: str):
 
 
 def linear() -> None:
-    from models.kernels.packing import quantize_int4, quantize_int8
+    from tokenloop.models.kernels.packing import quantize_int4, quantize_int8
 
-    cuda = operators("models.kernels.cuda")
+    cuda = operators("tokenloop.models.kernels.cuda")
     counters = empty(100_000, dtype=int32)
     # Small layers and large ones, and one that fills no tiles.
     for (outputs, inputs), rows in itertools.product(((512, 640), (2048, 4096)), (1, 32)):
@@ -96,7 +96,7 @@ def linear() -> None:
 
 
 def attention() -> None:
-    cuda = operators("models.kernels.cuda")
+    cuda = operators("tokenloop.models.kernels.cuda")
     counters = empty(100_000, dtype=int32)
     layouts = (8, 4, 128, 1024), (1, 4, 256, 2048), (4, 8, 512, 8448)
     for (kv_heads, groups, size, slots), rows in itertools.product(layouts, (1, 64)):
@@ -113,7 +113,7 @@ def attention() -> None:
 
 
 def experts() -> None:
-    module = operators("models.kernels.experts")
+    module = operators("tokenloop.models.kernels.experts")
     for dtype in (bfloat16, float32):
         scores, x = empty(2, 129, dtype=dtype), empty(2, 2048, dtype=dtype)
         chosen, weights = module.route(scores, 128, 8, True)
@@ -123,14 +123,14 @@ def experts() -> None:
 
 
 def positions() -> None:
-    module = operators("models.kernels.positions")
+    module = operators("tokenloop.models.kernels.positions")
     for rows in (1, 5):
         lines, line = empty(100, rows, dtype=int64), empty(1, dtype=int64)
         module.next_positions(lines, line, empty(rows, dtype=int64))
 
 
 def hybrids() -> None:
-    cuda = operators("models.operators.cuda")
+    cuda = operators("tokenloop.models.operators.cuda")
     dim, width, tokens, rows = 4096, 4, 2048, 4
     weight, bias = empty(dim, width, dtype=bfloat16), empty(dim, dtype=bfloat16)
     state = empty(rows, dim, width - 1, dtype=bfloat16)
@@ -156,7 +156,7 @@ def hybrids() -> None:
 
 
 def sampler() -> None:
-    cuda = operators("sampler.cuda")
+    cuda = operators("tokenloop.sampler.cuda")
     for rows in (1, 32):
         logits, table = empty(rows, 262_144), empty(262_144, 640, dtype=bfloat16)
         numbers, counts = empty(rows), empty(rows, dtype=int64)

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
-from export.checkpoint import load_weights, open_checkpoint
-from runner import LoopOptions, Request
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.runner import LoopOptions, Request
 
 # Chunks are of 7 tokens and the window is 16: within one, across both, and the least.
 PROMPTS = [[2], [2, 70, 71], [2, *range(60, 79)], [2, *(i * 37 % 256 + 3 for i in range(50))]]

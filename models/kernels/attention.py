@@ -13,8 +13,8 @@ first and second half of them, which rotation pairs (x1, x2).
 import triton
 import triton.language as tl
 
-from models.kernels.dependent_launch import prefetch, wait
-from models.kernels.linear import arrive, dot
+from tokenloop.models.kernels.dependent_launch import prefetch, wait
+from tokenloop.models.kernels.linear import arrive, dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -17,10 +17,10 @@ import triton
 from torch import Tensor, bfloat16, empty, empty_like, float32
 from torch.library import triton_op, wrap_triton
 
-from models.kernels.attention import attend_kernel
-from models.kernels.linear import dot_kernel, norm_kernel, rows_kernel
-from models.kernels.packing import GROUP_SIZES, SPAN_WORDS, WORD_BITS, weight_bits
-from models.kernels.tiles import (
+from tokenloop.models.kernels.attention import attend_kernel
+from tokenloop.models.kernels.linear import dot_kernel, norm_kernel, rows_kernel
+from tokenloop.models.kernels.packing import GROUP_SIZES, SPAN_WORDS, WORD_BITS, weight_bits
+from tokenloop.models.kernels.tiles import (
     AHEAD,
     FAN,
     FEW_ROWS,

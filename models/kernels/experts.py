@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from models.kernels.dependent_launch import wait
-from models.kernels.linear import activate
+from tokenloop.models.kernels.dependent_launch import wait
+from tokenloop.models.kernels.linear import activate
 
 BLOCK_N = 8
 

@@ -14,8 +14,8 @@ one program takes n and N + n.
 import triton
 import triton.language as tl
 
-from models.kernels.dependent_launch import prefetch_rows, release, wait, wait_alone
-from models.kernels.packing import SPAN_WORDS, WORD_BITS
+from tokenloop.models.kernels.dependent_launch import prefetch_rows, release, wait, wait_alone
+from tokenloop.models.kernels.packing import SPAN_WORDS, WORD_BITS
 
 WORDS = tl.constexpr(SPAN_WORDS)
 BITS_OF_WORD = tl.constexpr(WORD_BITS)

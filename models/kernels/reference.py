@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kernels.packing import unpack, weight_bits
+from tokenloop.models.kernels.packing import unpack, weight_bits
 
 ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from models.operators import conv1d, delta_rule
-from models.operators.delta_rule import gated_delta_rule
+from tokenloop.models.operators import conv1d, delta_rule
+from tokenloop.models.operators.delta_rule import gated_delta_rule
 
 __all__ = [
     "causal_conv1d",
@@ -26,7 +26,7 @@ def _by_device(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not x.is_cuda:
             return reference(x, *args, **options)
         # Triton, which installations for the CPU lack.
-        from models.operators import cuda
+        from tokenloop.models.operators import cuda
 
         return getattr(cuda, reference.__name__)(x, *args, **options)
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.operators import slots
-from models.operators.slots import PAD_SLOT_ID
+from tokenloop.models.operators import slots
+from tokenloop.models.operators.slots import PAD_SLOT_ID
 
 WIDTHS = 2, 3, 4
 

@@ -11,14 +11,14 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from models.operators import conv1d, delta_rule
-from models.operators.slots import PAD_SLOT_ID
-from models.operators.triton_conv1d import (
+from tokenloop.models.operators import conv1d, delta_rule
+from tokenloop.models.operators.slots import PAD_SLOT_ID
+from tokenloop.models.operators.triton_conv1d import (
     causal_conv1d_rolling_kernel,
     causal_conv1d_update_kernel,
     causal_conv1d_whole_kernel,
 )
-from models.operators.triton_delta_rule import (
+from tokenloop.models.operators.triton_delta_rule import (
     gated_delta_rule_update_kernel,
     gated_rms_norm_kernel,
 )

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.operators import slots
-from models.operators.slots import PAD_SLOT_ID
+from tokenloop.models.operators import slots
+from tokenloop.models.operators.slots import PAD_SLOT_ID
 
 CHUNK = 64
 L2_EPS = 1e-6  # inside the root, added to the sum of squares

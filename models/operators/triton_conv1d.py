@@ -17,7 +17,7 @@ Loops are `while`: Triton's interpreter cannot make a range of tensors.
 import triton
 import triton.language as tl
 
-from models.kernels.dependent_launch import wait
+from tokenloop.models.kernels.dependent_launch import wait
 
 # PARTS times SEARCH sequences are looked at together: one to each thread of a warp, so that warps
 # look at the same ones and need not wait for each other. And tokens of one of several sequences of

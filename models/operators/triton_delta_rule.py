@@ -9,9 +9,9 @@ a kernel of its own: several value heads share a key head's channels, and with t
 import triton
 import triton.language as tl
 
-from models.kernels.dependent_launch import wait
-from models.operators import delta_rule
-from models.operators.triton_conv1d import load_slot
+from tokenloop.models.kernels.dependent_launch import wait
+from tokenloop.models.operators import delta_rule
+from tokenloop.models.operators.triton_conv1d import load_slot
 
 L2_EPS = tl.constexpr(delta_rule.L2_EPS)
 

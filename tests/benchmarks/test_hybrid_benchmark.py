@@ -9,10 +9,10 @@ from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 from benchmarks.cuda_common import CONFIGS
 from benchmarks.hybrid import last_chunks_only, step_bytes
-from models import qwen3_5
-from runner.loop import Loop, LoopOptions
-from runner.torch_memory import TorchMemory
-from runner.transfers import Transfers
+from tokenloop.models import qwen3_5
+from tokenloop.runner.engines.torch_memory import TorchMemory
+from tokenloop.runner.loop import Loop, LoopOptions
+from tokenloop.runner.transfers import Transfers
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from benchmarks.train_hybrid import (
     train_tokenizer,
     unwrapped,
 )
-from models.qwen3_5 import Qwen3_5, Qwen3_5Config
 from tests.models.driving import assert_near, prefill, prompt
+from tokenloop.models.qwen3_5 import Qwen3_5, Qwen3_5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

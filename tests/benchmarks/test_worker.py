@@ -31,7 +31,7 @@ def test_weights_are_the_bytes_of_the_linear_layers(tiny_artifact):
 
 
 def test_scores_are_the_logits_after_every_token(tiny_artifact):
-    from runner.model import Model
+    from tokenloop.runner.model import Model
 
     windows = [[2, *range(70, 140)], [2, 60, 61]]
     spec = {"engine": "tokenloop", "path": str(tiny_artifact), "ids": [2, 80, 90], "limit": 5}

@@ -7,9 +7,6 @@ import json
 import pytest
 import torch
 
-import runner
-from models import gemma3, qwen3
-from runner import LoopOptions, Request, RunnerError
 from tests.driving import (
     PROMPTS,
     SAMPLED,
@@ -19,6 +16,9 @@ from tests.driving import (
     ids_of,
     variants,
 )
+from tokenloop import runner
+from tokenloop.models import gemma3, qwen3
+from tokenloop.runner import LoopOptions, Request, RunnerError
 
 pytestmark = [
     pytest.mark.cuda,
@@ -80,7 +80,7 @@ def test_experts_give_the_eager_networks_ids(make_qwen_checkpoint, run_script, t
 
 
 def test_the_kernels_of_a_step_overlap(package, monkeypatch):
-    from runner import dependent_launch
+    from tokenloop.runner.engines import programmatic_launch as dependent_launch
 
     counts, let_overlap = [], dependent_launch.let_overlap
     monkeypatch.setattr(

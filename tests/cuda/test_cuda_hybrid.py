@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import runner
-from models import qwen3_5
-from models.operators.delta_rule import CHUNK
-from runner import Request
 from tests.driving import eager_ids, ids_of, variants
+from tokenloop import runner
+from tokenloop.models import qwen3_5
+from tokenloop.models.operators.delta_rule import CHUNK
+from tokenloop.runner import Request
 
 pytestmark = [
     pytest.mark.cuda,

@@ -12,8 +12,8 @@ def as_method(tmp_path_factory):
     from executorch.exir import ExecutorchBackendConfig, to_edge
     from executorch.exir.passes import MemoryPlanningPass
 
-    from export.xnnpack import COMPILE_CONFIG
-    from runner.executorch_runtime import Program
+    from tokenloop.export.pte.xnnpack_regions import COMPILE_CONFIG
+    from tokenloop.runner.engines.executorch_runtime import Program
 
     directory = tmp_path_factory.mktemp("functions")
 

@@ -7,36 +7,34 @@ import numpy as np
 import pytest
 import torch
 
-import export.attention
-import export.command
-import export.pte
-import export.pte_artifact
-from export.selection import Greedy
+from tokenloop.export import command
+from tokenloop.export.pte import block_cache, pte_artifact, pte_program
+from tokenloop.export.pte.selection import Greedy
 
 
-def export_here(family: export.command.Family, arguments: list, first_block: int):
+def export_here(family: command.Family, arguments: list, first_block: int):
     """Export as the script does, with caches of such a first block: a copy of the network that the
     program was made of."""
-    options = export.command.parse_arguments(family, [str(argument) for argument in arguments])
+    options = command.parse_arguments(family, [str(argument) for argument in arguments])
     networks = []
 
     def build_program(model, *arguments):
         networks.append(copy.deepcopy(model))
         return build(model, *arguments)
 
-    build = export.pte.build_program
+    build = pte_program.build_program
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(export.attention, "FIRST_BLOCK", first_block)
-        patch.setattr(export.attention, "FIRST_BLOCK_OF_ROWS", first_block)
-        patch.setattr(export.pte, "build_program", build_program)
-        patch.setattr(export.pte_artifact, "SelectionExport", GreedyExport)
-        export.command.export(family, options, lambda _: None)
+        patch.setattr(block_cache, "FIRST_BLOCK", first_block)
+        patch.setattr(block_cache, "FIRST_BLOCK_OF_ROWS", first_block)
+        patch.setattr(pte_program, "build_program", build_program)
+        patch.setattr(pte_artifact, "SelectionExport", GreedyExport)
+        command.export(family, options, lambda _: None)
     return networks[0]
 
 
 class GreedyExport:
-    """What of export.background.SelectionExport these tests need: `sample` takes long to export."""
+    """What of SelectionExport these tests need: `sample` takes long to export."""
 
     def __init__(self, batch: int, vocab_size: int, backend: str):
         rows = {"greedy": batch} if batch == 1 else {"greedy": batch, "greedy_row": 1}
@@ -46,7 +44,7 @@ class GreedyExport:
         }
 
     def result(self):
-        return export.pte.to_program(self._exported, {}, True, lambda _: None).executorch_program
+        return pte_program.to_program(self._exported, {}, True, lambda _: None).executorch_program
 
 
 def feed(program, ids: np.ndarray, chunks, decoded: int = 0) -> np.ndarray:

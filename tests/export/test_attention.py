@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.export import Dim
 
-import export.attention
-from export.attention import (
+from tokenloop.export.pte import block_cache
+from tokenloop.export.pte.block_cache import (
     NOWHERE,
     UNIT,
     BlockCache,
@@ -24,7 +24,7 @@ from export.attention import (
     block_sizes,
     choose,
 )
-from models.cache import FullCache, SlidingCache
+from tokenloop.models.cache import FullCache, SlidingCache
 
 SIZE, TRACED, MOST_TOKENS = 8, 3, 11
 FAR = 130_000  # Almost the last of Gemma 3's positions.
@@ -273,7 +273,7 @@ def test_blocks_beyond_a_rows_position_change_no_bit(attention_of, rows, cached,
 def slots_of(kind: type, count: int, first_block: int, rows: int = 1) -> Slots:
     with pytest.MonkeyPatch.context() as patch:
         name = "FIRST_BLOCK" if rows == 1 else "FIRST_BLOCK_OF_ROWS"
-        patch.setattr(export.attention, name, first_block)
+        patch.setattr(block_cache, name, first_block)
         return Slots(kind(rows, count, 1, 1))
 
 
@@ -480,7 +480,7 @@ def plain_attention(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(export.attention, "attention", plain)
+    monkeypatch.setattr(block_cache, "attention", plain)
     return called
 
 

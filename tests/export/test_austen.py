@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-import runner
 from tests.conftest import AUSTEN
+from tokenloop import runner
 
 GREEDY = {
     "The morning was fine, and Emma": (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from export import build_cache
-from export.errors import ExportError
+from tokenloop.export import build_cache
+from tokenloop.export.errors import ExportError
 
 
 @pytest.fixture

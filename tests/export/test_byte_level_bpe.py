@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from export.byte_level_bpe import byte_level_tokenizer
-from export.checkpoint import Checkpoint
-from export.errors import ExportError
-from export.gguf_reader import read_header
-from export.tokenizer_files import write_tokenizer
-from runner.tokenizer import Tokenizer as RunnerTokenizer
+from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
+from tokenloop.export.checkpoint.checkpoint import Checkpoint
+from tokenloop.export.checkpoint.gguf_reader import read_header
+from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
+from tokenloop.export.errors import ExportError
+from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 TEMPLATE = "{{ messages[0].content }}<|im_end|>\n"

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from export.calibrate import TEXT, TOKENS, calibrate, observe
-from export.checkpoint import load_weights, open_checkpoint
-from export.command import parse_arguments
-from export.gemma import FAMILY
-from export.quantize import QuantizedLinear
-from export.recipes import RECIPES
-from models import gemma3, qwen3
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.command import parse_arguments
+from tokenloop.export.gemma import FAMILY
+from tokenloop.export.pte.calibrate import TEXT, TOKENS, calibrate, observe
+from tokenloop.export.pte.quantize import QuantizedLinear
+from tokenloop.export.recipes import RECIPES
+from tokenloop.models import gemma3, qwen3
 
 IDS = [2, *(3 + (7 * i) % 250 for i in range(60))]
 

@@ -14,10 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from export import gguf_reader
-from export.checkpoint import Checkpoint, StoredTensor, load_weights, open_checkpoint
-from export.errors import ExportError
-from models.layers import Piece
+from tokenloop.export.checkpoint import gguf_reader
+from tokenloop.export.checkpoint.checkpoint import (
+    Checkpoint,
+    StoredTensor,
+    load_weights,
+    open_checkpoint,
+)
+from tokenloop.export.errors import ExportError
+from tokenloop.models.layers import Piece
 
 # Over the names and float32 values of all tensors of the real model, in the order of the file.
 REAL_DIGEST = "6f580c635230f36e048bf6d95690966e32e13767722d750cf1815b424a3bc24f"

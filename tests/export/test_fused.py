@@ -5,9 +5,9 @@ import torch
 
 from tests.models.test_kernels import DEVICE, interpreted_ranges  # noqa: F401
 
-from export.errors import ExportError  # isort: skip  (Triton's interpreter is set above)
-from export.fused import FusedDecode  # isort: skip
-from models import qwen3  # isort: skip
+from tokenloop.export.errors import ExportError  # isort: skip  (Triton's interpreter is set above)
+from tokenloop.export.pt2.cuda_step import FusedDecode  # isort: skip
+from tokenloop.models import qwen3  # isort: skip
 
 SHAPE = {
     "vocab_size": 37,

@@ -11,11 +11,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime import interpreter  # noqa: E402
 
-from export.checkpoint import load_weights, open_checkpoint  # noqa: E402
-from export.fused_hybrid import HybridDecode  # noqa: E402
-from export.hybrid_rows import fuse_layers  # noqa: E402
-from models import qwen3_5  # noqa: E402
 from tests.models.driving import assert_near, prompt  # noqa: E402
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint  # noqa: E402
+from tokenloop.export.pt2.fused_hybrid import HybridDecode  # noqa: E402
+from tokenloop.export.pt2.hybrid_rows import fuse_layers  # noqa: E402
+from tokenloop.models import qwen3_5  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 LAYOUTS = ["qwen3_5_text", "qwen3_next"]

@@ -19,9 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import export.artifact
-import runner
-import runner.artifact
+from tokenloop.export import artifact
+from tokenloop.runner import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 FITTING = ("--model", "tiny", "--quant", "fp32", "--max-seq-len", 64)
@@ -227,7 +226,7 @@ def test_an_interrupted_export_leaves_what_was_there(tiny_artifact, checkpoint, 
 
 def test_an_artifact_replaces_the_one_before_it(tmp_path):
     for text in ("old", "new"):
-        with export.artifact.new_artifact(tmp_path / "artifact") as directory:
+        with artifact.new_artifact(tmp_path / "artifact") as directory:
             (directory / "manifest.json").write_text(text)
             (directory / text).write_text(text)
     assert list(contents(tmp_path)) == ["artifact", "artifact/manifest.json", "artifact/new"]
@@ -240,7 +239,7 @@ def test_an_exception_leaves_the_artifact_that_was_there(tmp_path, failure):
     before = contents(tmp_path)
     with (
         pytest.raises((ValueError, KeyboardInterrupt)),
-        export.artifact.new_artifact(tmp_path / "artifact") as directory,
+        artifact.new_artifact(tmp_path / "artifact") as directory,
     ):
         (directory / "manifest.json").write_text("new")
         raise failure
@@ -260,8 +259,8 @@ def test_a_failure_of_the_last_step_keeps_the_artifact_that_was_there(tmp_path, 
 
     monkeypatch.setattr(Path, "rename", fail)
     with (
-        pytest.raises(export.artifact.ExportError, match="Input/output error"),
-        export.artifact.new_artifact(tmp_path / "artifact") as directory,
+        pytest.raises(artifact.ExportError, match="Input/output error"),
+        artifact.new_artifact(tmp_path / "artifact") as directory,
     ):
         (directory / "manifest.json").write_text("new")
     assert contents(tmp_path) == before
@@ -273,7 +272,7 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path, exists):
     if exists:
         (tmp_path / "real").mkdir()
         (tmp_path / "real/manifest.json").write_text("old")
-    with export.artifact.new_artifact(tmp_path / "link") as directory:
+    with artifact.new_artifact(tmp_path / "link") as directory:
         (directory / "manifest.json").write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real/manifest.json").read_text() == "new"
@@ -308,7 +307,7 @@ def test_the_manifest_says_all_that_the_runner_must_know(tiny_artifact, tiny_che
     manifest = json.loads((tiny_artifact / "manifest.json").read_text(encoding="utf-8"))
     weights = (tiny_checkpoint / "model.safetensors").read_bytes()
     assert manifest == {
-        "format": export.artifact.FORMAT_VERSION,
+        "format": artifact.FORMAT_VERSION,
         "program": {"file": "model.pte", "bytes": (tiny_artifact / "model.pte").stat().st_size},
         "engine": "executorch",
         "backend": "xnnpack",
@@ -359,7 +358,7 @@ def test_the_manifest_of_several_rows_says_how_many_and_what_one_of_them_has_for
 
 
 def test_the_runner_drives_the_format_that_the_export_writes():
-    assert runner.artifact.FORMAT_VERSION == export.artifact.FORMAT_VERSION
+    assert manifest.FORMAT_VERSION == artifact.FORMAT_VERSION
 
 
 def test_a_chunk_is_no_longer_than_the_window_or_the_cache(portable_artifact):

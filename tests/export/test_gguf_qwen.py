@@ -17,10 +17,10 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from export.checkpoint import load_weights, open_checkpoint
-from export.errors import ExportError
-from models import qwen3
 from tests.models.driving import assert_near, prefill, prompt
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.errors import ExportError
+from tokenloop.models import qwen3
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,

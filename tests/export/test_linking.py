@@ -9,9 +9,9 @@ from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
 from torch import nn
 from torch._higher_order_ops.cond import cond_op
 
-from export.linking import chained
-from export.pte import to_program
-from runner.executorch_runtime import Program
+from tokenloop.export.pte.linking import chained
+from tokenloop.export.pte.pte_program import to_program
+from tokenloop.runner.engines.executorch_runtime import Program
 
 
 class First(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from export import pt2
+from tokenloop.export.pt2 import package as pt2
 
 
 def test_the_same_code_is_compiled_by_one_export_at_a_time(monkeypatch, tmp_path):

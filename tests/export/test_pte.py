@@ -12,13 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.gemma import FAMILY
-from export.pte import rescore
-from export.quantize import QuantizedEmbedding, Shortlist, dot_products, quantize_rows
-from export.selection import Greedy
-from runner.artifact import open_artifact
-from runner.executorch_program import ExecuTorchProgram
-from sampler.greedy import greedy
 from tests.export.programs import (
     assert_near,
     assert_near_of_quantized,
@@ -26,6 +19,13 @@ from tests.export.programs import (
     export_here,
     feed,
 )
+from tokenloop.export.gemma import FAMILY
+from tokenloop.export.pte.pte_program import rescore
+from tokenloop.export.pte.quantize import QuantizedEmbedding, Shortlist, dot_products, quantize_rows
+from tokenloop.export.pte.selection import Greedy
+from tokenloop.runner.engines.executorch import ExecuTorchProgram
+from tokenloop.runner.manifest import open_artifact
+from tokenloop.sampler.greedy import greedy
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ONE_HEAD = {"num_key_value_heads": 1, "num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}

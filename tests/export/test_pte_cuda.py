@@ -12,13 +12,13 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.backend.backend_details import PreprocessResult
 from executorch.exir.schema import DelegateCall, DeviceType
 
-from export.checkpoint import load_weights, open_checkpoint
-from models import gemma3
-from sampler.greedy import greedy
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.models import gemma3
+from tokenloop.sampler.greedy import greedy
 
 # ExecuTorch's CUDA backend imports it.
 pytest.importorskip("triton", reason="triton is not installed")
-from export.pte_cuda import CudaBackend, build_program, write_program  # noqa: E402
+from tokenloop.export.pte.cuda_backend import CudaBackend, build_program, write_program  # noqa: E402
 
 CHUNK = 7
 # The methods' inputs, by the number of rows.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from export.quantize import (
+from tokenloop.export.pte.quantize import (
     EMBEDDING_GROUP_SIZE,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -19,8 +19,8 @@ from export.quantize import (
     quantize_rows,
     restore,
 )
-from export.recipes import RECIPES, Recipe
-from models.moe import MoeConfig, SparseMoe
+from tokenloop.export.recipes import RECIPES, Recipe
+from tokenloop.models.moe import MoeConfig, SparseMoe
 
 TINY = torch.finfo(torch.float32).tiny
 SMALLEST_VOCABULARY = 64 * 256  # that a shortlist fits

@@ -10,10 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from export.errors import ExportError
-from export.qwen3 import FAMILY
-from runner.artifact import open_artifact
-from runner.executorch_program import ExecuTorchProgram
 from tests.export.programs import (
     assert_near,
     assert_near_of_quantized,
@@ -21,6 +17,10 @@ from tests.export.programs import (
     export_here,
     feed,
 )
+from tokenloop.export.errors import ExportError
+from tokenloop.export.qwen3 import FAMILY
+from tokenloop.runner.engines.executorch import ExecuTorchProgram
+from tokenloop.runner.manifest import open_artifact
 
 MAX_SEQ_LEN, MAX_PREFILL = 40, 7
 

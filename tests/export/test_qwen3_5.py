@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import runner
-from runner import LoopOptions, Request
 from tests.conftest import AUSTEN
+from tokenloop import runner
+from tokenloop.runner import LoopOptions, Request
 
 # Of one chunk, and of several.
 PROMPTS = [[5], [5, 70, 71], [*range(60, 79)], [i * 37 % 250 + 3 for i in range(75)]]

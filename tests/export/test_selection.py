@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from export.pte import to_program
-from export.selection import CANDIDATES, TOKENS_PER_GROUP, methods_of_rows
-from runner.executorch_runtime import Program
-from sampler.greedy import greedy
-from sampler.sample import sample
+from tokenloop.export.pte.pte_program import to_program
+from tokenloop.export.pte.selection import CANDIDATES, TOKENS_PER_GROUP, methods_of_rows
+from tokenloop.runner.engines.executorch_runtime import Program
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.sample import sample
 
 NAN, INF = math.nan, math.inf
 # A tiny vocabulary, one that is not whole groups, one of a few more groups than there are

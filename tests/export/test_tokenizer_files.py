@@ -8,10 +8,10 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, processors
 
-from export.checkpoint import Checkpoint, open_checkpoint
-from export.errors import ExportError
-from export.tokenizer_files import sentencepiece_model, write_tokenizer
-from runner.tokenizer import Tokenizer as RunnerTokenizer
+from tokenloop.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tokenloop.export.checkpoint.tokenizer_files import sentencepiece_model, write_tokenizer
+from tokenloop.export.errors import ExportError
+from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
 
 # Prompt ids of transformers 5.23 for the real model, without bos.
 GOLDEN_IDS = {

@@ -5,10 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from export.quantize import QuantizedLinear
-from export.xnnpack import DelegatedGELU, DelegatedRMSNorm, Head, InParts, in_parts, trace
-from models.gemma3 import RMSNorm
-from runner.executorch_runtime import set_backend_option
+from tokenloop.export.pte.quantize import QuantizedLinear
+from tokenloop.export.pte.xnnpack_regions import (
+    DelegatedGELU,
+    DelegatedRMSNorm,
+    Head,
+    InParts,
+    in_parts,
+    trace,
+)
+from tokenloop.models.gemma3 import RMSNorm
+from tokenloop.runner.engines.executorch_runtime import set_backend_option
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from export.xnnpack_graph import GraphBuilder, GraphDelegate
+from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
 
 
 class Plain:

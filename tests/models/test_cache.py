@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.cache import FullCache, SlidingCache
+from tokenloop.models.cache import FullCache, SlidingCache
 
 HEADS, KV_HEADS, SIZE, SCALE = 4, 2, 8, 0.3
 KINDS = [SlidingCache, FullCache]

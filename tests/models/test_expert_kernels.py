@@ -12,8 +12,8 @@ from tests.models.test_kernels import (  # noqa: F401  (the fixture is used by e
     interpreted_ranges,
 )
 
-from models.kernels import experts, reference  # isort: skip  (Triton's interpreter is set above)
-from models.moe import MoeConfig, SharedSparseMoe, SparseMoe  # isort: skip
+from tokenloop.models.kernels import experts, reference  # isort: skip  (Triton's interpreter is set above)
+from tokenloop.models.moe import MoeConfig, SharedSparseMoe, SparseMoe  # isort: skip
 
 EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
 ROWS = [1, 2, 7]

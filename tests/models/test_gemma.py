@@ -14,9 +14,9 @@ from transformers import (
     Gemma4TextConfig,
 )
 
-from models.gemma3 import Gemma3, Gemma3Config
-from models.gemma4 import Gemma4, Gemma4Config
 from tests.models.driving import even_ends, generate, prefill, prompt
+from tokenloop.models.gemma3 import Gemma3, Gemma3Config
+from tokenloop.models.gemma4 import Gemma4, Gemma4Config
 
 # sqrt(44) is another number in bfloat16, by 0.1 %.
 SMALL = {

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
-from export.checkpoint import load_weights, open_checkpoint
-from models.gemma4 import AttentionConfig, Gemma4, Gemma4Config, checkpoint_name
-from models.layers import RopeConfig
 from tests.models.driving import Batch, assert_near, even_ends, generate, prefill, prompt
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.models.gemma4 import AttentionConfig, Gemma4, Gemma4Config, checkpoint_name
+from tokenloop.models.layers import RopeConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 MAX_SEQ_LEN = 96

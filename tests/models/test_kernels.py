@@ -9,9 +9,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime import interpreter  # noqa: E402
 
-from models.kernels import cuda, reference  # noqa: E402
-from models.kernels.packing import pack, quantize_int4, quantize_int8, unpack  # noqa: E402
-from models.kernels.tiles import AttendTiles, LinearTiles  # noqa: E402
+from tokenloop.models.kernels import cuda, reference  # noqa: E402
+from tokenloop.models.kernels.packing import pack, quantize_int4, quantize_int8, unpack  # noqa: E402
+from tokenloop.models.kernels.tiles import AttendTiles, LinearTiles  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]

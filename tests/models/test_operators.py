@@ -10,8 +10,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from models.delta_net import RMSNormGated  # noqa: E402
-from models.operators import conv1d, cuda, delta_rule, triton_conv1d  # noqa: E402
+from tokenloop.models.delta_net import RMSNormGated  # noqa: E402
+from tokenloop.models.operators import conv1d, cuda, delta_rule, triton_conv1d  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Of sequences; blocks of 4 tokens in the interpreter cut them everywhere.

@@ -13,11 +13,11 @@ from transformers import (
 )
 from transformers import Qwen3Config as HfQwen3Config
 
-from export.checkpoint import load_weights, open_checkpoint
-from models.layers import Piece, RopeConfig
-from models.moe import MoeConfig, SparseMoe
-from models.qwen3 import Qwen3, Qwen3Config, checkpoint_name
 from tests.models.driving import Batch, assert_near, generate, prefill, prompt
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.models.layers import Piece, RopeConfig
+from tokenloop.models.moe import MoeConfig, SparseMoe
+from tokenloop.models.qwen3 import Qwen3, Qwen3Config, checkpoint_name
 
 MAX_SEQ_LEN = 80
 # The heads' 4 * 18 values are not the hidden size.

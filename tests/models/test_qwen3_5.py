@@ -14,12 +14,12 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from export import pt2
-from export.checkpoint import load_weights, open_checkpoint
-from models.layers import RopeConfig
-from models.operators import delta_rule
-from models.qwen3_5 import MODEL_TYPES, Qwen3_5, Qwen3_5Config, checkpoint_name
 from tests.models.driving import Batch, assert_near, generate, prefill, prompt
+from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.pt2 import package as pt2
+from tokenloop.models.layers import RopeConfig
+from tokenloop.models.operators import delta_rule
+from tokenloop.models.qwen3_5 import MODEL_TYPES, Qwen3_5, Qwen3_5Config, checkpoint_name
 
 FULL, LINEAR = "full_attention", "linear_attention"
 MAX_SEQ_LEN = 150  # three chunks of the delta rule

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from runner.artifact import FORMAT_VERSION
+from tokenloop.runner.manifest import FORMAT_VERSION
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import runner
-import runner.model
-from runner import LoopOptions, Request, RunnerError
-from runner.loop import Loop
-from runner.transfers import Transfers
+from tokenloop import runner
+from tokenloop.runner import LoopOptions, Request, RunnerError
+from tokenloop.runner import model as runner_model
+from tokenloop.runner.loop import Loop
+from tokenloop.runner.transfers import Transfers
 
 VARIANTS = [
     LoopOptions(*variant)
@@ -409,7 +409,7 @@ def make_model(tmp_path, monkeypatch):
         }
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         program = Oracle(batch, 60, 4, **oracle)
-        monkeypatch.setattr(runner.model, "load_program", lambda *_: program)
+        monkeypatch.setattr(runner_model, "load_program", lambda *_: program)
         return runner.load(tmp_path)
 
     return make

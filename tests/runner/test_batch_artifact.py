@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runner
-from runner import LoopOptions, Request, RunnerError
+from tokenloop import runner
+from tokenloop.runner import LoopOptions, Request, RunnerError
 
 VARIANTS = [
     LoopOptions(*variant)

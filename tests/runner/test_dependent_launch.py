@@ -79,9 +79,9 @@ def module(request, monkeypatch):
     bindings.driver = driver
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    monkeypatch.delitem(sys.modules, "runner.dependent_launch", raising=False)
-    yield importlib.import_module("runner.dependent_launch")
-    sys.modules.pop("runner.dependent_launch")
+    monkeypatch.delitem(sys.modules, "tokenloop.runner.engines.programmatic_launch", raising=False)
+    yield importlib.import_module("tokenloop.runner.engines.programmatic_launch")
+    sys.modules.pop("tokenloop.runner.engines.programmatic_launch")
 
 
 def graph_of(edges):

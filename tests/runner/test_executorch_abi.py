@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import RunnerError, executorch_runtime
-from runner import executorch_abi as abi
+from tokenloop.runner import RunnerError
+from tokenloop.runner.engines import executorch_abi as abi
+from tokenloop.runner.engines import executorch_runtime
 
 ROOT = Path(importlib.util.find_spec("executorch").submodule_search_locations[0])
 COMPILER = shutil.which("g++") or shutil.which("clang++")

@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 
-import runner
-from runner.artifact import open_artifact
-from runner.errors import RunnerError
-from runner.executorch_cuda_program import ExecuTorchCudaProgram
-from runner.torch_memory import ALIGNMENT, Aligned
-from runner.transfers import Transfers
 from tests import driving
+from tokenloop import runner
+from tokenloop.runner.engines.executorch_cuda import ExecuTorchCudaProgram
+from tokenloop.runner.engines.torch_memory import ALIGNMENT, Aligned
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.manifest import open_artifact
+from tokenloop.runner.transfers import Transfers
 
 PROMPTS = [[2, 70, 40, 121, 33, 56, 78, 99, 104], [2], [2, 90, 91]]
 SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 7}
@@ -41,7 +41,8 @@ def generated(model):
 def test_both_programs_for_executorch_give_the_same_tokens(portable_artifact, monkeypatch):
     expected = generated(runner.load(portable_artifact))
     monkeypatch.setattr(
-        "runner.model.load_program", lambda artifact, threads: ExecuTorchCudaProgram(artifact)
+        "tokenloop.runner.model.load_program",
+        lambda artifact, threads: ExecuTorchCudaProgram(artifact),
     )
     assert generated(runner.load(portable_artifact)) == expected
 
@@ -72,7 +73,7 @@ def test_a_missing_gpu_is_refused(altered):
 
 
 def test_an_output_that_is_not_the_gpus_is_refused(altered, monkeypatch):
-    backends = "runner.executorch_cuda_program._C._get_registered_backend_names"
+    backends = "tokenloop.runner.engines.executorch_cuda._C._get_registered_backend_names"
     monkeypatch.setattr(backends, lambda: ["CudaBackend"])
     message = "prefill's output lies in memory of the host; it must be exported with alloc_graph_ou"
     with pytest.raises(RunnerError, match=re.escape(message)):

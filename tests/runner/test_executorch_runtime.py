@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runner import RunnerError, executorch_runtime
-from runner.executorch_runtime import ExecuTorchError, Program
+from tokenloop.runner import RunnerError
+from tokenloop.runner.engines import executorch_runtime
+from tokenloop.runner.engines.executorch_runtime import ExecuTorchError, Program
 
 ROOT = Path(__file__).resolve().parents[2]
 # Values that count up, so that a wrong address or order shows.
@@ -399,7 +400,7 @@ def alone(code: str, *arguments) -> dict:
 import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
-from runner import executorch_runtime as runtime
+from tokenloop.runner.engines import executorch_runtime as runtime
 def fails(call, *arguments):
     try:
         return call(*arguments)

@@ -11,12 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runner
-from models.kernels.reference import dequantize
-from runner import LoopOptions, RunnerError
-from runner.torch_memory import Aligned
-from sampler.greedy import greedy
-from sampler.sample import sample
 from tests.driving import (
     PROMPTS,
     SAMPLED,
@@ -25,6 +19,12 @@ from tests.driving import (
     ids_of,
     variants,
 )
+from tokenloop import runner
+from tokenloop.models.kernels.reference import dequantize
+from tokenloop.runner import LoopOptions, RunnerError
+from tokenloop.runner.engines.torch_memory import Aligned
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.sample import sample
 
 NAN, INF = math.nan, math.inf
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import runner
-from runner import LoopOptions, RunnerError
+from tokenloop import runner
+from tokenloop.runner import LoopOptions, RunnerError
 
 ROOT = Path(__file__).resolve().parents[2]
 ALICE = (ROOT / "benchmarks/data/alice.txt").read_text(encoding="utf-8")

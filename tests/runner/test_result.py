@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runner.request import Request
-from runner.result import Result, StopStream
+from tokenloop.runner.request import Request
+from tokenloop.runner.result import Result, StopStream
 
 EOS = 0
 

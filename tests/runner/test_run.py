@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import runner
-from runner import Request
-from runner.compare import compare
-from runner.tokenizer import Tokenizer
+from tokenloop import runner
+from tokenloop.runner import Request
+from tokenloop.runner.compare import compare
+from tokenloop.runner.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ALICE = ROOT / "benchmarks/data/alice.txt"
@@ -571,7 +571,7 @@ def test_progress_is_shown_on_a_terminal_and_leaves_the_output_alone(batch_artif
 SHOW_IMPORTS = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-from runner.run import main
+from tokenloop.runner.run import main
 try:
     sys.exit(main())
 finally:
@@ -588,19 +588,19 @@ def imported(*arguments, cwd: Path) -> set[str]:
 
 def test_the_runner_imports_nothing_that_only_the_export_needs(tiny_artifact, tmp_path):
     modules = imported("--artifact", tiny_artifact, "hello", cwd=tmp_path)
-    assert {"runner.loop", "numpy"} <= modules
+    assert {"tokenloop.runner.loop", "numpy"} <= modules
     others = {"models", "sampler", "export", "benchmarks", "torch", "torchao", "transformers"}
     # Not even the package: only its libraries are loaded.
     assert not (others | {"executorch"}) & {name.split(".")[0] for name in modules}
     # Nobody sees how far a batch is where standard error is no terminal.
     batch = imported("--artifact", tiny_artifact, "--batch", "1", "hello", cwd=tmp_path)
-    assert "runner.generation" in batch and "rich" not in modules | batch
+    assert "tokenloop.runner.generation" in batch and "rich" not in modules | batch
 
 
 def test_wrong_arguments_are_answered_before_numpy_is_imported(tmp_path):
     for arguments in (("--max-new-tokens", "0"), ("--prompt-file", "nowhere.txt")):
         modules = imported(*arguments, cwd=tmp_path)
-        assert "runner.run" in modules and "numpy" not in modules
+        assert "tokenloop.runner.run" in modules and "numpy" not in modules
 
 
 # Every variant at once

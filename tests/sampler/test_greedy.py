@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampler.greedy import greedy
+from tokenloop.sampler.greedy import greedy
 
 NAN, INF = math.nan, math.inf
 # Few values, so that ties are common.

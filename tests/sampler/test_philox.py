@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampler.philox import (
+from tokenloop.sampler.philox import (
     gumbel,
     log,
     noise,

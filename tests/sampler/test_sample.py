@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sampler.greedy import greedy
-from sampler.philox import gumbel
-from sampler.sample import exp2_38, numbers, restrict, sample, threshold, weights
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.philox import gumbel
+from tokenloop.sampler.sample import exp2_38, numbers, restrict, sample, threshold, weights
 
 NAN, INF = math.nan, math.inf
 INT64 = st.integers(-(2**63), 2**63 - 1)

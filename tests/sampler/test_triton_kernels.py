@@ -10,10 +10,10 @@ ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 
-from sampler import cuda, philox  # noqa: E402
-from sampler import sample as reference  # noqa: E402
-from sampler import triton_kernels as kernels  # noqa: E402
-from sampler.greedy import greedy  # noqa: E402
+from tokenloop.sampler import cuda, philox  # noqa: E402
+from tokenloop.sampler import sample as reference  # noqa: E402
+from tokenloop.sampler import triton_kernels as kernels  # noqa: E402
+from tokenloop.sampler.greedy import greedy  # noqa: E402
 
 NAN, INF = math.nan, math.inf
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -1,0 +1,194 @@
+"""GGUF files as they are: the header's values, and tensors dequantized one at a time.
+
+Knows no architecture (see gguf_architectures.py) and no tokenizer. The format is described in
+ggml's docs/gguf.md. The `gguf` package supplies block sizes and dequantization; its GGUFReader is
+not used, because it takes 12 s for a vocabulary of 262,144 tokens (an array for each) and fails
+on a truncated file with an IndexError.
+"""
+
+import math
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+
+from tokenloop.export.errors import ExportError
+
+STRING, ARRAY, FLOAT32 = 8, 9, 6
+SCALAR_FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+MAX_DIMENSIONS = 4
+ALIGNMENTS = {1 << power for power in range(3, 32)}
+# Elements dequantized at a time. The gguf package holds a few copies of what it is given.
+BLOCK_ELEMENTS = 1 << 20
+
+
+class GgufTensor(NamedTuple):
+    """Where one tensor lies: `shape` in PyTorch order, `offset` in bytes from the file's start."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    type: gguf.GGMLQuantizationType
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        block_size, type_size = gguf.GGML_QUANT_SIZES[self.type]
+        return self.shape[-1] // block_size * type_size
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+    def dequantize(self) -> torch.Tensor:
+        """Read the tensor: float32 of `shape`, in memory of its own."""
+        width = self.shape[-1]
+        rows = math.prod(self.shape[:-1])
+        output = np.empty((rows, width), dtype=np.float32)
+        step = max(1, BLOCK_ELEMENTS // width)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, rows, step):
+                block = output[start : start + step]
+                data = np.fromfile(file, dtype=np.uint8, count=len(block) * self.row_bytes)
+                if data.size != len(block) * self.row_bytes:
+                    raise ExportError(f"{self.path} became shorter while {self.name} was read")
+                block[:] = gguf.dequantize(data.reshape(len(block), self.row_bytes), self.type)
+        return torch.from_numpy(output).reshape(self.shape)
+
+
+class _Header:
+    """Reads the header's values in order, and never past the end of the file."""
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.file, self.path = file, path
+        self.left = path.stat().st_size
+
+    def take(self, size: int) -> bytes:
+        if size > self.left:
+            raise ExportError(
+                f"{self.path} is truncated: its header goes on after the last of its "
+                f"{self.path.stat().st_size} bytes; get the whole file"
+            )
+        self.left -= size
+        return self.file.read(size)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
+
+    def string(self) -> str:
+        try:
+            return self.take(self.number("Q")).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ExportError(
+                f"{self.path} is damaged: a string in its header is not UTF-8"
+            ) from error
+
+    def value(self, kind: int) -> Any:
+        """A scalar, a string, a list of strings, or a NumPy array of numbers."""
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            return self.array(self.number("I"), self.number("Q"))
+        if kind not in SCALAR_FORMATS:
+            raise ExportError(f"{self.path} is damaged: its header has a value of type {kind}")
+        number = self.number(SCALAR_FORMATS[kind])
+        # The shortest decimal: an epsilon stored as float32 reads 1e-06, as in config.json.
+        return float(str(np.float32(number))) if kind == FLOAT32 else number
+
+    def array(self, kind: int, length: int) -> list[str] | np.ndarray:
+        if kind == STRING:
+            return [self.string() for _ in range(length)]
+        if kind not in SCALAR_FORMATS:
+            raise ExportError(f"{self.path} is damaged: its header has an array of type {kind}")
+        dtype = np.dtype("<" + SCALAR_FORMATS[kind])
+        return np.frombuffer(self.take(length * dtype.itemsize), dtype=dtype)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    """Read the metadata and the table of tensors of the GGUF file `path`; no tensor data.
+
+    Errors: ExportError for a file that is not GGUF, of another version, truncated anywhere (every
+    tensor's end is compared with the file's size), split into parts, or with a tensor of a type
+    that the `gguf` package cannot dequantize.
+    """
+    with path.open("rb") as file:
+        header = _Header(file, path)
+        magic = file.read(4)
+        if magic != b"GGUF":
+            raise ExportError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
+        header.left -= 4
+        version = header.number("I")
+        if version not in (2, 3):
+            raise ExportError(f"{path} is GGUF version {version}; versions 2 and 3 can be read")
+        n_tensors, n_values = header.number("Q"), header.number("Q")
+        metadata = {}
+        for _ in range(n_values):
+            key = header.string()
+            metadata[key] = header.value(header.number("I"))
+        if metadata.get("split.count", 1) > 1:
+            raise ExportError(
+                f"{path} is one of {metadata['split.count']} parts; join them first with "
+                "`llama-gguf-split --merge`"
+            )
+        infos = [_tensor_info(header) for _ in range(n_tensors)]
+        alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        if alignment not in ALIGNMENTS:
+            raise ExportError(f"{path} is damaged: general.alignment is {alignment!r}")
+        data_start = -(-file.tell() // alignment) * alignment
+    file_size = path.stat().st_size
+    tensors = {}
+    for name, shape, kind, offset in infos:
+        tensor = GgufTensor(
+            path, name, shape, _dequantizable(path, name, kind), data_start + offset
+        )
+        if name in tensors:
+            raise ExportError(f"{path} is damaged: it has two tensors named {name}")
+        if shape[-1] % gguf.GGML_QUANT_SIZES[tensor.type][0]:
+            raise ExportError(
+                f"{path} is damaged: {name} is {tensor.type.name}, but its rows of {shape[-1]} "
+                "elements are not whole blocks"
+            )
+        if tensor.offset + tensor.n_bytes > file_size:
+            raise ExportError(
+                f"{path} is truncated: {name} ends at byte {tensor.offset + tensor.n_bytes}, the "
+                f"file at byte {file_size}; get the whole file"
+            )
+        tensors[name] = tensor
+    return metadata, tensors
+
+
+def _tensor_info(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
+    """One row of the table: name, shape in PyTorch order, type number, offset into the data."""
+    name = header.string()
+    n_dimensions = header.number("I")
+    if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+        raise ExportError(f"{header.path} is damaged: {name} has {n_dimensions} dimensions")
+    # GGUF lists the fastest-moving dimension first, PyTorch last.
+    shape = tuple(header.number("Q") for _ in range(n_dimensions))[::-1]
+    if 0 in shape:
+        raise ExportError(f"{header.path} is damaged: {name} has the shape {shape}")
+    return name, shape, header.number("I"), header.number("Q")
+
+
+def _dequantizable(path: Path, name: str, kind: int) -> gguf.GGMLQuantizationType:
+    """`kind` as the package's enum, if the package can dequantize it (tried on one block)."""
+    label = str(kind)
+    try:
+        quantization = gguf.GGMLQuantizationType(kind)
+        label = quantization.name
+        block = np.zeros((1, gguf.GGML_QUANT_SIZES[quantization][1]), dtype=np.uint8)
+        gguf.dequantize(block, quantization)
+    except (ValueError, NotImplementedError) as error:
+        raise ExportError(
+            f"{path}: {name} has the type {label}, which the gguf package cannot dequantize; "
+            "requantize the model to another type, such as Q8_0"
+        ) from error
+    return quantization

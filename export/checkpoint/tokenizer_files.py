@@ -1,0 +1,267 @@
+"""The tokenizer's part of an artifact: its file, the chat template, and the manifest's entry.
+
+The runner puts the bos id in front by itself and encodes without special tokens; so the ids and
+`add_bos` have to be known here. A GGUF vocabulary becomes a SentencePiece model, or, if it is of
+bytes, a tokenizer.json.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from sentencepiece import sentencepiece_model_pb2 as model_pb2
+from tokenizers import Tokenizer
+
+from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
+from tokenloop.export.checkpoint.checkpoint import Checkpoint, read_json
+from tokenloop.export.errors import ExportError
+
+TEMPLATE_FILE = "chat_template.jinja"
+# What ends a turn or a text in Gemma's and Qwen's conversations.
+END_TOKENS = ("<end_of_turn>", "<|im_end|>", "<|endoftext|>")
+# The number of a token type is the same in GGUF as in SentencePiece.
+UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
+TOKEN_TYPES = range(1, 7)
+
+
+class Vocabulary(NamedTuple):
+    """Both directions; None for a token or an id that the vocabulary does not have."""
+
+    id_of: Callable[[str], int | None]
+    token_of: Callable[[int], str | None]
+
+
+def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    """Write the tokenizer, and the chat template if there is one, into `directory` (it exists).
+
+    Returns the manifest's entry: `file`; `bos_token_id` (or None); `eos_token_ids`, ascending;
+    `add_bos`, whether a prompt begins with the bos id; `chat_template`, a file or None; and for the
+    template `bos_token` and `eos_token`, strings or None.
+
+    Errors: ExportError for a tokenizer that is missing, damaged or of an unsupported kind.
+    """
+    write = _write_gguf if checkpoint.kind == "gguf" else _copy_files
+    entry, template = write(checkpoint, directory)
+    if template is not None:
+        (directory / TEMPLATE_FILE).write_bytes(template.encode("utf-8"))
+    return entry | {"chat_template": TEMPLATE_FILE if template is not None else None}
+
+
+def encode(directory: Path, entry: dict[str, Any], text: str) -> list[int]:
+    """The ids of `text` with the tokenizer that was written, after the bos id if there is one."""
+    file = directory / entry["file"]
+    if file.suffix == ".model":
+        ids = _load_sentencepiece(file).encode(text)
+    else:
+        ids = _load_tokenizer_json(file).encode(text, add_special_tokens=False).ids
+    return [entry["bos_token_id"], *ids] if entry["add_bos"] else ids
+
+
+def _copy_files(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any], str | None]:
+    source = checkpoint.path
+    settings = _optional_json(source / "tokenizer_config.json")
+    generation = _optional_json(source / "generation_config.json")
+    for file in ("tokenizer.json", "tokenizer.model"):
+        if (source / file).is_file():
+            break
+    else:
+        raise ExportError(f"{source} has neither tokenizer.json nor tokenizer.model")
+    if file == "tokenizer.json":
+        tokenizer = _load_tokenizer_json(source / file)
+        vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
+    else:
+        tokenizer = None
+        vocabulary = _sentencepiece_vocabulary(_load_sentencepiece(source / file))
+
+    def named(key: str) -> int | None:
+        token = _token_text(settings.get(key))
+        if token is not None and vocabulary.id_of(token) is None:
+            raise ExportError(
+                f"{source / 'tokenizer_config.json'}: {key} is {token!r}, which is not in {file}"
+            )
+        return None if token is None else vocabulary.id_of(token)
+
+    configs = (generation, checkpoint.config)
+    bos_ids = [named("bos_token"), *(config.get("bos_token_id") for config in configs)]
+    bos_id = next((value for value in bos_ids if value is not None), None)
+    eos_ids = {value for config in configs for value in _id_list(config.get("eos_token_id"))}
+    eos_ids.update(_id_list(named("eos_token")))
+    # A key of tokenizer_config.json wins even if null (Qwen): transformers then has no such token.
+    strings = {
+        key: _token_text(settings[key]) if key in settings else _token_text_of(vocabulary, token_id)
+        for key, token_id in (("bos_token", bos_id), ("eos_token", min(eos_ids, default=None)))
+    }
+    add_bos = settings.get("add_bos_token")
+    if add_bos is None and tokenizer is not None:
+        # Only the ids tell what a post-processor does.
+        add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
+    shutil.copyfile(source / file, directory / file)
+    entry = {
+        "file": file,
+        "bos_token_id": bos_id,
+        "eos_token_ids": sorted(eos_ids),
+        # SentencePiece has no post-processor; transformers adds bos to it unless told otherwise.
+        "add_bos": bos_id is not None and add_bos is not False,
+        **strings,
+    }
+    return entry, _directory_template(source, settings)
+
+
+def _directory_template(source: Path, settings: dict[str, Any]) -> str | None:
+    if (source / TEMPLATE_FILE).is_file():
+        return (source / TEMPLATE_FILE).read_bytes().decode("utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {item["name"]: item["template"] for item in template}
+        template = named.get("default")
+    return template
+
+
+def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any], str | None]:
+    path, metadata = checkpoint.path, checkpoint.metadata
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "llama":
+        file, adds_bos = "tokenizer.model", True
+        data = sentencepiece_model(path, metadata)
+        vocabulary = _sentencepiece_vocabulary(_parse_sentencepiece(path, data))
+    elif kind == "gpt2":
+        file, adds_bos = "tokenizer.json", False
+        tokenizer = byte_level_tokenizer(path, metadata)
+        data = tokenizer.to_str().encode("utf-8")
+        vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
+    else:
+        raise ExportError(
+            f"{path}: tokenizer.ggml.model is {kind!r}, which is not supported; llama "
+            "(SentencePiece BPE) and gpt2 (byte-level BPE) are. For others export from the Hugging "
+            "Face directory"
+        )
+    template = metadata.get("tokenizer.chat_template")
+    (directory / file).write_bytes(data)
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    eos_id = metadata.get("tokenizer.ggml.eos_token_id")
+    eos_ids = {eos_id, metadata.get("tokenizer.ggml.eot_token_id")}
+    if template is not None:
+        # GGUF names one end token, often the text's and not the turn's, or the other way round.
+        eos_ids.update(map(vocabulary.id_of, END_TOKENS))
+    entry = {
+        "file": file,
+        "bos_token_id": bos_id,
+        "eos_token_ids": sorted(eos_ids - {None}),
+        # The defaults are llama.cpp's.
+        "add_bos": bos_id is not None and metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+        "bos_token": _token_text_of(vocabulary, bos_id),
+        "eos_token": _token_text_of(vocabulary, eos_id),
+    }
+    return entry, template
+
+
+def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> bytes:
+    """Rebuild a SentencePiece BPE model from GGUF's `tokenizer.ggml.*` keys; the same bytes always.
+
+    `path` is for messages. Errors: ExportError for lists that are missing or differ in length, a
+    token type that does not exist, or no unknown token.
+    """
+    tokens, scores, types = (
+        _vocabulary_list(path, metadata, key) for key in ("tokens", "scores", "token_type")
+    )
+    if not len(tokens) == len(scores) == len(types):
+        raise ExportError(
+            f"{path} has {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types; "
+            "their number must be the same"
+        )
+    types = np.array(types)
+    if unknown_types := set(types.tolist()) - set(TOKEN_TYPES):
+        raise ExportError(f"{path}: the token type {min(unknown_types)} does not exist; 1 to 6 do")
+    ids = {
+        role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
+        for role, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+    for role, token_id in ids.items():
+        if not -1 <= token_id < len(tokens):
+            raise ExportError(
+                f"{path}: the {role} id {token_id} is not one of {len(tokens)} tokens"
+            )
+    if ids["unk"] == -1:
+        raise ExportError(
+            f"{path} has no tokenizer.ggml.unknown_token_id, which SentencePiece needs"
+        )
+    # llama.cpp's converter turns <unk> into a control token; SentencePiece needs its own type.
+    types[ids["unk"]] = UNKNOWN
+    model = model_pb2.ModelProto()
+    for token, score, token_type in zip(tokens, scores.tolist(), types.tolist(), strict=True):
+        # llama.cpp's converter writes spaces into user-defined tokens (Gemma's runs of spaces);
+        # SentencePiece looks for them in text that has its own mark in place of each space.
+        piece = token.replace(" ", "\u2581") if token_type == USER_DEFINED else token
+        model.pieces.add(piece=piece, score=score, type=token_type)
+    trainer = model.trainer_spec
+    trainer.model_type = model_pb2.TrainerSpec.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = bool(np.any(types == BYTE))
+    for role, token_id in ids.items():
+        setattr(trainer, f"{role}_id", token_id)
+        if token_id >= 0:
+            setattr(trainer, f"{role}_piece", tokens[token_id])
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString(deterministic=True)
+
+
+def _vocabulary_list(path: Path, metadata: dict[str, Any], key: str) -> list[str] | np.ndarray:
+    if f"tokenizer.ggml.{key}" not in metadata:
+        raise ExportError(f"{path} has no key tokenizer.ggml.{key}, which its tokenizer needs")
+    return metadata[f"tokenizer.ggml.{key}"]
+
+
+def _load_tokenizer_json(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises nothing more precise
+        raise ExportError(f"{path} is not a tokenizer that can be read: {error}") from error
+
+
+def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
+    return _parse_sentencepiece(path, path.read_bytes())
+
+
+def _parse_sentencepiece(path: Path, serialized: bytes) -> SentencePieceProcessor:
+    try:
+        return SentencePieceProcessor(model_proto=serialized)
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"{path} holds no valid SentencePiece model: {error}") from error
+
+
+def _sentencepiece_vocabulary(processor: SentencePieceProcessor) -> Vocabulary:
+    def token_of(token_id: int) -> str | None:
+        return processor.id_to_piece(token_id) if token_id < len(processor) else None
+
+    def id_of(token: str) -> int | None:
+        # SentencePiece answers with the unknown id for what it does not have.
+        token_id = processor.piece_to_id(token)
+        return token_id if token_of(token_id) == token else None
+
+    return Vocabulary(id_of, token_of)
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str | None:
+    """tokenizer_config.json has a token as a string, or as an object with its flags."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _token_text_of(vocabulary: Vocabulary, token_id: int | None) -> str | None:
+    return None if token_id is None else vocabulary.token_of(token_id)
+
+
+def _id_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,258 @@
+"""The AOTInductor package: every method compiled for one device; weights and state lie outside."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch._inductor import aot_compile
+from torch._inductor.package import package_aoti
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from tokenloop.export.background import Background
+from tokenloop.export.methods import Embed
+from tokenloop.models.decoder import Backbone
+from tokenloop.models.layers import rounded
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.sample import sample
+
+# Any length but 0 and 1, which torch.export takes for constants.
+TRACED_LENGTH = 3
+OPTIONS = {
+    "aot_inductor.package": True,
+    # The runner loads weights and state once for all methods.
+    "aot_inductor.package_constants_in_so": False,
+    # The wrapper only launches what is compiled apart from it; optimizing it takes a third of the
+    # whole time.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+
+
+class Prefill(nn.Module):
+    """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
+    logits float32 [1, V] after the last token."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        return self.network.prefill(tokens, positions, row)
+
+
+class DecodeEmbedded(Prefill):
+    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
+
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode_embedded(hidden, position)
+
+
+class Select(nn.Module):
+    """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
+    float32 [B], seed and position int64 [B]; and next_id int64 [B, 1], which is written."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
+        *sampling, next_id = sampling_and_next_id
+        next_id.copy_(self.function(logits, *sampling))
+
+
+class SelectEmbed(Embed):
+    """What Select takes, and then hidden [B, 1, D], which is written as well: the embedding of
+    next_id. By a function of sampler.cuda, whose last launch looks it up."""
+
+    def __init__(self, backbone: Backbone, function: Callable[..., None]):
+        super().__init__(backbone)
+        self.function = function
+        self.scale = rounded(backbone.embed_scale, self.embed_tokens.weight.dtype)
+
+    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
+        *sampling, next_id, hidden = sampling_and_outputs
+        table = self.embed_tokens.weight
+        self.function(logits, *sampling, table, next_id, hidden, scale=self.scale)
+
+
+class NextPositions(nn.Module):
+    """lines int64 [N, B], next_line int64 [1] and position int64 [B], both of which are written."""
+
+    def forward(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
+        torch.ops.tokenloop.next_positions(lines, next_line, position)
+
+
+def write_package(
+    model: nn.Module,
+    decode: nn.Module,
+    max_prefill: int,
+    selection: Background,
+    path: Path,
+    progress: Callable[[str], None],
+) -> list[str]:
+    """Compile the methods for the device that the model is on, into a .pt2 file; their names.
+
+    `decode` is DecodeEmbedded(model), or does the same. There is no method "decode": it would be
+    compiled once more, and round otherwise where an embedding is not rounded between two methods.
+    Constants have the names that they have in the method, and those of prefill begin with
+    "network". `selection` computes compile_selection.
+    """
+    weight = model.model.embed_tokens.weight
+    with weight.device:
+        hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
+        position = integers(model.batch)
+        chunk, shapes = prompt_chunk(model.batch, max_prefill)
+    progress("compiling prefill")
+    files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
+    progress("compiling decode")
+    files["decode_embedded"] = compile_method(decode, (hidden, position))
+    progress("compiling the selection methods")
+    files |= selection.result()
+    progress("writing")
+    with TemporaryDirectory() as directory:
+        paths = {}
+        for method, contents in files.items():
+            # The loader of torch 2.11 takes all files whose path begins with a method's name, those
+            # of greedy_embed for greedy's too: no name begins as another does with its end marked.
+            folder = Path(directory, f"{method}-")
+            folder.mkdir()
+            paths[folder.name] = [str(folder / name) for name in contents]
+            for name, content in contents.items():
+                (folder / name).write_bytes(content)
+        package_aoti(str(path), paths)
+    return sorted(files)
+
+
+def compile_selection(
+    batch: int, vocab_size: int, max_seq_len: int, hidden_size: int, embed_scale: float,
+    dtype: torch.dtype, device: str,
+) -> dict[str, dict[str, bytes]]:  # fmt: skip
+    """The compiled files, by method and name, of what is between a step's logits and the next step:
+    the lookup, selection, and selection of one row of several; with CUDA next_positions, and
+    selection that looks up as well. (A CPU would gain nothing by that, and compiles for long.)
+
+    The table of embeddings is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
+    """
+    functions, fused = {"greedy": greedy, "sample": sample}, {}
+    files = {}
+    with torch.device(device), torch.no_grad():
+        if device == "cuda":
+            from tokenloop.models.kernels import positions  # noqa: F401  (registers the operator)
+            from tokenloop.sampler import cuda
+
+            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
+            fused = {"greedy": cuda.greedy_embed, "sample": cuda.sample_embed}
+            example = integers(max_seq_len, batch), integers(1), integers(batch)
+            files["next_positions"] = compile_method(NextPositions(), example)
+        # Compiled code is given its weights when it is loaded: these are never looked at.
+        table = torch.empty(vocab_size, hidden_size, dtype=dtype)
+        table = nn.Embedding.from_pretrained(table)
+        backbone = Backbone(table, [], nn.Identity(), {}, embed_scale)
+        files["embed"] = compile_method(Embed(backbone), (integers(batch, 1),))
+        for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
+            logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
+            numbers, counts = torch.ones(rows), integers(rows)
+            sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
+            inputs = {"greedy": (logits,), "sample": (logits, *sampling)}
+            for name, function in functions.items():
+                example = *inputs[name], next_id
+                files[name + suffix] = compile_method(Select(function), example)
+                if name in fused and not suffix:
+                    hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)
+                    method = SelectEmbed(backbone, fused[name])
+                    files[f"{name}_embed"] = compile_method(method, (*example, hidden))
+    return files
+
+
+def compile_method(
+    method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None = None
+) -> dict[str, bytes]:
+    """The files of a package's method by name, compiled for the device of its example inputs."""
+    return compile_graph(trace(method, example, dynamic_shapes), example)
+
+
+def compile_graph(graph: GraphModule, example: tuple[Tensor, ...]) -> dict[str, bytes]:
+    """`compile_method` of what `trace` gives.
+
+    Sources are left empty: they say where they were compiled, so that no two exports would be the
+    same. Nobody reads them, but the loader finds the metadata by the source's name.
+    """
+    # Two exports compile the same code in the same place, and a compiler writes in place: one of
+    # them at a time, until its files are read. Another place would give the files other names.
+    directory = Path(cache_dir(), hashlib.sha256(graph.code.encode()).hexdigest())
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / "lock"):
+        options = OPTIONS | {"aot_inductor.output_path": str(directory)}
+        files = map(Path, aot_compile(graph, example, options=options))
+        return {file.name: b"" if file.suffix == ".cpp" else file.read_bytes() for file in files}
+
+
+def trace(
+    method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None
+) -> GraphModule:
+    """The method as torch.export sees it."""
+    # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
+    program = torch.export.export(
+        method,
+        example,
+        dynamic_shapes=dynamic_shapes,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    return program.module()
+
+
+def tensors_of(
+    *methods: nn.Module,
+) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
+    """What the methods' packages need: weights, views of weights or state, and state, by name.
+
+    A view is the name `of` the whole, the `offset` of its first element, its `shape` and `stride`.
+    Tensors with several names are weights or state under only one of them.
+    """
+    weights, views, state, named = {}, {}, {}, {}
+    for method in methods:
+        named |= dict(method.named_parameters(remove_duplicate=False))
+        named |= dict(method.named_buffers(remove_duplicate=False))
+    # Whole tensors before their parts, and of equals the one with the shortest name.
+    owners: dict[int, str] = {}
+    for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
+        tensor = named[name]
+        owner = owners.setdefault(tensor.untyped_storage()._cdata, name)
+        if owner != name:
+            views[name] = {
+                "of": owner,
+                "offset": tensor.storage_offset(),
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+            }
+        elif is_state(name):
+            state[name] = tensor
+        else:
+            weights[name] = tensor
+    return weights, views, state
+
+
+def is_state(name: str) -> bool:
+    """Whether the buffer of that name is written: a layer's cache, or the kernels' counters."""
+    return ".cache." in name or name == "counters"
+
+
+def prompt_chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
+    """Prefill's example inputs and their dynamic shapes."""
+    # One token at most is no dynamic size.
+    length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
+    traced = min(TRACED_LENGTH, max_prefill)
+    example = integers(1, traced), torch.arange(traced)
+    shapes = [{1: length}, {0: length}]
+    if batch > 1:
+        example, shapes = (*example, integers(1)), [*shapes, None]
+    return example, shapes if length is not None else None
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)

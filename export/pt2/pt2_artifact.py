@@ -1,0 +1,142 @@
+"""An artifact for AOTInductor: model.pt2 for one device, and model.safetensors beside it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokenloop.export.background import Background
+from tokenloop.export.errors import ExportError
+from tokenloop.export.pt2 import hybrid_rows
+from tokenloop.export.pt2 import packed_weights as rows
+from tokenloop.export.pt2.packed_weights import IntegerHead
+from tokenloop.export.recipes import INTEGER_BITS
+from tokenloop.models.moe import SparseMoe
+from tokenloop.models.qwen3_5 import Qwen3_5
+
+
+class Pt2Artifact:
+    """Compiles the methods for the device that the options name: those of selection from `begin`
+    on, in another process, the others in `write`."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.device = options, torch.device(options.device)
+        # Of the weights as they are read, of activations and of caches.
+        self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ExportError(
+                "--device cuda needs a CUDA GPU here: kernels are compiled and tried on it"
+            )
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin with what needs no weights."""
+        self.selection = Background(
+            "the selection methods",
+            _compile_selection,
+            model.batch,
+            model.config.vocab_size,
+            model.max_seq_len,
+            model.config.hidden_size,
+            model.model.embed_scale,
+            self.dtype,
+            self.device.type,
+            processor=processor(self.device),
+        )
+
+    def write(
+        self,
+        model: nn.Module,
+        max_prefill: int,
+        tokenizer: dict,
+        directory: Path,
+        progress: Callable[[str], None],
+    ) -> dict:
+        """Write model.pt2 and model.safetensors, and return the manifest's entries about them.
+
+        Errors: ExportError for experts that would have to be integers.
+        """
+        bits = INTEGER_BITS[self.options.quant]
+        hybrid = isinstance(model, Qwen3_5)
+        if bits and any(isinstance(block.mlp, SparseMoe) for block in model.model.layers):
+            raise ExportError(
+                f"--quant {self.options.quant} is not for experts with --backend inductor; bf16 "
+                "and fp32 are"
+            )
+        progress("importing torch.export")
+        from tokenloop.export.methods import Embed
+        from tokenloop.export.pt2.package import DecodeEmbedded, Prefill, tensors_of, write_package
+
+        model.to(self.device)
+        # Modules with the tensors that those of the step are views of.
+        whole = []
+        if self.device.type == "cuda":
+            if hybrid:
+                from tokenloop.export.pt2.fused_hybrid import HybridDecode as FusedDecode
+            else:
+                from tokenloop.export.pt2.cuda_step import FusedDecode
+
+            decode = FusedDecode(model, bits)
+        else:
+            if bits:
+                layers = nn.ModuleList((hybrid_rows if hybrid else rows).fuse_layers(model, bits))
+                whole = [nn.ModuleDict({"layers": layers})]
+                model.lm_head = IntegerHead(model.lm_head)
+            decode = DecodeEmbedded(model)
+        program = directory / "model.pt2"
+        methods = write_package(model, decode, max_prefill, self.selection, program, progress)
+        tensors, views, state = tensors_of(Prefill(model), decode, Embed(model.model), *whole)
+        return {
+            "program": {"file": program.name, "bytes": program.stat().st_size},
+            "weights": self._write_weights(tensors, directory) | {"views": views},
+            "engine": "inductor",
+            "backend": "inductor",
+            "device": self.device.type,
+            "processor": processor(self.device),
+            "methods": methods,
+            "waiting_kernels": _waiting_kernels() if self.device.type == "cuda" else [],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state": entries(state),
+        }
+
+    def _write_weights(self, tensors: dict[str, Tensor], directory: Path) -> dict:
+        if self.options.random_weights:
+            return {"random": entries(tensors)}
+        path = directory / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        return {"file": path.name, "bytes": path.stat().st_size}
+
+
+def _waiting_kernels() -> list[str]:
+    from tokenloop.models.kernels.dependent_launch import WAITING
+
+    return list(WAITING)
+
+
+def _compile_selection(*arguments) -> dict[str, dict[str, bytes]]:
+    # Imports of seconds, in the other process.
+    from tokenloop.export.pt2.package import compile_selection
+
+    return compile_selection(*arguments)
+
+
+def entries(tensors: dict[str, Tensor]) -> list[dict]:
+    """Names, shapes and dtypes, for the manifest."""
+    return [
+        {
+            "name": name,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+        }
+        for name, tensor in tensors.items()
+    ]
+
+
+def processor(device: torch.device) -> str:
+    """What compiled code needs of a device: "sm_90" of a GPU, "AVX512" of a CPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return torch.backends.cpu.get_cpu_capability()

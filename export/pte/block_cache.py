@@ -1,0 +1,288 @@
+"""Attention over a KV cache inside XNNPACK, reading only as many slots as the position asks for.
+
+A layer's cache is cut into blocks of 512, 1536, 6144, ... slots, each a tensor of its own (256,
+768, ... where there are several rows): a method attends to the first few of them, chosen by its
+position (ExecuTorch cannot pass a part of a tensor on without copying it). Shapes: B rows,
+K key-value heads, G query heads for each of them, T tokens of one row, D the size of a head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Not torch.cond, which would trace every branch once more with Dynamo.
+from torch._higher_order_ops.cond import cond_op
+
+from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
+from tokenloop.models.cache import KVCache, SlidingCache
+
+# The first block's slots, of one row and of several: what is read in vain is read for each row.
+FIRST_BLOCK, FIRST_BLOCK_OF_ROWS = 512, 256
+# Masks are computed from positions in this unit: one position too far lowers a score by half of
+# it, which leaves nothing of the score's exponential. A power of two keeps positions exact.
+UNIT = 2.0**20
+# The position of a slot that nobody may see, below and above every query.
+NOWHERE = UNIT * UNIT
+
+
+def block_sizes(slots: int, first: int) -> list[int]:
+    """The sizes of a cache's blocks: each quadruples what there is, until there are `slots`."""
+    sizes = [min(first, slots)]
+    while sum(sizes) < slots:
+        sizes.append(min(3 * sum(sizes), slots - sum(sizes)))
+    return sizes
+
+
+def attention(
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    tokens: int,
+    blocks: Sequence[int],
+    windowed: bool,
+    growing: bool,
+    rows: int = 1,
+) -> GraphDelegate:
+    """softmax(q k^T - mask) v as one delegate call.
+
+    Arguments: q [K, T, G D], already scaled; newest [T G, 1] or [1, 1], half a position after the
+    last one that a query sees; with `windowed` oldest, of the same shape, half a position after
+    the last one that it no longer sees, in all blocks but the last; then k [K, S, D], v [K, S, D]
+    and positions [1, S] of each block. Positions are float32 in UNITs. Result: [K, T, G D].
+    `blocks` are the sizes S; the last one's may vary if it is `growing`, as T may.
+
+    With several `rows`, one token of each: q [K, B, G D], newest [K B, 1, 1], k, v [K B, S, D].
+    """
+    graph = GraphBuilder()
+    products = kv_heads * rows
+    q = graph.input(kv_heads, tokens if rows == 1 else rows, group * head_dim)
+    # Here and not around the call: ExecuTorch takes a view of a condition's result for one of the
+    # memory that was planned for it, where that result is not.
+    q = graph.reshape(q, products, -1, head_dim)
+    newest = graph.input(tokens * group, 1) if rows == 1 else graph.input(products, 1, 1)
+    oldest = graph.input(tokens * group, 1) if windowed else None
+    scores, values = [], []
+    for i, size in enumerate(blocks):
+        k, v = (graph.input(products, size, head_dim) for _ in range(2))
+        positions = graph.input(1, size)
+        penalty = graph.relu(graph.subtract(positions, newest))
+        if windowed and i < len(blocks) - 1:
+            penalty = graph.add(penalty, graph.relu(graph.subtract(oldest, positions)))
+        scores.append(graph.subtract(graph.matmul(q, k, transpose_b=True), penalty))
+        values.append(v)
+    weights = graph.softmax(graph.concatenate(scores, axis=2))
+    if growing:
+        out = graph.matmul(weights, graph.concatenate(values, axis=1))
+    else:
+        # Values are large and weights small: better to cut these than to join those.
+        out, begin = None, 0
+        for v, size in zip(values, blocks):
+            part = weights if len(blocks) == 1 else graph.slice(weights, begin, size)
+            product = graph.matmul(part, v)
+            out = product if out is None else graph.add(out, product)
+            begin += size
+    out = graph.reshape(out, kv_heads, -1, group * head_dim)
+    return GraphDelegate(graph.serialize(out), lambda q, *_: [torch.empty_like(q)])
+
+
+class Slots(nn.Module):
+    """Where one kind of layer keeps its positions: in a ring, or each in a slot of its own."""
+
+    def __init__(self, cache: KVCache):
+        super().__init__()
+        self.ring = isinstance(cache, SlidingCache)
+        self.count = cache.slots
+        first = FIRST_BLOCK if cache.k.shape[0] == 1 else FIRST_BLOCK_OF_ROWS
+        filled = block_sizes(self.count, first)
+        # Of several blocks each has a spare slot, for what belongs into another one.
+        self.spare = int(len(filled) > 1)
+        self.sizes = [size + self.spare for size in filled]
+        starts = [sum(filled[:i]) for i in range(len(filled))]
+        self.spans = list(zip(starts, filled))
+        for i, (start, size) in enumerate(self.spans):
+            positions = torch.arange(start, start + self.sizes[i], dtype=torch.float32) * UNIT
+            positions[size:] = NOWHERE
+            self.register_buffer(f"positions{i}", positions[None])
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """For each block the slots' own positions [1, S], which decode may see up to its own."""
+        return [getattr(self, f"positions{i}") for i in range(len(self.sizes))]
+
+    def limits(self) -> list[int]:
+        """How many positions the first 1, 2, ... blocks hold."""
+        return [start + size for start, size in self.spans]
+
+    def indices(self, positions: Tensor) -> list[Tensor]:
+        """For each block the slots int64 [N] at which it stores `positions` int64 [N]."""
+        if self.ring:
+            positions = positions % self.count
+        if not self.spare:
+            return [positions]
+        return [
+            torch.where((positions >= start) & (positions < start + size), positions - start, size)
+            for start, size in self.spans
+        ]
+
+    def held(self, positions: Tensor) -> list[Tensor]:
+        """For each block the positions [1, S] that it holds before a chunk at `positions`."""
+        begin = positions[:1]
+        if not self.ring:
+            bound = begin.float() * UNIT
+            return [torch.where(block < bound, block, NOWHERE) for block in self.positions]
+        # The newest position before the chunk that is congruent to the slot; negative: unwritten.
+        slots = torch.arange(self.count)
+        newest = begin - 1 - (begin - 1 - slots + self.count) % self.count
+        newest = torch.where(newest < 0, NOWHERE, newest.float() * UNIT)[None]
+        if not self.spare:
+            return [newest]
+        nobody = torch.full((1, 1), NOWHERE)
+        return [torch.cat([newest[:, a : a + size], nobody], 1) for a, size in self.spans]
+
+
+class BlockCache(nn.Module):
+    """The keys and values of one layer: for each block float32 [K B S, D]."""
+
+    def __init__(self, cache: KVCache, slots: Slots):
+        super().__init__()
+        self.rows, _, self.kv_heads, self.head_dim = cache.k.shape
+        self.sizes = slots.sizes
+        for i, size in enumerate(self.sizes):
+            for name in (f"k{i}", f"v{i}"):
+                shape = (self.kv_heads * self.rows * size, self.head_dim)
+                self.register_buffer(name, torch.zeros(shape))
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """k and v of each block."""
+        return [(getattr(self, f"k{i}"), getattr(self, f"v{i}")) for i in range(len(self.sizes))]
+
+    def blocks(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """k and v [K B, S, D] of each block, and its `positions` [1, S]."""
+        blocks = []
+        for pair, size, where in zip(self.pairs(), self.sizes, positions):
+            blocks += (*(x.view(-1, size, self.head_dim) for x in pair), where)
+        return blocks
+
+    def places(self, indices: Sequence[Tensor], row: Tensor | None = None) -> list[Tensor]:
+        """For each block where in it `indices` (of Slots.indices) are: int64 [K N]. Those are
+        slots int64 [T] of `row` int64 [1], or without it one of each row, int64 [B]."""
+        rows = torch.arange(self.rows) if row is None else row
+        heads = torch.arange(self.kv_heads)[:, None] * self.rows
+        return [
+            ((heads + rows) * size + index).flatten() for size, index in zip(self.sizes, indices)
+        ]
+
+    def store(self, k: Tensor, v: Tensor, places: Sequence[Tensor]) -> None:
+        """Write k, v [K, N, D] to the `places` of each block."""
+        for (keys, values), place in zip(self.pairs(), places):
+            torch.ops.aten.index_put_(keys, [place], k.reshape(-1, self.head_dim))
+            torch.ops.aten.index_put_(values, [place], v.reshape(-1, self.head_dim))
+
+
+def choose(
+    value: Tensor, limits: Sequence[int], branches: Sequence[Callable], operands: Sequence[Tensor]
+) -> Tensor:
+    """What the first branch returns whose limit is at least `value` int64 [], or the last branch:
+    each is called with `operands`."""
+    if len(branches) == 1:
+        return branches[0](*operands)
+
+    def this(_, *operands):
+        return branches[0](*operands)
+
+    def later(value, *operands):
+        return choose(value, limits[1:], branches[1:], operands)
+
+    return cond_op(value <= limits[0], this, later, (value, *operands))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What all layers of a kind share while a chunk is prefilled; positions float32 in UNITs.
+
+    `begin` int64 [] is the first token's position, `positions` [1, T] are all of them, `newest` and
+    `oldest` [T G, 1] as in `attention`, and `held` what Slots.held says. `row` int64 [1] is whose
+    chunk it is; a cache of one row has None.
+    """
+
+    begin: Tensor
+    positions: Tensor
+    newest: Tensor
+    oldest: Tensor
+    held: list[Tensor]
+    row: Tensor | None
+
+
+class PrefillAttention(nn.Module):
+    """A chunk's queries attend to what its row of the layer's cache holds, and to the chunk."""
+
+    def __init__(self, slots: Slots, kv_heads: int, group: int, head_dim: int, traced: int):
+        super().__init__()
+        self.ring = slots.ring
+        self.limits = [0, *slots.limits()]
+        self.variants = [
+            attention(
+                *(kv_heads, group, head_dim, traced),
+                [*slots.sizes[:count], traced],
+                windowed=slots.ring and count > 0,
+                growing=True,
+            )
+            for count in range(len(slots.sizes) + 1)
+        ]
+
+    def forward(self, q, k, v, cache: BlockCache, chunk: Chunk):
+        """q [K, T, G D], k, v [K, T, D] -> [K, T, G D]."""
+        fixed = (q, chunk.newest, chunk.oldest, k, v, chunk.positions)
+        if chunk.row is not None:
+            fixed = (*fixed, chunk.row + torch.arange(cache.kv_heads) * cache.rows)
+
+        def branch(count: int) -> Callable:
+            def run(q, newest, oldest, k, v, positions, *rest):
+                if chunk.row is not None:
+                    row, *rest = rest
+                blocks = list(rest[: 3 * count])
+                if chunk.row is not None:
+                    for i in range(3 * count):
+                        if i % 3 < 2:
+                            blocks[i] = blocks[i].index_select(0, row)
+                window = (oldest,) if self.ring and count else ()
+                return self.variants[count](q, newest, *window, *blocks, k, v, positions)[0]
+
+            return run
+
+        branches = [branch(count) for count in range(len(self.variants))]
+        return choose(chunk.begin, self.limits, branches, (*fixed, *cache.blocks(chunk.held)))
+
+
+class DecodeAttention(nn.Module):
+    """One query of each row and head attends to its cache, which has its own key already."""
+
+    def __init__(self, slots: Slots, kv_heads: int, group: int, head_dim: int, rows: int = 1):
+        super().__init__()
+        # A position p is among the first p + 1.
+        self.limits = [limit - 1 for limit in slots.limits()]
+        self.variants = [
+            attention(
+                *(kv_heads, group, head_dim, 1),
+                slots.sizes[:count],
+                windowed=False,
+                growing=False,
+                rows=rows,
+            )
+            for count in range(1, len(slots.sizes) + 1)
+        ]
+
+    def forward(self, q, cache: BlockCache, slots: Slots, furthest: Tensor, newest: Tensor):
+        """q [K, B, G D], newest float32 [1, 1] or [K B, 1, 1] in UNITs -> [K, B, G D]; all rows
+        read as many blocks as the `furthest` position int64 [] asks for."""
+
+        def branch(count: int) -> Callable:
+            def run(q, newest, *blocks):
+                return self.variants[count - 1](q, newest, *blocks[: 3 * count])[0]
+
+            return run
+
+        branches = [branch(count) for count in range(1, len(self.variants) + 1)]
+        return choose(furthest, self.limits, branches, (q, newest, *cache.blocks(slots.positions)))

@@ -1,0 +1,126 @@
+"""What a short text shows of a model's activations, so that less is lost when it is quantized.
+
+Two things follow from it. Channels are evened out (SmoothQuant, arXiv:2211.10438): eight bits for a
+whole row of activations are few where some channels are forty times as large as others. Dividing a
+channel by s and multiplying the weights that read it by s changes nothing; every s is a power of
+two, and the divisions go into what produces the channels, so they cost nothing when the model runs.
+And the mean of what a linear layer reads is what its quantized weights' errors can be made up for
+with (bias correction, arXiv:1906.04721): export.quantize takes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenloop.models.layers import MLP
+
+TEXT = Path(__file__).with_name("calibration.txt")
+TOKENS = 512
+TINY = 1e-5
+
+
+def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
+    """Rescale, in place, the channels that the blocks' linear layers read, and return for every
+    linear layer the mean float32 [K] of what it then reads.
+
+    `ids` are a text's, beginning as the model's texts do; the first TOKENS are run in float32.
+    The means have no more digits than they are good for, so that another processor's come out
+    the same.
+    """
+    seen = observe(model, ids)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        _divide_norm(layer.input_layernorm, _rescale(inputs, seen))
+        # Experts are read without their activations being quantized.
+        if isinstance(mlp, MLP):
+            inputs = [mlp.gate_proj, mlp.up_proj]
+            _divide_norm(layer.mlp_norm, _rescale(inputs, seen))
+            _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
+        # Heads that share a value head share its channels.
+        heads = attention.v_proj.out_features // attention.head_dim, -1, attention.head_dim
+        _divide_rows(attention.v_proj, _rescale([attention.o_proj], seen, heads))
+    return {linear: moments.mean.bfloat16().float() for linear, moments in seen.items()}
+
+
+@dataclass
+class Moments:
+    """Of a linear layer's input over the tokens: the mean and the mean square, float32 [K]."""
+
+    mean: Tensor
+    square: Tensor
+
+
+def observe(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Moments]:
+    """What every linear layer reads while the model sees the text.
+
+    Without the text's first token, whose activations are like no other's.
+    """
+    count = min(len(ids), TOKENS, model.max_seq_len)
+    seen: dict[nn.Module, Moments] = {}
+
+    def add(linear: nn.Module, x: Tensor) -> None:
+        rows = x.flatten(0, -2).float()
+        if linear not in seen:
+            rows = rows[1:]
+            seen[linear] = Moments(*(torch.zeros(rows.shape[1]) for _ in range(2)))
+        weight = 1 / max(count - 1, 1)
+        seen[linear].mean += rows.sum(0) * weight
+        seen[linear].square += rows.square().sum(0) * weight
+
+    hooks = [
+        module.register_forward_pre_hook(lambda linear, arguments: add(linear, arguments[0]))
+        for module in model.model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        tokens, positions = torch.tensor([list(ids[:count])]), torch.arange(count)
+        row = torch.zeros(1, dtype=torch.int64) if model.batch > 1 else None
+        # Whatever --max-prefill says: another division of the text rounds differently.
+        for start in range(0, count, model.longest_chunk):
+            chunk = slice(start, start + model.longest_chunk)
+            hidden = model.model.prefill(tokens[:, chunk], positions[chunk], row)
+            # The head itself would make a row of the vocabulary's size of every token.
+            add(model.lm_head, model.model.norm(hidden))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _rescale(
+    readers: Sequence[nn.Linear],
+    seen: dict[nn.Module, Moments],
+    shape: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """Multiply the columns of the readers' weights by s [K] and return it: it makes activations
+    and weights equally uneven (the paper's alpha of one half). With `shape` [A, B, C] for [K], s is
+    the same along B, and what is returned is [A C]."""
+    size = seen[readers[0]].square
+    weight = torch.cat([reader.weight for reader in readers]).float().square().mean(0)
+    if shape is not None:
+        size, weight = (x.view(shape).mean(1).flatten() for x in (size, weight))
+    # Both are squares: halved once for their roots and once for alpha.
+    ratio = (size.clamp(min=TINY**2) / weight.clamp(min=TINY**2)).log2() / 4
+    scale = torch.exp2((ratio - ratio.mean()).round())
+    columns = scale
+    if shape is not None:
+        columns = scale.view(shape[0], 1, shape[2]).expand(len(scale) // shape[2], -1, -1)
+        columns = columns.expand(-1, readers[0].in_features // len(scale), -1).flatten()
+    for reader in readers:
+        reader.weight *= columns
+        seen[reader].mean /= columns
+    return scale
+
+
+def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
+    norm.weight.copy_((norm.offset + norm.weight) / scale - norm.offset)
+
+
+def _divide_rows(linear: nn.Linear, scale: Tensor) -> None:
+    linear.weight /= scale[:, None]
+    if linear.bias is not None:
+        linear.bias /= scale

@@ -1,0 +1,135 @@
+"""The ExecuTorch program for CUDA: one CudaBackend delegate a method, and everything on the GPU.
+
+Inputs and outputs are CUDA memory, so that nothing is copied to the host between the methods.
+Weights and state are CudaBackend's, once for all methods, by their names; they lie in a .ptd file.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from executorch.backends.cuda.cuda_backend import CudaBackend
+from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.propagate_device_config import PropagateDeviceConfig
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from tokenloop.export.artifact import SmallWrites
+from tokenloop.export.pt2.package import Prefill, integers, prompt_chunk
+from tokenloop.sampler.greedy import greedy
+
+
+class Decode(Prefill):
+    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
+
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode(token, position)
+
+
+class Greedy(nn.Module):
+    """logits float32 [B, V] -> token int64 [B, 1]: sampler.greedy."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return greedy(logits)
+
+
+class OwnConstants(ExportedProgramPassBase):
+    """Names the tensors that ExecuTorch makes of numbers after the method: it counts them anew in
+    each one, and CudaBackend takes what has one name in two methods for one tensor."""
+
+    PREFIX = "_lifted_tensor_constant"
+
+    def __init__(self, method: str):
+        self.method = method
+
+    def call(self, exported_program: ExportedProgram) -> ExportedProgramPassResult:
+        state = exported_program.state_dict
+        for spec in exported_program.graph_signature.input_specs:
+            if spec.target is not None and spec.target.startswith(self.PREFIX):
+                value = state.pop(spec.target)
+                spec.target = self.method + spec.target
+                state[spec.target] = value
+        return ExportedProgramPassResult(exported_program, True)
+
+
+def trace(model: nn.Module, max_prefill: int) -> dict[str, ExportedProgram]:
+    """The methods of a model on the CPU whose weights are loaded."""
+    batch, vocab_size = model.batch, model.config.vocab_size
+    chunk, shapes = prompt_chunk(batch, max_prefill)
+    step = integers(batch, 1), integers(batch)
+    # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
+    later = {"prefer_deferred_runtime_asserts_over_guards": True}
+    methods = {
+        "prefill": torch.export.export(Prefill(model), chunk, dynamic_shapes=shapes, **later),
+        "decode": torch.export.export(Decode(model), step),
+    }
+    # No `sample`: Inductor of torch 2.11 gives no valid code for Philox's products of an index, nor
+    # for sums along a large vocabulary; and the sampler's own kernels are no ATen operators.
+    for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
+        logits = torch.zeros(rows, vocab_size)
+        methods["greedy" + suffix] = torch.export.export(Greedy(), (logits,))
+    return methods
+
+
+def build_program(
+    model: nn.Module,
+    max_prefill: int,
+    constants: dict[str, int | bool | list[int]],
+    progress: Callable[[str], None],
+) -> tuple[ExecutorchProgramManager, list[str]]:
+    """The multi-method program of a model on the CPU whose weights are loaded, and its methods'
+    names. `constants` become metadata methods; `progress` is called with what begins."""
+    progress("tracing the methods")
+    methods = trace(model, max_prefill)
+    # ExecuTorch's own attention kernel is for bfloat16 alone.
+    kernels = b"OFF" if model.lm_head.weight.dtype == torch.float32 else b"ON"
+    partitioners = {
+        name: [
+            CudaPartitioner(
+                [
+                    CudaBackend.generate_method_name_compile_spec(name),
+                    CompileSpec("triton_kernel_mode", kernels),
+                ]
+            )
+        ]
+        for name in methods
+    }
+    progress("compiling the methods")
+    edge = to_edge_transform_and_lower(
+        methods,
+        transform_passes={name: [OwnConstants(name)] for name in methods},
+        partitioner=partitioners,
+        constant_methods=constants,
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+    )
+    progress("planning memory")
+    program = edge.to_executorch(
+        ExecutorchBackendConfig(
+            # What goes in and out stays where the caller and the delegates have it, on the GPU.
+            propagate_device_config=PropagateDeviceConfig(
+                skip_h2d_for_method_inputs=True, skip_d2h_for_method_outputs=True
+            ),
+            # Outputs are planned: for those that are not, Python gives memory of the host.
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+        )
+    )
+    return program, sorted(methods)
+
+
+def write_program(program: ExecutorchProgramManager, path: Path) -> Path:
+    """Write the program to `path`, a .pte, and beside it its weights, to the .ptd that is given
+    back."""
+    with path.open("wb") as file:
+        program.write_to_file(SmallWrites(file))
+    program.write_tensor_data_to_file(str(path.parent))
+    (data,) = path.parent.glob("*.ptd")
+    return data.rename(path.with_suffix(".ptd"))

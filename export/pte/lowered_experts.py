@@ -1,0 +1,72 @@
+"""Routed experts around an XNNPACK call whose weights are its arguments.
+
+Of a step the chosen experts' weights are gathered, so that no others are read; of a chunk all are
+computed, for its tokens together choose nearly all. Shapes: N tokens, E experts, k chosen for each
+token, D hidden size, I an expert's own size.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from tokenloop.export.pte.quantize import QuantizedExperts
+from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
+from tokenloop.models.moe import SparseMoe
+
+
+@functools.cache
+def expert_call(count: int, tokens: int, hidden_size: int, size: int, int8: bool) -> GraphDelegate:
+    """The weighted results [count, N, D] of `count` experts.
+
+    Arguments: x [count, N, D], weights [count, N, 1], gate_up [count, 2 I, D] and down
+    [count, D, I]; with `int8` each of the two as codes, and a scale for each of its rows after it,
+    [count, 1, 2 I] and [count, 1, D]. N may vary.
+    """
+    graph = GraphBuilder()
+    weight = graph.int8_input if int8 else graph.input
+    x, weights = graph.input(count, tokens, hidden_size), graph.input(count, tokens, 1)
+
+    def product(x, rows: int, columns: int):
+        out = graph.matmul(x, weight(count, rows, columns), transpose_b=True)
+        return graph.multiply(out, graph.input(count, 1, rows)) if int8 else out
+
+    gate_up = product(x, 2 * size, hidden_size)
+    gate, up = graph.slice(gate_up, 0, size), graph.slice(gate_up, size, size)
+    out = product(graph.multiply(graph.silu(gate), up), hidden_size, size)
+    binary = graph.serialize(graph.multiply(out, weights))
+    return GraphDelegate(binary, lambda x, *_: [torch.empty_like(x)])
+
+
+class LoweredExperts(nn.Module):
+    """hidden [1, N, D], scores [1, N, E] -> what the experts add, [1, N, D]; to be traced into the
+    program around it."""
+
+    def __init__(self, moe: SparseMoe):
+        super().__init__()
+        self.route, self.config = moe.route, moe.config
+        self.int8 = isinstance(moe.experts, QuantizedExperts)
+        stored = moe.experts.named_buffers() if self.int8 else moe.experts.named_parameters()
+        # In the order of the call's arguments.
+        for name, tensor in stored:
+            self.register_buffer(name, tensor[:, None] if tensor.ndim == 2 else tensor.detach())
+
+    def forward(self, hidden: Tensor, scores: Tensor) -> Tensor:
+        chosen, weights = self.route(scores[0])
+        count, size = hidden.shape[1:]
+        stored = list(self.buffers())
+        # As in SparseMoe, decided by a size that is known when the method is traced.
+        if isinstance(count, int) and chosen.numel() < self.config.num_experts:
+            stored = [tensor.index_select(0, chosen.flatten()) for tensor in stored]
+            x = hidden[0, :, None].expand(-1, chosen.shape[1], -1).reshape(-1, 1, size)
+            out = self._call(*x.shape)(x, weights.reshape(-1, 1, 1), *stored)[0]
+            return out.view(1, count, -1, size).sum(2)
+        experts = self.config.num_experts
+        dense = scores.new_zeros(count, experts).scatter(1, chosen, weights)
+        x = hidden.expand(experts, -1, -1).contiguous()
+        return self._call(*x.shape)(x, dense.t()[..., None].contiguous(), *stored)[0].sum(0)[None]
+
+    def _call(self, count: int, tokens: int, hidden_size: int) -> GraphDelegate:
+        # Of a number that varies any example will do.
+        tokens = tokens if isinstance(tokens, int) else 3
+        return expert_call(count, tokens, hidden_size, self.config.moe_intermediate_size, self.int8)

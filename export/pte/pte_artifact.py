@@ -1,0 +1,166 @@
+"""Artifacts for ExecuTorch: model.pte, of the network calibrated and quantized for a CPU; or, for
+CUDA, of the network as it is, with model.ptd beside it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tokenloop.export.artifact import SmallWrites
+from tokenloop.export.background import Background
+from tokenloop.export.checkpoint.tokenizer_files import encode
+from tokenloop.export.errors import ExportError
+from tokenloop.export.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from executorch.exir.schema import Program
+
+
+class SelectionExport(Background):
+    """`result()` is the program of selection.selection_methods."""
+
+    def __init__(self, batch: int, vocab_size: int, backend: str):
+        super().__init__("the selection methods", _export_selection, batch, vocab_size, backend)
+
+
+def _export_selection(batch: int, vocab_size: int, backend: str) -> "Program":
+    import torch
+
+    torch.set_num_threads(1)
+    from tokenloop.export.pte.pte_program import to_program
+    from tokenloop.export.pte.selection import selection_methods
+
+    methods = selection_methods(batch, vocab_size, delegates=backend == "xnnpack")
+    program = to_program(methods, {}, backend == "xnnpack", lambda what: None)
+    return program.executorch_program
+
+
+class PteArtifact:
+    """Exports the selection methods from `begin` on, in another process; the rest in `write`."""
+
+    # Of the weights as they are read, and of the caches.
+    dtype = torch.float32
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin with what needs no weights."""
+        vocab_size = model.config.vocab_size
+        self.selection = SelectionExport(model.batch, vocab_size, self.options.backend)
+
+    def write(
+        self,
+        model: nn.Module,
+        max_prefill: int,
+        tokenizer: dict,
+        directory: Path,
+        progress: Callable[[str], None],
+    ) -> dict:
+        """Write model.pte and return the manifest's entries about it.
+
+        The model's weights are loaded; it is changed in place. Errors: ExportError for a recipe
+        that does not fit.
+        """
+        progress("importing executorch")
+        from tokenloop.export.pte.calibrate import TEXT, calibrate
+        from tokenloop.export.pte.pte_program import build_program, state_entries
+        from tokenloop.export.pte.quantize import quantize
+
+        # 1. Weights as the recipe says.
+        recipe = RECIPES[self.options.quant]
+        means = None
+        if recipe is not None:
+            progress("looking at activations")
+            ids = encode(directory, tokenizer, TEXT.read_text(encoding="utf-8"))
+            means = calibrate(model, ids)
+        progress("quantizing")
+        try:
+            quantize(model, recipe, means)
+        except ValueError as error:
+            raise ExportError(
+                f"--quant {self.options.quant} does not fit this checkpoint: {error}"
+            ) from error
+
+        # 2. The program.
+        constants = metadata(model, max_prefill, tokenizer)
+        program, methods = build_program(
+            model, self.options.backend, max_prefill, constants, self.selection, progress
+        )
+        progress("writing")
+        path = directory / "model.pte"
+        with path.open("wb") as file:
+            program.write_to_file(SmallWrites(file))
+        return {
+            "program": {"file": path.name, "bytes": path.stat().st_size},
+            "engine": "executorch",
+            "backend": self.options.backend,
+            "device": "cpu",
+            "methods": methods,
+            "dtype": "float32",
+            "state": state_entries(model),
+        }
+
+
+class CudaPteArtifact:
+    """Compiles the network's methods for the GPU that is here, by ExecuTorch's CudaBackend:
+    model.pte, and model.ptd with the weights and the state."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
+        if not torch.cuda.is_available():
+            raise ExportError(
+                "--backend cuda needs a CUDA GPU here: kernels are compiled and tried on it"
+            )
+
+    def begin(self, model: nn.Module) -> None:
+        """Nothing is begun before the weights are there."""
+
+    def write(
+        self,
+        model: nn.Module,
+        max_prefill: int,
+        tokenizer: dict,
+        directory: Path,
+        progress: Callable[[str], None],
+    ) -> dict:
+        """Write model.pte and model.ptd, and return the manifest's entries about them."""
+        progress("importing executorch")
+        from tokenloop.export.pt2.package import tensors_of
+        from tokenloop.export.pt2.pt2_artifact import entries, processor
+        from tokenloop.export.pte.cuda_backend import Decode, build_program, write_program
+
+        constants = metadata(model, max_prefill, tokenizer)
+        program, methods = build_program(model, max_prefill, constants, progress)
+        progress("writing")
+        path = directory / "model.pte"
+        weights = write_program(program, path)
+        _, _, state = tensors_of(Decode(model))
+        return {
+            "program": {"file": path.name, "bytes": path.stat().st_size},
+            "weights": {"file": weights.name, "bytes": weights.stat().st_size},
+            "engine": "executorch",
+            "backend": "cuda",
+            "device": "cuda",
+            "processor": processor(torch.device("cuda")),
+            "methods": methods,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state": entries(state),
+        }
+
+
+def metadata(model: nn.Module, max_prefill: int, tokenizer: dict) -> dict:
+    """The program's constants, by the names that ExecuTorch's own runners ask for."""
+    return {
+        "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
+        "get_eos_ids": tokenizer["eos_token_ids"],
+        "get_max_seq_len": max_prefill,
+        "get_max_context_len": model.max_seq_len,
+        "get_vocab_size": model.config.vocab_size,
+        "use_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }

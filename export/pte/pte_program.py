@@ -1,0 +1,339 @@
+"""The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from executorch.exir import (
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge,
+)
+from executorch.exir._serialize._cord import Cord
+from executorch.exir.passes import MemoryPlanningPass
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from tokenloop.export.background import Background
+from tokenloop.export.methods import Embed
+from tokenloop.export.pte import block_cache as attention
+from tokenloop.export.pte import xnnpack_regions as xnnpack
+from tokenloop.export.pte.block_cache import UNIT, BlockCache, Slots
+from tokenloop.export.pte.linking import link
+from tokenloop.export.pte.lowered_experts import LoweredExperts
+from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
+from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
+from tokenloop.models.moe import SparseMoe
+
+# Any length but 0 and 1, which torch.export takes for constants.
+TRACED_LENGTH = 3
+
+
+class DelegatedMethod(nn.Module):
+    """What prefill and decode share: embedding, regions, and the caches between them."""
+
+    def __init__(self, model: nn.Module, lowered: "Lowered", layers: "Regions"):
+        super().__init__()
+        config = model.config
+        self.embed_tokens, self.embed = model.model.embed_tokens, model.model.embed
+        self.rope = model.model.rope
+        self.kinds = [layer.self_attn.kind for layer in model.model.layers]
+        self.before = nn.ModuleList(layers.before)
+        self.after = nn.ModuleList(layers.after)
+        mixtures = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, SparseMoe)]
+        self.experts = nn.ModuleList(map(LoweredExperts, mixtures))
+        self.lm_head = lowered.head
+        # Methods share the buffers that have equal names.
+        self.caches = nn.ModuleList(lowered.caches)
+        self.slots = nn.ModuleDict(lowered.slots)
+        self.shortlist, self.rescore = lowered.shortlist, lowered.rescore
+        self.kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // self.kv_heads
+        self.head_dim = config.head_dim
+        self.rows = model.batch
+
+    def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
+        """Logits [N, V] of embeddings x [1, T, D]; attend(kind, cache, q, k, v) is the attention,
+        and last(x) picks from [1, T, ...] the N positions whose logits are wanted."""
+        rope = {kind: self.rope[kind](positions) for kind in dict.fromkeys(self.kinds)}
+        for i, (kind, cache) in enumerate(zip(self.kinds, self.caches)):
+            attended = attend(kind, cache, *self.before[i](x, *rope[kind]))
+            if i == len(self.kinds) - 1:
+                x, attended = last(x), last(attended)
+            x, *routed = self.after[i](x, attended)
+            if routed:
+                x = x + self.experts[i](*routed)
+        logits, hidden = self.lm_head(x)
+        if self.shortlist is None:
+            return logits
+        size = hidden.shape[-1]
+        return self.shortlist(
+            logits, hidden.view(-1, 1, size), lambda *rows: self.rescore[len(logits)](*rows)[0]
+        )
+
+
+class Prefill(DelegatedMethod):
+    """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
+    logits float32 [1, V] after the last token."""
+
+    def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
+        super().__init__(model, lowered, lowered.prefill)
+        shape = self.kv_heads, self.group, self.head_dim
+        self.attention = nn.ModuleDict(
+            {
+                kind: attention.PrefillAttention(slots, *shape, traced)
+                for kind, slots in self.slots.items()
+            }
+        )
+
+    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        column = (positions.float() * UNIT)[:, None]
+        newest = (column + UNIT / 2).expand(-1, self.group).reshape(-1, 1)
+        shared, places = {}, {}
+        first = {kind: self.caches[self.kinds.index(kind)] for kind in self.slots}
+        for kind, slots in self.slots.items():
+            shared[kind] = attention.Chunk(
+                begin=positions[0],
+                positions=column.view(1, -1),
+                newest=newest,
+                oldest=newest - slots.count * UNIT,
+                held=slots.held(positions),
+                row=row,
+            )
+            # Layers of a kind have equal caches.
+            one = row if row is not None else torch.zeros(1, dtype=torch.int64)
+            places[kind] = first[kind].places(slots.indices(positions), one)
+
+        def attend(kind, cache, q, k, v):
+            attended = self.attention[kind](q, k, v, cache, shared[kind])
+            cache.store(k, v, places[kind])
+            return attended
+
+        return self.run(self.embed(tokens), positions, attend, lambda x: x[:, -1:])
+
+
+class DecodeEmbedded(DelegatedMethod):
+    """hidden float32 [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
+
+    def __init__(self, model: nn.Module, lowered: "Lowered"):
+        super().__init__(model, lowered, lowered.decode)
+        shape = self.kv_heads, self.group, self.head_dim, self.rows
+        self.attention = nn.ModuleDict(
+            {kind: attention.DecodeAttention(slots, *shape) for kind, slots in self.slots.items()}
+        )
+
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        newest = ((position.float() + 0.5) * UNIT)[:, None]
+        if self.rows > 1:
+            newest = newest[None].expand(self.kv_heads, -1, -1).reshape(-1, 1, 1)
+        furthest = position.amax()
+        first = {kind: self.caches[self.kinds.index(kind)] for kind in self.slots}
+        places = {
+            kind: first[kind].places(slots.indices(position)) for kind, slots in self.slots.items()
+        }
+
+        def attend(kind, cache, q, k, v):
+            cache.store(k, v, places[kind])
+            return self.attention[kind](q, cache, self.slots[kind], furthest, newest)
+
+        # To the regions rows are what tokens are to a chunk.
+        return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
+
+
+class PlainPrefill(nn.Module):
+    """The model's own prefill, for kernels that take ATen's operators as they are."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.network = model
+
+    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        return self.network.prefill(tokens, positions, row)
+
+
+class PlainDecodeEmbedded(PlainPrefill):
+    """The model's own decode_embedded."""
+
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode_embedded(hidden, position)
+
+
+def build_program(
+    model: nn.Module,
+    backend: str,
+    max_prefill: int,
+    constants: dict[str, int | bool | list[int]],
+    selection: Background,
+    progress: Callable[[str], None],
+) -> tuple[Cord, list[str]]:
+    """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
+    and its methods' names.
+
+    `backend` is "xnnpack" (which changes modules of `model` in place) or "portable"; `constants`
+    become metadata methods; `progress` is called with what begins.
+    """
+    # One token at most is no dynamic size.
+    length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
+    traced = min(TRACED_LENGTH, max_prefill)
+    if backend == "xnnpack":
+        xnnpack.prepare(model)
+        lowered = lower(model, traced, length, progress)
+        prefill, decode = Prefill(model, lowered, traced), DecodeEmbedded(model, lowered)
+    else:
+        prefill, decode = PlainPrefill(model), PlainDecodeEmbedded(model)
+    progress("tracing the methods")
+    batch = model.batch
+    hidden = torch.zeros(batch, 1, model.config.hidden_size)
+    token, position = (torch.zeros(*shape, dtype=torch.int64) for shape in ((batch, 1), (batch,)))
+    chunk = torch.zeros(1, traced, dtype=torch.int64), torch.arange(traced)
+    shapes = [{1: length}, {0: length}]
+    if batch > 1:
+        chunk, shapes = (*chunk, torch.zeros(1, dtype=torch.int64)), [*shapes, None]
+    methods = {
+        "prefill": torch.export.export(
+            prefill, chunk, dynamic_shapes=shapes if length is not None else None
+        ),
+        "embed": torch.export.export(Embed(model.model), (token,)),
+        "decode_embedded": torch.export.export(decode, (hidden, position)),
+    }
+    program = to_program(methods, constants, backend == "xnnpack", progress)
+    progress("adding the selection methods")
+    return link(program, selection.result())
+
+
+def to_program(
+    methods: dict[str, ExportedProgram],
+    constants: dict[str, int | bool | list[int]],
+    in_place: bool,
+    progress: Callable[[str], None],
+) -> ExecutorchProgramManager:
+    """One program of `methods`, and of `constants` as metadata methods. (The kernel that writes a
+    cache `in_place` takes one index at most, and the network's own caches need two.)"""
+    progress("converting the methods")
+    edge = to_edge(methods, constant_methods=constants, compile_config=xnnpack.COMPILE_CONFIG)
+    progress("planning memory")
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            # Caches are written where they are.
+            run_reinplace_pass=in_place,
+            # Outputs of their own outlive the next method's run; inputs are the caller's memory.
+            memory_planning_pass=MemoryPlanningPass(
+                alloc_graph_input=False, alloc_graph_output=False, share_mutable_buffers=True
+            ),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The layers' regions before and after their attention."""
+
+    before: list[nn.Module]
+    after: list[nn.Module]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What both methods of a model are made of; `slots` by kind of layer; `shortlist`, if there is
+    one, and what it scores with, by the number of rows."""
+
+    prefill: Regions
+    decode: Regions
+    head: nn.Module
+    caches: list[BlockCache]
+    slots: dict[str, Slots]
+    shortlist: Shortlist | None
+    rescore: dict[int, GraphDelegate]
+
+
+def lower(
+    model: nn.Module, traced: int, length: Dim | None, progress: Callable[[str], None]
+) -> Lowered:
+    """The model's regions as delegate calls, traced with `traced` tokens: for 1 to `length` at
+    once, or without it for just as many; and the caches between them."""
+    backbone, batch = model.model, model.batch
+    prefill = lower_layers(model, backbone.layers, traced, length, progress)
+    decode = prefill
+    if batch > 1:
+        layers = [xnnpack.in_parts(layer) for layer in backbone.layers]
+        decode = lower_layers(model, layers, batch, None, progress)
+    progress("lowering the head")
+    linear = model.lm_head
+    shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
+    head = xnnpack.Head(backbone.norm, linear.approximate if shortlist else linear)
+    # The last of a prompt's tokens, or one of each row.
+    rows = ({1: Dim("N", min=1, max=batch)},) if batch > 1 else None
+    head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
+
+    layers = [layer.self_attn for layer in backbone.layers]
+    slots = {layer.kind: Slots(layer.cache) for layer in layers}
+    return Lowered(
+        prefill,
+        decode,
+        head,
+        [BlockCache(layer.cache, slots[layer.kind]) for layer in layers],
+        slots,
+        shortlist,
+        {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
+    )
+
+
+def lower_layers(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    traced: int,
+    length: Dim | None,
+    progress: Callable[[str], None],
+) -> Regions:
+    """The regions of `layers`, as in `lower`."""
+    config = model.config
+    kv_heads, heads, size = (
+        config.num_key_value_heads,
+        config.num_attention_heads,
+        config.head_dim,
+    )
+    x = torch.zeros(1, traced, config.hidden_size)
+    attended = torch.zeros(kv_heads, traced, heads // kv_heads * size)
+    # Two tensors: torch.export takes one that is passed twice for one argument.
+    cos, sin = (torch.zeros(traced, 1, size) for _ in range(2))
+    wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
+
+    regions, kinds = Regions([], []), None
+    for i, layer in enumerate(layers, 1):
+        progress(f"lowering layer {i} of {len(layers)}")
+        before, after = xnnpack.BeforeAttention(layer), xnnpack.AfterAttention(layer)
+        kinds = kinds or (
+            xnnpack.trace(before, (x, cos, sin), (wide, tall, tall)),
+            xnnpack.trace(after, (x, attended), (wide, wide)),
+        )
+        regions.before.append(kinds[0].lower(before))
+        regions.after.append(kinds[1].lower(after))
+    return regions
+
+
+def rescore(shortlist: Shortlist, rows: int) -> GraphDelegate:
+    """quantize.dot_products for so many rows as one delegate call."""
+    count, (_, size) = shortlist.SIZE, shortlist.embedding.weight.shape
+    groups = shortlist.embedding.scales.shape[1]
+    graph = GraphBuilder()
+    codes, scales = graph.int8_input(rows, count, size), graph.input(rows, count, groups)
+    hidden = graph.input(rows, 1, size)
+    codes = graph.reshape(codes, rows * count, groups, size // groups)
+    values = graph.multiply(codes, graph.reshape(scales, rows * count, groups, 1))
+    scores = graph.matmul(hidden, graph.reshape(values, rows, count, size), transpose_b=True)
+    binary = graph.serialize(graph.reshape(scores, rows, count))
+    return GraphDelegate(binary, lambda *_: [torch.empty(rows, count)])
+
+
+def state_entries(model: nn.Module) -> list[dict]:
+    """Name, shape and dtype of every buffer that outlives a method's run, for the manifest."""
+    return [
+        {
+            "name": f"caches.{i}.{name.split('.cache.')[-1]}",
+            "shape": list(buffer.shape),
+            "dtype": "float32",
+        }
+        for i, layer in enumerate(model.model.layers)
+        for name, buffer in layer.named_buffers()
+        if ".cache." in name
+    ]

@@ -1,0 +1,258 @@
+"""Selection as ExecuTorch methods on the CPU: sampler's functions, at the cost of what a row asks.
+
+A top-k or sort over a whole vocabulary is slow there, and so are int64 operators. So a row takes
+the first of these that its parameters and logits allow: an argmax; the largest logits only, found
+by groups; noise for the whole vocabulary, with or without a sort of it. All give the token of
+sampler.sample.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Not torch.cond, which would trace every branch once more with Dynamo.
+from torch._higher_order_ops.cond import cond_op
+from torch._higher_order_ops.map import map_impl
+from torch.export import ExportedProgram
+
+from tokenloop.export.pte.xnnpack_arithmetic import Recorder
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.philox import WORDS, steps, uniform, vocabulary_gumbel, words
+from tokenloop.sampler.sample import exp2_38, noisiest, numbers, restrict, scale, threshold
+
+CANDIDATES = 512
+TOKENS_PER_GROUP = 64
+
+
+class Greedy(nn.Module):
+    """logits float32 [B, V] -> token int64 [B, 1]: sampler.greedy, at the cost of one argmax
+    unless there is a NaN, which argmax takes for the greatest."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        token = torch.argmax(logits, dim=-1, keepdim=True)
+        nans = torch.isnan(torch.gather(logits, 1, token)).long().sum()
+        token = cond_op(nans > 0, lambda logits, _: greedy(logits), taken, (logits, token))
+        # A branch's result lies in planned memory, which the next method overwrites; an operator's
+        # result outside the branches does not.
+        return token.clamp(min=0)
+
+
+def selection_methods(
+    batch: int, vocab_size: int, delegates: bool = True
+) -> dict[str, ExportedProgram]:
+    """`greedy` and `sample` of all rows; where they are several, also of one that was prefilled."""
+    methods = methods_of_rows(batch, vocab_size, delegates)
+    if batch > 1:
+        row = methods_of_rows(1, vocab_size, delegates)
+        methods |= {f"{name}_row": method for name, method in row.items()}
+    return methods
+
+
+def methods_of_rows(
+    rows: int, vocab_size: int, delegates: bool = True
+) -> dict[str, ExportedProgram]:
+    """`greedy` and `sample` of so many rows."""
+    logits = torch.zeros(rows, vocab_size)
+    # temperature, top_k, top_p, seed, position: each a tensor of its own, for torch.export takes
+    # one that is passed twice for one argument.
+    dtypes = torch.float32, torch.int64, torch.float32, torch.int64, torch.int64
+    parameters = [torch.ones(rows, dtype=dtype) for dtype in dtypes]
+    sample = Sample(vocab_size, delegates)
+    return {
+        "greedy": torch.export.export(Greedy(), (logits,)),
+        "sample": torch.export.export(sample, (logits, *parameters)),
+    }
+
+
+def taken(logits: Tensor, token: Tensor, *_) -> Tensor:
+    return token.clone()
+
+
+class Sample(nn.Module):
+    """sampler.sample.sample of logits float32 [B, V], with the same arguments and tokens.
+
+    Without `delegates` no part of it is XNNPACK's, and all rows that are not greedy are sorted.
+    """
+
+    def __init__(self, vocab_size: int, delegates: bool = True, candidates: int = CANDIDATES):
+        super().__init__()
+        self.candidates = candidates
+        groups, rest = divmod(vocab_size, TOKENS_PER_GROUP)
+        self.grouped = delegates and rest == 0 and groups >= candidates
+        if self.grouped:
+            self.mass, self.scores = mass_delegate(vocab_size), scores_delegate(vocab_size)
+
+    def forward(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+    ) -> Tensor:
+        tokens = torch.argmax(logits, dim=-1, keepdim=True)
+        largest = torch.gather(logits, 1, tokens)
+        rows = tokens, largest, temperature, top_k, top_p, seed, position
+        if logits.shape[0] == 1:
+            (token,) = self.row(torch.zeros((), dtype=torch.int64), logits, *rows)
+            return token[None].clamp(min=0)
+        # One row's instructions, run for each.
+        (tokens,) = map_impl(self.row, [torch.arange(logits.shape[0])], [logits, *rows])
+        # Out of the branches, as in Greedy.
+        return tokens.clamp(min=0)
+
+    def row(self, i: Tensor, logits: Tensor, *rows: Tensor) -> tuple[Tensor]:
+        """The token int64 [1] of row i int64 [], out of the arguments of all rows: `rows` are the
+        ids of the largest logits, these logits, temperature, top_k, top_p, seed and position."""
+        token, largest, *settings = [x.index_select(0, i[None]) for x in rows]
+        random = settings[0][0] != 0
+        has_nan = ~random & torch.isnan(largest[0, 0])
+        if self.grouped:
+            operands = self.competitors(random, logits, i, largest, *settings)
+            last, operands = self.noisiest, (*operands, *settings[-2:])
+        else:
+            last, operands = self.drawn, (largest, *settings)
+        token = cond_op(has_nan, greedy_with_nan, taken, (logits, token, i)).clamp(min=0)
+        token = cond_op(random, branch(last), taken, (logits, token, i, *operands))
+        # A copy: a view of a condition's result would be one of other memory.
+        return (token[0],)
+
+    # One condition after the other where they could be nested, for an export takes twice as long
+    # for each level. Their results lie where the next one's branches work, hence the clamps.
+    def competitors(self, random, logits, i, largest, temperature, top_k, top_p, seed, position):
+        """Scaled logits and ids, [1, N] each, as noisiest takes them; any, unless `random`."""
+        some = ((top_k > 0) & (top_k < self.candidates)) | ((top_k == 0) & (top_p < 1))
+        few = random & (some & (largest[:, 0].abs() < torch.inf))[0]
+        scaling = logits, i, largest, temperature
+        mass = cond_op(few & (top_k[0] == 0), branch(self.total), no_mass, scaling).clamp(min=0)
+        row = *scaling, top_k, top_p
+        scaled, ids = cond_op(few, branch(self.few), branch(self.none), (mass, *row))
+        scaled, ids = scaled.clamp(max=0.0), ids.clamp(min=-1)
+        others = random & (ids[0, 0] < 0)
+        operands = scaled, ids, *row, seed, position
+        scaled, ids = cond_op(others, branch(self.finalists), same, operands)
+        return scaled.clamp(max=0.0), ids.clamp(min=0)
+
+    def total(self, logits, i, largest, temperature) -> Tensor:
+        """The sum of a row's weights, int64 [1, 1]."""
+        return self.mass(row_of(logits, i), largest, temperature).long().sum(-1, keepdim=True)
+
+    def none(self, mass, logits, *_) -> tuple[Tensor, Tensor]:
+        """What `few` gives when others stay."""
+        shape = 1, self.candidates
+        return torch.full(shape, 0.0), torch.full(shape, -1, dtype=torch.int64)
+
+    def few(self, mass, logits, i, largest, temperature, top_k, top_p) -> tuple[Tensor, Tensor]:
+        """Scaled logits and ids of the largest logits; ids of -1 if others may stay as well."""
+        descending, ids = best(row_of(logits, i), self.candidates)
+        cut = threshold(descending, largest, temperature, top_k, top_p, mass)
+        # What is equal to the last one might not be here.
+        last = descending[:, -1:]
+        kth = torch.gather(descending, 1, (top_k[:, None] - 1).clamp(min=0))
+        whole = (cut[0] > last) & (kth > last)
+        ids, order = ascending(ids)
+        scaled = restrict(torch.gather(descending, 1, order), largest, temperature, *cut)
+        return scaled, torch.where(whole, ids, -1)
+
+    def noisiest(self, logits, token, i, scaled, ids, seed, position) -> Tensor:
+        return noisiest(scaled, ids, seed, position)
+
+    def drawn(self, logits, token, i, *row) -> Tensor:
+        """The token, by noise for all of a vocabulary that is not in groups."""
+        scores = scaled_logits(logits, i, *row[:-2]) + vocabulary_gumbel(*row[-2:], logits.shape[1])
+        return torch.argmax(scores, dim=-1, keepdim=True)
+
+    def finalists(
+        self, _, __, logits, i, largest, temperature, top_k, top_p, seed, position
+    ) -> tuple[Tensor, Tensor]:
+        """Scaled logits and ids of the tokens with the largest scores of all."""
+        scaled = scaled_logits(logits, i, largest, temperature, top_k, top_p)
+        blocks = torch.arange(scaled.shape[1] // WORDS)
+        noise = [steps(word) for word in words(seed, position, blocks)]
+        # XNNPACK's logarithms err by less than what lies between the first and the last of these.
+        ids, _ = ascending(best(self.scores(scaled, *noise), self.candidates)[1])
+        scaled = torch.gather(scaled, 1, ids)
+        # A row of nothing but -inf gives id 0.
+        return scaled, torch.where(scaled > -torch.inf, ids, 0)
+
+
+def same(scaled: Tensor, ids: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return scaled.clone(), ids.clone()
+
+
+def greedy_with_nan(logits: Tensor, token: Tensor, i: Tensor, *_) -> Tensor:
+    return greedy(row_of(logits, i))
+
+
+def row_of(logits: Tensor, i: Tensor) -> Tensor:
+    """Row i of logits [B, V], as [1, V]; not copied where it is the only one."""
+    return logits if logits.shape[0] == 1 else logits.index_select(0, i[None])
+
+
+def no_mass(*_) -> Tensor:
+    return torch.full((1, 1), 0, dtype=torch.int64)
+
+
+def branch(method):
+    """The bound method as a function, for the operands of a condition are counted by the code's
+    parameters, `self` among them."""
+    return lambda *operands: method(*operands)
+
+
+def scaled_logits(logits, i, largest, temperature, top_k, top_p) -> Tensor:
+    """Scaled logits [1, V] of row i, -inf where they are cut."""
+    ordinary = largest[:, 0].abs() < torch.inf
+    uncut = (top_p >= 1) & ((top_k == 0) | (top_k >= logits.shape[1]))
+    operands = row_of(logits, i), largest, temperature, top_k, top_p
+    return cond_op((uncut & ordinary)[0], scaled_uncut, scaled_cut, operands)
+
+
+def scaled_uncut(logits, largest, temperature, top_k, top_p) -> Tensor:
+    """Scaled logits [1, V] of a row that nothing is cut from."""
+    return scale(logits, largest, temperature)
+
+
+def scaled_cut(logits, largest, temperature, top_k, top_p) -> Tensor:
+    """Scaled logits [1, V], -inf where they are cut, by a sort of all of them."""
+    x, largest = numbers(logits)
+    descending = torch.topk(x, x.shape[1]).values
+    cut = threshold(descending, largest, temperature, top_k, top_p)
+    return restrict(x, largest, temperature, *cut)
+
+
+def best(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of x [1, V], descending, and their ids: float32 and int64 [1, count].
+
+    In two steps: they lie in the groups whose own largest are the largest.
+    """
+    groups = x.view(-1, TOKENS_PER_GROUP)
+    chosen = torch.topk(groups.amax(1), count).indices
+    members = nn.functional.embedding(chosen, groups).view(1, -1)
+    values, places = torch.topk(members, count)
+    group = torch.bitwise_right_shift(places, TOKENS_PER_GROUP.bit_length() - 1)
+    first = torch.gather(chosen[None], 1, group) * TOKENS_PER_GROUP
+    return values, first + (places & (TOKENS_PER_GROUP - 1))
+
+
+def ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids int64 [1, N] in order, and where each was."""
+    negative, places = torch.topk(-ids, ids.shape[1])
+    return -negative, places
+
+
+def mass_delegate(size: int):
+    """The function (logits [1, V], largest [1, 1], temperature [1]) -> exp2_38 of the scaled logits
+    as one delegate call."""
+    graph = Recorder()
+    logits, largest, temperature = (graph.argument(*shape) for shape in [(1, size), (1, 1), (1,)])
+    return graph.delegate(exp2_38((logits - largest) / temperature), (1, size))
+
+
+def scores_delegate(size: int):
+    """The function (scaled [1, V], steps of each of a counter's four words [V / 4]) -> scaled plus
+    noise [1, V], nearly, as one delegate call."""
+    graph = Recorder()
+    scaled = graph.argument(1, size)
+    columns = [graph.argument(size // WORDS) for _ in range(WORDS)]
+    noise = -(-uniform(graph.interleave(columns)).log()).log()
+    return graph.delegate(scaled + noise, (1, size))

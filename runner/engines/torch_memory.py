@@ -1,0 +1,91 @@
+"""Device memory of an engine that computes on torch tensors, on the CPU or a CUDA GPU."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenloop.runner.transfers import Transfers
+
+ALIGNMENT = 16
+
+
+class TorchMemory:
+    """What Transfers needs of memory. On CUDA all of it happens on one stream, but for prefetched
+    reads, which have another one: they wait for what was submitted before them, and what is
+    submitted after them does not wait for them."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None):
+        """`stream` is the device's stream to use, by default one of its own."""
+        self.device = device
+        if stream is None and device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+        self.stream = stream
+        self._reads = torch.cuda.Stream(device) if self.stream else None
+        # By shape: pinned buffers and events that take turns, and what is in them at present.
+        self._pinned: dict[tuple[int, ...], list[tuple[Tensor, torch.cuda.Event]]] = {}
+        self._fetched: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+
+    def new(self, array: np.ndarray) -> Tensor:
+        """As HostMemory.new."""
+        if self.stream is None:
+            return torch.from_numpy(array)
+        with torch.cuda.stream(self.stream):
+            return torch.from_numpy(array).to(self.device)
+
+    def copy(self, source: Tensor | np.ndarray, destination: Tensor) -> None:
+        """As HostMemory.copy."""
+        if isinstance(source, np.ndarray):
+            source = torch.from_numpy(source)
+        with torch.cuda.stream(self.stream):
+            destination.copy_(source)
+
+    def prefetch(self, values: Tensor) -> None:
+        """As HostMemory.prefetch."""
+        if self.stream is None:
+            return
+        free = self._pinned.setdefault(tuple(values.shape), [])
+        if not free:
+            buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            free.append((buffer, torch.cuda.Event()))
+        buffer, event = free.pop()
+        self._reads.wait_stream(self.stream)
+        with torch.cuda.stream(self._reads):
+            buffer.copy_(values, non_blocking=True)
+            event.record()
+        self._fetched[values.data_ptr()] = buffer, event
+
+    def read(self, values: Tensor) -> list[int]:
+        """As HostMemory.read."""
+        if self.stream is None:
+            return values.flatten().tolist()
+        if values.data_ptr() not in self._fetched:
+            self.prefetch(values)
+        buffer, event = self._fetched.pop(values.data_ptr())
+        event.synchronize()
+        numbers = buffer.flatten().tolist()
+        self._pinned[tuple(buffer.shape)].append((buffer, event))
+        return numbers
+
+
+class Aligned:
+    """A function of a method's inputs that gives them, those on a GPU that are views which begin at
+    an odd element as copies at addresses that compiled kernels can take. A copy is valid until the
+    next of its shape and type in its place among the inputs."""
+
+    def __init__(self, transfers: Transfers, is_cuda: bool):
+        self._transfers, self._is_cuda = transfers, is_cuda
+        self._copies: dict[tuple, Tensor] = {}
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        if not self._is_cuda:
+            return list(inputs)
+        return [self._aligned(place, tensor) for place, tensor in enumerate(inputs)]
+
+    def _aligned(self, place: int, tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() % ALIGNMENT == 0:
+            return tensor
+        key = (place, *tensor.shape, tensor.dtype)
+        if key not in self._copies:
+            self._copies[key] = torch.empty_like(tensor)
+        self._transfers.copy(tensor, self._copies[key])
+        return self._copies[key]
