@@ -6,7 +6,7 @@ import torch
 from tests.models.test_kernels import DEVICE, interpreted_ranges  # noqa: F401
 
 from tokenloop.export.errors import ExportError  # isort: skip  (Triton's interpreter is set above)
-from tokenloop.export.pt2.cuda_step import FusedDecode  # isort: skip
+from tokenloop.export.pt2.cuda_step import CudaStep  # isort: skip
 from tokenloop.models import qwen3  # isort: skip
 
 SHAPE = {
@@ -37,7 +37,7 @@ def test_steps_give_the_networks_logits(model_type):
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     fused.load_state_dict(plain.state_dict())
-    step = FusedDecode(fused.to(DEVICE))
+    step = CudaStep(fused.to(DEVICE))
     tokens = torch.randint(config.vocab_size, (4, 2, 1))
     with torch.no_grad():
         for position, token in enumerate(tokens):
@@ -52,4 +52,4 @@ def test_steps_give_the_networks_logits(model_type):
 def test_heads_that_the_kernels_cannot_take_are_refused(size):
     config = qwen3.Config.from_dict(SHAPE | {"model_type": "qwen3", "head_dim": size})
     with pytest.raises(ExportError, match=f"head_dim is {size}; .* must be 32, 64, 128"):
-        FusedDecode(qwen3.Network(config, 9))
+        CudaStep(qwen3.Network(config, 9))

@@ -13,7 +13,7 @@ from tests.models.test_kernels import (  # noqa: F401  (the fixture is used by e
 )
 
 from tokenloop.models.kernels import experts, reference  # isort: skip  (Triton's interpreter is set above)
-from tokenloop.models.moe import MoeConfig, SharedSparseMoe, SparseMoe  # isort: skip
+from tokenloop.models.moe import MoeConfig, SparseMoe  # isort: skip
 
 EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
 ROWS = [1, 2, 7]
@@ -128,7 +128,7 @@ def test_they_are_the_networks_own_experts(normalized):
 
 def test_they_are_the_networks_own_with_one_that_every_token_has():
     config = MoeConfig(EXPERTS, CHOICES, INNER, True)
-    moe = SharedSparseMoe(SIZE, config, INNER).to(DEVICE).requires_grad_(False)
+    moe = SparseMoe(SIZE, config, INNER).to(DEVICE).requires_grad_(False)
     for seed, parameter in enumerate(moe.parameters()):
         parameter.data = made(*parameter.shape, seed=seed) / parameter.shape[-1] ** 0.5
     x = made(3, SIZE)
