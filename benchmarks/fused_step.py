@@ -23,7 +23,7 @@ from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, pro
 from tokenloop.export.pt2.cuda_step import FusedDecode
 from tokenloop.export.pt2.fused_hybrid import HybridDecode
 from tokenloop.export.random_weights import make_parameters
-from tokenloop.models.kernels.dependent_launch import WAITING
+from tokenloop.models.kernels.launch.dependent_launch import WAITING
 from tokenloop.models.qwen3_5 import Qwen3_5
 from tokenloop.runner.engines.programmatic_launch import let_overlap
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tokenloop.models import decoder, layers, qwen3
 from tokenloop.models.cache import KVCache
 from tokenloop.models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
+from tokenloop.models.kernels.causal_conv1d.reference import WIDTHS
 from tokenloop.models.layers import MLP, Piece, RopeConfig, RotaryEmbedding, kv_cache, rotate
 from tokenloop.models.moe import MoeConfig, SharedSparseMoe
-from tokenloop.models.operators.conv1d import WIDTHS
 
 FULL, LINEAR = "full_attention", "linear_attention"
 _SHARED_DEFAULTS = {

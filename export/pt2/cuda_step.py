@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tokenloop.export.errors import ExportError
 from tokenloop.export.pt2.packed_weights import FusedLayer, IntegerHead, Rows, fuse_layers
 from tokenloop.models.cache import KVCache
-from tokenloop.models.kernels import cuda, experts
+from tokenloop.models.kernels import cuda
 
 
 class FusedDecode(nn.Module):
@@ -38,9 +38,9 @@ class FusedDecode(nn.Module):
         linears = (part for part in self.layers.modules() if isinstance(part, (Rows, nn.Linear)))
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
         kv_heads = max(layer.kv_heads for layer in self.layers)
-        size = cuda.counters_size(network.batch, widest, kv_heads)
-        counters = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
-        self.register_buffer("counters", counters, persistent=False)
+        size = cuda.semaphores_size(network.batch, widest, kv_heads)
+        semaphores = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
+        self.register_buffer("semaphores", semaphores, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         x, branch, before = hidden[:, 0], None, None
@@ -49,7 +49,7 @@ class FusedDecode(nn.Module):
             branch = self._linear(self._attend(layer, qkv, position), layer.o)
             x, branch = self._feed_forward(layer, x, branch)
             before = layer
-        options = {"wide": True, "soft_cap": self.soft_cap}
+        options = {"out_float32": True, "soft_cap": self.soft_cap}
         return self._after(before, x, branch, self.norm, self.head, **options)[1]
 
     def _feed_forward(self, layer: FusedLayer, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class FusedDecode(nn.Module):
         residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
         options = {"eps": norm.eps, "offset": norm.offset}
         if layer.moe is None:
-            tensors = *_tensors(layer.gate_up), self.counters
+            tensors = *_tensors(layer.gate_up), self.semaphores
             options["activation"] = layer.activation
             x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
             return x, self._linear(gated, layer.down)
@@ -66,13 +66,13 @@ class FusedDecode(nn.Module):
         config, weights = layer.moe, layer.experts
         scores = self._linear(normed, layer.scores)
         counts = config.num_experts, config.num_experts_per_tok
-        routed = experts.route(scores, *counts, config.norm_topk_prob)
+        routed = cuda.route(scores, *counts, config.norm_topk_prob)
         shared = ()
         if layer.shared:
             gated = self._linear(normed, layer.gate_up, activation=layer.activation)
             shared = self._linear(gated, layer.down), scores
         tables = weights.gate_up_proj, weights.down_proj
-        return x, experts.experts(normed, *routed, *tables, *shared)
+        return x, cuda.experts(normed, *routed, *tables, *shared)
 
     def _after(
         self,
@@ -85,7 +85,7 @@ class FusedDecode(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual after the layer `before`, and the linear layer of its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
-        tensors = *_tensors(rows), self.counters
+        tensors = *_tensors(rows), self.semaphores
         if before is None:
             return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
         post = weight_of(before.post_mlp_norm)
@@ -94,13 +94,13 @@ class FusedDecode(nn.Module):
         )
 
     def _linear(self, x: Tensor, rows: nn.Module, **options) -> Tensor:
-        return cuda.linear(x, *_tensors(rows), self.counters, **options)
+        return cuda.linear(x, *_tensors(rows), self.semaphores, **options)
 
     def _attend(self, layer: FusedLayer, qkv: Tensor, position: Tensor) -> Tensor:
         cache, q_norm = layer.cache, layer.q_norm
         return cuda.attend_step(
             qkv, position, cache.k, cache.v, weight_of(q_norm), weight_of(layer.k_norm),
-            self.rope[layer.kind].inv_freq, self.counters,
+            self.rope[layer.kind].inv_freq, self.semaphores,
             scale=layer.scale, eps=getattr(q_norm, "eps", 0.0),
             offset=getattr(q_norm, "offset", 0.0),
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,

@@ -1,11 +1,11 @@
-"""A hybrid's decode step on CUDA: export/fused.py's, with gated delta nets by models/operators
+"""A hybrid's decode step on CUDA: export/fused.py's, with gated delta nets by models/kernels
 between the same launches: three of their own, the last of which is the norm and gate."""
 
 from torch import Tensor
 
 from tokenloop.export.pt2.cuda_step import FusedDecode
 from tokenloop.export.pt2.hybrid_rows import AttentionLayer, DeltaNetLayer, fuse_layers
-from tokenloop.models.operators import cuda
+from tokenloop.models.kernels import cuda
 
 
 class HybridDecode(FusedDecode):

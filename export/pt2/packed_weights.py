@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models.kernels.packing import quantize_int4, quantize_int8
-from tokenloop.models.kernels.reference import dequantize
+from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.linear.reference import dequantize
 from tokenloop.models.moe import SharedSparseMoe, SparseMoe
 
 QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
@@ -18,7 +18,7 @@ ACTIVATIONS = {nn.GELU: "gelu_tanh", nn.SiLU: "silu"}
 
 class Rows(nn.Module):
     """The weights of linear layers, one below the other: float [N, K], or words of
-    models/kernels/packing.py with its scales."""
+    models/kernels/linear/packing.py with its scales."""
 
     def __init__(self, linears: list[nn.Linear], bits: int):
         super().__init__()
@@ -72,9 +72,10 @@ class IntegerHead(nn.Module):
             return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
         from tokenloop.models.kernels import cuda
 
-        size = cuda.counters_size(len(hidden), len(weight), 1)
-        counters = torch.zeros(size, dtype=torch.int32, device=hidden.device)
-        return cuda.linear(hidden[:, 0], weight, scale, None, counters, wide=True)[:, None]
+        size = cuda.semaphores_size(len(hidden), len(weight), 1)
+        semaphores = torch.zeros(size, dtype=torch.int32, device=hidden.device)
+        arguments = hidden[:, 0], weight, scale, None, semaphores
+        return cuda.linear(*arguments, out_float32=True)[:, None]
 
 
 class FusedMlp(nn.Module):
