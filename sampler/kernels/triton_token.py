@@ -94,7 +94,7 @@ def token_kernel(
             cutoff = tl.load(cutoff_ptr + zero + row)
         offsets = tl.arange(0, SPLITS * PARTS)
         count = splits * PARTS
-        # Not written where the temperature is 0.
+        # No bounds were written where the temperature is 0.
         bounds_ptr += zero + row * count
         bounds = tl.load(bounds_ptr + offsets, mask=offsets < count, other=LOWEST_KEY)
         bounds, offsets = _by_group(bounds, GROUPS), _by_group(offsets, GROUPS)
@@ -125,7 +125,7 @@ def token_kernel(
                 # Loads for the next round, if there is one. Parts without a bound do no harm.
                 counters = _counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
                 x = numbers(load_any(row_ptr, _four(counters), vocab_size, column_stride, WHOLE))
-                # By 32 bits twice: the hardware reduces those in one instruction.
+                # 32 bits at a time, twice: the hardware reduces those in one instruction.
                 score = key(score)
                 shape: tl.constexpr = [GROUPS, TILE // PARTS // 4]
                 group_best = tl.max(tl.reshape(tl.max(score, axis=1), shape), axis=1)

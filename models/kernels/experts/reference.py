@@ -10,7 +10,7 @@ def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[T
     """The `count` experts with the largest scores, int64 [B, count], the first of equal ones first;
     and their probabilities, of the scores' dtype, which add up to 1 if `normalized`.
 
-    Of scores [B, E or more] the first E = `experts` count.
+    scores is [B, E or more]; the first E = `experts` of a row are the experts'.
     """
     probabilities = F.softmax(scores[:, :experts].float(), dim=-1)
     weights, chosen = torch.sort(probabilities, dim=-1, descending=True, stable=True)
