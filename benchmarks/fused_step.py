@@ -21,7 +21,7 @@ from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, pro
 from tokenloop.export.pt2.cuda_step import CudaStep
 from tokenloop.export.random_weights import make_parameters
 from tokenloop.models import architecture_of
-from tokenloop.models.kernels.dependent_launch import WAITING
+from tokenloop.models.kernels.launch.dependent_launch import WAITING
 from tokenloop.runner.engines.programmatic_launch import let_overlap
 
 REPLAYS = 8

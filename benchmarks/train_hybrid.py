@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from tokenloop.models.decoder import Block
-from tokenloop.models.operators import gated_delta_rule
+from tokenloop.models.kernels.gated_delta_rule import gated_delta_rule
 from tokenloop.models.qwen3_5 import FULL, Qwen3_5, Qwen3_5Config
 
 OUTPUT = Path(__file__).resolve().parents[1] / "tests" / "data" / "austen"

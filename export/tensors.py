@@ -35,8 +35,8 @@ def tensors_of(
 
 
 def is_state(name: str) -> bool:
-    """Whether the buffer of that name is written: a layer's cache, or the kernels' counters."""
-    return ".cache." in name or name == "counters"
+    """Whether the buffer of that name is written: a layer's cache, or the kernels' semaphores."""
+    return ".cache." in name or name == "semaphores"
 
 
 def entries(tensors: dict[str, Tensor]) -> list[dict]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models import operators
+from tokenloop.models.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from tokenloop.models.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from tokenloop.models.layers import normalize
 
 PROJECTIONS = "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"
@@ -124,24 +125,24 @@ class GatedDeltaNet(nn.Module):
         row = None if row is None else row.int()
         ends = torch.arange(2, dtype=torch.int32, device=qkv.device) * qkv.shape[1]
         weight = self.conv1d.weight[:, 0]
-        mixed = operators.causal_conv1d(
-            qkv[0].T, weight, None, ends, cache.conv, row, started, "silu"
-        ).T[None]
+        mixed = causal_conv1d(qkv[0].T, weight, None, ends, cache.conv, row, started, "silu").T[
+            None
+        ]
         gates = a, b, self.A_log, self.dt_bias
-        return operators.gated_delta_rule(
+        return gated_delta_rule(
             *self.split(mixed), *gates, cache.recurrent, row, started, self.max_chunk
         )
 
     def decode(self, qkv: Tensor, a: Tensor, b: Tensor, position: Tensor) -> Tensor:
         """[B, 1, H, V] of a step of all rows."""
         cache, started = self.cache, position > 0
-        mixed = operators.causal_conv1d_update(
+        mixed = causal_conv1d_update(
             qkv[:, 0], self.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"
         )
         gates = a[:, 0], b[:, 0], self.A_log, self.dt_bias
-        return operators.gated_delta_rule_update(
-            *self.split(mixed), *gates, cache.recurrent, None, started
-        )[:, None]
+        return gated_delta_rule_update(*self.split(mixed), *gates, cache.recurrent, None, started)[
+            :, None
+        ]
 
     def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys [..., G, K] and values [..., H, V] of [..., channels]."""

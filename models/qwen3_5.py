@@ -15,6 +15,7 @@ from tokenloop.models import config as configs
 from tokenloop.models import qwen3
 from tokenloop.models.decoder import Backbone, Block, CausalLM
 from tokenloop.models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
+from tokenloop.models.kernels.causal_conv1d.reference import WIDTHS
 from tokenloop.models.layers import (
     MLP,
     Attention,
@@ -25,7 +26,6 @@ from tokenloop.models.layers import (
     kv_cache,
 )
 from tokenloop.models.moe import MoeConfig, SparseMoe
-from tokenloop.models.operators.conv1d import WIDTHS
 
 FULL, LINEAR = "full_attention", "linear_attention"
 _SHARED_DEFAULTS = {

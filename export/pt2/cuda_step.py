@@ -16,8 +16,7 @@ from tokenloop.export.pt2.packed_weights import (
     pack_blocks,
 )
 from tokenloop.models.decoder import CausalLM
-from tokenloop.models.kernels import cuda, experts
-from tokenloop.models.operators import cuda as delta_net
+from tokenloop.models.kernels import cuda
 
 
 class CudaStep(nn.Module):
@@ -46,9 +45,9 @@ class CudaStep(nn.Module):
         linears = [part for part in self.layers.modules() if isinstance(part, PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
         kv_heads = max(layer.kv_heads for layer in self.layers)
-        size = cuda.counters_size(network.batch, widest, kv_heads)
-        counters = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
-        self.register_buffer("counters", counters, persistent=False)
+        size = cuda.semaphores_size(network.batch, widest, kv_heads)
+        semaphores = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
+        self.register_buffer("semaphores", semaphores, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         x, branch, before = hidden[:, 0], None, None
@@ -58,7 +57,7 @@ class CudaStep(nn.Module):
             branch = self._linear(mixed, layer.o)
             x, branch = self._feed_forward(layer, x, branch)
             before = layer
-        options = {"wide": True, "soft_cap": self.soft_cap}
+        options = {"out_float32": True, "soft_cap": self.soft_cap}
         return self._after(before, x, branch, self.norm, self.head, **options)[1]
 
     def _feed_forward(self, layer: PackedBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +66,7 @@ class CudaStep(nn.Module):
         residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
         options = {"eps": norm.eps, "offset": norm.offset}
         if layer.moe is None:
-            tensors = *_tensors(layer.gate_up), self.counters
+            tensors = *_tensors(layer.gate_up), self.semaphores
             options["activation"] = layer.activation
             x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
             return x, self._linear(gated, layer.down)
@@ -75,13 +74,13 @@ class CudaStep(nn.Module):
         config, weights = layer.moe, layer.experts
         scores = self._linear(normed, layer.scores)
         counts = config.num_experts, config.num_experts_per_tok
-        routed = experts.route(scores, *counts, config.norm_topk_prob)
+        routed = cuda.route(scores, *counts, config.norm_topk_prob)
         shared = ()
         if layer.is_shared:
             gated = self._linear(normed, layer.gate_up, activation=layer.activation)
             shared = self._linear(gated, layer.down), scores
         tables = weights.gate_up_proj, weights.down_proj
-        return x, experts.experts(normed, *routed, *tables, *shared)
+        return x, cuda.experts(normed, *routed, *tables, *shared)
 
     def _after(
         self,
@@ -94,7 +93,7 @@ class CudaStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual after the layer `before`, and the linear layer of its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
-        tensors = *_tensors(linear), self.counters
+        tensors = *_tensors(linear), self.semaphores
         if before is None:
             return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
         post = weight_of(before.post_mlp_norm)
@@ -103,7 +102,7 @@ class CudaStep(nn.Module):
         )
 
     def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
-        return cuda.linear(x, *_tensors(linear), self.counters, **options)
+        return cuda.linear(x, *_tensors(linear), self.semaphores, **options)
 
     def _attend(self, layer: PackedAttention, projected: Tensor, position: Tensor) -> Tensor:
         """What the layer's `o` takes after `qkv` gave projected [B, N]."""
@@ -116,7 +115,7 @@ class CudaStep(nn.Module):
         eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
         attended = cuda.attend_step(
             projected, position, layer.cache.k, layer.cache.v, weight_of(q_norm), weight_of(k_norm),
-            self.rope[layer.layer_type].inv_freq, self.counters,
+            self.rope[layer.layer_type].inv_freq, self.semaphores,
             scale=layer.scale, eps=eps, offset=offset,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
         )  # fmt: skip
@@ -127,17 +126,17 @@ class CudaStep(nn.Module):
         # A row begins anew at position 0, and nowhere else.
         cache, started = layer.cache, position
         qkv, z, b, a = projected.split(layer.sizes, 1)
-        mixed = delta_net.causal_conv1d_update(
+        mixed = cuda.causal_conv1d_update(
             qkv, layer.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"
         )
         q, k, v = mixed.split(layer.parts, 1)
         keys, values = (-1, layer.key_size), (-1, layer.value_size)
-        out = delta_net.gated_delta_rule_update(
+        out = cuda.gated_delta_rule_update(
             q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
             a, b, layer.A_log, layer.dt_bias, cache.recurrent, None, started,
         )  # fmt: skip
         norm, z = layer.norm, z.unflatten(1, values)
-        return delta_net.gated_rms_norm(out, z, norm.weight, norm.eps).flatten(1)
+        return cuda.gated_rms_norm(out, z, norm.weight, norm.eps).flatten(1)
 
 
 MIX = {PackedAttention: CudaStep._attend, PackedDeltaNet: CudaStep._recur}

@@ -45,7 +45,7 @@ class Select(nn.Module):
 
 class SelectEmbed(Embed):
     """What Select takes, and then hidden [B, 1, D], which is written as well: the embedding of
-    next_id. By a function of sampler.cuda, whose last launch looks it up."""
+    next_id. By an operator of sampler/kernels, whose last launch looks it up."""
 
     def __init__(self, backbone: Backbone, function: Callable[..., None]):
         super().__init__(backbone)
@@ -120,11 +120,11 @@ def compile_selection(
     files = {}
     with torch.device(device), torch.no_grad():
         if device == "cuda":
-            from tokenloop.models.kernels import positions  # noqa: F401  (registers the operator)
-            from tokenloop.sampler import cuda
+            from tokenloop.models.kernels import cuda  # noqa: F401  (registers next_positions)
+            from tokenloop.sampler.kernels import operator
 
-            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
-            fused = {"greedy": cuda.greedy_embed, "sample": cuda.sample_embed}
+            functions = {"greedy": operator.greedy, "sample": operator.sample}
+            fused = {"greedy": operator.greedy_embed, "sample": operator.sample_embed}
             example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
         # Compiled code is given its weights when it is loaded: these are never looked at.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tokenloop.export.errors import ExportError
 from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import PROJECTIONS
-from tokenloop.models.kernels.packing import quantize_int4, quantize_int8
-from tokenloop.models.kernels.reference import dequantize
+from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.linear.reference import dequantize
 
 QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
 LINEAR_ATTENTION = "linear_attention"
@@ -24,7 +24,7 @@ LINEAR_ATTENTION = "linear_attention"
 
 class PackedLinear(nn.Module):
     """The weights of linear layers, one below the other: float [N, K], or words of
-    models/kernels/packing.py with its scales."""
+    models/kernels/linear/packing.py with its scales."""
 
     def __init__(self, linears: list[nn.Linear], bits: int):
         super().__init__()
@@ -78,9 +78,10 @@ class IntegerHead(nn.Module):
             return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
         from tokenloop.models.kernels import cuda
 
-        size = cuda.counters_size(len(hidden), len(weight), 1)
-        counters = torch.zeros(size, dtype=torch.int32, device=hidden.device)
-        return cuda.linear(hidden[:, 0], weight, scale, None, counters, wide=True)[:, None]
+        size = cuda.semaphores_size(len(hidden), len(weight), 1)
+        semaphores = torch.zeros(size, dtype=torch.int32, device=hidden.device)
+        arguments = hidden[:, 0], weight, scale, None, semaphores
+        return cuda.linear(*arguments, out_float32=True)[:, None]
 
 
 def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:

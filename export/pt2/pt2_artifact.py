@@ -102,9 +102,12 @@ class Pt2Artifact:
 
 
 def _waiting_kernels() -> list[str]:
-    from tokenloop.models.kernels.dependent_launch import WAITING
+    # Importing operators registers their kernels, here of all that there are.
+    from tokenloop.models.kernels import cuda  # noqa: F401
+    from tokenloop.models.kernels.launch.dependent_launch import WAITING
+    from tokenloop.sampler.kernels import operator  # noqa: F401
 
-    return list(WAITING)
+    return sorted(WAITING)
 
 
 def _compile_selection(*arguments) -> dict[str, dict[str, bytes]]:

@@ -18,8 +18,8 @@ from tests.models.driving import Batch, assert_near, generate, prefill, prompt
 from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.methods import prompt_chunk
 from tokenloop.export.pt2 import package as pt2
+from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule
 from tokenloop.models.layers import RopeConfig
-from tokenloop.models.operators import delta_rule
 from tokenloop.models.qwen3_5 import MODEL_TYPES, Qwen3_5, Qwen3_5Config, checkpoint_name
 
 FULL, LINEAR = "full_attention", "linear_attention"
