@@ -1,6 +1,6 @@
 """GGUF models in Hugging Face's terms: config.json's keys, and its names and values of tensors.
 
-One `Architecture` per `general.architecture`; only names, norms and keys differ between them.
+There is one `Architecture` for each `general.architecture`.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
 from tokenloop.export.checkpoint.gguf_reader import GgufTensor, read_header
 from tokenloop.export.errors import ExportError
 
@@ -158,19 +159,10 @@ QWEN = Architecture(
 ARCHITECTURES = {"gemma3": GEMMA3, "qwen2": QWEN, "qwen3": QWEN, "qwen3moe": QWEN}
 
 
-class GgufModel(NamedTuple):
-    """A GGUF file in Hugging Face's terms; `readers` give float32 tensors."""
+def open_gguf(path: Path) -> Checkpoint:
+    """Open the GGUF file `path`. Its tensors are read as float32.
 
-    metadata: dict[str, Any]
-    config: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-    readers: dict[str, Callable[[], torch.Tensor]]
-
-
-def read_model(path: Path) -> GgufModel:
-    """Open the GGUF file `path` without reading tensor data.
-
-    Errors: those of `read_header`; ExportError for an unknown architecture, a missing key, or a
+    Errors: those of `read_header`, and ExportError for an unknown architecture, a missing key, or a
     tensor that the architecture does not have.
     """
     metadata, tensors = read_header(path)
@@ -180,16 +172,14 @@ def read_model(path: Path) -> GgufModel:
             f"{path} has the architecture {name!r}; supported in GGUF: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[name]
-    renamed = {_renamed(architecture, tensor): tensor for tensor in tensors.values()}
-    return GgufModel(
-        metadata,
-        architecture.config(Keys(path, metadata, name), tensors),
-        {hf_name: tensor.shape for hf_name, tensor in renamed.items()},
-        {
-            hf_name: partial(_read, tensor, architecture.norm_offset)
-            for hf_name, tensor in renamed.items()
-        },
-    )
+    config = architecture.config(Keys(path, metadata, name), tensors)
+    stored = {
+        _renamed(architecture, tensor): StoredTensor(
+            tensor.shape, "F32", partial(_read, tensor, architecture.norm_offset)
+        )
+        for tensor in tensors.values()
+    }
+    return Checkpoint(path, "gguf", config, (path,), stored, metadata)
 
 
 def _renamed(architecture: Architecture, tensor: GgufTensor) -> str:

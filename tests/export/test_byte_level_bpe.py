@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
+from tokenloop.export.checkpoint import Checkpoint
 from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
-from tokenloop.export.checkpoint.checkpoint import Checkpoint
 from tokenloop.export.checkpoint.gguf_reader import read_header
 from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
 from tokenloop.export.errors import ExportError

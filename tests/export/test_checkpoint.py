@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from tokenloop.export.checkpoint import gguf_reader
-from tokenloop.export.checkpoint.checkpoint import (
+from tokenloop.export.checkpoint import (
     Checkpoint,
     StoredTensor,
+    gguf_reader,
     load_weights,
     open_checkpoint,
 )
 from tokenloop.export.errors import ExportError
-from tokenloop.models.layers import Piece
+from tokenloop.models.layers import Shard
 
 # Over the names and float32 values of all tensors of the real model, in the order of the file.
 REAL_DIGEST = "6f580c635230f36e048bf6d95690966e32e13767722d750cf1815b424a3bc24f"
@@ -244,7 +244,7 @@ def test_a_tensor_that_the_index_promises_in_vain_is_named(sharded):
 def test_a_tensor_in_two_shards_is_named(sharded):
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(ExportError, match="another shard has the tensor model"):
+    with pytest.raises(ExportError, match="another file has the tensor model"):
         open_checkpoint(sharded)
 
 
@@ -534,21 +534,21 @@ class Stacked(torch.nn.Module):
         self.both = torch.nn.Parameter(torch.empty(3, 4, 5, device="meta"))
 
 
-def stacked_piece(name):
+def stacked_shard(name):
     """Of "2.up" the second part of the last entry; of "up" those of all entries."""
     *entry, part = name.split(".")
-    return Piece("both", ["gate", "up"].index(part), 2, int(entry[0]) if entry else None)
+    return Shard("both", ["gate", "up"].index(part), 2, int(entry[0]) if entry else None)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_parameter_is_put_together_from_its_pieces(tmp_path, whole):
+def test_a_parameter_is_put_together_from_its_shards(tmp_path, whole):
     parts = {name: torch.randn(3, 2, 5) for name in ("gate", "up")}
     tensors = parts
     if not whole:
         tensors = {f"{i}.{name}": part[i] for name, part in parts.items() for i in range(3)}
     model = Stacked()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    load_weights(model, saved(tmp_path, tensors), stacked_piece)
+    load_weights(model, saved(tmp_path, tensors), stacked_shard)
     assert torch.equal(model.both, torch.cat([parts["gate"], parts["up"]], 1))
 
 
@@ -560,11 +560,11 @@ def test_a_parameter_is_put_together_from_its_pieces(tmp_path, whole):
         ({"1.up": torch.ones(4, 5)}, r"1.up has the shape \(4, 5\), the model needs \(2, 5\)"),
     ],
 )
-def test_pieces_that_do_not_fit_are_named_before_anything_is_read(tmp_path, changes, message):
+def test_shards_that_do_not_fit_are_named_before_anything_is_read(tmp_path, changes, message):
     tensors = {f"{i}.{name}": torch.ones(2, 5) for i in range(3) for name in ("gate", "up")}
     tensors = {k: v for k, v in (tensors | changes).items() if v is not None}
     with pytest.raises(ExportError, match=message):
-        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_piece)
+        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_shard)
 
 
 def test_a_dropped_tensor_may_have_any_dtype(tmp_path):

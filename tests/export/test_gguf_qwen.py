@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.models.driving import assert_near, prefill, prompt
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.errors import ExportError
 from tokenloop.models import qwen3
 

@@ -8,8 +8,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, processors
 
-from tokenloop.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tokenloop.export.checkpoint.tokenizer_files import sentencepiece_model, write_tokenizer
+from tokenloop.export.checkpoint import Checkpoint, open_checkpoint
+from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
+from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
 from tokenloop.export.errors import ExportError
 from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
 
