@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
+from tokenloop.export.checkpoint.byte_level_bpe import PRE_TOKENIZERS, byte_level_tokenizer
 from tokenloop.export.checkpoint.contents import Checkpoint
 from tokenloop.export.checkpoint.safetensors_directory import read_json
 from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
 from tokenloop.export.errors import ExportError
 
 TEMPLATE_FILE = "chat_template.jinja"
-# What ends a turn or a text in Gemma's and Qwen's conversations.
+# What ends a turn or a text in conversations.
 END_TOKENS = ("<end_of_turn>", "<|im_end|>", "<|endoftext|>")
 
 
@@ -125,8 +125,8 @@ def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
         data = sentencepiece_model(path, metadata)
         vocabulary = _sentencepiece_vocabulary(_parse_sentencepiece(path, data))
     elif kind == "gpt2":
-        file, adds_bos = "tokenizer.json", False
         tokenizer = byte_level_tokenizer(path, metadata)
+        file, adds_bos = "tokenizer.json", PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].adds_bos
         data = tokenizer.to_str().encode("utf-8")
         vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
     else:
@@ -139,9 +139,10 @@ def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
     (directory / file).write_bytes(data)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     eos_id = metadata.get("tokenizer.ggml.eos_token_id")
-    eos_ids = {eos_id, metadata.get("tokenizer.ggml.eot_token_id")}
+    ends = ("eos", "eot", "eom")  # of a text, a turn, a message
+    eos_ids = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ends}
     if template is not None:
-        # GGUF names one end token, often the text's and not the turn's, or the other way round.
+        # Files often name the text's end token and not the turn's, or the other way round.
         eos_ids.update(map(vocabulary.id_of, END_TOKENS))
     entry = {
         "file": file,

@@ -162,7 +162,7 @@ def test_the_same_vocabulary_gives_the_same_bytes(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre": "llama-bpe"}, "bpe.gguf: tokenizer.ggml.pre is 'llama-bpe'; qwen2 can be rebuilt"),
+        ({"pre": "falcon"}, "bpe.gguf: tokenizer.ggml.pre is 'falcon'; .*qwen2.* can be rebuilt"),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
         ({"merges": None}, "has no key tokenizer.ggml.merges, which its tokenizer needs"),
         ({"tokens": ["a", "b"]}, r"has 2 tokens and \d+ token types"),

@@ -98,7 +98,10 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, arch="gemma3", omi
         if key in omit:
             continue
         name = key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}"
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+            list: writer.add_array,
+        }  # fmt: skip
         add[type(value)](name, value)
     for name, tensor in tensors.items():
         data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
@@ -111,6 +114,10 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, arch="gemma3", omi
 
 
 EMBEDDING = {"token_embd.weight": np.zeros((96, 64), dtype=np.float32)}
+
+
+def factors(values):
+    return {"rope_freqs.weight": values.astype(np.float32)}
 
 
 @pytest.fixture
@@ -288,10 +295,36 @@ def test_the_local_rope_and_the_window_pattern_follow_the_file(tmp_path):
     assert config["rope_local_base_freq"] == 5000.0 and config["sliding_window_pattern"] == 3
 
 
-def test_linear_rope_scaling_is_read(tmp_path):
-    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
-    config = open_checkpoint(write_gguf(tmp_path / "a.gguf", EMBEDDING, **scaling)).config
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "scaling"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, LINEAR),
+        ({"rope.scaling.factor": 8.0}, LINEAR),
+        ({"rope.scale_linear": 8.0}, LINEAR),
+        ({"rope.scale_linear": 2.0, "rope.scaling.factor": 8.0}, LINEAR),
+        ({"rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64}, LINEAR),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 8.0}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+    ],
+)
+def test_rope_scaling_is_read_as_llama_cpp_reads_it(tmp_path, values, scaling):
+    config = open_checkpoint(write_gguf(tmp_path / "a.gguf", EMBEDDING, **values)).config
+    assert config["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(("values", "scale"), [({}, 1.0), ({"rope.scaling.factor": 4.0}, 4.0)])
+def test_rope_factors_are_a_part_of_the_config_and_no_tensor(tmp_path, values, scale):
+    factors = np.linspace(1, 8, 16, dtype=np.float32)
+    path = write_gguf(tmp_path / "a.gguf", EMBEDDING | {"rope_freqs.weight": factors}, **values)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["rope_scaling"] == {
+        "rope_type": "factors",
+        "factors": (factors * np.float32(scale)).tolist(),
+    }
+    assert list(checkpoint.shapes()) == ["model.embed_tokens.weight"]
 
 
 def test_the_attention_scale_of_62_layers_is_hidden_size_per_head(tmp_path):
@@ -434,6 +467,17 @@ def test_an_unknown_architecture_is_named_with_those_supported(tmp_path):
     [
         (EMBEDDING, {"omit": ["rope.freq_base"]}, "has no key gemma3.rope.freq_base"),
         (EMBEDDING, {"rope.scaling.type": "yarn"}, "gemma3.rope.scaling.type is 'yarn'"),
+        (EMBEDDING, {"rope.scaling.type": "linear"}, "no key gemma3.rope.scaling.factor"),
+        (EMBEDDING, {"rope.scaling.attn_factor": 0.5}, "the key gemma3.rope.scaling.attn_factor"),
+        (EMBEDDING, {"rope.dimension_count": 16}, "rope.dimension_count is 16; 32, the size"),
+        (EMBEDDING, {"attention.value_length": 64}, "attention.value_length is 64; 32, the size"),
+        (EMBEDDING, {"feed_forward_length": [128, 64]}, "feed_forward_length has 2 values"),
+        (
+            EMBEDDING | factors(np.ones(15)),
+            {},
+            r"rope_freqs.weight of the shape \(15,\) is no list",
+        ),
+        (EMBEDDING | factors(np.zeros(16)), {}, "is no list of 16 positive numbers"),
         (EMBEDDING, {"split.count": 3}, "is one of 3 parts"),
         ({}, {}, "has no tensor token_embd.weight"),
         (

@@ -157,6 +157,7 @@ def test_unknown_characters_become_bytes():
     [
         ({}, {"eos_token_ids": [2], "add_bos": True, "bos_token": "<s>", "eos_token": "</s>"}),
         ({"eot_token_id": 9}, {"eos_token_ids": [2, 9]}),
+        ({"eom_token_id": 9}, {"eos_token_ids": [2, 9]}),
         ({"add_bos_token": False}, {"add_bos": False, "bos_token_id": 1}),
         ({"bos_token_id": None}, {"add_bos": False, "bos_token_id": None, "bos_token": None}),
         ({"eos_token_id": None}, {"eos_token_ids": [], "eos_token": None}),

@@ -1,8 +1,9 @@
-"""Qwen's GGUF files, named as llama.cpp's converter names them, are the models that they came
-from."""
+"""GGUF files, written as llama.cpp's converter writes them, are the models that they came from."""
 
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -20,7 +21,6 @@ from transformers import (
 from tests.models.driving import assert_near, prefill, prompt
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.errors import ExportError
-from tokenloop.models import qwen3
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -28,13 +28,27 @@ SMALL = {
     "rope_theta": 5e5,
 }  # fmt: skip
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-MODELS = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 18}),
-    "qwen3moe": (
-        Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS | {"head_dim": 18, "norm_topk_prob": True},
+
+
+class Model(NamedTuple):
+    """One of transformers' models with a few changes of its config, and the network that it is."""
+
+    architecture: str
+    network: str
+    config: type
+    model: type
+    changes: dict
+    permuted: bool = False
+
+
+MODELS = [
+    Model("qwen2", "qwen3", Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    Model("qwen3", "qwen3", Qwen3Config, Qwen3ForCausalLM, {"head_dim": 18}),
+    Model(
+        "qwen3moe", "qwen3", Qwen3MoeConfig, Qwen3MoeForCausalLM,
+        EXPERTS | {"head_dim": 18, "norm_topk_prob": True},
     ),
-}  # fmt: skip
+]  # fmt: skip
 BLOCK_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -58,10 +72,9 @@ NAMES = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tiny(architecture: str) -> torch.nn.Module:
-    config_class, model_class, changes = MODELS[architecture]
+def tiny(case: Model) -> torch.nn.Module:
     torch.manual_seed(3)
-    model = model_class(config_class(**SMALL | changes)).eval()
+    model = case.model(case.config(**SMALL | case.changes)).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         if "norm" in name:
@@ -69,8 +82,15 @@ def tiny(architecture: str) -> torch.nn.Module:
     return model
 
 
-def gguf_tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
+def permute(data: np.ndarray, heads: int) -> np.ndarray:
+    """The rows i and i + head_dim / 2 of each head next to each other."""
+    halves = data.reshape(heads, 2, -1, *data.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(data.shape)
+
+
+def gguf_tensors(model: torch.nn.Module, permuted: bool) -> dict[str, np.ndarray]:
     """The model's tensors in llama.cpp's names; gate and up of all experts apart."""
+    heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2} if permuted else {}
     tensors = {}
     for name, parameter in model.named_parameters():
         data = parameter.detach().numpy()
@@ -85,6 +105,7 @@ def gguf_tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
             tensors[f"blk.{layer}.ffn_down_exps.weight"] = data
         else:
             module, kind = rest.rsplit(".", 1)
+            data = permute(data, heads[module]) if module in heads else data
             tensors[f"blk.{layer}.{BLOCK_NAMES[module]}.{kind}"] = data
     return tensors
 
@@ -97,7 +118,7 @@ def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **value
         "context_length": 256, "attention.head_count": 4, "attention.head_count_kv": 2,
         "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 5e5,
     }  # fmt: skip
-    if architecture != "qwen2":
+    if architecture.startswith("qwen3"):
         header["attention.key_length"] = 18
     if architecture == "qwen3moe":
         header |= {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24}
@@ -114,16 +135,19 @@ def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **value
     return path
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, architecture):
-    hf = tiny(architecture)
-    path = write(tmp_path / "tiny.gguf", architecture, gguf_tensors(hf))
-    checkpoint = open_checkpoint(path)
-    config = qwen3.Qwen3Config.from_dict(checkpoint.config)
-    assert config == qwen3.Qwen3Config.from_dict(hf.config.to_dict())
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.architecture)
+def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
+    hf, network = tiny(case), import_module(f"tokenloop.models.{case.network}")
+    tensors = gguf_tensors(hf, case.permuted)
+    checkpoint = open_checkpoint(write(tmp_path / "tiny.gguf", case.architecture, tensors))
+    for name, tensor in checkpoint.tensors():
+        # A mixture's experts are stacked in another way.
+        assert ".experts." in name or torch.equal(tensor, hf.get_parameter(name)), name
+    config = network.Config.from_dict(checkpoint.config)
+    assert config == network.Config.from_dict(hf.config.to_dict())
     with torch.device("meta"):
-        model = qwen3.Qwen3(config, 32)
-    load_weights(model, checkpoint, qwen3.checkpoint_name)
+        model = network.Network(config, 32)
+    load_weights(model, checkpoint, network.checkpoint_name)
     tokens = prompt(11)
     with torch.no_grad():
         expected = hf(tokens).logits[0]
