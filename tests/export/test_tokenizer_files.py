@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, processors
 
 from tokenloop.export.checkpoint import Checkpoint, open_checkpoint
 from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
-from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
+from tokenloop.export.checkpoint.tokenizer_files import END_TOKENS, write_tokenizer
 from tokenloop.export.errors import ExportError
 from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
 
@@ -166,6 +166,15 @@ def test_unknown_characters_become_bytes():
 def test_the_entry_follows_the_files_ids(tmp_path, changes, expected):
     entry = write_tokenizer(small(**changes), tmp_path)
     assert entry | expected == entry
+
+
+@pytest.mark.parametrize("end", END_TOKENS)
+def test_a_conversations_end_token_is_an_end_where_there_is_a_template(tmp_path, end):
+    tokens = small().metadata["tokenizer.ggml.tokens"]
+    tokens = [end if token == "<turn>" else token for token in tokens]
+    for template, ends in (("x", [2, 9]), (None, [2])):
+        entry = write_tokenizer(small(tokens=tokens, chat_template=template), tmp_path)
+        assert entry["eos_token_ids"] == ends
 
 
 @pytest.mark.parametrize(
