@@ -134,7 +134,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     import torch
 
     from tokenloop.export.artifact import new_artifact, write_manifest
-    from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+    from tokenloop.export.checkpoint import load_weights, open_checkpoint
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
 

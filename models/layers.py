@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from tokenloop.models.cache import FullCache, KVCache, SlidingCache
 
 
-class Piece(NamedTuple):
-    """Where a checkpoint's tensor goes that is only a piece of the parameter `name`: into the part
-    number `part` of `parts` equal ones along the last axis but one, of all that is stacked in the
-    parameter or of entry `entry` alone."""
+class Shard(NamedTuple):
+    """A shard of the parameter `name`: where a tensor goes that is not the whole of it.
+
+    The parameter's last axis but one has `parts` equal parts, and the shard is number `part`. It
+    is of entry `entry` of the first axis, or of all entries where `entry` is None.
+    """
 
     name: str
     part: int

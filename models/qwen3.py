@@ -18,10 +18,10 @@ from tokenloop.models.decoder import Backbone, Block, CausalLM
 from tokenloop.models.layers import (
     MLP,
     Attention,
-    Piece,
     RMSNorm,
     RopeConfig,
     RotaryEmbedding,
+    Shard,
     kv_cache,
 )
 from tokenloop.models.moe import MoeConfig, SparseMoe
@@ -122,7 +122,7 @@ def moe_config(config: dict) -> MoeConfig:
     return moe
 
 
-def checkpoint_name(name: str) -> str | Piece:
+def checkpoint_name(name: str) -> str | Shard:
     """A checkpoint's tensor name as this model's parameter name, or as a piece of one.
 
     Published mixtures have a tensor for each expert and projection, GGUF files one for each
@@ -137,7 +137,7 @@ def checkpoint_name(name: str) -> str | Piece:
         "up": (1, 2, "gate_up_proj"),
         "down": (0, 1, "down_proj"),
     }[projection]
-    return Piece(f"{experts}.{target}", part, parts, None if entry is None else int(entry))
+    return Shard(f"{experts}.{target}", part, parts, None if entry is None else int(entry))
 
 
 class Qwen3(CausalLM):

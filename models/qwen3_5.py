@@ -19,10 +19,10 @@ from tokenloop.models.kernels.causal_conv1d.reference import WIDTHS
 from tokenloop.models.layers import (
     MLP,
     Attention,
-    Piece,
     RMSNorm,
     RopeConfig,
     RotaryEmbedding,
+    Shard,
     kv_cache,
 )
 from tokenloop.models.moe import MoeConfig, SparseMoe
@@ -152,7 +152,7 @@ def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
     return keys
 
 
-def checkpoint_name(name: str) -> str | Piece | None:
+def checkpoint_name(name: str) -> str | Shard | None:
     """A checkpoint's tensor name as this model's parameter name, or as a piece of one; None for
     what is left out: the vision tower, and the layers that predict several tokens at once."""
     if name.startswith(("mtp.", "model.visual.")):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.command import parse_arguments
 from tokenloop.export.gemma import FAMILY
 from tokenloop.export.pte.calibrate import TEXT, TOKENS, calibrate, observe

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from tests.models.driving import Batch, assert_near, even_ends, generate, prefill, prompt
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
 from tokenloop.models.layers import RopeConfig
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
 from tests.models.driving import Batch, assert_near, even_ends, generate, prefill, prompt
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.models.gemma4 import AttentionConfig, Gemma4, Gemma4Config, checkpoint_name
 from tokenloop.models.layers import RopeConfig
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from tests.models.driving import Batch, assert_near, generate, prefill, prompt
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.methods import prompt_chunk
 from tokenloop.export.pt2 import package as pt2
 from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule
