@@ -123,7 +123,7 @@ def moe_config(config: dict) -> MoeConfig:
 
 
 def checkpoint_name(name: str) -> str | Shard:
-    """A checkpoint's tensor name as this model's parameter name, or as a piece of one.
+    """A checkpoint's tensor name as this model's parameter name, or as a shard of one.
 
     Published mixtures have a tensor for each expert and projection, GGUF files one for each
     projection of all experts; here, as in transformers, gate and up are one parameter.

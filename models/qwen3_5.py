@@ -153,7 +153,7 @@ def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
 
 
 def checkpoint_name(name: str) -> str | Shard | None:
-    """A checkpoint's tensor name as this model's parameter name, or as a piece of one; None for
+    """A checkpoint's tensor name as this model's parameter name, or as a shard of one; None for
     what is left out: the vision tower, and the layers that predict several tokens at once."""
     if name.startswith(("mtp.", "model.visual.")):
         return None
