@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from tests.models.test_kernels import DEVICE, interpreted_ranges  # noqa: F401
+pytest.importorskip("triton", reason="triton is not installed")
 
-from tokenloop.export.errors import ExportError  # isort: skip  (Triton's interpreter is set above)
-from tokenloop.export.pt2.cuda_step import FusedDecode  # isort: skip
-from tokenloop.models import qwen3  # isort: skip
+from tokenloop.export.errors import ExportError  # noqa: E402
+from tokenloop.export.pt2.cuda_step import FusedDecode  # noqa: E402
+from tokenloop.models import qwen3  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
     "vocab_size": 37,
     "hidden_size": 24,
@@ -26,7 +27,7 @@ SHAPE = {
     "moe_intermediate_size": 20,
     "norm_topk_prob": True,
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])

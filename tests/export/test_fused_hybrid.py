@@ -7,9 +7,7 @@ import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
-from triton.runtime import interpreter  # noqa: E402
+pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.models.driving import assert_near, prompt  # noqa: E402
 from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint  # noqa: E402
@@ -29,22 +27,7 @@ SMALL = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreted_ranges():
-    """NumPy 2.4 no longer takes an array of one element as a loop's end, which the interpreter's
-    scalars are."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
-def small_tensors(one_thread):
-    """All tests here have tensors that one thread is best for."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreted_ranges():
-    """NumPy 2.4 no longer takes an array of one element as a loop's end, which the interpreter's
-    scalars are."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
-        yield
+def interpreted(one_thread, interpreted_ranges):
+    """What Triton's interpreter, and small tensors, are best run with."""
 
 
 @pytest.fixture
