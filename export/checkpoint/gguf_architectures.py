@@ -227,7 +227,13 @@ QWEN = Architecture(
         "ffn_down_exps": "mlp.experts.down_proj",
     },
 )
-ARCHITECTURES = {"gemma3": GEMMA3, "qwen2": QWEN, "qwen3": QWEN, "qwen3moe": QWEN}
+ARCHITECTURES = {
+    "gemma3": GEMMA3,
+    "llama": Architecture(llama_config, permuted=True),
+    "qwen2": QWEN,
+    "qwen3": QWEN,
+    "qwen3moe": QWEN,
+}
 
 
 def open_gguf(path: Path) -> Checkpoint:

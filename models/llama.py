@@ -1,0 +1,118 @@
+"""Llama text models (arXiv:2407.21783), named as in transformers: Llama 2 and 3, and what else has
+their architecture, such as SmolLM2."""
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import nn
+
+from tokenloop.models import config as configs
+from tokenloop.models.decoder import Backbone, Block, CausalLM
+from tokenloop.models.layers import MLP, Attention, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
+
+MODEL_TYPES = ("llama",)
+FULL = "full_attention"
+# transformers' LlamaConfig; key/value heads and head_dim follow from the others.
+DEFAULTS = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+# Fields of which one value is implemented.
+ONLY = {"hidden_act": "silu"}
+ROPE_TYPES = "default", "linear", "llama3", "factors"
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of one Llama text model; `from_dict` reads a Hugging Face config."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    rope: RopeConfig
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "LlamaConfig":
+        """Read config.json's keys, of transformers 4 or 5.
+
+        Raises ValueError naming the field when the config lacks one or asks for something that
+        is not implemented.
+        """
+        configs.known_type(config, MODEL_TYPES)
+        config = DEFAULTS | config
+        heads, size = config["num_attention_heads"], config["hidden_size"]
+        if config.get("num_key_value_heads") is None:
+            config["num_key_value_heads"] = heads
+        if config.get("head_dim") is None and heads and size:
+            config["head_dim"] = size // heads
+        plain = [field.name for field in fields(cls) if field.name != "rope"]
+        config = configs.read(config, defaults={}, only=ONLY, needed=plain)
+        rope = configs.rope(configs.rope_entry(config), ROPE_TYPES)
+        return cls(**{key: config[key] for key in plain}, rope=rope)
+
+
+def checkpoint_name(name: str) -> str | None:
+    """A checkpoint's tensor name as this model's parameter name; None for what is left out: the
+    rotary frequencies that old checkpoints hold, which follow from the config."""
+    return None if name.endswith("rotary_emb.inv_freq") else name
+
+
+class Llama(CausalLM):
+    """A Llama text model of `batch` rows whose caches, of `dtype`, reach max_seq_len positions.
+
+    A prefill chunk may be as long as the cache.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        max_seq_len: int,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ):
+        c = config
+        norm = partial(RMSNorm, c.hidden_size, c.rms_norm_eps)
+        shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
+
+        def block() -> Block:
+            attention = Attention(
+                FULL,
+                c.hidden_size,
+                c.num_attention_heads,
+                kv_cache(FULL, max_seq_len, *shape, dtype),
+                c.head_dim**-0.5,
+                bias=c.attention_bias,
+                output_bias=c.attention_bias,
+            )
+            mlp = MLP(c.hidden_size, c.intermediate_size, "silu", bias=c.mlp_bias)
+            return Block(attention, mlp, norm)
+
+        model = Backbone(
+            nn.Embedding(c.vocab_size, c.hidden_size),
+            [block() for _ in range(c.num_hidden_layers)],
+            norm(),
+            {FULL: RotaryEmbedding(c.rope, c.head_dim)},
+        )
+        super().__init__(c, model, max_seq_len, batch, max_seq_len, c.tie_word_embeddings)
+
+
+Network, Config = Llama, LlamaConfig
