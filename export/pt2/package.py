@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -145,8 +146,17 @@ def compile_selection(
             from tokenloop.models.kernels import positions  # noqa: F401  (registers the operator)
             from tokenloop.sampler import cuda
 
-            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
-            fused = {"greedy": cuda.greedy_embed, "sample": cuda.sample_embed}
+            # Where no row has a top_k or a top_p, 2 launches do what takes 7 otherwise.
+            functions = {
+                "greedy": cuda.greedy,
+                "sample": cuda.sample,
+                "sample_unfiltered": partial(cuda.sample, restricted=False),
+            }
+            fused = {
+                "greedy": cuda.greedy_embed,
+                "sample": cuda.sample_embed,
+                "sample_unfiltered": partial(cuda.sample_embed, restricted=False),
+            }
             example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
         # Compiled code is given its weights when it is loaded: these are never looked at.
@@ -158,9 +168,8 @@ def compile_selection(
             logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
             numbers, counts = torch.ones(rows), integers(rows)
             sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
-            inputs = {"greedy": (logits,), "sample": (logits, *sampling)}
             for name, function in functions.items():
-                example = *inputs[name], next_id
+                example = logits, *(() if name == "greedy" else sampling), next_id
                 files[name + suffix] = compile_method(Select(function), example)
                 if name in fused and not suffix:
                     hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)
