@@ -84,7 +84,7 @@ def last_chunks_only(model) -> Iterator[None]:
         ids = loop.transfers.upload([prompt_ids])
         start = (ids.shape[1] - 1) // loop.max_prefill * loop.max_prefill
         positions = loop._table[start : ids.shape[1]]
-        return loop.program.prefill(ids[:, start:], positions), positions[-1:]
+        return loop.program.prefill(ids[:, start:], positions)
 
     loop._prefill = prefill
     try:

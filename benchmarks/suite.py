@@ -58,6 +58,8 @@ BENCHMARKS = {
     "transfers": ("transfers.py", "gemma3-270m", ("--repeats", 3), 50),
     "hybrid": ("hybrid.py", "qwen3.5-9b", ("--steps", 64), 160),
     "sampler_cuda": ("sampler_cuda.py", None, ("--repeats", 7), 75),
+    "sampled_step_4b-1": ("sampled_step.py", "qwen3-4b-1", (), 60),
+    "sampled_step_4b-32": ("sampled_step.py", "qwen3-4b-32", (), 60),
     "gated_delta": ("gated_delta.py", None, ("--repeats", 7), 20),
     "causal_conv1d": ("causal_conv1d.py", None, ("--repeats", 7), 40),
     "kernels_cuda": ("kernels_cuda.py", None, ("--seconds", 170), 200),

@@ -7,7 +7,6 @@ from importlib import import_module
 
 HOMES = {
     "BatchGeneration": "generation",
-    "BatchStats": "generation",
     "Generation": "generation",
     "LoopOptions": "loop",
     "Model": "model",
@@ -18,19 +17,7 @@ HOMES = {
     "Token": "result",
 }
 
-__all__ = [
-    "BatchGeneration",
-    "BatchStats",
-    "Generation",
-    "LoopOptions",
-    "Model",
-    "Request",
-    "Result",
-    "RunnerError",
-    "Stats",
-    "Token",
-    "load",
-]
+__all__ = ["load", *HOMES]
 
 
 def __getattr__(name: str):

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from rich.console import Console
@@ -14,12 +14,12 @@ from tokenloop.runner.request import Request
 
 RUN_AHEAD = 8
 COPIES = {"H2D": "host_to_device", "D2D": "device_to_device", "D2H": "device_to_host"}
-# Of a table that is not for a terminal.
+# The width of a table that is not for a terminal.
 WIDTH = 120
 
 
 def variants(model: Model) -> list[LoopOptions]:
-    """Every variant that the model's artifact supports, what was first thought of coming first."""
+    """Every variant that the model's artifact supports, the plainest first."""
     program = model.loop.program
     feeds = ("host", "alias", "embed") if program.embeds else ("host", "alias")
     graphs = (False, True) if program.has_graphs else (True,)
@@ -60,15 +60,14 @@ def compare(model: Model, request: Request, as_json: bool) -> int:
 
 def measure(model: Model, request: Request, options: LoopOptions) -> dict[str, Any]:
     """One variant's ids, text and statistics."""
-    arguments = vars(request) | {"options": options}
     # Methods are loaded, and graphs captured, when they are first needed.
-    model.generate(**arguments | {"max_new_tokens": 3}).run()
-    done = model.generate(**arguments).run()
+    model.generate(replace(request, max_new_tokens=3), options=options).run()
+    done = model.generate(request, options=options).run()
     return {
         "options": asdict(options),
         "token_ids": done.token_ids,
         "text": done.text,
-        "stats": asdict(done.stats),
+        "stats": done.as_dict()["stats"],
     }
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
-from tokenloop.runner.slots import Rows, Sequence
-from tokenloop.runner.transfers import Transfers
+from tokenloop.runner.program import Program, Selected
+from tokenloop.runner.slots import Sequence, Slots
 
 FEEDS = ("auto", "embed", "alias", "host")
 
@@ -16,16 +16,17 @@ FEEDS = ("auto", "embed", "alias", "host")
 class LoopOptions:
     """Variants of the loop, for comparison: all of them give the same tokens.
 
-    `feed`: "alias" hands a token, a method's output, to the next method as its input, "embed" in
-    its stead the token's embedding, which selection has looked up, "host" uploads the tokens that
-    the host has read; "auto" is "embed" where the artifact has the methods for it, else "alias".
-    `positions`: "device" takes them from what went up when the
-    program was loaded or a sequence joined, "host" uploads them for each call. `double_buffering`:
-    the next steps are submitted before the newest tokens are read. `run_ahead`: how many steps are
-    submitted at once, whose tokens are gathered on the device and read together. Both need a token
-    that the host does not feed. `graph`: a step is one launch of a captured graph, where the
-    program can be captured. `overlap`: the graph's kernels begin while the ones ahead of them end,
-    where the artifact has kernels that can.
+    - `feed`: "alias" hands a token, a method's output, to the next method as its input. "embed"
+      hands on the token's embedding, which selection has looked up. "host" uploads the tokens that
+      the host has read. "auto" is "embed" where the artifact has the methods for it, else "alias".
+    - `positions`: "device" takes them from what went up when the program was loaded or a sequence
+      joined. "host" uploads them for each call.
+    - `double_buffering`: the next steps are submitted before the newest tokens are read.
+    - `run_ahead`: so many steps are submitted at once. Their tokens are gathered on the device and
+      read together. This and double buffering need a token that the host does not feed.
+    - `graph`: a step is one launch of a captured graph, where the program can be captured.
+    - `overlap`: the graph's kernels begin while the ones ahead of them end, where the artifact has
+      kernels that can.
     """
 
     feed: str = "auto"
@@ -47,29 +48,28 @@ class LoopOptions:
 
 
 class Loop:
-    """Drives one program of `batch` rows: in each one sequence at a time, from position 0 on.
+    """Drives one program, in each of whose rows one sequence runs at a time, from position 0 on.
 
     Nothing has to be reset between sequences: a method sees only what was written in its row at
     the positions before its own.
     """
 
-    def __init__(self, program: Any, batch: int, max_seq_len: int, max_prefill: int):
-        """`program` is what runner.model.load_program gives."""
-        self.program, self.batch = program, batch
-        self.max_seq_len, self.max_prefill = max_seq_len, max_prefill
-        self.transfers: Transfers = program.transfers
+    def __init__(self, program: Program):
+        self.program, self.transfers = program, program.transfers
+        self.batch: int = program.manifest["batch"]
+        self.max_prefill: int = program.manifest["max_prefill"]
         # Since the program was loaded: decode steps, and seconds until first tokens were computed.
         self.steps, self.prefill_s = 0, 0.0
-        # When the newest first token had been computed, by time.perf_counter.
-        self.prefilled_at = 0.0
-        # The rows' numbers, for `prefill`, are taken from it as well.
-        self._table = self.transfers.upload(range(max(max_seq_len, batch)))
-        if program.has_graphs:
-            program.capture(self._table)
+        # Whoever began the newest run. The program's state is theirs.
+        self.owner: Any = None
+        # `_prefill` takes the rows' numbers from it as well.
+        count = max(program.manifest["max_seq_len"], self.batch)
+        self._table = self.transfers.upload(range(count))
+        program.capture(self._table)
 
     def variant(self, options: LoopOptions | None) -> LoopOptions:
-        """The variant that `options` mean here, whose feed is a certain one. Errors: RunnerError
-        for one that the program lacks the methods for."""
+        """The variant that `options` mean here, with its feed decided. Errors: RunnerError for one
+        that the program lacks the methods for."""
         options = options or LoopOptions()
         if options.feed == "auto":
             return replace(options, feed="embed" if self.program.embeds else "alias")
@@ -85,52 +85,46 @@ class Loop:
     ) -> Iterator[tuple[Sequence, int]]:
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
-        A sequence is taken when a row is free for it, and leaves when `limit` ids have come or it
-        has a `finish_reason`; surplus steps may by then have been submitted, whose results are
+        A sequence is taken when a row is free for it. It leaves when `limit` ids have come or it
+        has a `finish_reason`. Surplus steps may have been submitted by then; their results are
         dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being at least 1,
         and has `options` from `variant`.
         """
-        transfers, waiting = self.transfers, iter(sequences)
+        waiting, read = iter(sequences), [0] * self.batch
         ahead = options.double_buffering and options.feed != "host"
-        rows = Rows(
-            self.batch, used, self._table, transfers,
-            options.positions == "host", self.program.slots,
-        )  # fmt: skip
-        steps = Steps(self, rows, options)
-        read = [0] * self.batch
+        slots = Slots(self.program, used, self._table, options.positions == "host")
+        steps = Steps(self.program, slots, options)
         while True:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
             joined = set()
-            for row, sequence in rows.join(waiting):
+            for row, sequence in slots.join(waiting):
                 start, read[row] = time.perf_counter(), 0
-                logits, position = self._prefill(row, sequence.prompt_ids, options)
-                steps.begin(row, logits, rows.first_step(row, position))
-                self.prefilled_at = time.perf_counter()
-                self.prefill_s += self.prefilled_at - start
+                steps.begin(row, self._prefill(row, sequence.prompt_ids, options))
+                self.prefill_s += time.perf_counter() - start
                 joined.add(row)
-            if not rows.occupied():
+            if not slots.occupied():
                 return
             # 2. The next steps are submitted, and then the tokens before them are read.
-            unread = steps.newest()
-            transfers.prefetch(unread)
+            unread = steps.unread()
+            self.transfers.prefetch(unread)
             if ahead:
-                steps.submit()
-            ids = transfers.download(unread)
+                self.steps += steps.submit()
+            ids = self.transfers.download(unread)
             # 3. Sequences that are finished leave.
             for start in range(0, len(ids), self.batch):
-                for row, sequence in rows.occupied():
+                for row, sequence in slots.occupied():
                     if row in joined and start + self.batch < len(ids):
                         continue  # Its first token is in the last line.
                     read[row] += 1
                     if sequence.finish_reason is None:
                         yield sequence, ids[start + row]
                     if sequence.finish_reason is not None or read[row] == sequence.limit:
-                        rows.leave(row)
+                        slots.leave(row)
             if not ahead:
-                steps.submit(ids if options.feed == "host" else None)
+                self.steps += steps.submit(ids if options.feed == "host" else None)
 
-    def _prefill(self, row: int, prompt_ids: list[int], options: LoopOptions) -> tuple[Any, Any]:
-        """Logits float32 [1, V] after the prompt, and its last position int64 [1]."""
+    def _prefill(self, row: int, prompt_ids: list[int], options: LoopOptions) -> Any:
+        """Logits float32 [1, V] after the prompt."""
         # The prompt goes up once; chunks are views of it.
         ids = self.transfers.upload([prompt_ids])
         where = (self._table[row : row + 1],) if self.batch > 1 else ()
@@ -140,91 +134,87 @@ class Loop:
             if options.positions == "host":
                 positions = self.transfers.upload(range(start, start + chunk.shape[1]))
             logits = self.program.prefill(chunk, positions, *where)
-        return logits, positions[-1:]
+        return logits
 
 
 class Steps:
-    """The steps of one run of the loop: what the newest one gave, and the next ones."""
+    """The steps of one run of the loop. Each is fed what the one before it gave, and writes the
+    other next_id buffer."""
 
-    def __init__(self, loop: Loop, rows: Rows, options: LoopOptions):
-        self._loop, self._rows, self._options = loop, rows, options
-        self._program, self._transfers = loop.program, loop.transfers
-        self._embed = options.feed == "embed"
-        # The next_id buffer that has, or will have, the newest tokens [B, 1], and its number; and
-        # what the next step is fed: these, or the hidden buffer beside them.
-        self._token, self._fed, self._buffer = None, None, 0
-        # Tokens [N, B] of the newest steps, gathered in one half of the ring, where they are.
-        self._gathered: Any = None
-        self._ring: tuple = ()
+    def __init__(self, program: Program, slots: Slots, options: LoopOptions):
+        self._program, self._slots = program, slots
+        program.begin(options.feed == "embed", options.graph, options.overlap)
+        self._buffer, token = 0, program.next_id(0)
+        self._newest = Selected(token, token)
+        self._run_ahead = options.run_ahead
+        self._gathered = Gathered(program, options.run_ahead) if options.run_ahead > 1 else None
 
-    def begin(self, row: int, logits: Any, sampling: tuple) -> None:
-        """Select the row's first token from its prompt's logits. Of a batch of one row that is the
-        newest token without a copy."""
-        if self._loop.batch == 1:
-            self._token, self._fed = self._program.select(
-                logits, self._buffer, *sampling, embed=self._embed
-            )
-            self._gathered = None
-            return
-        if self._token is None:
-            self._token = self._program.next_id(self._buffer)
-        token = self._program.select_row(logits, *sampling)
-        self._transfers.copy(token, self._token[row : row + 1])
-        self._fed = self._token
-        if self._embed:
-            self._fed = self._program.embed(self._token, self._buffer)
-        if self._gathered is not None:
-            self._transfers.copy(token[0], self._gathered[-1, row : row + 1])
+    def begin(self, row: int, logits: Any) -> None:
+        """Choose the row's first token from its prompt's logits [1, V], and put it beside the
+        newest ones. In a batch of one row it is the newest one, without a copy."""
+        program, choice = self._program, self._slots.first_choice(row)
+        if program.manifest["batch"] == 1:
+            self._newest = program.select(logits, self._buffer, choice)
+        else:
+            chosen, token = program.select_row(logits, choice), self._newest.token
+            program.transfers.copy(chosen, token[row : row + 1])
+            self._newest = Selected(token, program.feed(token, self._buffer))
+        if self._gathered:
+            self._gathered.join(row, self._newest.token)
 
-    def newest(self) -> Any:
-        """What has not been read: the tokens int64 [N, B] or [B, 1] of the newest steps, in memory
-        that the steps which are submitted next leave alone."""
-        if self._options.run_ahead == 1:
-            return self._token
-        if self._gathered is None:
-            self._gathered = self._half_of_the_ring()[:1]
-            self._transfers.copy(self._token[:, 0], self._gathered[0])
-        return self._gathered
+    def unread(self) -> Any:
+        """The tokens int64 [N, B] or [B, 1] of the newest steps, in memory that the steps which are
+        submitted next leave alone."""
+        if self._gathered:
+            return self._gathered.lines(self._newest.token)
+        return self._newest.token
 
-    def submit(self, ids: list[int] | None = None) -> None:
-        """As many next steps as the options say and the rows need, the first of them fed with `ids`
-        from the host, if they are given."""
-        self._gathered = None
-        if not self._rows.need_a_step():
-            return
-        count = self._options.run_ahead
-        lines = self._half_of_the_ring() if count > 1 else None
-        if ids is not None:
-            self._fed = self._transfers.upload(
-                [[i] for i in ids], out=self._program.next_id(self._buffer)
-            )
-        done = 0
-        while done < count and self._rows.need_a_step():
-            positions, sampling = self._rows.next_step()
-            self._loop.steps += 1
+    def submit(self, ids: list[int] | None = None) -> int:
+        """Submit the next step, or as many as run ahead and the rows need; how many. With `ids` the
+        host feeds it the tokens that it has read."""
+        if self._gathered:
+            self._gathered.clear()
+        for count in range(self._run_ahead):
+            if not self._slots.need_a_step():
+                return count
+            fed = self._newest.fed
+            if ids is not None:
+                out = self._program.next_id(self._buffer)
+                fed = self._program.transfers.upload([[i] for i in ids], out=out)
             self._buffer = 1 - self._buffer
-            self._token, self._fed = self._step(positions, sampling)
-            if lines is not None:
-                self._transfers.copy(self._token[:, 0], lines[done])
-            done += 1
-        if lines is not None:
-            self._gathered = lines[:done]
+            self._newest = self._program.step(fed, self._slots.next_step(), self._buffer)
+            if self._gathered:
+                self._gathered.add(self._newest.token)
+        return self._run_ahead
 
-    def _step(self, positions: Any, sampling: tuple) -> tuple[Any, Any]:
-        """One more token of each row, in the next_id buffer whose turn it is, and what the step
-        after it is fed."""
-        if self._program.has_graphs and self._options.graph:
-            return self._program.step(
-                self._fed, positions, self._buffer, *sampling, embed=self._embed,
-                overlap=self._options.overlap,
-            )  # fmt: skip
-        logits = self._program.decode(self._fed, positions, self._embed)
-        return self._program.select(logits, self._buffer, *sampling, embed=self._embed)
 
-    def _half_of_the_ring(self) -> Any:
-        """Memory int64 [run_ahead, B] that nothing unread is in."""
-        if not self._ring:
-            shape = self._options.run_ahead, self._loop.batch
-            self._ring = tuple(self._program.empty(*shape) for _ in range(2))
-        self._ring = self._ring[::-1]
-        return self._ring[0]
+class Gathered:
+    """Tokens of the steps that run ahead, one line [B] for each, in one of two memories that take
+    turns: one is written while the other is read."""
+
+    def __init__(self, program: Program, run_ahead: int):
+        self._copy = program.transfers.copy
+        self._memories = [program.empty(run_ahead, program.manifest["batch"]) for _ in range(2)]
+        self._count = 0
+
+    def clear(self) -> None:
+        """Begin with no lines, in the other memory."""
+        self._memories.reverse()
+        self._count = 0
+
+    def add(self, token: Any) -> None:
+        """Add a line: token int64 [B, 1]."""
+        self._copy(token[:, 0], self._memories[0][self._count])
+        self._count += 1
+
+    def join(self, row: int, token: Any) -> None:
+        """Put a row's first token, of token int64 [B, 1], into the last line, if there is one."""
+        if self._count:
+            last = self._memories[0][self._count - 1]
+            self._copy(token[row], last[row : row + 1])
+
+    def lines(self, token: Any) -> Any:
+        """The lines int64 [N, B]; if there are none, one with token int64 [B, 1]."""
+        if not self._count:
+            self.add(token)
+        return self._memories[0][: self._count]

@@ -41,11 +41,11 @@ class Artifact:
     def program_file(self) -> Path:
         return self.directory / self.manifest["program"]["file"]
 
-    def sampling_methods(self, present: Iterable[str], embed: bool) -> list[str]:
-        """The methods that sample, and with `embed` look up the embeddings. Errors: RunnerError
-        where they are not among those `present`."""
-        names = ["sample_embed" if embed else "sample"]
-        names += ["sample_row"] * (self.manifest["batch"] > 1)
+    def sampling_methods(self, present: Iterable[str], method: str, embed: bool) -> list[str]:
+        """The names of `method`, which samples: for all rows, where it looks up the embeddings with
+        `embed`, and for one row of several. Errors: RunnerError where they are not among those
+        `present`."""
+        names = [method + "_embed" * embed] + [f"{method}_row"] * (self.manifest["batch"] > 1)
         if missing := set(names) - set(present):
             # What is exported for CudaBackend never samples.
             cuda = self.manifest["backend"] == "cuda"

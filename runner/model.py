@@ -10,6 +10,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.generation import BatchGeneration, Generation
 from tokenloop.runner.loop import Loop, LoopOptions
 from tokenloop.runner.manifest import Artifact, open_artifact
+from tokenloop.runner.program import Program, selection_method
 from tokenloop.runner.request import Request
 from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
@@ -17,22 +18,21 @@ from tokenloop.runner.tokenizer import Tokenizer
 ENGINES = ("executorch", "inductor")
 
 
-def load_program(artifact: Artifact, threads: int | None = None) -> Any:
-    """The artifact's methods in the engine that it was exported for: an ExecuTorchProgram, an
-    ExecuTorchCudaProgram or an InductorProgram. Errors: RunnerError for what the engine's own
-    constructor refuses."""
+def load_program(artifact: Artifact, threads: int | None = None) -> Program:
+    """The artifact's methods in the engine that it was exported for. Errors: RunnerError for an
+    engine that is not there, and for what the engine's own constructor refuses."""
     engine, backend = artifact.manifest["engine"], artifact.manifest["backend"]
     # ExecuTorch on a CPU needs no torch, which takes a second to import, and 200 MB.
     if engine == "executorch" and backend != "cuda":
-        from tokenloop.runner.engines.executorch import ExecuTorchProgram as Program
+        from tokenloop.runner.engines.executorch import ExecuTorchProgram as Engine
     elif engine in ENGINES:
         try:
             if engine == "executorch":
                 from tokenloop.runner.engines.executorch_cuda import (
-                    ExecuTorchCudaProgram as Program,
+                    ExecuTorchCudaProgram as Engine,
                 )
             else:
-                from tokenloop.runner.engines.inductor import InductorProgram as Program
+                from tokenloop.runner.engines.inductor import InductorProgram as Engine
         except ImportError as error:
             others = "executorch" if engine == "executorch" else "safetensors"
             raise RunnerError(
@@ -43,7 +43,7 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Any:
             f"{artifact.directory} is for the engine {engine!r}, which this tokenloop does not "
             f"have: {' and '.join(ENGINES)} are what it has"
         )
-    return Program(artifact, threads)
+    return Engine(artifact, threads)
 
 
 class Model:
@@ -64,35 +64,38 @@ class Model:
         self.max_seq_len: int = manifest["max_seq_len"]
         self.batch: int = manifest["batch"]
         self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"])
-        program = load_program(artifact, threads)
-        self.loop = Loop(program, self.batch, self.max_seq_len, manifest["max_prefill"])
+        self.loop = Loop(load_program(artifact, threads))
         self.load_s = time.perf_counter() - start
         self._directory = artifact.directory
-        self._latest: Generation | BatchGeneration | None = None
 
     def generate(
         self,
-        prompt: str | list[int],
-        max_new_tokens: int = 128,
-        chat: bool = False,
+        prompt: Request | str | list[int],
+        max_new_tokens: int | None = None,
         options: LoopOptions | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: tuple[str, ...] = (),
+        **parameters: Any,
     ) -> Generation:
-        """Begin to generate after `prompt`, text or token ids: iterate over the result or `run` it.
+        """Begin to generate after `prompt`: iterate over the result or `run` it.
 
-        The parameters are those of a Request. The sequence begins anew: nothing of an earlier
-        prompt is seen. Starting another generation ends this one.
+        `prompt` is a Request, or text or token ids; `max_new_tokens` and the other `parameters` are
+        then those of a Request, such as temperature=0.8. The sequence begins anew: nothing of an
+        earlier prompt is seen. Starting another generation ends this one.
 
-        Errors: RunnerError for a parameter outside its range, an artifact that cannot sample, and a
-        prompt that is empty, too long or has ids outside the vocabulary.
+        Errors: RunnerError for a parameter outside its range or beside a Request, an artifact that
+        cannot sample, and a prompt that is empty, too long or has ids outside the vocabulary.
         """
-        request = Request(prompt, max_new_tokens, temperature, top_k, top_p, seed, stop, chat)
-        self._latest = Generation(self, request, self.loop.variant(options))
-        return self._latest
+        if max_new_tokens is not None:
+            parameters["max_new_tokens"] = max_new_tokens
+        if not isinstance(prompt, Request):
+            prompt = Request(prompt, **parameters)
+        elif parameters:
+            raise RunnerError(
+                f"a Request is given, and {', '.join(parameters)} beside it: the Request must say "
+                "it all"
+            )
+        options = self.loop.variant(options)
+        fitted = self._fit(prompt, options)
+        return Generation(self.loop, prompt, self.tokenizer, *fitted, options)
 
     def generate_batch(
         self,
@@ -104,8 +107,8 @@ class Model:
         iterate over the result or `run` it. A prompt alone stands for a Request with defaults.
 
         A request is taken from `requests` when a row is free for it. One that cannot run is refused
-        in its Result, and the others go on. Each gives what it gives alone. `rows` are how many to
-        use at most, by default all. Starting another generation ends this one.
+        in its Result, and the others go on. Each gives what it gives alone. At most `rows` are
+        used, by default all. Starting another generation ends this one.
 
         Errors: RunnerError for more `rows` than there are, and for a request that is not in a list.
         """
@@ -120,11 +123,25 @@ class Model:
                 f"{rows} rows are asked for and {self._directory} has {self.batch}: export it with "
                 f"--batch {rows}"
             )
-        self._latest = BatchGeneration(self, requests, rows, self.loop.variant(options))
-        return self._latest
+        options = self.loop.variant(options)
+        return BatchGeneration(self.loop, self._results(requests, options), rows, options)
 
-    def fit(self, request: Request, options: LoopOptions) -> tuple[list[int], int]:
-        """The request's prompt as ids, and how many tokens can come after it in that variant.
+    def _results(
+        self, requests: Iterable[Request | str | list[int]], options: LoopOptions
+    ) -> Iterator[Result]:
+        """A Result to be for each request, in their order; of one that cannot run, refused."""
+        for index, request in enumerate(requests):
+            if not isinstance(request, Request):
+                request = Request(request)
+            try:
+                result = Result(request, self.tokenizer, *self._fit(request, options), index)
+            except RunnerError as error:
+                result = Result(request, self.tokenizer, [], 0, index)
+                result.refuse(f"request {index + 1}: {error}")
+            yield result
+
+    def _fit(self, request: Request, options: LoopOptions) -> tuple[list[int], int]:
+        """The request's prompt as ids, and how many tokens can come after it.
 
         Errors: RunnerError for what `generate` refuses.
         """
@@ -143,7 +160,8 @@ class Model:
                     f"the prompt has the id {token_id!r}; ids are 0 to {self.vocab_size - 1}"
                 )
         if request.temperature > 0:
-            self.loop.program.load_sampling(options.feed == "embed")
+            method = selection_method([request], self.manifest)
+            self.loop.program.load_sampling(method, options.feed == "embed")
         return ids, min(request.max_new_tokens, self.max_seq_len - len(ids))
 
     def _prompt_ids(self, request: Request) -> list[int]:
@@ -155,26 +173,3 @@ class Model:
         if not isinstance(prompt, Iterable):
             raise RunnerError(f"the prompt is {prompt!r}; it must be text or a list of ids")
         return list(prompt)
-
-    def tokens(
-        self,
-        generation: Generation | BatchGeneration,
-        results: Iterable[Result],
-        rows: int,
-        options: LoopOptions,
-    ) -> Iterator[tuple[Result, int]]:
-        """What `Loop.tokens` gives, for as long as no other generation is started.
-
-        Errors: RunnerError as soon as one is; the first step, too, would overwrite its state.
-        """
-        self._check_latest(generation)
-        for result, token_id in self.loop.tokens(results, rows, options):
-            yield result, token_id
-            self._check_latest(generation)
-
-    def _check_latest(self, generation: Generation | BatchGeneration) -> None:
-        if self._latest is not generation:
-            raise RunnerError(
-                "another generation was started on this model, and its state is shared: "
-                "finish one before you start the next"
-            )

@@ -22,9 +22,9 @@ class Request:
     user's message, put through the artifact's chat template.
 
     `temperature` 0 always takes the most likely token. Above 0 a token is drawn from
-    softmax(logits / temperature), restricted to the `top_k` most likely (0: to none) and, of
-    these, to the most likely that together have the probability `top_p` (1: to none). A draw is
-    determined by `seed` (int64), the position and the token id, and by nothing else.
+    softmax(logits / temperature). `top_k` restricts it to so many most likely tokens (0: to none),
+    and `top_p` to the most likely of these that together have that probability (1: to none). A
+    draw is determined by `seed` (int64), the position and the token id, and by nothing else.
     """
 
     prompt: str | list[int]

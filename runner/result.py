@@ -1,4 +1,4 @@
-"""What comes of a request: ids as they are generated, and the text that is certain."""
+"""A request's output: ids as they are generated, and the text that is certain."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ class Token:
 class Result:
     """One request's output as it grows.
 
-    `finish_reason` is "stop" after an end token (which is not among `token_ids`) or a stop string
-    (whose tokens are, though `text` ends before it), "length", "cancelled", "error" for a request
-    that was refused with `error`, or None while it is not finished. `error` is one line with the
-    request's number, from 1 on, though `index` begins at 0.
+    `finish_reason` is None while the output is not finished. It becomes "stop" after an end token,
+    which is not among `token_ids`, or a stop string, whose tokens are, though `text` ends before
+    it; "length" when no more tokens can come; "cancelled" after `cancel`; and "error" for a request
+    that was refused. `error` is then one line with the request's number, counted from 1 on, though
+    `index` begins at 0.
     """
 
     def __init__(
@@ -40,13 +41,18 @@ class Result:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.limit = limit
-        # With the end token.
+        # How many tokens have come, the end token included.
         self.taken = 0
         self._end_ids = tokenizer.eos_token_ids
         self._stream = StopStream(tokenizer.stream(), request.stop)
 
     def cancel(self) -> None:
-        """End the output here; the row of the batch goes to another request."""
+        """End the output here, with the finish_reason "cancelled", if it has not ended yet.
+
+        Call it while you iterate over the generation. `token_ids` and `text` keep what has come,
+        and tokens that are still under way are dropped. In a batch the row goes to the next
+        request, and the other results go on.
+        """
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
 
@@ -55,8 +61,8 @@ class Result:
         self.finish_reason, self.error = "error", error
 
     def take(self, token_id: int) -> Token | None:
-        """Add the next token. Gives what is to be shown: nothing of an end token, unless it ends a
-        text that was held back."""
+        """Add the next token, and return what is to be shown. An end token shows nothing, unless it
+        ends a text that was held back."""
         self.taken += 1
         if token_id in self._end_ids:
             text = self._stream.finish()
@@ -74,7 +80,7 @@ class Result:
         return Token(token_id, text) if text or token_id not in self._end_ids else None
 
     def as_dict(self) -> dict:
-        """What `run.py --json` prints of it."""
+        """The object that `run.py --json` prints."""
         entry = {
             "prompt": self.request.prompt,
             "prompt_ids": self.prompt_ids,
@@ -88,9 +94,9 @@ class Result:
 class StopStream:
     """A stream of ids that ends before the first of some texts.
 
-    The first is the one that is complete first, and of those complete with the same character the
-    longest: so that it does not matter how the text is divided into tokens. What may be the
-    beginning of such a text is held back.
+    The first is the one that is complete first. Of several that are complete with the same
+    character it is the longest. So it does not matter how the text is divided into tokens. Text
+    that may be the beginning of a stop string is held back.
     """
 
     def __init__(self, stream, stops: Sequence[str]):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from tokenloop.runner.errors import RunnerError
@@ -138,8 +139,8 @@ def print_stats(model, stats, *own_lines: str) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate for every prompt; the exit status. Errors: RunnerError."""
     requests = read_requests(options)
-    # What runs models is imported only now, so that wrong arguments are answered at once.
-    # NumPy makes an error of its own of an interrupt while it is imported.
+    # The modules that run models are imported only now: wrong arguments are answered at once.
+    # NumPy would turn an interrupt during its import into an error of its own.
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -154,18 +155,11 @@ def run(options: argparse.Namespace) -> int:
         from tokenloop.runner.compare import compare
 
         return compare(model, requests[0], options.json)
-    loop = LoopOptions(
-        options.feed,
-        options.positions,
-        options.double_buffering,
-        options.run_ahead,
-        options.graph,
-        options.overlap,
-    )
+    loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
     if options.batch is not None:
         return run_batch(model, requests, loop, options)
     for request in requests:
-        generation = model.generate(**vars(request), options=loop)
+        generation = model.generate(request, options=loop)
         interrupted = False
         try:
             for token in generation:
@@ -185,8 +179,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_batch(model, requests: list[Request], loop, options: argparse.Namespace) -> int:
-    """Generate for all prompts, several at a time, and print what comes of each when it and all
-    before it are there; the exit status. Errors: RunnerError."""
+    """Generate for all prompts, several at a time, and print each text when it and all before it
+    are complete; the exit status. Errors: RunnerError."""
     from tokenloop.runner.progress import progress
 
     batch, printed, status = model.generate_batch(requests, loop, options.batch), 0, 0
@@ -230,8 +224,8 @@ def print_line(result, as_json: bool, text: str) -> None:
 
 def main() -> int:
     options = parse_arguments()
-    # As prompts are read, whatever the locale: a model's text is in no other encoding.
-    # Half a surrogate pair, of a prompt that is refused, is in JSON's own notation then.
+    # Output is UTF-8 whatever the locale, as prompts are. A prompt that is refused may have half a
+    # surrogate pair, which is then written in JSON's own notation.
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return run(options)

@@ -1,30 +1,17 @@
-"""The rows of a batch: which sequence each runs, and the arrays on the device that say so."""
+"""The slots of a batch: which sequence runs in each row, and what the device is told of it."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
+from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Step, selection_method
 from tokenloop.runner.request import Request
-from tokenloop.runner.transfers import Transfers
-
-# What `sample` takes between the logits and the positions, each [B].
-PARAMETERS = {
-    "temperature": np.float32,
-    "top_k": np.int64,
-    "top_p": np.float32,
-    "seed": np.int64,
-}
-
-
-def selection_name(sampled: bool, embed: bool = False) -> str:
-    """The method that chooses tokens and, with `embed`, looks up their embeddings."""
-    return ("sample" if sampled else "greedy") + ("_embed" if embed else "")
 
 
 class Sequence(Protocol):
-    """What the loop needs of a sequence. It has a `finish_reason` as soon as whoever reads the
-    tokens has given it one, and ends there."""
+    """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
+    `finish_reason`."""
 
     prompt_ids: list[int]
     limit: int
@@ -32,36 +19,29 @@ class Sequence(Protocol):
     finish_reason: str | None
 
 
-class Rows:
-    """The `count` rows of one run of the loop, of which the first `used` take sequences.
+class Slots:
+    """The rows of one run of the loop, of which the first `used` take sequences.
 
-    A row without a sequence, or whose sequence needs no more steps, is idle: it computes along at
+    A row is idle when it has no sequence, or one that needs no more steps. It computes along at
     position 0, and nobody reads what comes of it. That spoils nothing, and neither does a step
     too many after an end token: a sequence that takes the row later sees only what it wrote itself
     at the positions before its own.
     """
 
-    def __init__(
-        self,
-        count: int,
-        used: int,
-        table: np.ndarray,
-        transfers: Transfers,
-        positions_from_host: bool = False,
-        slots: dict[str, Any] | None = None,
-    ):
-        """`table` has the positions from 0 on, int64, on the device. What goes up goes to `slots`,
-        memory by the names "lines" (of positions) and those of PARAMETERS, where there is any."""
-        self._used, self._table, self._transfers = used, table, transfers
-        self._slots = slots or {}
+    def __init__(self, program: Program, used: int, table: Any, positions_from_host: bool):
+        """`table` int64 [N] has the positions from 0 on, on the device."""
+        self._program, self._used, self._table = program, used, table
         self._from_host = positions_from_host
+        count = program.manifest["batch"]
         self._sequences: list[Sequence | None] = [None] * count
         # Of each row's sequence: tokens whose computation was submitted.
         self._submitted = [0] * count
-        # Lines of positions for the steps to come, unless a sequence joins or leaves early.
-        self._schedule: Iterator[np.ndarray] | None = None
+        # Lines of positions for the steps to come, and the next one's number. They hold until a
+        # sequence joins or leaves early; those of a single row are the table, and always hold.
+        self._lines = table[:, None] if count == 1 else None
+        self._line = 0
         self._values: dict[str, list] = {}
-        self._arrays: dict[str, np.ndarray] = {}
+        self._parameters: dict[str, Any] = {}
         self._members_changed = True
 
     def join(self, waiting: Iterator[Sequence]) -> list[tuple[int, Sequence]]:
@@ -70,14 +50,15 @@ class Rows:
         for row in range(self._used):
             if self._sequences[row] is None and (sequence := next(waiting, None)) is not None:
                 self._sequences[row], self._submitted[row] = sequence, 1
-                self._schedule, self._members_changed = None, True
+                self._forget_lines()
+                self._members_changed = True
                 joined.append((row, sequence))
         return joined
 
     def leave(self, row: int) -> None:
         """Free the row of a sequence that is finished."""
         if self._runs(row):
-            self._schedule = None
+            self._forget_lines()
         self._sequences[row], self._members_changed = None, True
 
     def occupied(self) -> list[tuple[int, Sequence]]:
@@ -88,50 +69,64 @@ class Rows:
         """Whether any sequence has more tokens to come than are submitted."""
         return any(map(self._runs, range(self._used)))
 
-    def next_step(self) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """Of the next step: positions int64 [B], and what `sample` takes after the logits, or
-        nothing where all that run are greedy."""
-        count, sampled = len(self._sequences), False
-        starts, steps = [0] * count, [0] * count
-        for row in range(self._used):
-            if self._runs(row):
-                sequence, submitted = self._sequences[row], self._submitted[row]
-                starts[row] = len(sequence.prompt_ids) + submitted - 1
-                steps[row] = sequence.limit - submitted
-                sampled = sampled or sequence.request.temperature > 0
-                self._submitted[row] += 1
-        positions = self._positions(starts, steps)
-        return positions, (*self._parameters(), positions) if sampled else ()
+    def first_choice(self, row: int) -> Choice:
+        """How the row's first token is chosen, after the last position of its prompt."""
+        sequence = self._sequences[row]
+        last = len(sequence.prompt_ids) - 1
+        return self._choice([sequence.request], self._table[last : last + 1], row)
 
-    def first_step(self, row: int, position: np.ndarray) -> tuple[np.ndarray, ...]:
-        """What `sample_row` takes after the logits of a row's prompt, or nothing where the row is
-        greedy. `position` int64 [1] is the prompt's last."""
-        if self._sequences[row].request.temperature == 0:
-            return ()
-        return *(array[row : row + 1] for array in self._parameters()), position
+    def next_step(self) -> Step:
+        """What the next step is given."""
+        running = {row: s for row, s in self.occupied() if self._runs(row)}
+        starts, steps = np.zeros((2, len(self._sequences)), np.int64)
+        for row, sequence in running.items():
+            starts[row] = len(sequence.prompt_ids) + self._submitted[row] - 1
+            steps[row] = sequence.limit - self._submitted[row]
+            self._submitted[row] += 1
+        if self._from_host:
+            line, positions = None, self._program.transfers.upload(starts)
+        else:
+            line = self._next_line(starts, steps)
+            positions = self._lines[line]
+        return Step(positions, line, self._choice([s.request for s in running.values()], positions))
 
     def _runs(self, row: int) -> bool:
         sequence = self._sequences[row]
         return sequence is not None and self._submitted[row] < sequence.limit
 
-    def _positions(self, starts: list[int], steps: list[int]) -> np.ndarray:
-        """The next step's, of rows that begin at `starts` and run for so many `steps`."""
-        if self._from_host:
-            return self._transfers.upload(starts)
-        if len(starts) == 1:
-            # ExecuTorch's CPU kernels take a view of the table as it is: not even a copy.
-            return self._table[starts[0] : starts[0] + 1]
-        if self._schedule is None:
-            line = np.arange(max(steps))[:, None]
-            lines = np.where(line < np.array(steps), np.array(starts) + line, 0)
-            self._schedule = iter(self._transfers.upload(lines, out=self._slots.get("lines")))
-        return next(self._schedule)
+    def _forget_lines(self) -> None:
+        if len(self._sequences) > 1:
+            self._lines = None
 
-    def _parameters(self) -> list[np.ndarray]:
-        """The four arrays, of which those go up that changed. A row without a sequence is greedy,
-        which costs least."""
+    def _next_line(self, starts: np.ndarray, steps: np.ndarray) -> int:
+        """The number of the next step's line, of rows int64 [B] that begin at `starts` and run for
+        so many `steps`."""
+        if len(starts) == 1:
+            return int(starts[0])
+        if self._lines is None:
+            ahead = np.arange(steps.max())[:, None]
+            lines = np.where(ahead < steps, starts + ahead, 0)
+            out = self._program.step_inputs.get("lines")
+            self._lines, self._line = self._program.transfers.upload(lines, out=out), 0
+        self._line += 1
+        return self._line - 1
+
+    def _choice(self, requests: list[Request], positions: Any, row: int | None = None) -> Choice:
+        """How the tokens of these requests are chosen, in all rows or in one alone."""
+        method = selection_method(requests, self._program.manifest)
+        if method == "greedy":
+            return GREEDY
+        self._upload_parameters()
+        arrays = self._parameters.values()
+        if row is not None:
+            arrays = [array[row : row + 1] for array in arrays]
+        return Choice(method, (*arrays, positions))
+
+    def _upload_parameters(self) -> None:
+        """Bring the arrays of PARAMETERS up to date: those go up that changed. A row without a
+        sequence is greedy, which costs least."""
         if not self._members_changed:
-            return list(self._arrays.values())
+            return
         self._members_changed = False
         for name, dtype in PARAMETERS.items():
             default = getattr(Request, name)
@@ -143,7 +138,7 @@ class Rows:
                     wanted[row] = temperature
                 elif temperature > 0:
                     wanted[row] = getattr(sequence.request, name)
-            if name not in self._arrays or wanted != values:
+            if name not in self._parameters or wanted != values:
                 self._values[name] = wanted
-                self._arrays[name] = self._transfers.upload(wanted, dtype, self._slots.get(name))
-        return list(self._arrays.values())
+                out = self._program.step_inputs.get(name)
+                self._parameters[name] = self._program.transfers.upload(wanted, dtype, out)

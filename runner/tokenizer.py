@@ -238,9 +238,9 @@ class _TokenizerJson:
     """A tokenizer.json whose ids have bytes of their own, which all this project's models have.
 
     That is a decoder of ByteLevel (Qwen), or of Replace, ByteFallback, Fuse and Strip (Gemma,
-    Llama). For the latter `tokenizers` spoils the valid characters too of a run of byte tokens
-    with a bad byte in it, so that no prefix of a run would be certain; here, as in
-    sentencepiece, only the bad bytes give U+FFFD.
+    Llama). In the latter a bad byte among byte tokens makes `tokenizers` spoil the valid characters
+    around it, so that no prefix of a run would be certain. Here only the bad bytes give U+FFFD, as
+    in sentencepiece.
     """
 
     def __init__(self, path: Path):
@@ -351,7 +351,7 @@ def _read(path: Path) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return byte-level BPE's printable character of each byte, the other way round (GPT-2)."""
+    """Return the byte of each printable character that byte-level BPE writes for one (GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

@@ -27,8 +27,8 @@ class Copies:
 
 
 class HostMemory:
-    """Device memory of an engine that computes on NumPy arrays. (runner/torch_memory.py has that of
-    one that computes on tensors.)"""
+    """Device memory of an engine that computes on NumPy arrays. An engine that computes on torch
+    tensors has engines/torch_memory.py."""
 
     def new(self, array: np.ndarray) -> np.ndarray:
         """Device memory with the contents of a host array that nobody else has."""
@@ -42,7 +42,7 @@ class HostMemory:
         """Begin to read device memory as it is after all that was submitted until now."""
 
     def read(self, values: np.ndarray) -> list[int]:
-        """The numbers, on the host: those that were prefetched, if they were."""
+        """The numbers on the host, as they were when they were prefetched, or else now."""
         return values.ravel().tolist()
 
 
@@ -75,8 +75,8 @@ class Transfers:
         self.device_to_device.add(source)
 
     def prefetch(self, values: Any) -> None:
-        """Let the next `download` of these values give what they are before anything else that is
-        submitted, and go on meanwhile."""
+        """Begin to read these values as they are after all that was submitted until now. Their next
+        `download` gives that."""
         self._memory.prefetch(values)
 
     def download(self, values: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -123,8 +124,17 @@ def compile_selection(
             from tokenloop.models.kernels import cuda  # noqa: F401  (registers next_positions)
             from tokenloop.sampler.kernels import operator
 
-            functions = {"greedy": operator.greedy, "sample": operator.sample}
-            fused = {"greedy": operator.greedy_embed, "sample": operator.sample_embed}
+            # Where no row has a top_k or a top_p, 2 launches do what takes 7 otherwise.
+            functions = {
+                "greedy": operator.greedy,
+                "sample": operator.sample,
+                "sample_unfiltered": partial(operator.sample, restricted=False),
+            }
+            fused = {
+                "greedy": operator.greedy_embed,
+                "sample": operator.sample_embed,
+                "sample_unfiltered": partial(operator.sample_embed, restricted=False),
+            }
             example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
         # Compiled code is given its weights when it is loaded: these are never looked at.
@@ -136,9 +146,8 @@ def compile_selection(
             logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
             numbers, counts = torch.ones(rows), integers(rows)
             sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
-            inputs = {"greedy": (logits,), "sample": (logits, *sampling)}
             for name, function in functions.items():
-                example = *inputs[name], next_id
+                example = logits, *(() if name == "greedy" else sampling), next_id
                 files[name + suffix] = compile_method(Select(function), example)
                 if name in fused and not suffix:
                     hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)

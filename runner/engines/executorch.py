@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from tokenloop.runner.engines import executorch_runtime
-from tokenloop.runner.engines.executorch_runtime import Method, Program
+from tokenloop.runner.engines.executorch_runtime import Method
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.manifest import Artifact
-from tokenloop.runner.slots import selection_name
+from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Selected
 from tokenloop.runner.transfers import Transfers
 
 BACKENDS = {"xnnpack": "XnnpackBackend", "portable": None, "cuda": "CudaBackend"}
-# Which ExecuTorch has a backend.
+# The ExecuTorch that has a backend.
 BUILDS = {
     "XnnpackBackend": "the wheel from PyPI",
     "CudaBackend": "ExecuTorch's CUDA wheel (PyPI's is without it) or a build with "
@@ -24,56 +24,45 @@ BUILDS = {
 WITH_THIS_VERSION = "export it again with this version of ExecuTorch"
 INT64 = np.dtype("int64")
 FLOAT32 = np.dtype("float32")
-# What selects for all rows, and writes next_id buffers; and what an artifact may leave out.
+# Methods that select for all rows, and write next_id buffers; and those an artifact may leave out.
 BUFFERED = {"greedy", "sample", "greedy_embed", "sample_embed"}
 OPTIONAL = {"decode_embedded", "embed", "sample_row"} | BUFFERED - {"greedy"}
 
 
-class ExecuTorchProgram:
-    """The loaded methods of a .pte. Every output is a view of memory that the method owns, valid
-    until the same method runs again; an input's memory is used in place.
-
-    `transfers` copies to, from and within the arrays that the methods take; `embeds` says whether
-    selection can look up the next step's embedding. Nothing is captured
-    here, and so no input needs a slot of its own.
-    """
-
-    has_graphs = False
-    slots: dict[str, np.ndarray] = {}
+class ExecuTorchProgram(Program):
+    """The methods of a .pte on NumPy arrays. Each method owns the memory of its outputs, so that
+    greedy selection and sampling have next_id buffers of their own."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
-        """Load what a greedy loop calls. What samples, and what feeds the loop in another way, is
-        loaded when it is first needed, so that who does without pays nothing for it.
+        """Load the methods of a greedy loop. Those that sample, and those that feed the loop in
+        another way, are loaded when they are first needed: nobody waits for what is never called.
 
         `threads` is how many the kernels use, by default as many as there are processors for them.
 
         Errors: RunnerError for a file that is no program, a backend that this ExecuTorch lacks,
         and a method whose inputs or outputs are not what the manifest says.
         """
-        self._artifact = artifact
+        self._artifact, self.manifest = artifact, artifact.manifest
         self.transfers = Transfers()
         with native_stderr():
-            self._open(threads)
-        self._batch: int = artifact.manifest["batch"]
+            backend = check_backend(artifact, executorch_runtime.registered_backends())
+            if backend == "XnnpackBackend":
+                # Weights are packed once for all methods, and not once for each.
+                executorch_runtime.set_backend_option(backend, "weight_cache_enabled", True)
+            # Before the methods: they keep the pool of threads that they were loaded with.
+            executorch_runtime.set_num_threads(threads)
+            self._program = open_program(artifact)
+        several = self.manifest["batch"] > 1
         self.embeds = {"embed", "decode_embedded", "greedy_embed"} <= set(
             self._program.method_names()
         )
         self._loaded: dict[str, list[Method]] = {}
-        names = [selection_name(False, self.embeds)]
+        names = ["greedy" + "_embed" * self.embeds]
         names += ["prefill", "decode_embedded" if self.embeds else "decode"]
-        if self._batch > 1:
+        if several:
             names += ["greedy_row"] + ["embed"] * self.embeds
         for name in names:
             self._load(name)
-
-    def _open(self, threads: int | None) -> None:
-        backend = check_backend(self._artifact, executorch_runtime.registered_backends())
-        if backend == "XnnpackBackend":
-            # Weights are packed once for all methods, and not once for each.
-            executorch_runtime.set_backend_option(backend, "weight_cache_enabled", True)
-        # Before the methods: they keep the pool of threads that they were loaded with.
-        executorch_runtime.set_num_threads(threads)
-        self._program = open_program(self._artifact)
 
     def _load(self, name: str) -> list[Method]:
         """The method, which is loaded when it is first needed, if not before: twice, if its outputs
@@ -85,55 +74,35 @@ class ExecuTorchProgram:
                 self._loaded[name] = [self._program.load_method(name) for _ in range(count)]
         return self._loaded[name]
 
-    def load_sampling(self, embed: bool = False) -> None:
-        """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        for name in self._artifact.sampling_methods(self._program.method_names(), embed):
+    def _call(self, name: str, *inputs: np.ndarray, buffer: int = 0) -> list[np.ndarray]:
+        return self._load(name)[buffer].call(inputs)
+
+    def load_sampling(self, method: str, embed: bool) -> None:
+        for name in self._artifact.sampling_methods(self._program.method_names(), method, embed):
             self._load(name)
 
-    def prefill(
-        self, tokens: np.ndarray, positions: np.ndarray, row: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], in the row
-        int64 [1] of a batch of several."""
-        inputs = [tokens, positions] if row is None else [tokens, positions, row]
-        return self._load("prefill")[0].call(inputs)[0]
+    def prefill(self, tokens: np.ndarray, positions: np.ndarray, *row: np.ndarray) -> np.ndarray:
+        return self._call("prefill", tokens, positions, *row)[0]
 
-    def decode(self, fed: np.ndarray, position: np.ndarray, embed: bool = False) -> np.ndarray:
-        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B], which is `fed` or,
-        with `embed`, whose embedding hidden float32 [B, 1, D] is."""
-        (method,) = self._load("decode_embedded" if embed else "decode")
-        return method.call([fed, position])[0]
+    def decode(self, fed: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return self._call("decode_embedded" if self.embedding else "decode", fed, positions)[0]
 
-    def select(
-        self, logits: np.ndarray, buffer: int, *sampling: np.ndarray, embed: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1, and what
-        the next step is fed: the token or, with `embed`, hidden float32 [B, 1, D] beside it.
+    def select(self, logits: np.ndarray, buffer: int, choice: Choice = GREEDY) -> Selected:
+        name = choice.method + "_embed" * self.embedding
+        outputs = self._call(name, logits, *choice.inputs, buffer=buffer)
+        return Selected(outputs[0], outputs[-1])
 
-        `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
-        top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
-        """
-        methods = self._load(selection_name(bool(sampling), embed))
-        outputs = methods[buffer].call([logits, *sampling])
-        return outputs[0], outputs[-1]
+    def select_row(self, logits: np.ndarray, choice: Choice) -> np.ndarray:
+        return self._call(f"{choice.method}_row", logits, *choice.inputs)[0]
 
-    def select_row(self, logits: np.ndarray, *sampling: np.ndarray) -> np.ndarray:
-        """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
-        (method,) = self._load(selection_name(bool(sampling)) + "_row")
-        return method.call([logits, *sampling])[0]
-
-    def embed(self, token: np.ndarray, buffer: int) -> np.ndarray:
-        """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer, as `select`
-        gives it: hidden float32 [B, 1, D]."""
-        return self._load("embed")[0].call([token])[0]
-
-    def empty(self, *shape: int) -> np.ndarray:
-        """Memory int64 of that shape, for tokens."""
-        return np.empty(shape, np.int64)
+    def feed(self, token: np.ndarray, buffer: int) -> np.ndarray:
+        return self._call("embed", token)[0] if self.embedding else token
 
     def next_id(self, buffer: int) -> np.ndarray:
-        """The next_id buffer int64 [B, 1] that greedy selection writes, and anyone may."""
-        return self._load(selection_name(False, self.embeds))[buffer].outputs()[0]
+        return self._load("greedy" + "_embed" * self.embeds)[buffer].outputs()[0]
+
+    def empty(self, *shape: int) -> np.ndarray:
+        return np.empty(shape, np.int64)
 
 
 def check_backend(artifact: Artifact, registered: list[str]) -> str | None:
@@ -152,9 +121,9 @@ def check_backend(artifact: Artifact, registered: list[str]) -> str | None:
     return backend
 
 
-def open_program(artifact: Artifact) -> Program:
-    """The artifact's program, whose methods have the slots that the runner relies on. Errors:
-    RunnerError for a file that is no program, and for other slots."""
+def open_program(artifact: Artifact) -> executorch_runtime.Program:
+    """The artifact's program, whose methods have the inputs and outputs that the runner relies on.
+    Errors: RunnerError for a file that is no program, and for other inputs and outputs."""
     path = artifact.program_file
     with path.open("rb") as file:
         identifier = file.read(8)[4:]
@@ -165,14 +134,15 @@ def open_program(artifact: Artifact) -> Program:
             f"{identifier}; one such as b'ET12' is right): export it again"
         )
     with explained(f"{path} is not a program that ExecuTorch can load", "export it again"):
-        program = Program(path)
+        program = executorch_runtime.Program(path)
     with explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
         _check_methods(program, artifact)
     return program
 
 
-def _check_methods(program: Program, artifact: Artifact) -> None:
-    """The runner relies on these slots; a program with others must not get as far as a call."""
+def _check_methods(program: executorch_runtime.Program, artifact: Artifact) -> None:
+    """The runner relies on these inputs and outputs; a program with others must not get as far as
+    a call."""
     manifest = artifact.manifest
     names = program.method_names()
     if "get_max_context_len" not in names:
@@ -183,7 +153,7 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
             f"{artifact.program_file}: its caches have {positions} positions; the manifest says "
             f"max_seq_len {manifest['max_seq_len']}"
         )
-    for name, (inputs, outputs) in _slots(manifest).items():
+    for name, (inputs, outputs) in _signatures(manifest).items():
         if name not in names:
             if name in OPTIONAL:
                 continue
@@ -194,11 +164,11 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
                 f"{artifact.program_file}: {name} has {len(meta.inputs)} inputs and "
                 f"{len(meta.outputs)} outputs; {len(inputs)} and {len(outputs)} are right"
             )
-        for (slot, dtype, shape), tensor in zip(inputs + outputs, meta.inputs + meta.outputs):
+        for (value, dtype, shape), tensor in zip(inputs + outputs, meta.inputs + meta.outputs):
             if tensor is None or (tensor.dtype, tensor.shape) != (dtype, shape):
                 found = f"{tensor.shape} of {tensor.dtype}" if tensor else "no tensor"
                 raise RunnerError(
-                    f"{artifact.program_file}: {name}'s {slot} is {found}; the manifest says "
+                    f"{artifact.program_file}: {name}'s {value} is {found}; the manifest says "
                     f"{shape} of {dtype}"
                 )
         # On a GPU only planned memory is the GPU's.
@@ -211,7 +181,7 @@ def _check_methods(program: Program, artifact: Artifact) -> None:
             )
 
 
-def _slots(manifest: dict) -> dict[str, tuple[list, list]]:
+def _signatures(manifest: dict) -> dict[str, tuple[list, list]]:
     """Name, type and largest shape of each method's inputs, and of its outputs."""
     batch, chunk = manifest["batch"], manifest["max_prefill"]
 
@@ -225,13 +195,12 @@ def _slots(manifest: dict) -> dict[str, tuple[list, list]]:
         return "hidden", FLOAT32, (rows, 1, manifest["hidden_size"])
 
     def sampling(rows):
-        types = {"temperature": FLOAT32, "top_k": INT64, "top_p": FLOAT32, "seed": INT64}
-        types["position"] = INT64
-        return [(name, dtype, (rows,)) for name, dtype in types.items()]
+        types = PARAMETERS | {"position": np.int64}
+        return [(name, np.dtype(dtype), (rows,)) for name, dtype in types.items()]
 
     prompt = [("tokens", INT64, (1, chunk)), ("positions", INT64, (chunk,))]
     position = "position", INT64, (batch,)
-    slots = {
+    found = {
         "prefill": (prompt + [("row", INT64, (1,))] * (batch > 1), [logits(1)]),
         "decode": ([token(batch), position], [logits(batch)]),
         "decode_embedded": ([hidden(batch), position], [logits(batch)]),
@@ -240,12 +209,12 @@ def _slots(manifest: dict) -> dict[str, tuple[list, list]]:
         "sample": ([logits(batch), *sampling(batch)], [token(batch)]),
     }
     for name in ("greedy", "sample"):
-        inputs, outputs = slots[name]
-        slots[f"{name}_embed"] = inputs, [*outputs, hidden(batch)]
+        inputs, outputs = found[name]
+        found[f"{name}_embed"] = inputs, [*outputs, hidden(batch)]
     if batch > 1:
-        slots["greedy_row"] = [logits(1)], [token(1)]
-        slots["sample_row"] = [logits(1), *sampling(1)], [token(1)]
-    return slots
+        found["greedy_row"] = [logits(1)], [token(1)]
+        found["sample_row"] = [logits(1), *sampling(1)], [token(1)]
+    return found
 
 
 def _reason(log, error: RuntimeError) -> str:

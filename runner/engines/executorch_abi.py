@@ -5,7 +5,7 @@ The structures are those of one version's headers (site-packages/executorch/incl
 private members and all; tests/runner/test_executorch_abi.py compares them with a compiler's.
 
 Two traps:
-- A class with a destructor, as every Result is, comes back in memory that the caller names in a
+- A class with a destructor, such as every Result, comes back in memory that the caller names in a
   hidden argument, however small it is. libffi does so only beyond 16 bytes: `result_of` pads.
 - ctypes copies a returned structure once. From then on it may be pointed at, and then it must not
   move, nor be freed before what points at it.
@@ -247,7 +247,7 @@ FUNCTIONS = {
 
 @cache
 def functions() -> SimpleNamespace:
-    """FUNCTIONS, of the installed libraries; loading them registers their kernels and backends.
+    """FUNCTIONS of the installed libraries. Loading these registers their kernels and backends.
 
     They release Python's global lock while they run. `malloc_vtable` is MallocMemoryAllocator's.
 
@@ -274,7 +274,7 @@ def functions() -> SimpleNamespace:
         ) from None
     names = SimpleNamespace()
     for name, (symbol, result, arguments) in FUNCTIONS.items():
-        # What a library has, and what those that it needs have: the last one knows the thread pool.
+        # A library also finds the functions of those that it needs; the last one needs the pool's.
         function = libraries[-1][symbol]
         function.restype, function.argtypes = result, arguments
         setattr(names, name, function)

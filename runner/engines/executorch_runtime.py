@@ -29,16 +29,16 @@ DTYPES = {
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 NONE, TENSOR = 0, 1  # runtime/core/tag.h
 SCALARS = {3: "as_double", 4: "as_int", 5: "as_bool"}
-NO_MLOCK = 0  # extension/data_loader/mmap_data_loader.h; all pages that are locked are resident.
+NO_MLOCK = 0  # extension/data_loader/mmap_data_loader.h; locked pages would all be resident.
 INTERNAL_CONSISTENCY = 1  # runtime/executor/program.h
 XNN_EXTRA_BYTES = 16  # How far past the end of a tensor XNNPACK may read (xnnpack.h).
-MAX_THREADS = 1024  # A pool of as many as the system refuses to start would crash.
+MAX_THREADS = 1024  # The process crashes where the system refuses to start a pool's threads.
 
 
 @dataclass(frozen=True)
 class TensorMeta:
     """A tensor that goes in or out, at its largest. `dtype` is ScalarType's number where NumPy has
-    no such type; what is not planned lies in memory of the caller's or of the Method's."""
+    no such type. A tensor that is not planned lies in memory of the caller's or of the Method's."""
 
     dtype: np.dtype | int
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class TensorMeta:
 
 @dataclass(frozen=True)
 class MethodMeta:
-    """What a method takes and gives; None stands for what is no tensor, such as an int."""
+    """A method's inputs and outputs; None stands for one that is no tensor, such as an int."""
 
     inputs: list[TensorMeta | None]
     outputs: list[TensorMeta | None]
@@ -104,7 +104,7 @@ def set_num_threads(count: int | None = None) -> None:
             f"process has one pool of threads: it must be {current}"
         )
     if not _methods:
-        # Left alone, ExecuTorch counts the processors that taskset or a container forbids, too.
+        # By itself ExecuTorch would also count processors that taskset or a container forbids.
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else current
         runtime = abi.functions()
         runtime.reset_threadpool(runtime.threadpool(), count or min(allowed, MAX_THREADS))
@@ -148,15 +148,15 @@ class Program:
         return [value_of(result, "get_method_name").decode() for result in results]
 
     def method_meta(self, name: str) -> MethodMeta:
-        """What the method takes and gives, without loading it."""
+        """The method's inputs and outputs, without loading it."""
         runtime, meta = self._runtime, byref(self._native_meta(name))
 
         def tensors(count, tag, info):
             for i in range(count(meta)):
-                if value_of(tag(meta, i), f"{name}'s slot {i}") != TENSOR:
+                if value_of(tag(meta, i), f"{name}'s tensor {i}") != TENSOR:
                     yield None
                     continue
-                found = value_of(info(meta, i), f"{name}'s slot {i}")
+                found = value_of(info(meta, i), f"{name}'s tensor {i}")
                 shape = _integers(ctypes.c_int32, found.sizes.data, found.sizes.size)
                 dtype = DTYPES.get(found.scalar_type, found.scalar_type)
                 yield TensorMeta(dtype, shape, found.nbytes, found.is_memory_planned)
@@ -231,8 +231,8 @@ class Method:
         """
         if len(inputs) != len(self._inputs):
             raise ValueError(f"{self.name} takes {len(self._inputs)} inputs, not {len(inputs)}")
-        for slot, array in zip(self._inputs, inputs):
-            slot.bind(array)
+        for target, array in zip(self._inputs, inputs):
+            target.bind(array)
         error = self._set_inputs(self._this, byref(self._value_list))
         if error:
             shapes = [array.shape for array in inputs]
@@ -243,12 +243,12 @@ class Method:
         return self.outputs()
 
     def outputs(self) -> list:
-        """What `call` gave last. Before any call, of an output that is not planned: its memory."""
-        return [slot.read() for slot in self._outputs]
+        """What `call` gave last. Before any call, an output that is not planned is its memory."""
+        return [output.read() for output in self._outputs]
 
 
 class Input:
-    """One input's tensor, made once: mostly only its address changes from call to call."""
+    """One input's tensor. It is made once; mostly only its address changes from call to call."""
 
     def __init__(self, name: str, meta: TensorMeta | None, value: abi.EValue):
         self._name = name
@@ -320,7 +320,7 @@ class Output:
 
 
 class Memory:
-    """Zeros from a page's start on, of which only the pages that are touched become resident."""
+    """Zeros that begin with a page. Only the pages that are touched become resident."""
 
     def __init__(self, size: int):
         # Not np.zeros, which asks for huge pages.
@@ -337,7 +337,7 @@ def _integers(kind: type, address: int | None, count: int) -> tuple[int, ...]:
 
 
 def _close(runtime, loader: abi.MmapDataLoader, program: abi.Program) -> None:
-    # Of ~Program, which is inline, what there is to do.
+    # ~Program is inline, and does this.
     runtime.free_buffer(byref(program.program_data))
     runtime.free_buffer(byref(program.constant_segment_data))
     runtime.close(byref(loader))

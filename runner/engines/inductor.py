@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,14 @@ from tokenloop.runner.engines.step_graphs import StepGraphs
 from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.manifest import Artifact
-from tokenloop.runner.slots import PARAMETERS, selection_name
+from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Selected, Step
 from tokenloop.runner.transfers import Transfers
 
 
-class InductorProgram:
-    """The loaded methods of a .pt2 on its device.
-
-    `transfers` copies to, from and within the device; `embeds` says whether selection can look up
-    the next step's embedding. On CUDA a step can be one launch of a graph that was captured: it
-    takes the next positions from `slots["lines"]`, or the table, by itself.
-    """
+class InductorProgram(Program):
+    """The methods of a .pt2 on torch tensors of its device, a CPU or a CUDA GPU. Selection writes
+    the same two buffers whatever it chooses by. On CUDA a step can be one launch of a graph, which
+    finds its positions by itself."""
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
         """Load weights and methods. `threads` is how many compute on a CPU.
@@ -33,99 +31,99 @@ class InductorProgram:
         Errors: RunnerError for a package of another torch, device or processor, weights that do
         not fit it, and a device without enough memory.
         """
-        self._artifact, manifest = artifact, artifact.manifest
+        self._artifact, self.manifest = artifact, artifact.manifest
         self._device = _device(artifact)
         if threads is not None:
             torch.set_num_threads(threads)
         memory = TorchMemory(self._device)
         self.transfers, self._stream = Transfers(memory), memory.stream
-        self._batch = manifest["batch"]
+        batch, methods = self.manifest["batch"], self.manifest["methods"]
         self.has_graphs = self._device.type == "cuda"
+        self._aligned = Aligned(self.transfers, self.has_graphs)
         with self._on_stream(), _explained(artifact):
             self.constants = _constants(artifact, self._device)
-            self.embeds = "embed" in manifest["methods"]
+            self.embeds = "embed" in methods
             # Whether selection looks the embedding up itself; else "embed" does it afterwards.
-            self._fused = "greedy_embed" in manifest["methods"]
-            names = ["prefill", "decode_embedded", selection_name(False, self._fused)]
-            names += ["greedy_row"] * (self._batch > 1)
-            names += ["embed"] * (self._batch > 1 or not self._fused)
+            self._fused = "greedy_embed" in methods
+            names = ["prefill", "decode_embedded", "greedy" + "_embed" * self._fused]
+            names += ["greedy_row"] * (batch > 1)
+            names += ["embed"] * (batch > 1 or not self._fused)
             names += ["next_positions"] * self.has_graphs
             self._methods = {name: self._load(name) for name in names}
-            # Of each of the two buffers: next_id, and hidden beside it. Rows without a sequence are
-            # fed what is there: it must be a token.
-            shape, dtype = (self._batch, 1, manifest["hidden_size"]), manifest["dtype"]
+            # The two buffers: next_id, and hidden beside it. Rows without a sequence are fed what
+            # is there, which must be a token.
+            shape, dtype = (batch, 1, self.manifest["hidden_size"]), self.manifest["dtype"]
             hidden = torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
-            self._buffers = [(self.empty(self._batch, 1).zero_(), hidden.clone()) for _ in range(2)]
+            self._buffers = [(self.empty(batch, 1).zero_(), hidden.clone()) for _ in range(2)]
             self._row_id = self.empty(1, 1)
-            self.slots = {
-                name: memory.new(np.zeros(self._batch, dtype)) for name, dtype in PARAMETERS.items()
+            self.step_inputs = {
+                name: memory.new(np.zeros(batch, dtype)) for name, dtype in PARAMETERS.items()
             }
-            if self.has_graphs and self._batch > 1:
-                self.slots["lines"] = self.empty(manifest["max_seq_len"], self._batch).zero_()
-        self._aligned = Aligned(self.transfers, self.has_graphs)
-
-    def load_sampling(self, embed: bool = False) -> None:
-        """Have what samples ready. Errors: RunnerError for an artifact that cannot sample."""
-        methods = self._artifact.manifest["methods"]
-        for name in self._artifact.sampling_methods(methods, embed and self._fused):
-            self._method(name)
+            if self.has_graphs and batch > 1:
+                lines = self.empty(self.manifest["max_seq_len"], batch).zero_()
+                self.step_inputs["lines"] = lines
 
     def capture(self, table: Tensor) -> None:
-        """Capture steps, whose positions are entries of `table` int64 [N], 0 to N - 1, or, of
-        several rows, lines of the slot "lines". Errors: RunnerError where memory is short."""
-        lines = self.slots.get("lines", table[:, None])
-        parameters = [self.slots[name] for name in PARAMETERS]
-        waiting = self._artifact.manifest.get("waiting_kernels", [])
+        if not self.has_graphs:
+            return
+        lines = self.step_inputs.get("lines", table[:, None])
+        waiting = self.manifest.get("waiting_kernels", [])
         with self._on_stream(), _explained(self._artifact):
-            self._steps = StepGraphs(
-                self, lines, table, parameters, self.transfers, self._stream, waiting
+            self._graphs = StepGraphs(
+                self._run,
+                partial(self._call, "next_positions"),
+                lines,
+                table,
+                [self.step_inputs[name] for name in PARAMETERS],
+                self.transfers,
+                self._stream,
+                waiting,
             )
-            self._steps.warm_up()
+            self.begin(self.embeds)
+            # At position 0, which every sequence overwrites.
+            for buffer in (0, 1):
+                self.next_id(1 - buffer).zero_()
+                self.step(self._fed(1 - buffer), Step(lines[0], 0, GREEDY), buffer)
 
-    def step(
-        self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool = False,
-        overlap: bool = True,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`decode` and `select` in one launch, after `capture`; with `overlap` its kernels begin
-        while the ones ahead of them end, where they can."""
-        return self._steps.step(fed, positions, buffer, *sampling, embed=embed, overlap=overlap)
+    def load_sampling(self, method: str, embed: bool) -> None:
+        methods, fused = self.manifest["methods"], embed and self._fused
+        for name in self._artifact.sampling_methods(methods, method, fused):
+            self._method(name)
 
-    def next_positions(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
-        """Fill position int64 [B] from lines int64 [N, B] at next_line int64 [1], and add 1."""
-        self._call("next_positions", lines, next_line, position)
+    def begin(self, embed: bool, graph: bool = True, overlap: bool = True) -> None:
+        self.embedding, self._graph, self._overlap = embed, graph and self.has_graphs, overlap
 
-    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
-        """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], in the row
-        int64 [1] of a batch of several."""
-        return self._call("prefill", tokens, positions, *(() if row is None else (row,)))
+    def prefill(self, tokens: Tensor, positions: Tensor, *row: Tensor) -> Tensor:
+        return self._call("prefill", tokens, positions, *row)
 
-    def decode(self, fed: Tensor, position: Tensor, embed: bool = False) -> Tensor:
-        """Logits float32 [B, V] after token int64 [B, 1] at position int64 [B], which is `fed` or,
-        with `embed`, whose embedding hidden [B, 1, D] is."""
-        hidden = fed if embed else self._call("embed", fed)
-        return self._call("decode_embedded", hidden, position)
+    def step(self, fed: Tensor, step: Step, buffer: int) -> Selected:
+        if not self._graph:
+            return super().step(fed, step, buffer)
+        # A captured step reads the buffer itself. A token that the host fed is in it as well.
+        assert fed.data_ptr() == self._fed(1 - buffer).data_ptr()
+        self._graphs.submit(step, buffer, self.embedding, self._overlap)
+        return Selected(self.next_id(buffer), self._fed(buffer))
 
-    def select(
-        self, logits: Tensor, buffer: int, *sampling: Tensor, embed: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The next token int64 [B, 1] of logits float32 [B, V], in next_id buffer 0 or 1, and what
-        the next step is fed: the token or, with `embed`, hidden [B, 1, D] beside it.
+    def _run(self, step: Step, buffer: int) -> None:
+        """A step as it is captured."""
+        super().step(self._fed(1 - buffer), step, buffer)
 
-        `sampling` is nothing, for greedy selection, or temperature float32 [B], top_k int64 [B],
-        top_p float32 [B], seed int64 [B] and position int64 [B] of the newest token that was fed.
-        """
-        out, fused = self._buffers[buffer], embed and self._fused
-        self._call(selection_name(bool(sampling), fused), logits, *sampling, *out[: 1 + fused])
-        return out[0], self.embed(out[0], buffer) if embed and not fused else out[embed]
+    def decode(self, fed: Tensor, positions: Tensor) -> Tensor:
+        hidden = fed if self.embedding else self._call("embed", fed)
+        return self._call("decode_embedded", hidden, positions)
 
-    def select_row(self, logits: Tensor, *sampling: Tensor) -> Tensor:
-        """As `select`, of one row of a batch of several, in memory of its own: int64 [1, 1]."""
-        self._call(selection_name(bool(sampling)) + "_row", logits, *sampling, self._row_id)
+    def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
+        out, fused = self._buffers[buffer], self.embedding and self._fused
+        self._call(choice.method + "_embed" * fused, logits, *choice.inputs, *out[: 1 + fused])
+        return Selected(out[0], out[1] if fused else self.feed(out[0], buffer))
+
+    def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        self._call(f"{choice.method}_row", logits, *choice.inputs, self._row_id)
         return self._row_id
 
-    def embed(self, token: Tensor, buffer: int) -> Tensor:
-        """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer, as `select`
-        gives it: hidden [B, 1, D]."""
+    def feed(self, token: Tensor, buffer: int) -> Tensor:
+        if not self.embedding:
+            return token
         hidden = self._call("embed", token)
         if not self._fused:
             return hidden
@@ -133,16 +131,14 @@ class InductorProgram:
         return self._buffers[buffer][1]
 
     def next_id(self, buffer: int) -> Tensor:
-        """The next_id buffer int64 [B, 1] that selection writes, and anyone may."""
         return self._buffers[buffer][0]
 
-    def fed(self, buffer: int, embed: bool) -> Tensor:
-        """What a step is fed that follows `select` into this buffer."""
-        return self._buffers[buffer][embed]
-
     def empty(self, *shape: int) -> Tensor:
-        """Memory int64 of that shape, for tokens."""
         return torch.empty(shape, dtype=torch.int64, device=self._device)
+
+    def _fed(self, buffer: int) -> Tensor:
+        """What a step is fed that follows `select` into this buffer, where selection looks up."""
+        return self._buffers[buffer][self.embedding]
 
     def _method(self, name: str) -> Callable:
         """The method, which is loaded when it is first needed, if not before."""
@@ -153,8 +149,8 @@ class InductorProgram:
 
     def _load(self, name: str) -> Callable:
         path = str(self._artifact.program_file)
-        # What torch._inductor.package makes of it imports the whole compiler. As to the name see
-        # write_package in export/pt2.py.
+        # torch._inductor.package's loader would import the whole compiler. The name ends in a mark:
+        # see write_package in export/pt2/package.py.
         package = AOTIModelPackageLoader(path, f"{name}-", True, 1, -1)
         constants = {}
         for needed in package.get_constant_fqns():
@@ -206,7 +202,7 @@ def _device(artifact: Artifact) -> torch.device:
 
 
 def _constants(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
-    """Weights, state, which is zero, and what is a view of one of them, by name."""
+    """The weights, the state, which is zero, and the views of both, by name."""
     entry = artifact.manifest["weights"]
     if "random" in entry:
         tensors = _random(entry["random"], device)
@@ -226,7 +222,7 @@ def _constants(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
 
 
 def _random(entries: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """Weights for measurements where there are none: always the same on a device."""
+    """Random weights, for measurements: always the same ones on a device."""
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     for entry in entries:
@@ -234,7 +230,7 @@ def _random(entries: list[dict], device: torch.device) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             tensor.random_(generator=generator)
         elif tensor.dim() == 1:
-            # Of norms, and frequencies.
+            # Weights of norms, and frequencies.
             tensor.uniform_(0.5, 1.0, generator=generator)
         else:
             tensor.normal_(0.0, 0.02, generator=generator)

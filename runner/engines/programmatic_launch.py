@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-# Of cuda-bindings 12 the functions that know such dependencies have other names.
+# In cuda-bindings 12 the functions that know such dependencies have other names.
 _get_edges, _add, _remove = (
     getattr(driver, f"{name}_v2", getattr(driver, name))
     for name in ("cuGraphGetEdges", "cuGraphAddDependencies", "cuGraphRemoveDependencies")
@@ -14,13 +14,13 @@ _get_edges, _add, _remove = (
 
 
 def let_overlap(graph: torch.cuda.CUDAGraph, kernels: Iterable[str]) -> int:
-    """Make programmatic those dependencies of the graph that kernels of these names have on one
-    another; how many there are.
+    """Make the dependencies among the graph's kernels of these names programmatic; how many there
+    are.
 
-    The graph is captured, kept, and not instantiated. Such a kernel waits for those before it by
-    itself, by `griddepcontrol.wait`; it still begins when any other node before it has ended, and
-    any other node after it when it has. See "Programmatic Dependent Launch" in NVIDIA's CUDA C++
-    programming guide.
+    The graph is captured, kept, and not instantiated. Such a kernel waits by itself, by
+    `griddepcontrol.wait`, for the kernels of these names before it. It still begins only when all
+    other nodes before it have ended, and all other nodes after it begin only when it has ended. See
+    "Programmatic Dependent Launch" in NVIDIA's CUDA C++ programming guide.
     """
     handle = driver.CUgraph(graph.raw_cuda_graph())
     *_, count = _call(_get_edges, handle, 0)
@@ -55,7 +55,7 @@ def _kernel(node: driver.CUgraphNode) -> str | None:
 
 
 def _call(function: Any, *arguments: Any) -> tuple:
-    """What a function of the driver gives beside its status."""
+    """A driver function's results without its status. Errors: RuntimeError for a failure."""
     status, *results = function(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{function.__name__}: {status.name}")

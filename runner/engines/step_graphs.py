@@ -1,29 +1,27 @@
 """A decode step as one launch: CUDA graphs of the position, the network and the selection."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from tokenloop.runner.program import Choice, Step
 from tokenloop.runner.transfers import Transfers
-
-if TYPE_CHECKING:
-    from tokenloop.runner.engines.inductor import InductorProgram
 
 
 class StepGraphs:
-    """Captured steps. One reads the token in one next_id buffer, or what is embedded beside it, and
-    writes the other; it takes its positions from the next of some lines, or from where the host
-    puts them.
+    """Captured steps. A step reads what one next_id buffer has and writes the other one. It takes
+    its positions from the next of some lines, or from where the host puts them.
 
-    Which line is next is a number on the device that every such step adds 1 to. Of a step's kernels
-    those that wait by themselves for what they read begin while the ones ahead of them end, unless
-    a step is asked for without that.
+    The next line's number is on the device, and every step that reads a line adds 1 to it. Kernels
+    that wait by themselves for what they read begin while the ones ahead of them end, unless a step
+    is asked for without that.
     """
 
     def __init__(
         self,
-        program: "InductorProgram",
+        run: Callable[[Step, int], None],
+        next_positions: Callable[[Tensor, Tensor, Tensor], None],
         lines: Tensor,
         table: Tensor,
         parameters: list[Tensor],
@@ -31,42 +29,31 @@ class StepGraphs:
         stream: torch.cuda.Stream,
         waiting_kernels: list[str],
     ):
-        """lines int64 [N, B] are positions, table int64 [N] the numbers from 0 on, `parameters`
-        what `sample` takes between the logits and the position; `waiting_kernels` are those that
-        wait by themselves."""
-        self._program, self._lines = program, lines
-        self._table, self._parameters, self._transfers = table, parameters, transfers
-        self._stream, self._waiting = stream, waiting_kernels
+        """`run` runs a step that writes a buffer. `next_positions` fills position int64 [B] from
+        lines int64 [N, B] at next_line int64 [1], and adds 1 to that. `lines` are the positions,
+        `table` int64 [N] has the numbers from 0 on, `parameters` are what sampling takes between
+        the logits and the position; `waiting_kernels` are the names of those that wait by
+        themselves."""
+        self._run_step, self._next_positions = run, next_positions
+        self._lines, self._table, self._parameters = lines, table, parameters
+        self._transfers, self._stream, self._waiting = transfers, stream, waiting_kernels
         self._position, self._next_line = lines[0].clone(), table[:1].clone()
-        # The host's idea of what `_next_line` will be once all that was submitted has run.
+        # What `_next_line` will be once all that was submitted has run.
         self._expected = 0
-        self._graphs: dict[tuple[int, bool, bool, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, str, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         # One graph runs at a time, so all of them use the same memory.
         self._pool = torch.cuda.graph_pool_handle()
 
-    def warm_up(self) -> None:
-        """Capture the steps of greedy selection, at position 0, which every sequence overwrites."""
-        embed = self._program.embeds
-        for buffer in (0, 1):
-            self._program.next_id(1 - buffer).zero_()
-            fed = self._program.fed(1 - buffer, embed)
-            self.step(fed, self._lines[0], buffer, embed=embed, overlap=True)
-
-    def step(
-        self, fed: Tensor, positions: Tensor, buffer: int, *sampling: Tensor, embed: bool,
-        overlap: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Submit a step: `fed` and what it gives as of `decode` and `select`; positions int64 [B]
-        (one of `lines`, if they are not the host's), with `sampling` the parameters."""
-        # A token that the host fed is in the buffer; so is every other.
-        assert fed.data_ptr() == self._program.fed(1 - buffer, embed).data_ptr()
-        line = self._line_of(positions)
-        if line is None:
-            self._transfers.copy(positions, self._position)
-        elif line != self._expected:
-            self._transfers.copy(self._table[line : line + 1], self._next_line)
-        what = buffer, bool(sampling), line is not None, embed
-        key = *what, overlap
+    def submit(self, step: Step, buffer: int, embed: bool, overlap: bool) -> None:
+        """Submit a step that writes this buffer; `embed` says whether it is fed embeddings. What
+        sampling takes lies in `parameters` already."""
+        from_lines = step.line is not None
+        if not from_lines:
+            self._transfers.copy(step.positions, self._position)
+        elif step.line != self._expected:
+            self._transfers.copy(self._table[step.line : step.line + 1], self._next_line)
+        what = buffer, step.choice.method, from_lines
+        key = *what, embed, overlap
         with torch.cuda.stream(self._stream):
             if key in self._graphs:
                 self._graphs[key].replay()
@@ -74,19 +61,16 @@ class StepGraphs:
                 # The first of its kind runs as it is, which loads kernels: no capture may do that.
                 self._run(*what)
                 self._graphs[key] = self._capture(what, overlap)
-        if line is not None:
-            self._expected = line + 1
-        return self._program.next_id(buffer), self._program.fed(buffer, embed)
-
-    def _run(self, buffer: int, sampled: bool, from_lines: bool, embed: bool) -> None:
-        program = self._program
         if from_lines:
-            program.next_positions(self._lines, self._next_line, self._position)
-        logits = program.decode(program.fed(1 - buffer, embed), self._position, embed)
-        sampling = (*self._parameters, self._position) if sampled else ()
-        program.select(logits, buffer, *sampling, embed=embed)
+            self._expected = step.line + 1
 
-    def _capture(self, what: tuple[int, bool, bool, bool], overlap: bool) -> torch.cuda.CUDAGraph:
+    def _run(self, buffer: int, method: str, from_lines: bool) -> None:
+        if from_lines:
+            self._next_positions(self._lines, self._next_line, self._position)
+        inputs = () if method == "greedy" else (*self._parameters, self._position)
+        self._run_step(Step(self._position, None, Choice(method, inputs)), buffer)
+
+    def _capture(self, what: tuple[int, str, bool], overlap: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
@@ -99,10 +83,3 @@ class StepGraphs:
             let_overlap(graph, self._waiting)
         graph.instantiate()
         return graph
-
-    def _line_of(self, positions: Tensor) -> int | None:
-        """Which of the lines these positions are, if they are one."""
-        offset = positions.data_ptr() - self._lines.data_ptr()
-        if not 0 <= offset < self._lines.nbytes:
-            return None
-        return offset // self._lines[0].nbytes

@@ -10,9 +10,9 @@ ALIGNMENT = 16
 
 
 class TorchMemory:
-    """What Transfers needs of memory. On CUDA all of it happens on one stream, but for prefetched
-    reads, which have another one: they wait for what was submitted before them, and what is
-    submitted after them does not wait for them."""
+    """The memory that Transfers copies. On CUDA everything happens on one stream, except for
+    prefetched reads, which have another one: they wait for what was submitted before them, and what
+    is submitted after them does not wait for them."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None):
         """`stream` is the device's stream to use, by default one of its own."""
@@ -21,7 +21,8 @@ class TorchMemory:
             stream = torch.cuda.Stream(device)
         self.stream = stream
         self._reads = torch.cuda.Stream(device) if self.stream else None
-        # By shape: pinned buffers and events that take turns, and what is in them at present.
+        # Pinned buffers and events that are free, by shape, and those that have been read into, by
+        # the address of what was read.
         self._pinned: dict[tuple[int, ...], list[tuple[Tensor, torch.cuda.Event]]] = {}
         self._fetched: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
 
@@ -68,9 +69,9 @@ class TorchMemory:
 
 
 class Aligned:
-    """A function of a method's inputs that gives them, those on a GPU that are views which begin at
-    an odd element as copies at addresses that compiled kernels can take. A copy is valid until the
-    next of its shape and type in its place among the inputs."""
+    """Makes a method's inputs fit compiled kernels. On a GPU these take addresses that ALIGNMENT
+    divides, and a view can begin at another one: it is copied. A copy is valid until the next of
+    its shape and type in its place among the inputs."""
 
     def __init__(self, transfers: Transfers, is_cuda: bool):
         self._transfers, self._is_cuda = transfers, is_cuda

@@ -12,6 +12,7 @@ from benchmarks.hybrid import last_chunks_only, step_bytes
 from tokenloop.models import qwen3_5
 from tokenloop.runner.engines.torch_memory import TorchMemory
 from tokenloop.runner.loop import Loop, LoopOptions
+from tokenloop.runner.program import Program
 from tokenloop.runner.transfers import Transfers
 
 
@@ -57,17 +58,18 @@ def test_bytes_of_a_step_are_weights_filled_slots_and_states_twice():
 
 
 def test_of_a_long_prompt_only_the_last_chunk_is_computed():
-    class Program:
-        transfers, has_graphs, calls = Transfers(TorchMemory(torch.device("cpu"))), False, []
+    class LastChunks(Program):
+        manifest = {"batch": 1, "max_seq_len": 100, "max_prefill": 4}
+        transfers, calls = Transfers(TorchMemory(torch.device("cpu"))), []
 
         def prefill(self, tokens, positions):
             self.calls.append((tokens.tolist(), positions.tolist()))
             return tokens
 
-    program = Program()
-    loop = Loop(program, 1, 100, 4)
+    program = LastChunks()
+    loop = Loop(program)
     with last_chunks_only(SimpleNamespace(loop=loop)):
-        _, position = loop._prefill(0, list(range(50, 60)), LoopOptions())
-    assert program.calls == [([[58, 59]], [8, 9])] and position.tolist() == [9]
+        loop._prefill(0, list(range(50, 60)), LoopOptions())
+    assert program.calls == [([[58, 59]], [8, 9])]
     loop._prefill(0, list(range(50, 60)), LoopOptions())
     assert len(program.calls) == 4

@@ -19,6 +19,8 @@ from tests.driving import (
 from tokenloop import runner
 from tokenloop.models import gemma3, qwen3
 from tokenloop.runner import LoopOptions, Request, RunnerError
+from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.sample import sample
 
 pytestmark = [
     pytest.mark.cuda,
@@ -54,15 +56,87 @@ def test_every_variant_samples_the_same_ids(model):
         assert ids_of(model, PROMPTS[2], options=options, **SAMPLED) == expected, options
 
 
-def test_rows_that_join_and_leave_give_what_each_gives_alone(
-    export_artifact, tiny_checkpoint, model
-):
+@pytest.fixture(scope="module")
+def several(export_artifact, tiny_checkpoint):
+    """The same model with three rows."""
     artifact = export_artifact(
         "tiny-cuda-batch", "--model", tiny_checkpoint, *CUDA, "--quant", "fp32", "--batch", 3
     )
-    several = runner.load(artifact)
-    several.tokenizer.eos_token_ids.clear()
+    loaded = runner.load(artifact)
+    loaded.tokenizer.eos_token_ids.clear()
+    return loaded
+
+
+def test_rows_that_join_and_leave_give_what_each_gives_alone(several, model):
     assert_rows_are_those_alone(several, model, VARIANTS)
+
+
+# What rows ask for, in turn (a single row asks for the first), by the method that it takes.
+UNFILTERED = {"temperature": 0.8, "seed": 3}
+ASKED = {
+    "greedy": [{}],
+    "sample_unfiltered": [UNFILTERED, {}],
+    "sample": [SAMPLED, {}, UNFILTERED],
+}
+
+
+def run_asked(model, method: str, count: int, options: LoopOptions | None = None) -> list:
+    """Ids of `count` tokens in each row, which begin and end together."""
+    asked = ASKED[method]
+    requests = [
+        Request([*PROMPTS[2], 40 + row], count, **asked[row % len(asked)])
+        for row in range(model.batch)
+    ]
+    return [result.token_ids for result in model.generate_batch(requests, options).run()]
+
+
+@pytest.fixture(params=["model", "several"])
+def one_or_several(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_step_launches_as_many_kernels_as_its_rows_ask_for(one_or_several, graph):
+    """Selection is 2 launches, 7 where a row has a top_k or a top_p."""
+    from benchmarks.cuda_common import launches, profiled
+
+    options, found = LoopOptions(graph=graph), {}
+    for method in ASKED:
+        kernels, calls = [], []
+        for count in (10, 50):
+            # The first run loads methods and captures graphs.
+            run_asked(one_or_several, method, count, options)
+            events = profiled(lambda m=method, n=count: run_asked(one_or_several, m, n, options))
+            kernels.append(sum(event["cat"] == "kernel" for event in events))
+            calls.append(launches(events))
+        found[method] = (kernels[1] - kernels[0]) / 40
+        if graph:
+            assert calls[1]["graphs"] - calls[0]["graphs"] == 40
+            assert calls[1]["kernels"] == calls[0]["kernels"]
+    assert found["sample_unfiltered"] == found["greedy"], found
+    assert found["sample"] == found["greedy"] + 5, found
+
+
+@pytest.mark.parametrize("method", ASKED)
+def test_every_method_gives_the_cpu_samplers_ids_of_the_same_logits(
+    one_or_several, method, monkeypatch
+):
+    program, seen = one_or_several.loop.program, []
+    select = program.select
+    expected = run_asked(one_or_several, method, 40)
+
+    def compared(logits, buffer, choice):
+        selected = select(logits, buffer, choice)
+        torch.cuda.synchronize()
+        inputs = [x.cpu() for x in choice.inputs]
+        reference = sample(logits.cpu(), *inputs) if inputs else greedy(logits.cpu())
+        assert torch.equal(selected.token.cpu(), reference)
+        seen.append(choice.method)
+        return selected
+
+    monkeypatch.setattr(program, "select", compared)
+    assert run_asked(one_or_several, method, 40, LoopOptions(graph=False)) == expected
+    assert set(seen) == {method} and len(seen) >= 39
 
 
 @pytest.mark.parametrize("batch", [1, 4])

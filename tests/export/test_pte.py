@@ -469,16 +469,18 @@ def test_selection_looks_up_the_embedding_that_decode_would(load, export_of, nam
     program, rows = load(name), model.batch
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(rows, model.config.vocab_size)).astype(np.float32)
-    token, hidden = program.select(logits, 1, embed=True)
+    program.begin(embed=True)
+    token, hidden = program.select(logits, 1)
     assert token.shape == (rows, 1) and not np.shares_memory(token, hidden)
     assert np.array_equal(token[:, 0], logits.argmax(1))
     with torch.no_grad():
         expected = model.embed(torch.from_numpy(token)).numpy()
     assert np.array_equal(hidden, expected)
-    assert np.array_equal(program.embed(token, 0), hidden)
+    assert np.array_equal(program.feed(token, 0), hidden)
     position = np.arange(rows)
-    of_token = program.decode(token, position).copy()
-    assert np.array_equal(program.decode(hidden, position, embed=True), of_token)
+    of_hidden = program.decode(hidden, position).copy()
+    program.begin(embed=False)
+    assert np.array_equal(program.decode(token, position), of_hidden)
 
 
 @pytest.mark.parametrize("name", [*QUANTIZED, "rows, 8da8w, shortlist", "rows, portable"])

@@ -16,6 +16,7 @@ from tokenloop import runner
 from tokenloop.runner import LoopOptions, Request, RunnerError
 from tokenloop.runner import model as runner_model
 from tokenloop.runner.loop import Loop
+from tokenloop.runner.program import GREEDY, PARAMETERS, Program, Selected
 from tokenloop.runner.transfers import Transfers
 
 VARIANTS = [
@@ -30,29 +31,42 @@ EOS, BOS, A, B, C = 1, 2, *(ALPHABET.index(letter) + 3 for letter in "abc")
 VOCABULARY = 259
 
 
-class Oracle:
+class Oracle(Program):
     """A program whose logits depend on all tokens of a row's sequence, in order, and on nothing
     else: a row, state, position or buffer that is mixed up changes the ids. Only EOS, A, B and
-    C are ever chosen. A token's embedding has two entries, the first of which is minus the id."""
+    C are ever chosen. A token's embedding has two entries, the first of which is minus the id.
+
+    `selected_by` are the methods that chose, in order. "sample_unfiltered", which only some have,
+    does not look at top_k and top_p."""
 
     embeds = True
 
-    def __init__(self, batch: int, max_seq_len: int, max_prefill: int, can_sample: bool = True):
+    def __init__(
+        self, batch: int, max_seq_len: int, max_prefill: int, can_sample: bool = True,
+        methods: tuple[str, ...] = (),
+    ):  # fmt: skip
         self.batch, self.max_prefill, self.can_sample = batch, max_prefill, can_sample
+        self.manifest = {
+            "batch": batch, "max_seq_len": max_seq_len, "max_prefill": max_prefill,
+            "vocab_size": VOCABULARY, "methods": methods,
+        }  # fmt: skip
+        self.selected_by, self.loaded = [], []
         self.state = np.full((batch, max_seq_len), -1)
         self.decode_logits = np.zeros((batch, VOCABULARY), np.float32)
         self.prefill_logits = np.zeros((1, VOCABULARY), np.float32)
-        ways = list(itertools.product(("greedy", "sample"), (False, True)))
+        names = "greedy", "sample", "sample_unfiltered"
+        ways = list(itertools.product(names, (False, True)))
         self.next_ids = {way: np.zeros((2, batch, 1), np.int64) for way in ways}
         self.hidden = {way: np.zeros((2, batch, 1, 2), np.float32) for way in ways if way[1]}
         self.looked_up = np.zeros((batch, 1, 2), np.float32)
         self.row_id = np.zeros((1, 1), np.int64)
-        self.transfers, self.has_graphs, self.slots = Transfers(), False, {}
+        self.transfers = Transfers()
         self.positions = []
 
-    def load_sampling(self, embed):
+    def load_sampling(self, method, embed):
         if not self.can_sample:
             raise RunnerError("no method sample: export it again")
+        self.loaded.append((method, embed))
 
     def prefill(self, tokens, positions, *row):
         assert (tokens.dtype, positions.dtype, len(tokens)) == (np.int64, np.int64, 1)
@@ -63,8 +77,8 @@ class Oracle:
         self.prefill_logits[0] = logits_of(self.state[where, : positions[-1] + 1])
         return self.prefill_logits
 
-    def decode(self, fed, position, embed=False):
-        if embed:
+    def decode(self, fed, position):
+        if self.embedding:
             assert (fed.shape, fed.dtype) == ((self.batch, 1, 2), np.float32)
             token = -fed[:, :, 0].astype(np.int64)
         else:
@@ -77,18 +91,20 @@ class Oracle:
             self.decode_logits[row] = logits_of(self.state[row, : at + 1])
         return self.decode_logits
 
-    def select(self, logits, buffer, *sampling, embed=False):
-        way = "sample" if sampling else "greedy", embed
-        token = fed = self._choose(self.next_ids[way][buffer], logits, sampling)
-        if embed:
+    def select(self, logits, buffer, choice=GREEDY):
+        way = choice.method, self.embedding
+        token = fed = self._choose(self.next_ids[way][buffer], logits, choice)
+        if self.embedding:
             fed = self.hidden[way][buffer]
             fed[:, :, 0] = -token
-        return token, fed
+        return Selected(token, fed)
 
-    def select_row(self, logits, *sampling):
-        return self._choose(self.row_id, logits, sampling)
+    def select_row(self, logits, choice):
+        return self._choose(self.row_id, logits, choice)
 
-    def embed(self, token, buffer):
+    def feed(self, token, buffer):
+        if not self.embedding:
+            return token
         self.looked_up[:, :, 0] = -token
         return self.looked_up
 
@@ -98,12 +114,17 @@ class Oracle:
     def next_id(self, buffer):
         return self.next_ids["greedy", self.embeds][buffer]
 
-    def _choose(self, out, logits, sampling):
+    def _choose(self, out, logits, choice):
         assert len(logits) == len(out)
-        types = [np.float32, np.int64, np.float32, np.int64, np.int64]
-        assert all(x.dtype == t and x.shape == (len(out),) for x, t in zip(sampling, types))
+        method, inputs = choice
+        types = [] if method == "greedy" else [*PARAMETERS.values(), np.int64]
+        assert [(x.dtype, x.shape) for x in inputs] == [(t, (len(out),)) for t in types]
+        self.selected_by.append(method)
         for row in range(len(out)):
-            out[row] = chosen(logits[row], *(x[row] for x in sampling))
+            parameters = [x[row] for x in inputs]
+            if method == "sample_unfiltered":
+                parameters[1:3] = 0, np.float32(1)
+            out[row] = chosen(logits[row], *parameters)
         return out
 
 
@@ -170,8 +191,8 @@ def copies(loop: Loop) -> dict:
     }
 
 
-def make_loop(batch: int, max_seq_len: int = 40, max_prefill: int = 4) -> Loop:
-    return Loop(Oracle(batch, max_seq_len, max_prefill), batch, max_seq_len, max_prefill)
+def make_loop(batch: int, max_seq_len: int = 40, max_prefill: int = 4, **oracle) -> Loop:
+    return Loop(Oracle(batch, max_seq_len, max_prefill, **oracle))
 
 
 REQUESTS = st.builds(
@@ -199,13 +220,14 @@ SEQUENCES = st.builds(
     batch=st.integers(1, 5),
     max_prefill=st.integers(1, 5),
     sequences=st.lists(SEQUENCES, max_size=12),
+    methods=st.sampled_from([(), ("sample_unfiltered",)]),
     data=st.data(),
 )
 def test_each_sequence_gives_what_it_gives_alone_in_every_variant(
-    batch, max_prefill, sequences, data
+    batch, max_prefill, sequences, methods, data
 ):
     used = data.draw(st.integers(1, batch))
-    loop = make_loop(batch, 27, max_prefill)
+    loop = make_loop(batch, 27, max_prefill, methods=methods)
     orders = []
     for options in VARIANTS:
         events = drive(loop, sequences, used, options)
@@ -286,13 +308,58 @@ def test_a_program_that_cannot_embed_feeds_tokens_and_refuses_to_do_otherwise(mo
     monkeypatch.setattr(Oracle, "embeds", False)
     loop = make_loop(2)
     sequences = [Sequence([5], 9, Request("")), Sequence([6, 7], 4, Request(""))]
-    monkeypatch.delattr(Oracle, "embed")
+    monkeypatch.delattr(Oracle, "feed")
     events = drive(loop, sequences, 2)
     assert [ids_of(events, i) for i in (0, 1)] == [s.expected() for s in sequences]
     with pytest.raises(RunnerError, match="^feed is 'embed', and the artifact lacks the methods"):
         loop.variant(LoopOptions(feed="embed"))
     with pytest.raises(RunnerError, match="^feed is 'wire'; it must be one of auto, embed, alias"):
         LoopOptions(feed="wire")
+
+
+# The method that chooses
+
+
+FILTERED = Request("", temperature=0.7, top_k=5)
+UNFILTERED = Request("", temperature=0.7)
+
+
+@pytest.mark.parametrize(
+    "request_, expected",
+    [
+        (Request(""), "greedy"),
+        # Filters of a greedy row filter nothing.
+        (Request("", top_k=5, top_p=0.3), "greedy"),
+        (UNFILTERED, "sample_unfiltered"),
+        (FILTERED, "sample"),
+        (Request("", temperature=0.7, top_p=0.99), "sample"),
+        (Request("", temperature=0.7, top_k=VOCABULARY - 1), "sample"),
+        (Request("", temperature=0.7, top_k=VOCABULARY), "sample_unfiltered"),
+        (Request("", temperature=0.7, top_k=2**63 - 1), "sample_unfiltered"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_row_that_is_sampled_without_filters_takes_the_method_without(batch, request_, expected):
+    loop = make_loop(batch, methods=("sample_unfiltered",))
+    drive(loop, [Sequence([5], 6, request_)], batch)
+    assert loop.program.selected_by == [expected] * 6
+    # An artifact that lacks the method filters by nothing.
+    loop = make_loop(batch)
+    drive(loop, [Sequence([5], 6, request_)], batch)
+    assert loop.program.selected_by == [expected.removesuffix("_unfiltered")] * 6
+
+
+def test_one_row_with_a_filter_decides_for_all_while_it_runs():
+    loop = make_loop(3, methods=("sample_unfiltered",))
+    limits = (9, 7, 4)
+    sequences = [Sequence([5], n, r) for n, r in zip(limits, (Request(""), UNFILTERED, FILTERED))]
+    events = drive(loop, sequences, 3)
+    assert [ids_of(events, i) for i in range(3)] == [s.expected() for s in sequences]
+    firsts, steps = loop.program.selected_by[:3], loop.program.selected_by[3:]
+    assert firsts == ["greedy", "sample_unfiltered", "sample"]
+    # Of the filtered row three steps, of the unfiltered one three more, and two greedy ones.
+    assert steps == ["sample"] * 3 + ["sample_unfiltered"] * 3 + ["greedy"] * 2
 
 
 # Copies
@@ -374,7 +441,7 @@ def test_the_hosts_own_feed_and_positions_cost_one_upload_each_a_step(double_buf
 
 @pytest.fixture
 def make_model(tmp_path, monkeypatch):
-    """A function (batch, **Oracle's) -> model with an id for each byte."""
+    """A function (batch, methods, **Oracle's) -> model with an id for each byte."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", *ALPHABET])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -392,13 +459,13 @@ def make_model(tmp_path, monkeypatch):
         "chat_template": None,
     }
 
-    def make(batch: int, **oracle):
+    def make(batch: int, methods: tuple[str, ...] = (), **oracle):
         manifest = {
             "format": 3,
             "engine": "executorch",
             "backend": "portable",
             "device": "cpu",
-            "methods": [],
+            "methods": list(methods),
             "batch": batch,
             "max_seq_len": 60,
             "max_prefill": 4,
@@ -408,7 +475,7 @@ def make_model(tmp_path, monkeypatch):
             "program": {"file": "model.pte", "bytes": 6},
         }
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        program = Oracle(batch, 60, 4, **oracle)
+        program = Oracle(batch, 60, 4, methods=methods, **oracle)
         monkeypatch.setattr(runner_model, "load_program", lambda *_: program)
         return runner.load(tmp_path)
 
@@ -586,6 +653,37 @@ def test_a_program_without_sample_refuses_sampling_only(make_model):
         model.generate("a", temperature=1.0)
 
 
+def test_a_request_is_generated_for_as_its_parameters_are(make_model):
+    model = make_model(2)
+    request = Request("hello", 9, temperature=0.8, seed=5, stop=("b",))
+    expected = outcome(model.generate(**vars(request)).run())
+    assert outcome(model.generate(request).run()) == expected
+    with pytest.raises(RunnerError, match="^a Request is given, and seed, max_new_tokens beside"):
+        model.generate(request, 9, seed=5)
+
+
+@pytest.mark.parametrize("methods", [(), ("sample_unfiltered",)])
+def test_only_the_method_that_a_request_needs_is_loaded(make_model, methods):
+    model = make_model(2, methods)
+    unfiltered = methods[0] if methods else "sample"
+    for parameters, name in ({"top_k": 0}, unfiltered), ({"top_k": 9}, "sample"):
+        model.generate("a", 5, LoopOptions("alias"), temperature=0.8, **parameters).run()
+        assert model.loop.program.loaded.pop() == (name, False)
+        assert set(model.loop.program.selected_by) == {name}
+        model.loop.program.selected_by.clear()
+    model.generate("a", 5, top_k=9).run()
+    assert model.loop.program.loaded == []
+
+
+def test_a_finished_generation_ends_quietly_when_another_has_begun(make_model):
+    model = make_model(2)
+    generation = model.generate("hello", 3)
+    tokens = [token for token, _ in zip(generation, range(3))]
+    assert len(tokens) == 3 and generation.finish_reason == "length"
+    model.generate("a", 3)
+    assert list(generation) == []
+
+
 def test_a_generation_that_is_started_ends_a_batch_and_the_other_way_round(make_model):
     model = make_model(2)
     batch = model.generate_batch(several())
@@ -620,6 +718,18 @@ def test_a_cancelled_result_makes_room_and_the_others_go_on(make_model):
     assert batch.results[0].finish_reason != "cancelled"
 
 
+def test_a_cancelled_generation_ends_and_the_model_goes_on(make_model):
+    model = make_model(2)
+    expected = model.generate("hello", 9).run().token_ids
+    generation = model.generate("hello", 9)
+    for _ in generation:
+        if len(generation.token_ids) == 2:
+            generation.cancel()
+    assert (generation.token_ids, generation.finish_reason) == (expected[:2], "cancelled")
+    assert generation.stats.new_tokens == 2
+    assert model.generate("hello", 9).run().token_ids == expected
+
+
 def test_a_batchs_statistics_are_of_all_rows(make_model):
     batch = make_model(2).generate_batch([Request("a", 4), Request("bc", 4), Request("d", 0)])
     assert batch.stats.decode_tok_s is None and batch.stats.requests == 0
@@ -630,5 +740,23 @@ def test_a_batchs_statistics_are_of_all_rows(make_model):
     assert stats.new_tokens == sum(len(result.token_ids) for result in batch.results)
     assert stats.steps >= max(result.taken for result in batch.results) - 1
     assert stats.prefill_tok_s > 0 and stats.peak_rss_mb > 1
+    assert stats.time_to_first_token_s > 0
     assert (stats.decode_tok_s or 0) > 0 or generated == 2
     assert stats.transfers["device_to_device"] == {"count": 2, "bytes": 16}
+
+
+def test_a_single_generations_statistics_are_those_of_a_batch_of_one(make_model):
+    model = make_model(2)
+    generation = model.generate("bc", 4)
+    with pytest.raises(RunnerError, match="^nothing has been generated yet"):
+        generation.stats.steps  # noqa: B018
+    assert generation.as_dict()["stats"] is None
+    stats = generation.run().stats
+    assert (stats.requests, stats.prompt_tokens) == (1, 3)
+    assert stats.new_tokens == len(generation.token_ids)
+    assert stats.steps >= generation.taken - 1 and 0 < stats.time_to_first_token_s < 60
+    # Of one prompt there is nothing to count.
+    assert list(generation.as_dict()["stats"]) == [
+        "prompt_tokens", "new_tokens", "time_to_first_token_s", "prefill_tok_s", "decode_tok_s",
+        "peak_rss_mb", "transfers",
+    ]  # fmt: skip

@@ -119,21 +119,21 @@ class Spy:
         self.fed, self.selected, self.looked_up, self.copied = [], [], [], []
         program, transfers = model.loop.program, model.loop.transfers
         decode, select, copy = program.decode, program.select, transfers.copy
-        embed = program.embed
+        feed = program.feed
 
-        def spied_decode(fed, *arguments):
+        def spied_decode(fed, positions):
             self.fed.append(fed.ctypes.data)
-            return decode(fed, *arguments)
+            return decode(fed, positions)
 
-        def spied_select(*arguments, **options):
-            token, fed = select(*arguments, **options)
-            self.selected.append(fed.ctypes.data)
-            return token, fed
+        def spied_select(*arguments):
+            selected = select(*arguments)
+            self.selected.append(selected.fed.ctypes.data)
+            return selected
 
-        def spied_embed(*arguments):
-            hidden = embed(*arguments)
-            self.looked_up.append((len(self.fed), hidden.ctypes.data))
-            return hidden
+        def spied_feed(*arguments):
+            fed = feed(*arguments)
+            self.looked_up.append((len(self.fed), fed.ctypes.data))
+            return fed
 
         def spied_copy(source, destination):
             self.copied.append((len(self.fed), destination.ctypes.data))
@@ -141,7 +141,7 @@ class Spy:
 
         monkeypatch.setattr(program, "decode", spied_decode)
         monkeypatch.setattr(program, "select", spied_select)
-        monkeypatch.setattr(program, "embed", spied_embed)
+        monkeypatch.setattr(program, "feed", spied_feed)
         monkeypatch.setattr(transfers, "copy", spied_copy)
 
 

@@ -96,7 +96,7 @@ def test_an_artifact_that_cannot_sample_says_so(altered, portable_artifact):
         open_artifact(altered(methods=[name for name in methods if "sample" not in name]))
     )
     with pytest.raises(RunnerError, match="has no method sample.*only temperature 0"):
-        program.load_sampling()
+        program.load_sampling("sample", False)
 
 
 def test_inputs_are_copied_where_a_kernel_could_not_read_them_and_not_over_each_other():

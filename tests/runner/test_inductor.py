@@ -23,6 +23,7 @@ from tokenloop import runner
 from tokenloop.models.kernels.linear.reference import dequantize
 from tokenloop.runner import LoopOptions, RunnerError
 from tokenloop.runner.engines.torch_memory import Aligned
+from tokenloop.runner.program import Choice
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
 
@@ -153,11 +154,13 @@ def test_prefill_and_decode_share_the_state(package):
 def test_selection_looks_up_the_embedding_that_decode_would(package):
     program = runner.load(package).loop.program
     logits = torch.randn(1, 259, generator=torch.Generator().manual_seed(0))
-    token, hidden = program.select(logits, 1, embed=True)
+    program.begin(embed=True)
+    token, hidden = program.select(logits, 1)
     assert token.item() == logits.argmax()
-    assert torch.equal(hidden, program.embed(token, 0)) and hidden.any()
-    expected = program.decode(token, torch.tensor([0])).clone()
-    assert torch.equal(program.decode(hidden, torch.tensor([0]), embed=True), expected)
+    assert torch.equal(hidden, program.feed(token, 0)) and hidden.any()
+    actual = program.decode(hidden, torch.tensor([0])).clone()
+    program.begin(embed=False)
+    assert torch.equal(program.decode(token, torch.tensor([0])), actual)
     tables = {
         program.constants[name].data_ptr()
         for name in ("embed_tokens.weight", "network.model.embed_tokens.weight")
@@ -190,7 +193,7 @@ def test_tokens_of_every_kind_of_row_are_the_samplers(rows_package):
         logits[2, :3] = torch.tensor([NAN, INF, -INF]) if i % 2 else NAN
         rows = zip(kind, kind, (1.3, 0, 0.99))
         sampling = *map(torch.tensor, rows), torch.tensor([i, -i, 9]), torch.arange(3) + 2**33
-        token, _ = program.select(logits, i % 2, *sampling)
+        token, _ = program.select(logits, i % 2, Choice("sample", sampling))
         assert torch.equal(token, sample(logits, *sampling))
         assert torch.equal(program.select(logits, i % 2)[0], greedy(logits))
 

@@ -57,8 +57,8 @@ class Spy:
         for name in ("prefill", "decode"):
             run[name] = getattr(program, name)
 
-            def forward(tokens, positions, *more, name=name):
-                logits = run[name](tokens, positions, *more)
+            def forward(tokens, positions, name=name):
+                logits = run[name](tokens, positions)
                 # What is kept cannot be freed, and so no address can be given out twice.
                 self.kept += [tokens, positions, logits]
                 where = [x.ctypes.data for x in (tokens, positions, logits)]
@@ -67,12 +67,12 @@ class Spy:
 
             monkeypatch.setattr(program, name, forward)
 
-        def spied_select(logits, buffer, *sampling, embed):
-            token, fed = select(logits, buffer, *sampling, embed=embed)
-            self.kept += [logits, token, fed]
-            where = [x.ctypes.data for x in (fed, token)]
+        def spied_select(logits, buffer, choice):
+            selected = select(logits, buffer, choice)
+            self.kept += [logits, *selected]
+            where = [x.ctypes.data for x in (selected.fed, selected.token)]
             self.events.append(("select", logits.ctypes.data, buffer, *where))
-            return token, fed
+            return selected
 
         def spied_download(values):
             self.events.append(("download", values.ctypes.data))

@@ -631,10 +631,10 @@ def test_a_variant_that_differs_is_shown_and_is_the_exit_status(tiny_artifact, m
     model = runner.load(tiny_artifact)
     select = model.loop.program.select
 
-    def wrong_where_it_embeds(logits, buffer, *sampling, embed):
-        if embed:
+    def wrong_where_it_embeds(logits, buffer, choice):
+        if model.loop.program.embedding:
             logits[:, 70] = 1e3
-        return select(logits, buffer, *sampling, embed=embed)
+        return select(logits, buffer, choice)
 
     monkeypatch.setattr(model.loop.program, "select", wrong_where_it_embeds)
     assert compare(model, Request([2, 70, 71], 8), as_json=False) == 1

@@ -1,0 +1,118 @@
+"""What does sampling cost in a decode step on a CUDA GPU? A step's milliseconds with all rows
+greedy, all sampled, half of them sampled, and all sampled with top-k and top-p, for artifacts of
+Qwen3-0.6B's shape with random weights in bf16, of 1 row and of 32.
+
+`python benchmarks/sampled_step.py` exports them, in minutes; with --artifact it takes one or more
+that were exported before. It prints the kernels of a step, its milliseconds and their ratio to all
+greedy, whether the ids are those of the loop without graphs, and one JSON line. A figure is the
+median of generations that take turns with those of the other kinds.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+# As a script, the project's root must be importable.
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.cuda_common import PROMPT, export, origin, profiled, save
+from tokenloop import runner
+from tokenloop.runner import LoopOptions, Request
+
+SAMPLED = {"temperature": 0.8}
+FILTERED = SAMPLED | {"top_k": 40, "top_p": 0.95}
+# What rows ask for, in turn; a single row asks for the first.
+KINDS = {
+    "greedy": [{}],
+    "sampled": [SAMPLED],
+    "half sampled": [SAMPLED, {}],
+    "top-k and top-p": [FILTERED],
+}
+PLAIN = LoopOptions(graph=False)
+
+
+def run(model, kind: str, steps: int, options: LoopOptions | None = None) -> tuple[list, float]:
+    """Ids of a generation of so many steps in each row, and milliseconds of a step."""
+    asked = KINDS[kind]
+    requests = [
+        Request([*PROMPT, 5 + row], steps + 1, seed=row, **asked[row % len(asked)])
+        for row in range(model.batch)
+    ]
+    batch = model.generate_batch(requests, options)
+    ids = [result.token_ids for result in batch.run()]
+    return ids, 1e3 * model.batch / batch.stats.decode_tok_s
+
+
+def kernels_of_a_step(model, kind: str) -> float:
+    """Kernels that the profiler sees of a step, from the difference of two lengths."""
+    counts = []
+    for steps in (8, 40):
+        events = profiled(lambda steps=steps: run(model, kind, steps))
+        counts.append(sum(event["cat"] == "kernel" for event in events))
+    return (counts[1] - counts[0]) / 32
+
+
+def measure(model, steps: int, repeats: int) -> list[dict]:
+    """Every kind's figures; of one row there is no half."""
+    kinds = [kind for kind in KINDS if model.batch > 1 or kind != "half sampled"]
+    # The first run of a kind loads its methods and captures its graphs.
+    ids = {kind: run(model, kind, steps)[0] for kind in kinds}
+    times = {kind: [] for kind in kinds}
+    for _ in range(repeats):
+        for kind in kinds:
+            times[kind].append(run(model, kind, steps)[1])
+    greedy_ms = statistics.median(times["greedy"])
+    return [
+        {
+            "batch": model.batch,
+            "kind": kind,
+            "kernels": kernels_of_a_step(model, kind),
+            "ms": statistics.median(times[kind]),
+            "of_greedy": statistics.median(times[kind]) / greedy_ms,
+            "all_ms": times[kind],
+            "identical": run(model, kind, steps, PLAIN)[0] == ids[kind],
+        }
+        for kind in kinds
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", default="qwen3-0.6b", help="a name in benchmarks/configs")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], metavar="N")
+    parser.add_argument("--artifact", type=Path, nargs="+", help="exported before; only these")
+    parser.add_argument("--steps", type=int, default=128, metavar="N")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for case in options.artifact or options.batch:
+            artifact = case if options.artifact else export(
+                options.config, Path(directory), "--quant", "bf16", "--batch", case,
+                "--max-seq-len", 1024,
+            )  # fmt: skip
+            model = runner.load(artifact)
+            model.tokenizer.eos_token_ids.clear()
+            for row in measure(model, options.steps, options.repeats):
+                rows.append({"artifact": artifact.name, "quant": model.manifest["quant"]} | row)
+                print(
+                    f"{artifact.name}, {row['batch']} rows, {row['kind']:<16} "
+                    f"{row['kernels']:7.1f} kernels {row['ms']:8.3f} ms "
+                    f"{row['of_greedy']:6.3f} x greedy, ids "
+                    + ("identical" if row["identical"] else "DIFFERENT"),
+                    flush=True,
+                )
+            # Before the next one's weights come.
+            del model
+            gc.collect()
+    save({**origin("sampled_step"), "steps": options.steps, "rows": rows}, options.output)
+    return 0 if all(row["identical"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What the loop drives: the methods of a loaded artifact, whichever engine runs them.
+
+Arrays are NumPy's or torch's, as the engine computes. B are the rows of a batch, V is the
+vocabulary, D the width of hidden, T the length of a chunk of a prompt.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tokenloop.runner.request import Request
+from tokenloop.runner.transfers import Transfers
+
+# What selection takes between the logits and the positions where it samples, each [B].
+PARAMETERS = {
+    "temperature": np.float32,
+    "top_k": np.int64,
+    "top_p": np.float32,
+    "seed": np.int64,
+}
+
+
+class Choice(NamedTuple):
+    """How tokens are chosen: a method, and what it takes after the logits. "greedy" takes nothing;
+    "sample", and "sample_unfiltered" where no row has a top_k or a top_p, take the arrays of
+    PARAMETERS and the positions int64 [B] of the newest tokens that were fed."""
+
+    method: str = "greedy"
+    inputs: tuple = ()
+
+
+GREEDY = Choice()
+
+
+class Step(NamedTuple):
+    """What one step is given beside the tokens: positions int64 [B] on the device, and how the next
+    tokens are chosen. `line` is the positions' number among the lines that the device has: those of
+    `step_inputs`, or for one row the position table. It is None for positions that the host has
+    just uploaded."""
+
+    positions: Any
+    line: int | None
+    choice: Choice
+
+
+class Selected(NamedTuple):
+    """The chosen token int64 [B, 1], and what the next step is fed: the same memory, or the token's
+    embedding [B, 1, D]."""
+
+    token: Any
+    fed: Any
+
+
+class Program(Protocol):
+    """The loaded methods of one artifact.
+
+    What a method gives lies in the program's memory and is valid until the same method runs again;
+    selection has two next_id buffers, 0 and 1, that take turns. Inputs are used where they are.
+
+    `manifest` is the artifact's; `transfers` copies to, from and within the memory that methods
+    take. `embeds` says whether a step can be fed embeddings, `has_graphs` whether it can be one
+    launch of a captured graph. Such a graph reads the same memory every time: `step_inputs` are the
+    arrays that uploads have to go to, by name, those of PARAMETERS and "lines" int64 [N, B] of
+    positions. Where there is none of a name, an upload makes an array.
+    """
+
+    manifest: dict[str, Any]
+    transfers: Transfers
+    embeds: bool = False
+    has_graphs: bool = False
+    step_inputs: dict[str, Any] = {}
+    # Whether this run's steps are fed embeddings.
+    embedding: bool = False
+
+    def capture(self, table: Any) -> None:
+        """Capture the steps of greedy selection, if the engine can, once the position table int64
+        [N] is there. Errors: RunnerError where memory is short."""
+
+    def load_sampling(self, method: str, embed: bool) -> None:
+        """Load `method`, "sample" or "sample_unfiltered", for a run that feeds embeddings or does
+        not. Errors: RunnerError for an artifact that cannot sample."""
+
+    def begin(self, embed: bool, graph: bool = True, overlap: bool = True) -> None:
+        """Begin a run of the loop. With `embed` its steps are fed embeddings, otherwise tokens.
+        Where there are graphs, a step is one launch with `graph`, and with `overlap` the kernels
+        of a launch begin while the ones ahead of them end."""
+        self.embedding = embed
+
+    def prefill(self, tokens: Any, positions: Any, *row: Any) -> Any:
+        """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], and in a batch of
+        several in the row int64 [1]."""
+
+    def step(self, fed: Any, step: Step, buffer: int) -> Selected:
+        """One more token of each row, in the next_id buffer 0 or 1: `decode`, then `select`."""
+        return self.select(self.decode(fed, step.positions), buffer, step.choice)
+
+    def decode(self, fed: Any, positions: Any) -> Any:
+        """Logits float32 [B, V] after what is fed, token int64 [B, 1] or its embedding [B, 1, D],
+        at positions int64 [B]."""
+
+    def select(self, logits: Any, buffer: int, choice: Choice = GREEDY) -> Selected:
+        """The next tokens of logits float32 [B, V], in the next_id buffer 0 or 1."""
+
+    def select_row(self, logits: Any, choice: Choice) -> Any:
+        """The next token int64 [1, 1] of the logits [1, V] of one row of several, in memory of its
+        own."""
+
+    def feed(self, token: Any, buffer: int) -> Any:
+        """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer."""
+        return token
+
+    def next_id(self, buffer: int) -> Any:
+        """The next_id buffer int64 [B, 1] that greedy selection writes, and anyone may."""
+
+    def empty(self, *shape: int) -> Any:
+        """Memory int64 of that shape, for tokens."""
+
+
+def selection_method(requests: Iterable[Request], manifest: dict[str, Any]) -> str:
+    """The method that chooses the next tokens of these requests: the cheapest that the artifact has
+    of those that give all of them what they ask for."""
+    sampled = [request for request in requests if request.temperature > 0]
+    if not sampled:
+        return "greedy"
+    vocab_size = manifest["vocab_size"]
+    filtered = any(0 < r.top_k < vocab_size or r.top_p < 1 for r in sampled)
+    unfiltered = "sample_unfiltered" in manifest["methods"]
+    return "sample_unfiltered" if unfiltered and not filtered else "sample"
