@@ -122,7 +122,7 @@ def check_paths(options: argparse.Namespace) -> None:
     for path in (options.artifact, *options.also):
         if not (path / "manifest.json").is_file():
             raise BenchmarkError(
-                f"{path} is not an artifact directory; make one with: python export/gemma.py"
+                f"{path} is not an artifact directory; make one with: tokenloop export"
             )
     for path in (options.model, *(options.peer_model or [])):
         if path is not None and not path.exists():

@@ -1,6 +1,7 @@
 """Export a Gemma checkpoint: `python export/gemma.py` makes the demo model's artifact."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from tokenloop.export.command import Family, main
@@ -28,6 +29,8 @@ FAMILY = Family(
     # Its layers are of two shapes, and their norms others.
     unknown={"xnnpack": ("tokenloop.models.gemma4",)},
 )
+
+tokenloop_export = partial(main, FAMILY)
 
 if __name__ == "__main__":
     sys.exit(main(FAMILY))
