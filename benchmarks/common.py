@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
 DEFAULT_TEXT = Path(__file__).resolve().parent / "data" / "alice.txt"
-WORKER = Path(__file__).resolve().parent / "worker.py"
+# After Python, in ROOT.
+WORKER = ("-m", "benchmarks.worker")
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8")
 
@@ -79,7 +80,7 @@ def run(command: list, what: str) -> Finished:
 
 def work(python: str, task: str, what: str, **spec) -> tuple[dict, Finished]:
     """Run one task of worker.py: its answer, and the process."""
-    finished = run([python, WORKER, task, json.dumps(spec)], what)
+    finished = run([python, *WORKER, task, json.dumps(spec)], what)
     return json.loads(finished.output.splitlines()[-1]), finished
 
 

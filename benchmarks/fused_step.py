@@ -1,5 +1,5 @@
 """How long does the network's part of a decode step take on a CUDA GPU, without a package?
-`python benchmarks/fused_step.py --config qwen3-4b` captures export/fused.py's step of a shape with
+`python -m benchmarks.fused_step --config qwen3-4b` captures export/fused.py's step of a shape with
 random weights in a graph, as the runner does, and times its replay: kernels and how they are cut
 can be tried in seconds, where an export takes minutes. It prints milliseconds of a step, with
 kernels that overlap and without, and one JSON line.
@@ -8,13 +8,8 @@ kernels that overlap and without, and one JSON line.
 import argparse
 import json
 import statistics
-import sys
 from importlib import import_module
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -70,7 +65,9 @@ def replay(graph: torch.cuda.CUDAGraph) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fused_step", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--config", default="qwen3-4b", help="a name in benchmarks/configs")
     parser.add_argument("--layers", type=int, default=1000, metavar="N", help="(default: all)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N")
