@@ -36,15 +36,10 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from tokenloop.models.operators import conv1d, cuda
-from tokenloop.models.operators.triton_conv1d import (
-    convolved,
-    inputs_before,
-    load_bias,
-    load_slot,
-    load_weights,
-    store_state,
-)
+from tokenloop.models.kernels.causal_conv1d import operator, reference
+from tokenloop.models.kernels.causal_conv1d.triton_state import inputs_before, store_state
+from tokenloop.models.kernels.causal_conv1d.triton_taps import convolved, load_bias, load_weights
+from tokenloop.models.kernels.launch.state_slot import load_slot
 
 DIMS = 4096, 8192
 TOKENS = 2048, 8192, 32_768, 65_536
@@ -53,10 +48,10 @@ WIDTH = 4
 COLD_BYTES = 200e6  # several times the largest L2
 # Tokens, channels and warps of one program of the grid by sequences; the better one counts.
 PEER_CUTS = (16, 256, 2), (32, 128, 2)
-# As cuda.ROLLING.
+# As operator.ROLLING.
 CUTS = (
-    cuda.ROLLING, (8, 4, 256, 2, 1), (32, 4, 256, 2, 1), (128, 4, 256, 2, 1), (16, 4, 256, 2, 0),
-    (16, 8, 256, 2, 1), (16, 4, 128, 1, 1),
+    operator.ROLLING, (8, 4, 256, 2, 1), (32, 4, 256, 2, 1), (128, 4, 256, 2, 1),
+    (16, 4, 256, 2, 0), (16, 8, 256, 2, 1), (16, 4, 128, 1, 1),
 )  # fmt: skip
 SWEPT = (
     *((most, 4, 256, 2, 1) for most in (8, 16, 32, 128)),
@@ -160,7 +155,7 @@ class Work:
 
     def ours(self, x: Tensor) -> Tensor:
         given = self.weight, None, self.query_start_loc, self.state, self.indices, self.started
-        return cuda.causal_conv1d(x, *given, "silu")
+        return operator.causal_conv1d(x, *given, "silu")
 
     def by_sequence(self, x: Tensor, cut: tuple[int, int, int] = PEER_CUTS[0]) -> Tensor:
         block_tokens, block_dim, warps = cut
@@ -185,7 +180,7 @@ class Work:
         some[some.shape[0] // 2 :] += dim - some.shape[0]
         state = before[:, some]
         shared = self.query_start_loc, state, self.indices, self.started
-        expected = conv1d.causal_conv1d(x[some], self.weight[some], None, *shared, "silu")
+        expected = reference.causal_conv1d(x[some], self.weight[some], None, *shared, "silu")
         worst = (got[some].float() - expected.float()).abs().max() / expected.float().abs().max()
         wrong = (self.state[:, some] != state).any()
         self.state.copy_(before)
@@ -239,12 +234,12 @@ def host_us(work: Work) -> float:
 @contextlib.contextmanager
 def cut_into(cut: tuple[int, ...], programs: int | None = None) -> Iterator[None]:
     """Let the operator cut its work otherwise; into at least so many programs."""
-    own = cuda.ROLLING, cuda.PROGRAMS
-    cuda.ROLLING, cuda.PROGRAMS = cut, programs or cuda.PROGRAMS
+    own = operator.ROLLING, operator.PROGRAMS
+    operator.ROLLING, operator.PROGRAMS = cut, programs or operator.PROGRAMS
     try:
         yield
     finally:
-        cuda.ROLLING, cuda.PROGRAMS = own
+        operator.ROLLING, operator.PROGRAMS = own
 
 
 def peer_us(work: Work, repeats: int) -> float:
@@ -291,7 +286,7 @@ def measure_cuts(dim: int, tokens: int, bandwidth: float, repeats: int) -> list[
     size = 2 * 2 * dim * tokens
     count = int(COLD_BYTES // size) + 1
     rows = []
-    for tokens_adjacent, cuts in ((False, CUTS), (True, [cuda.WHOLE])):
+    for tokens_adjacent, cuts in ((False, CUTS), (True, [operator.WHOLE])):
         work = make_work(dim, lengths_of(tokens, 8, True), "cuda", count, tokens_adjacent)
         for cut in cuts:
             with cut_into(cut):
@@ -301,7 +296,7 @@ def measure_cuts(dim: int, tokens: int, bandwidth: float, repeats: int) -> list[
             row["share"] = size / (row["us"] * 1e-6) / bandwidth
             rows.append(row)
             adjacent = "tokens adjacent" if tokens_adjacent else "channels adjacent"
-            own = "*" if cut in (cuda.ROLLING, cuda.WHOLE) else ""
+            own = "*" if cut in (operator.ROLLING, operator.WHOLE) else ""
             print(
                 f"{dim:>5}{tokens:>8}  {adjacent:<18}{str(cut):>19} {own:<2}"
                 f"{row['us']:>9.1f}{row['share']:>7.1%}{row['error']:>9.1e}",
@@ -321,7 +316,7 @@ def sweep(repeats: int, device: str = "cuda") -> list[dict]:
                 work = make_work(dim, lengths_of(tokens, sequences, skewed), device, count)
                 times, errors = {}, []
                 for cut in (None, *SWEPT):
-                    with cut_into(cut or cuda.ROLLING, 1 if cut else None):
+                    with cut_into(cut or operator.ROLLING, 1 if cut else None):
                         times[cut] = median_us(calls(work, work.ours), repeats)
                         # The reference takes long.
                         if tokens == TOKENS[0]:

@@ -204,7 +204,7 @@ def export_fake(script: str, arguments: list[str]) -> int:
     command.export = with_fake_tensors
     family = importlib.import_module(f"tokenloop.export.{script.removesuffix('.py')}").FAMILY
     flags = ["--backend", "inductor", "--device", "cuda", *arguments]
-    return command.main(family, flags)
+    return command.main(flags, family)
 
 
 def main() -> int:

@@ -14,7 +14,6 @@ import math
 import statistics
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -33,13 +32,8 @@ from benchmarks.cuda_common import (
     save,
 )
 from tokenloop import runner
+from tokenloop.models import architecture_of
 from tokenloop.runner import LoopOptions
-
-MODULES = {
-    "gemma3_text": "tokenloop.models.gemma3",
-    "gemma4_text": "tokenloop.models.gemma4",
-    "qwen3": "tokenloop.models.qwen3",
-}
 
 
 def step_bytes(model, position: int) -> float:
@@ -64,7 +58,7 @@ def step_bytes(model, position: int) -> float:
 def peer_network(model) -> nn.Module:
     """The network of models/ on the weights of a loaded artifact."""
     keys = json.loads((CONFIGS / f"{model.manifest['checkpoint']['file']}").read_text())
-    module = import_module(MODULES[keys["model_type"]])
+    module = architecture_of(keys["model_type"])
     constants = model.loop.program.constants
     with torch.device("meta"):
         network = module.Network(

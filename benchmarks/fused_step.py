@@ -1,35 +1,31 @@
 """How long does the network's part of a decode step take on a CUDA GPU, without a package?
-`python -m benchmarks.fused_step --config qwen3-4b` captures export/fused.py's step of a shape with
-random weights in a graph, as the runner does, and times its replay: kernels and how they are cut
-can be tried in seconds, where an export takes minutes. It prints milliseconds of a step, with
+`python -m benchmarks.fused_step --config qwen3-4b` captures the step of export/pt2/cuda_step.py of
+a shape with random weights in a graph, as the runner does, and times its replay. Kernels and their
+tiles can be tried in seconds, where an export takes minutes. It prints milliseconds of a step, with
 kernels that overlap and without, and one JSON line.
 """
 
 import argparse
 import json
 import statistics
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from benchmarks.cuda import MODULES
 from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, profiled, save
-from tokenloop.export.pt2.cuda_step import FusedDecode
-from tokenloop.export.pt2.fused_hybrid import HybridDecode
+from tokenloop.export.pt2.cuda_step import CudaStep
 from tokenloop.export.random_weights import make_parameters
-from tokenloop.models.kernels.dependent_launch import WAITING
-from tokenloop.models.qwen3_5 import Qwen3_5
+from tokenloop.models import architecture_of
+from tokenloop.models.kernels.launch.dependent_launch import WAITING
 from tokenloop.runner.engines.programmatic_launch import let_overlap
 
-MODULES = MODULES | {"qwen3_5_text": "tokenloop.models.qwen3_5"}
 REPLAYS = 8
 
 
-def make_step(name: str, layers: int, batch: int, max_seq_len: int, bits: int) -> FusedDecode:
+def make_step(name: str, layers: int, batch: int, max_seq_len: int, bits: int) -> CudaStep:
     """The fused step of the first `layers` layers of a shape of benchmarks/configs."""
     keys = json.loads((CONFIGS / f"{name}.json").read_text())
-    module = import_module(MODULES[keys["model_type"]])
+    module = architecture_of(keys["model_type"])
     keys["num_hidden_layers"] = min(layers, keys["num_hidden_layers"])
     if "layer_types" in keys:
         keys["layer_types"] = keys["layer_types"][: keys["num_hidden_layers"]]
@@ -39,11 +35,10 @@ def make_step(name: str, layers: int, batch: int, max_seq_len: int, bits: int) -
     make_parameters(network, torch.device("cuda"), torch.bfloat16)
     for parameter in network.parameters():
         parameter.normal_(std=0.02)
-    decode = HybridDecode if isinstance(network, Qwen3_5) else FusedDecode
-    return decode(network.to("cuda").eval(), bits).cuda()
+    return CudaStep(network.to("cuda").eval(), bits).cuda()
 
 
-def captured(step: FusedDecode, position: int, batch: int, overlap: bool) -> tuple:
+def captured(step: CudaStep, position: int, batch: int, overlap: bool) -> tuple:
     """A graph of a step, its logits, and how many of its dependencies are programmatic."""
     size = step.norm.weight.shape[0]
     hidden = torch.ones(batch, 1, size, dtype=torch.bfloat16, device="cuda")

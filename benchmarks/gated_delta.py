@@ -24,13 +24,16 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from tokenloop.models.operators import conv1d, cuda, delta_rule
+from tokenloop.models.kernels import cuda
+from tokenloop.models.kernels.causal_conv1d import reference as conv1d
+from tokenloop.models.kernels.gated_delta_rule import operator
+from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule
 
 BATCHES = 1, 2, 4, 8, 16, 32, 64
 HEADS, KEY_HEADS, SIZE = 32, 16, 128
 WIDTH = 4
 # Columns of the state in one program, and its warps; the operator's own first.
-CUTS = cuda.COLUMNS, (128, 8), (32, 4), (32, 2), (16, 2)
+CUTS = operator.COLUMNS, (128, 8), (32, 4), (32, 2), (16, 2)
 COLD_BYTES = 200e6  # several times the largest L2
 HEADER = f"{'batch':>5}  {'what':<28}{'floor us':>9}{'us':>9}{'share':>8}{'error':>9}"
 
@@ -100,11 +103,11 @@ def make_work(batch: int, heads: int, key_heads: int, size: int, device: str, co
 @contextlib.contextmanager
 def cut_into(cut: tuple[int, int]) -> Iterator[None]:
     """Let the operator's programs have so many columns of a state, and warps."""
-    own, cuda.COLUMNS = cuda.COLUMNS, cut
+    own, operator.COLUMNS = operator.COLUMNS, cut
     try:
         yield
     finally:
-        cuda.COLUMNS = own
+        operator.COLUMNS = own
 
 
 def measure(batch: int, bandwidth: float, repeats: int) -> list[dict]:

@@ -26,16 +26,15 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from tokenloop.models.kernels import cuda, reference
-from tokenloop.models.kernels.packing import quantize_int4, quantize_int8
-from tokenloop.models.kernels.tiles import (
-    LARGE,
-    AttendTiles,
-    LinearTiles,
-    attend_tiles,
-    linear_tiles,
-    most_splits,
-)
+from tokenloop.models.kernels import cuda
+from tokenloop.models.kernels.attention.attend_tiles import AttendTiles, attend_tiles, most_splits
+from tokenloop.models.kernels.attention.operator import launch_attend
+from tokenloop.models.kernels.attention.reference import attend_step
+from tokenloop.models.kernels.linear import reference
+from tokenloop.models.kernels.linear.linear_tiles import LARGE, LinearTiles, linear_tiles
+from tokenloop.models.kernels.linear.operator import launch_linear
+from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.rms_norm.operator import Norm
 
 BATCHES = 1, 8, 32
 CONTEXTS = 128, 256, 1024, 8192
@@ -215,7 +214,7 @@ def quantized(weight: Tensor, bits: int) -> list[Tensor | None]:
     return list(quantize_int8(weight) if bits == 8 else quantize_int4(weight))
 
 
-def measure_matrix(report: Report, matrix: Matrix, bits: int, counters: Tensor, repeats: int):
+def measure_matrix(report: Report, matrix: Matrix, bits: int, semaphores: Tensor, repeats: int):
     """All cuts and batches of a matrix, whether rows differ in company, and cuBLAS."""
     generator = torch.Generator("cuda").manual_seed(matrix.outputs)
     new = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
@@ -230,11 +229,11 @@ def measure_matrix(report: Report, matrix: Matrix, bits: int, counters: Tensor, 
     def product(x: Tensor, copy: list[Tensor], tiles: LinearTiles) -> Tensor:
         scale = copy[1] if bits else None
         options = {"activation": activation, "tiles": tiles}
-        return cuda.launch_linear(x, copy[0], scale, None, counters, **options)[1]
+        return launch_linear(x, copy[0], scale, None, semaphores, **options)[1]
 
     expected = reference.linear(
-        all_x, tensors[0], tensors[1] if bits else None, None, counters,
-        activation=activation, wide=True,
+        all_x, tensors[0], tensors[1] if bits else None, None, semaphores,
+        activation=activation, out_float32=True,
     )  # fmt: skip
 
     build(
@@ -274,7 +273,9 @@ def measure_matrix(report: Report, matrix: Matrix, bits: int, counters: Tensor, 
     print(f"{matrix.name} {FORMS[bits]}: rows that differ in company: {unequal or 'none'}")
 
 
-def measure_norm(report: Report, matrix: Matrix, bits: int, counters: Tensor, repeats: int) -> None:
+def measure_norm(
+    report: Report, matrix: Matrix, bits: int, semaphores: Tensor, repeats: int
+) -> None:
     """One row's product after a branch is added and normed: a launch of its own, or within."""
     generator = torch.Generator("cuda").manual_seed(matrix.outputs)
     new = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
@@ -283,7 +284,7 @@ def measure_norm(report: Report, matrix: Matrix, bits: int, counters: Tensor, re
     copies = copies_of([x for x in quantized(weight, bits) if x is not None])
     size = sum(x.nbytes for x in copies[0])
     x, branch, post_weight, norm_weight = (torch.randn(1, matrix.inputs, **new) for _ in range(4))
-    norm = cuda.Norm(norm_weight[0], EPS, 0.0, branch, post_weight[0])
+    norm = Norm(norm_weight[0], EPS, 0.0, branch, post_weight[0])
     options = {"activation": "gelu_tanh" if matrix.gated else None, "norm": norm}
     ways = []
     for tiles in linear_candidates(matrix, bits, 1):
@@ -294,7 +295,7 @@ def measure_norm(report: Report, matrix: Matrix, bits: int, counters: Tensor, re
 
     def product(copy: list[Tensor], tiles: LinearTiles) -> Tensor:
         scale = copy[1] if bits else None
-        return cuda.launch_linear(x, copy[0], scale, None, counters, **options, tiles=tiles)[1]
+        return launch_linear(x, copy[0], scale, None, semaphores, **options, tiles=tiles)[1]
 
     build([lambda tiles=tiles: product(copies[0], tiles) for tiles in ways])
     for tiles in ways:
@@ -308,7 +309,7 @@ def measure_norm(report: Report, matrix: Matrix, bits: int, counters: Tensor, re
         report.measure(row | {"way": describe(tiles, False)}, size, repeats, work)
 
 
-def measure_attention(report: Report, layout: Layout, counters: Tensor, repeats: int) -> None:
+def measure_attention(report: Report, layout: Layout, semaphores: Tensor, repeats: int) -> None:
     """All cuts of a layout at several contexts, and torch's attention over the filled slots."""
     new = {"device": "cuda", "dtype": torch.bfloat16}
     inv_freq = 1e4 ** -(torch.arange(0, layout.head_dim, 2, device="cuda") / layout.head_dim)
@@ -327,13 +328,13 @@ def measure_attention(report: Report, layout: Layout, counters: Tensor, repeats:
             caches = copies_of([torch.randn(shape, **new), torch.randn(shape, **new)], size)
             qkv = torch.randn(rows, width * layout.head_dim, **new)
             position = torch.full((rows,), context - 1, device="cuda")
-            inputs = (weight, weight, inv_freq, counters)
+            inputs = (weight, weight, inv_freq, semaphores)
 
             def attend(cache, tiles, qkv=qkv, position=position, inputs=inputs):
-                return cuda.launch_attend(qkv, position, *cache, *inputs, **options, tiles=tiles)
+                return launch_attend(qkv, position, *cache, *inputs, **options, tiles=tiles)
 
             clones = [x.clone() for x in caches[0]]
-            expected = reference.attend_step(qkv, position, *clones, *inputs, **options)
+            expected = attend_step(qkv, position, *clones, *inputs, **options)
             candidates = attend_candidates(layout)
             build([lambda t=tiles, f=attend, c=clones: f(c, t) for tiles in candidates])
             for i, tiles in enumerate(candidates):
@@ -364,7 +365,7 @@ def measure_layer(
     matrices: tuple[Matrix, ...],
     layout: Layout,
     bits: int,
-    counters: Tensor,
+    semaphores: Tensor,
     repeats: int,
 ) -> None:
     """A whole layer by the operators: `matrices` are qkv, o, gate and up, down."""
@@ -389,17 +390,17 @@ def measure_layer(
 
             def layer(w, x=x, position=position, caches=caches):
                 residual = (x, x, norm, None, norm)
-                x, qkv = cuda.add_norm_linear(*residual, *w[0:2], None, counters, **step)
+                x, qkv = cuda.add_norm_linear(*residual, *w[0:2], None, semaphores, **step)
                 attended = cuda.attend_step(
-                    qkv, position, *caches, head_norm, head_norm, inv_freq, counters,
+                    qkv, position, *caches, head_norm, head_norm, inv_freq, semaphores,
                     scale=layout.head_dim**-0.5, values_are_keys=layout.values_are_keys, **step,
                 )  # fmt: skip
-                branch = cuda.linear(attended, *w[2:4], None, counters)
+                branch = cuda.linear(attended, *w[2:4], None, semaphores)
                 x, h = cuda.add_norm_linear(
-                    x, branch, norm, None, norm, *w[4:6], None, counters,
+                    x, branch, norm, None, norm, *w[4:6], None, semaphores,
                     activation="gelu_tanh", **step,
                 )  # fmt: skip
-                return cuda.linear(h, *w[6:8], None, counters)
+                return cuda.linear(h, *w[6:8], None, semaphores)
 
             def work(layer=layer):
                 return [lambda w=w: layer(w) for w in layers], None
@@ -427,8 +428,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(heading(bandwidth))
     report = Report(bandwidth, start + options.seconds)
-    counters = torch.zeros(
-        cuda.counters_size(max(BATCHES), 262_144, 16), dtype=torch.int32, device="cuda"
+    semaphores = torch.zeros(
+        cuda.semaphores_size(max(BATCHES), 262_144, 16), dtype=torch.int32, device="cuda"
     )
     layers = (
         ("gemma4 sliding", GEMMA4_31B[0:2] + GEMMA4_31B[4:6], LAYOUTS[3]),
@@ -441,7 +442,7 @@ def main() -> None:
         if not re.search(options.only, name) or time.monotonic() > report.deadline:
             return
         try:
-            action(report, *arguments, counters, options.repeats)
+            action(report, *arguments, semaphores, options.repeats)
         # One that cannot even be set up, for want of memory, is not the others' end.
         except Exception as failure:
             text = f"{type(failure).__name__}: {failure}".split("\n")[0][:90]

@@ -137,7 +137,7 @@ class Reference:
     def __init__(self, path: Path, vocab_size: int):
         import torch
 
-        from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+        from tokenloop.export.checkpoint import load_weights, open_checkpoint
         from tokenloop.models import gemma3
 
         checkpoint = open_checkpoint(path)

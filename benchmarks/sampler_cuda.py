@@ -27,8 +27,8 @@ from benchmarks.cuda_common import (
     origin,
     save,
 )
-from tokenloop.sampler import cuda
 from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.kernels import operator
 from tokenloop.sampler.sample import sample
 
 VOCABULARIES = 151_936, 262_144
@@ -112,9 +112,9 @@ def ways(work: Work) -> dict[str, Callable[[Tensor], Tensor | list[int]]]:
 
     def ours(logits: Tensor) -> Tensor:
         if all(work.greedy_rows):
-            return cuda.greedy(logits)
+            return operator.greedy(logits)
         restricted = work.top_k > 0 or work.top_p < 1
-        return cuda.sample(logits, *work.parameters, restricted=restricted)
+        return operator.sample(logits, *work.parameters, restricted=restricted)
 
     def loop(logits: Tensor) -> list[int]:
         return [
@@ -222,7 +222,7 @@ def measure_cuts(repeats: int) -> list[dict]:
         f"{'wrong':>7}"
     )
     names = "PART", "WARPS", "GROUPS", "STRIDE"
-    rows, own = [], [getattr(cuda, name) for name in names]
+    rows, own = [], [getattr(operator, name) for name in names]
     cases = itertools.product(
         VOCABULARIES,
         ("greedy", "sampled", "half greedy, half sampled"),
@@ -239,12 +239,12 @@ def measure_cuts(repeats: int) -> list[dict]:
                 cuts += [(own[0], own[1], groups) for groups in GROUPS if groups != own[2]]
             for tile, (part, warps, groups) in itertools.product(tiles, cuts):
                 for name, value in zip(names, (part, warps, groups, 128 * warps)):
-                    setattr(cuda, name, value)
+                    setattr(operator, name, value)
 
                 def ours(logits: Tensor, work=work, tile=tile) -> Tensor:
                     if all(work.greedy_rows):
-                        return cuda.greedy(logits, tile=tile)
-                    return cuda.sample(logits, *work.parameters, restricted=False, tile=tile)
+                        return operator.greedy(logits, tile=tile)
+                    return operator.sample(logits, *work.parameters, restricted=False, tile=tile)
 
                 us = statistics.median(graph_us(ours, work.sets, repeats))
                 wrong = int((ours(work.sets[0]).cpu() != expected).sum())
@@ -258,7 +258,7 @@ def measure_cuts(repeats: int) -> list[dict]:
                 )
     finally:
         for name, value in zip(names, own):
-            setattr(cuda, name, value)
+            setattr(operator, name, value)
     return rows
 
 

@@ -40,14 +40,9 @@ ARTIFACTS = {
 }  # fmt: skip
 TESTS = {
     "cuda-tests": ("-n", 12, "tests/cuda"),
-    "kernel-tests": (
-        "-n",
-        4,
-        "tests/models/test_kernels.py",
-        "tests/models/test_expert_kernels.py",
-    ),
-    "operator-tests": ("tests/models/test_operators.py", "tests/export/test_fused_hybrid.py"),
-    "sampler-tests": ("-n", 4, "tests/sampler/test_triton_kernels.py"),
+    "kernel-tests": ("-n", 4, "tests/models/kernels"),
+    "hybrid-tests": ("tests/export/test_fused_hybrid.py",),
+    "sampler-tests": ("-n", 4, "tests/sampler/kernels"),
 }
 # Of each benchmark its module, the artifact that it is given, its flags, and the seconds for it.
 BENCHMARKS = {

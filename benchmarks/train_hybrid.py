@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from tokenloop.models.operators import gated_delta_rule
-from tokenloop.models.qwen3_5 import FULL, Attention, Block, Qwen3_5, Qwen3_5Config
+from tokenloop.models.decoder import Block
+from tokenloop.models.kernels.gated_delta_rule import gated_delta_rule
+from tokenloop.models.qwen3_5 import FULL, Qwen3_5, Qwen3_5Config
 
 OUTPUT = Path(__file__).resolve().parents[1] / "tests" / "data" / "austen"
 END = "<|endoftext|>"
@@ -125,11 +126,11 @@ def initialize(model: nn.Module) -> None:
             parameter.data.fill_(1.0 if "linear_attn.norm" in name else 0.0)
 
 
-def mixed(layer: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def mixed(layer: Block, x: Tensor, rope: dict) -> Tensor:
     """What a block's mixer adds to x [B, T, D], of whole sequences that begin anew."""
     mixer = layer.mixer
     inputs, gate = layer.project(x, rope)
-    if isinstance(mixer, Attention):
+    if mixer.layer_type == FULL:
         q, k, v = (part.transpose(1, 2).to(x.dtype) for part in inputs)
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=mixer.scale, enable_gqa=True
@@ -150,10 +151,10 @@ def mixed(layer: Block, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 def logits_of(model: Qwen3_5, tokens: Tensor, dropout: float = 0.0) -> Tensor:
     """Logits [B, T, V] of whole sequences, tokens int64 [B, T]; `dropout` is of what blocks add."""
     x = model.embed(tokens)
-    rope = model.model.rope[FULL](torch.arange(tokens.shape[1], device=tokens.device))
+    rope = model.model.rotations(torch.arange(tokens.shape[1], device=tokens.device))
     for layer in model.model.layers:
         x = x + F.dropout(mixed(layer, x, rope), dropout)
-        x = x + F.dropout(layer.mlp(layer.post_attention_layernorm(x)), dropout)
+        x = x + F.dropout(layer.mlp(layer.norm("mlp")(x)), dropout)
     return model.lm_head(model.model.norm(x))
 
 

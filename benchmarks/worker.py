@@ -320,7 +320,7 @@ def save_transformers(spec: dict) -> dict:
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    from tokenloop.export.checkpoint.checkpoint import open_checkpoint
+    from tokenloop.export.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(Path(spec["model"]))
     state = dict(checkpoint.tensors())

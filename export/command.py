@@ -1,4 +1,4 @@
-"""What every export script does: arguments, checkpoint, weights, and the engine's own writer."""
+"""What every export command does: arguments, checkpoint, weights, and the engine's own writer."""
 
 import argparse
 import logging
@@ -7,52 +7,41 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokenloop.export.background import collect_seldom
+from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
 from tokenloop.export.recipes import FOR_BACKEND
+from tokenloop.models import ARCHITECTURES, architecture_of, model_types
 
-DEFAULT_OUTPUT = "artifacts/{name}-{backend}"
+DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
 
 
 @dataclass(frozen=True)
 class Family:
-    """The networks that one script exports.
+    """The architectures that one command exports, by their modules' names in models/; `demo` gives
+    the checkpoint that is exported without --model, or raises ExportError."""
 
-    `modules` are of models/, each with MODEL_TYPES, Config, Network and checkpoint_name; `demo`
-    gives the checkpoint that is exported without --model, or raises ExportError; `backends` are
-    those that know the networks, the default first, `unknown` by backend those of `modules` that
-    it does not know all the same.
-    """
-
-    script: str
+    command: str
     title: str
-    name: str
-    modules: tuple[str, ...]
+    architectures: tuple[str, ...]
     demo: Callable[[], Path]
-    backends: tuple[str, ...] = tuple(FOR_BACKEND)
-    unknown: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def network_of(self, model_type: str) -> ModuleType | None:
-        """The module of models/ for a checkpoint's model_type, if there is one."""
-        modules = [import_module(name) for name in self.modules]
-        return next((module for module in modules if model_type in module.MODEL_TYPES), None)
 
-    def model_types(self) -> list[str]:
-        return [t for name in self.modules for t in import_module(name).MODEL_TYPES]
+ANY = Family("tokenloop export", "text model", ARCHITECTURES, gemma3_270m)
 
 
 def parse_arguments(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; those that depend on the backend are None where it is not given."""
     parser = argparse.ArgumentParser(
-        prog=family.script,
+        prog=family.command,
         description=f"Export a {family.title} checkpoint as one multi-method artifact.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -63,10 +52,9 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     )
     parser.add_argument(
         "--backend",
-        choices=family.backends,
-        default=family.backends[0],
+        choices=tuple(FOR_BACKEND),
         help="ExecuTorch's XNNPACK, its plain kernels or its CUDA backend (a .pte), or AOTInductor "
-        "(a .pt2)",
+        "(a .pt2); by default xnnpack, or inductor for what xnnpack does not take",
     )
     parser.add_argument(
         "--device",
@@ -94,39 +82,50 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     )
     parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
     parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
-    output = DEFAULT_OUTPUT.replace("{name}", family.name)
-    parser.add_argument("--output", type=Path, help=f"the artifact's directory (default: {output})")
+    parser.add_argument(
+        "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
+    )
     options = parser.parse_args(arguments)
-    if options.device is None:
-        options.device = "cuda" if options.backend == "cuda" else "cpu"
-    if options.device == "cuda" and options.backend not in ("inductor", "cuda"):
-        parser.error("--device cuda needs --backend inductor or cuda")
-    if options.device == "cpu" and options.backend == "cuda":
-        parser.error("--device cpu is not for --backend cuda")
-    if options.quant is None:
-        options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[options.backend][0]
-    if options.quant not in FOR_BACKEND[options.backend]:
-        parser.error(
-            f"--quant {options.quant} is not for --backend {options.backend}, which has "
-            + ", ".join(FOR_BACKEND[options.backend])
-        )
     if options.random_weights is not None:
-        if options.backend != "inductor":
-            parser.error("--random-weights needs --backend inductor")
         if options.model is not None:
             parser.error("--random-weights and --model are two sources of one network")
+        options.backend = options.backend or "inductor"
+        if options.backend != "inductor":
+            parser.error("--random-weights needs --backend inductor")
+    if options.device == "cuda":
+        options.backend = options.backend or "inductor"
     # A token of the prompt and one of the output.
     for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} is {value}; it must be at least {least}")
-    options.output = options.output or Path(output.format(backend=options.backend))
+    if options.backend is not None and (fault := choose_backend(options, options.backend)):
+        parser.error(fault)
     return options
 
 
+def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
+    """Set the backend, and the device and recipe that follow from it where they are not given; what
+    is wrong with those that are."""
+    options.backend = backend
+    if options.device is None:
+        options.device = "cuda" if backend == "cuda" else "cpu"
+    if options.device == "cuda" and backend not in ("inductor", "cuda"):
+        return "--device cuda needs --backend inductor or cuda"
+    if options.device == "cpu" and backend == "cuda":
+        return "--device cpu is not for --backend cuda"
+    if options.quant is None:
+        options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[backend][0]
+    if options.quant not in FOR_BACKEND[backend]:
+        names = ", ".join(FOR_BACKEND[backend])
+        return f"--quant {options.quant} is not for --backend {backend}, which has {names}"
+    return None
+
+
 def export(family: Family, options: argparse.Namespace, progress: Callable[[str], None]) -> None:
-    """Make the artifact that `options` (of parse_arguments) describe.
+    """Make the artifact that `options` (of parse_arguments) describe, and set those of them that
+    follow from the checkpoint.
 
     `progress` is called with what is being done. Errors: ExportError.
     """
@@ -135,42 +134,36 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     import torch
 
     from tokenloop.export.artifact import new_artifact, write_manifest
-    from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+    from tokenloop.export.checkpoint import load_weights, open_checkpoint
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
 
-    # 1. The checkpoint and the network it describes.
+    # 1. The checkpoint, the network it describes, and the backend for that.
     if options.random_weights is not None:
         checkpoint = open_config(options.random_weights)
     else:
         checkpoint = open_checkpoint(options.model or family.demo())
     model_type = checkpoint.config["model_type"]
-    network = family.network_of(model_type)
-    if network is None:
+    if model_type not in model_types(family.architectures):
         raise ExportError(
-            f"{checkpoint.path} is a {model_type} model; {family.script} exports "
-            f"{', '.join(family.model_types())}"
+            f"{checkpoint.path} is a {model_type} model; {family.command} exports "
+            f"{', '.join(model_types(family.architectures))}"
         )
-    if network.__name__ in family.unknown.get(options.backend, ()):
-        known = [
-            backend
-            for backend in family.backends
-            if network.__name__ not in family.unknown.get(backend, ())
-        ]
-        raise ExportError(
-            f"{checkpoint.path} is a {model_type} model; --backend {options.backend} does not "
-            f"know it, {', '.join(known)} do"
-        )
+    architecture = architecture_of(model_type)
     try:
-        config = network.Config.from_dict(checkpoint.config)
+        config = architecture.Config.from_dict(checkpoint.config)
     except ValueError as error:
         raise ExportError(f"{checkpoint.path}: {error}") from error
+    find_backend(options, checkpoint.path, model_type, architecture.Network, config)
     positions = config.max_position_embeddings
     max_seq_len = options.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, positions)
     if max_seq_len > positions:
         raise ExportError(
             f"--max-seq-len {max_seq_len} is more than the model's {positions} positions"
         )
+    if options.output is None:
+        name = architecture.__name__.rpartition(".")[2]
+        options.output = Path(DEFAULT_OUTPUT.format(architecture=name, backend=options.backend))
     if options.backend == "inductor":
         from tokenloop.export.pt2.pt2_artifact import Pt2Artifact as Artifact
     elif options.backend == "cuda":
@@ -180,7 +173,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     with new_artifact(options.output) as directory, torch.no_grad():
         engine = Artifact(options)
         with torch.device("meta"):
-            model = network.Network(config, max_seq_len, options.batch, engine.dtype)
+            model = architecture.Network(config, max_seq_len, options.batch, engine.dtype)
         model.limit_chunks(options.max_prefill)
         engine.begin(model)
         if options.random_weights is None:
@@ -195,7 +188,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
             load_weights(
                 model,
                 checkpoint,
-                network.checkpoint_name,
+                architecture.checkpoint_name,
                 progress=lambda name: progress(f"reading {name}"),
                 dtype=engine.dtype,
             )
@@ -220,8 +213,31 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         )
 
 
-def main(family: Family, arguments: list[str] | None = None) -> int:
-    """Run the script; the exit status."""
+def find_backend(
+    options: argparse.Namespace, path: Path, model_type: str, network: Callable, config: Any
+) -> None:
+    """Choose a backend that takes the network, or see that the one that is chosen does. Errors:
+    ExportError for one that does not."""
+    import torch
+
+    from tokenloop.export.support import supporting, unsupported
+
+    with torch.device("meta"):
+        # Its blocks tell, whatever the length of the cache.
+        model = network(config, 1)
+    names = supporting(model)
+    if options.backend is None:
+        if fault := choose_backend(options, names[0]):
+            raise ExportError(fault)
+    elif what := unsupported(model, options.backend):
+        raise ExportError(
+            f"{path} is a {model_type} model; --backend {options.backend} does not take {what}: "
+            f"{', '.join(names)} do"
+        )
+
+
+def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
+    """Run a command; the exit status."""
     options = parse_arguments(family, arguments)
     # Being terminated cleans up like any other end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -240,10 +256,10 @@ def main(family: Family, arguments: list[str] | None = None) -> int:
             task = bar.add_task("importing torch", total=None)
             export(family, options, lambda what: bar.update(task, description=what))
     except ExportError as error:
-        print(f"{family.script}: error: {error}", file=sys.stderr)
+        print(f"{family.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{family.script}: interrupted; nothing was written", file=sys.stderr)
+        print(f"{family.command}: interrupted; nothing was written", file=sys.stderr)
         return 130
     size = sum(file.stat().st_size for file in options.output.iterdir())
     print(f"{options.output}: {size / 1e6:.0f} MB in {time.perf_counter() - start:.0f} s")

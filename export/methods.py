@@ -1,12 +1,47 @@
-"""The embedding lookup as a method of its own, and no more of the network than its table."""
+"""The methods that both engines lower, and what they are traced with.
 
+Shapes: B rows, T tokens of a prompt's chunk, D hidden size, V vocabulary.
+"""
+
+import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from tokenloop.models.decoder import Backbone
 
+# Any length but 0 and 1, which torch.export takes for constants.
+TRACED_LENGTH = 3
+
+
+class Prefill(nn.Module):
+    """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
+    logits float32 [1, V] after the last token."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
+        return self.network.prefill(tokens, positions, row)
+
+
+class DecodeEmbedded(Prefill):
+    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
+
+    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode_embedded(hidden, position)
+
+
+class Decode(Prefill):
+    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
+
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        return self.network.decode(token, position)
+
 
 class Embed(nn.Module):
-    """token int64 [B, 1] -> hidden [B, 1, D], what decode_embedded takes of it."""
+    """token int64 [B, 1] -> hidden [B, 1, D], what decode_embedded takes of it. Of the network it
+    holds the table alone."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
@@ -14,3 +49,33 @@ class Embed(nn.Module):
 
     def forward(self, token: Tensor) -> Tensor:
         return self.embed(token)
+
+
+def prompt_length(max_prefill: int) -> tuple[Dim | None, int]:
+    """The number of tokens of a chunk as a dynamic size, None where it is 1, and the one that is
+    traced."""
+    length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
+    return length, min(TRACED_LENGTH, max_prefill)
+
+
+def prompt_chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
+    """Prefill's example inputs and their dynamic shapes."""
+    length, traced = prompt_length(max_prefill)
+    example = integers(1, traced), torch.arange(traced)
+    shapes = [{1: length}, {0: length}]
+    if batch > 1:
+        example, shapes = (*example, integers(1)), [*shapes, None]
+    return example, shapes if length is not None else None
+
+
+def integers(*shape: int) -> Tensor:
+    """int64 zeros."""
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def processor(device: torch.device) -> str:
+    """What compiled code needs of a device: "sm_90" of a GPU, "AVX512" of a CPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return torch.backends.cpu.get_cpu_capability()

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-from tokenloop.export.checkpoint.checkpoint import Checkpoint, read_config
+from tokenloop.export.checkpoint import Checkpoint, read_config
 
 
 def open_config(path: Path) -> Checkpoint:

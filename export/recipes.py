@@ -28,12 +28,12 @@ RECIPES: dict[str, Recipe | None] = {
     "8da4w": Recipe(bits=4, group_size=32, head_bits=4, int8=("v_proj", "o_proj", "down_proj")),
 }
 
-# What --quant takes with each --backend, the default first.
+# What --quant takes with each --backend, both with the default first.
 FOR_BACKEND = {
     "xnnpack": ("8da8w", "8da4w", "fp32"),
+    "inductor": ("fp32", "bf16", "int8", "int4"),
     "portable": ("fp32",),
     "cuda": ("bf16", "fp32"),
-    "inductor": ("fp32", "bf16", "int8", "int4"),
 }
 # Of --backend inductor: the bits of the layers' weights where they are integers.
 INTEGER_BITS = {"fp32": 0, "bf16": 0, "int8": 8, "int4": 4}

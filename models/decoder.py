@@ -1,28 +1,120 @@
-"""The way of a token through a network, and the methods that are exported.
+"""The contract of a decoder's blocks, and the methods that are exported.
 
-Embedding, blocks, KV caches, logits: it does not know how it is exported or driven, nor how a
-token is chosen. Shapes: B rows, T tokens, D hidden size, V vocabulary.
+A block is described here once, and exporters read what it declares. This module does not know how a
+network is exported or driven, nor how a token is chosen. Shapes: B rows, T tokens, D hidden size,
+V vocabulary.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tokenloop.models.layers import RotaryEmbedding, rounded
 
+# What checkpoints call a block's norms, by role: those before its mixer and its feed-forward, and
+# in the second layout those of what the two give, each before it is added.
+PRE_NORMS = {"mixer": "input_layernorm", "mlp": "post_attention_layernorm"}
+SANDWICH_NORMS = {
+    "mixer": "input_layernorm",
+    "mixer_branch": "post_attention_layernorm",
+    "mlp": "pre_feedforward_layernorm",
+    "mlp_branch": "post_feedforward_layernorm",
+}
 
-class Backbone(nn.Module):
-    """Embedding, blocks and final norm; `rope` has an entry for each kind of layer, and embeddings
-    are multiplied by `embed_scale`.
 
-    A block has `project`, which gives what the KV cache of its self_attn takes, and `finish`.
+class Mixer(Protocol):
+    """What mixes tokens: models.layers.Attention, or models.delta_net.GatedDeltaNet.
+
+    `name` is what a checkpoint calls it in a block. `layer_type` is a Hugging Face config's:
+    full_attention, sliding_attention or linear_attention. `cache` is its state, buffers that are
+    updated in place. `projections` are the names of the linear layers that read the block's input,
+    in the order in which their rows can lie together; `output` is the name of the one that gives
+    the branch.
+    """
+
+    name: str
+    layer_type: str
+    cache: nn.Module
+    projections: tuple[str, ...]
+    output: str
+
+    def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What `prefill` and `decode` take before the positions, and gates or None, of x [B, T, D];
+        `rope` has cos and sin by layer type."""
+
+    def prefill(self, *inputs_positions_and_row: Tensor | None) -> Tensor:
+        """[1, T, ...] of a chunk of one row, at positions int64 [T], row int64 [1] or None."""
+
+    def decode(self, *inputs_and_position: Tensor) -> Tensor:
+        """[B, 1, ...] of a step of all rows, at position int64 [B]."""
+
+    def combine(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """The branch [B, T, D] of what `prefill` or `decode` gave."""
+
+
+class Block(nn.Module):
+    """x + mixer_branch_norm(mixer(mixer_norm(x))), and of that
+    x + mlp_branch_norm(mlp(mlp_norm(x))), times layer_scalar.
+
+    A branch norm, and `layer_scalar` [1], are None where a block has none. `mlp` is a
+    models.layers.MLP or a models.moe.SparseMoe: it declares `moe`, the config of its routed
+    experts or None, and `dense`, the MLP that every token has or None.
     """
 
     def __init__(
         self,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        norm: Callable[[], nn.Module],
+        norms: Mapping[str, str] = PRE_NORMS,
+        scaled: bool = False,
+    ):
+        """`mixer` is a Mixer. `norm` makes each of `norms`."""
+        super().__init__()
+        self._mixer, self._norms = mixer.name, dict(norms)
+        self.add_module(mixer.name, mixer)
+        self.mlp = mlp
+        for name in norms.values():
+            self.add_module(name, norm())
+        # A buffer in transformers; a parameter here, because checkpoints fill parameters.
+        self.layer_scalar = nn.Parameter(torch.empty(1)) if scaled else None
+
+    @property
+    def mixer(self) -> Any:
+        """The Mixer, under whatever name."""
+        return self.get_submodule(self._mixer)
+
+    def norm(self, role: str) -> nn.Module | None:
+        """The norm of a role (a key of SANDWICH_NORMS), or None."""
+        return self.get_submodule(self._norms[role]) if role in self._norms else None
+
+    def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """All of the block before its state is used: what `Mixer.project` gives."""
+        return self.mixer.project(self.norm("mixer")(x), rope)
+
+    def add_mixed(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """x [B, T, D] plus the mixer's branch."""
+        branch, norm = self.mixer.combine(mixed, gate), self.norm("mixer_branch")
+        return x + (branch if norm is None else norm(branch))
+
+    def finish(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
+        """All of the block after its state was used: x [B, T, D] plus both branches, scaled."""
+        x = self.add_mixed(x, mixed, gate)
+        branch, norm = self.mlp(self.norm("mlp")(x)), self.norm("mlp_branch")
+        x = x + (branch if norm is None else norm(branch))
+        return x if self.layer_scalar is None else x * self.layer_scalar
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm; `rope` has an entry for each type of layer that rotates,
+    and embeddings are multiplied by `embed_scale`."""
+
+    def __init__(
+        self,
         embed_tokens: nn.Embedding,
-        layers: Iterable[nn.Module],
+        layers: Iterable[Block],
         norm: nn.Module,
         rope: dict[str, RotaryEmbedding],
         embed_scale: float = 1.0,
@@ -43,26 +135,25 @@ class Backbone(nn.Module):
         return x * rounded(self.embed_scale, x.dtype)
 
     def rotations(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each kind of layer cos and sin [T, 1, head_dim] at positions int64 [T]."""
-        return {kind: rope(positions) for kind, rope in self.rope.items()}
+        """For each type of layer cos and sin [T, 1, rotary_dim] at positions int64 [T]."""
+        return {layer_type: rope(positions) for layer_type, rope in self.rope.items()}
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None) -> Tensor:
         """Hidden states [1, T, D] of a chunk: tokens int64 [1, T] at positions int64 [T]."""
         x, rope = self.embed(tokens), self.rotations(positions)
         for layer in self.layers:
-            cache, scale = layer.self_attn.cache, layer.self_attn.scale
-            attended = cache.prefill(*layer.project(x, rope), positions, scale, row)
-            x = layer.finish(x, attended)
+            inputs, gate = layer.project(x, rope)
+            x = layer.finish(x, layer.mixer.prefill(*inputs, positions, row), gate)
         return x
 
     def decode(self, x: Tensor, position: Tensor) -> Tensor:
         """Hidden states [B, 1, D] of a step: embeddings x [B, 1, D] at position int64 [B]."""
         rope = self.rotations(position)
         # Rows, not tokens, are at positions of their own.
-        rope = {kind: (cos[:, None], sin[:, None]) for kind, (cos, sin) in rope.items()}
+        rope = {name: (cos[:, None], sin[:, None]) for name, (cos, sin) in rope.items()}
         for layer in self.layers:
-            cache, scale = layer.self_attn.cache, layer.self_attn.scale
-            x = layer.finish(x, cache.decode(*layer.project(x, rope), position, scale))
+            inputs, gate = layer.project(x, rope)
+            x = layer.finish(x, layer.mixer.decode(*inputs, position), gate)
         return x
 
 
@@ -70,7 +161,8 @@ class CausalLM(nn.Module):
     """A text model of `batch` rows whose caches reach max_seq_len positions.
 
     A prefill chunk holds at most `max_chunk` tokens, which an exporter may limit, and could hold
-    `longest_chunk`. A head that is `tied` shares the embedding's weight.
+    `longest_chunk`. A head that is `tied` shares the embedding's weight. Logits are soft-capped,
+    tanh(x / soft_cap) * soft_cap, where soft_cap is not None.
     """
 
     def __init__(
@@ -81,23 +173,30 @@ class CausalLM(nn.Module):
         batch: int,
         max_chunk: int,
         tied: bool,
+        soft_cap: float | None = None,
     ):
         super().__init__()
-        self.config = config
+        self.config, self.soft_cap = config, soft_cap
         self.batch, self.max_seq_len = batch, max_seq_len
-        self.max_chunk = self.longest_chunk = max_chunk
+        self.longest_chunk = max_chunk
         self.model = model
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if tied:
             self.lm_head.weight = model.embed_tokens.weight
+        self.limit_chunks(max_chunk)
 
     def limit_chunks(self, tokens: int) -> None:
         """Have no prefill chunk be longer than so many tokens."""
-        self.max_chunk = min(self.max_chunk, tokens)
+        self.max_chunk = min(self.longest_chunk, tokens)
+        for layer in self.model.layers:
+            layer.mixer.max_chunk = self.max_chunk
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [B, V] of hidden states [B, 1, D] before the final norm."""
-        return self.lm_head(self.model.norm(hidden)).float()[:, 0]
+        logits = self.lm_head(self.model.norm(hidden)).float()[:, 0]
+        if self.soft_cap is None:
+            return logits
+        return torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
         """Logits [1, V] after the last of tokens int64 [1, T] at positions int64 [T] of one row,

@@ -12,8 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models import operators
+from tokenloop.models.kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from tokenloop.models.kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_update
 from tokenloop.models.layers import normalize
+
+PROJECTIONS = "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"
+FUSED_PROJECTIONS = "in_proj_qkvz", "in_proj_ba"
 
 
 @dataclass(frozen=True)
@@ -65,26 +69,24 @@ class DeltaNetCache(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """A gated delta net. A row begins anew at position 0: what it remembered is not looked at.
+    """A gated delta net: a Mixer. A row begins anew at position 0, whatever it remembered.
 
-    `max_chunk` bounds the tokens of a prefill that is exported.
+    It declares beside what a Mixer does: `key_heads`, `key_size`, `value_heads`, `value_size`;
+    `parts`, the convolution's channels that are queries, keys and values; `conv1d`, `A_log`,
+    `dt_bias` and `norm`. `max_chunk` bounds the tokens of a prefill that is exported.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        config: DeltaNetConfig,
-        eps: float,
-        cache: DeltaNetCache,
-        max_chunk: int,
-    ):
+    name, layer_type, output = "linear_attn", "linear_attention", "out_proj"
+
+    def __init__(self, hidden_size: int, config: DeltaNetConfig, eps: float, cache: DeltaNetCache):
         super().__init__()
-        self.max_chunk, self.parts, self.fused = max_chunk, config.parts, config.fused_projections
+        self.parts, self.fused, self.max_chunk = config.parts, config.fused_projections, None
         self.key_heads, self.key_size = config.linear_num_key_heads, config.linear_key_head_dim
         self.value_heads = config.linear_num_value_heads
         self.value_size = config.linear_value_head_dim
         channels, value_dim, size = sum(self.parts), self.parts[-1], hidden_size
         width = config.linear_conv_kernel_dim
+        self.projections = FUSED_PROJECTIONS if self.fused else PROJECTIONS
         if self.fused:
             self.in_proj_qkvz = nn.Linear(size, channels + value_dim, bias=False)
             self.in_proj_ba = nn.Linear(size, 2 * self.value_heads, bias=False)
@@ -100,9 +102,9 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(value_dim, size, bias=False)
         self.cache = cache
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor]:
         """(inputs of the convolution [B, T, channels], a and b [B, T, H]), and gates
-        [B, T, H, V]; positions do not matter here."""
+        [B, T, H, V]; nothing is rotated."""
         heads = self.value_heads, self.value_size
         if not self.fused:
             z = self.in_proj_z(x).unflatten(-1, heads)
@@ -123,24 +125,24 @@ class GatedDeltaNet(nn.Module):
         row = None if row is None else row.int()
         ends = torch.arange(2, dtype=torch.int32, device=qkv.device) * qkv.shape[1]
         weight = self.conv1d.weight[:, 0]
-        mixed = operators.causal_conv1d(
-            qkv[0].T, weight, None, ends, cache.conv, row, started, "silu"
-        ).T[None]
+        mixed = causal_conv1d(qkv[0].T, weight, None, ends, cache.conv, row, started, "silu").T[
+            None
+        ]
         gates = a, b, self.A_log, self.dt_bias
-        return operators.gated_delta_rule(
+        return gated_delta_rule(
             *self.split(mixed), *gates, cache.recurrent, row, started, self.max_chunk
         )
 
     def decode(self, qkv: Tensor, a: Tensor, b: Tensor, position: Tensor) -> Tensor:
         """[B, 1, H, V] of a step of all rows."""
         cache, started = self.cache, position > 0
-        mixed = operators.causal_conv1d_update(
+        mixed = causal_conv1d_update(
             qkv[:, 0], self.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"
         )
         gates = a[:, 0], b[:, 0], self.A_log, self.dt_bias
-        return operators.gated_delta_rule_update(
-            *self.split(mixed), *gates, cache.recurrent, None, started
-        )[:, None]
+        return gated_delta_rule_update(*self.split(mixed), *gates, cache.recurrent, None, started)[
+            :, None
+        ]
 
     def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys [..., G, K] and values [..., H, V] of [..., channels]."""

@@ -6,10 +6,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from tokenloop.models import gemma, layers
-from tokenloop.models.layers import RopeConfig, RotaryEmbedding, kv_cache
+from tokenloop.models import config as configs
+from tokenloop.models.decoder import SANDWICH_NORMS, Backbone, Block, CausalLM
+from tokenloop.models.layers import MLP, Attention, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
 
 MODEL_TYPES = ("gemma3_text",)
+SLIDING, FULL = "sliding_attention", "full_attention"
 # transformers' Gemma3TextConfig; the 4B's config.json says nothing of what equals these.
 DEFAULTS = {
     "vocab_size": 262_208,
@@ -24,6 +26,15 @@ DEFAULTS = {
     "sliding_window": 4096,
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
+}
+# Fields of which one value is implemented.
+ONLY = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attention_bias": False,
+    "use_bidirectional_attention": False,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
 }
 
 
@@ -51,34 +62,15 @@ class Gemma3Config:
         Raises ValueError naming the field when the config lacks one or asks for something that
         is not implemented.
         """
-        config = DEFAULTS | config
-        for key in ("attn_logit_softcapping", "final_logit_softcapping", "attention_bias"):
-            if config.get(key):
-                raise ValueError(f"{key} = {config[key]} is not supported by models/gemma3.py")
-        if config.get("use_bidirectional_attention"):
-            raise ValueError("use_bidirectional_attention = true is not a text generator")
-        if not config["tie_word_embeddings"]:
-            raise ValueError("tie_word_embeddings = false: only a head tied to the embedding")
-        if config["hidden_activation"] != "gelu_pytorch_tanh":
-            raise ValueError(
-                f"hidden_activation = {config['hidden_activation']!r}: only gelu_pytorch_tanh"
-            )
         plain = [field.name for field in fields(cls) if field.name not in ("layer_types", "rope")]
-        missing = [key for key in (*plain, "num_hidden_layers") if config.get(key) is None]
-        if missing:
-            raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-        shape = {key: config[key] for key in plain}
-        if shape["num_attention_heads"] % shape["num_key_value_heads"]:
-            raise ValueError(
-                f"num_attention_heads = {shape['num_attention_heads']} is not a multiple of "
-                f"num_key_value_heads = {shape['num_key_value_heads']}"
-            )
-        return cls(**shape, layer_types=_layer_types(config), rope=_rope(config))
-
-
-def _layer_types(config: dict) -> tuple[str, ...]:
-    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    return gemma.layer_types(config, pattern)
+        needed = *plain, "num_hidden_layers", "tie_word_embeddings"
+        config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
+        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        return cls(
+            **{key: config[key] for key in plain},
+            layer_types=configs.layer_types(config, SLIDING, pattern),
+            rope=_rope(config),
+        )
 
 
 def _rope(config: dict) -> dict[str, RopeConfig]:
@@ -87,51 +79,35 @@ def _rope(config: dict) -> dict[str, RopeConfig]:
         raise ValueError("rope_parameters must have an entry for each kind of layer")
     full = {"rope_theta": config["rope_theta"]}
     full |= config.get("rope_scaling") or {}
-    full |= nested.get("full_attention") or {}
-    sliding = {"rope_theta": config["rope_local_base_freq"]}
-    sliding |= nested.get("sliding_attention") or {}
-    rope = {}
-    for kind, entry in (("full_attention", full), ("sliding_attention", sliding)):
-        scaling = entry.get("rope_type", entry.get("type", "default"))
-        if scaling not in ("default", "linear"):
-            raise ValueError(f"rope_type = {scaling!r} is not supported: default or linear")
-        if scaling == "linear" and not entry.get("factor"):
-            raise ValueError(f"rope_type = 'linear' of {kind} lacks its factor")
-        factor = entry["factor"] if scaling == "linear" else 1.0
-        rope[kind] = RopeConfig(theta=entry["rope_theta"], factor=factor)
-    return rope
+    full |= nested.get(FULL) or {}
+    sliding = {"rope_theta": config["rope_local_base_freq"]} | (nested.get(SLIDING) or {})
+    return {
+        name: configs.rope(entry, of=name) for name, entry in ((FULL, full), (SLIDING, sliding))
+    }
+
+
+def text_name(name: str, other_parts: tuple[str, ...]) -> str | None:
+    """A checkpoint's tensor name as the text model's parameter name; None for what is left out.
+
+    Multimodal checkpoints hold the text model under a prefix beside `other_parts`.
+    """
+    if any(f"{part}." in name for part in other_parts):
+        return None
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")
 
 
 def checkpoint_name(name: str) -> str | None:
     """A checkpoint's tensor name as this model's parameter name; None for what is left out."""
-    return gemma.text_name(name, ("vision_tower", "multi_modal_projector"))
+    return text_name(name, ("vision_tower", "multi_modal_projector"))
 
 
-class RMSNorm(layers.RMSNorm):
-    """The published weights are what is added to one."""
-
-    offset = 1.0
-
-
-class Attention(layers.Attention):
-    """Grouped-query attention with normalised queries and keys, over its own KV cache."""
-
-    def __init__(
-        self, config: Gemma3Config, kind: str, batch: int, max_seq_len: int, dtype: torch.dtype
-    ):
-        c = config
-        shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
-        cache = kv_cache(kind, c.sliding_window, *shape, dtype)
-        super().__init__(kind, c.hidden_size, c.num_attention_heads, cache)
-        self.scale = c.query_pre_attn_scalar**-0.5
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-
-
-class Gemma3(gemma.Gemma):
+class Gemma3(CausalLM):
     """A Gemma 3 text model of `batch` rows whose caches, of `dtype`, reach max_seq_len positions.
 
-    A prefill chunk holds at most `max_chunk` tokens.
+    A prefill chunk is no longer than the sliding window, and the head is tied.
     """
 
     def __init__(
@@ -141,21 +117,30 @@ class Gemma3(gemma.Gemma):
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
-        model = gemma.Backbone(
-            nn.Embedding(config.vocab_size, config.hidden_size),
-            [
-                gemma.Block(
-                    Attention(config, kind, batch, max_seq_len, dtype),
-                    gemma.MLP(config.hidden_size, config.intermediate_size),
-                    norm,
-                )
-                for kind in config.layer_types
-            ],
-            norm(),
-            {kind: RotaryEmbedding(rope, config.head_dim) for kind, rope in config.rope.items()},
+        c = config
+        # The published weights are what is added to one.
+        norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=1.0)
+        shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
+
+        def block(layer_type: str) -> Block:
+            cache = kv_cache(layer_type, c.sliding_window, *shape, dtype)
+            scale, heads = c.query_pre_attn_scalar**-0.5, c.num_attention_heads
+            return Block(
+                Attention(layer_type, c.hidden_size, heads, cache, scale, norm=norm),
+                MLP(c.hidden_size, c.intermediate_size, "gelu_tanh"),
+                partial(norm, c.hidden_size),
+                SANDWICH_NORMS,
+            )
+
+        model = Backbone(
+            nn.Embedding(c.vocab_size, c.hidden_size),
+            [block(layer_type) for layer_type in c.layer_types],
+            norm(c.hidden_size),
+            {name: RotaryEmbedding(rope, c.head_dim) for name, rope in c.rope.items()},
+            c.hidden_size**0.5,
         )
-        super().__init__(config, model, max_seq_len, batch)
+        max_chunk = min(c.sliding_window, max_seq_len)
+        super().__init__(c, model, max_seq_len, batch, max_chunk, tied=True)
 
 
 Network, Config = Gemma3, Gemma3Config

@@ -9,16 +9,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokenloop.models import gemma, layers
+from tokenloop.models import config as configs
+from tokenloop.models.decoder import SANDWICH_NORMS, Backbone, Block, CausalLM
+from tokenloop.models.gemma3 import FULL, SLIDING, text_name
 from tokenloop.models.layers import (
+    MLP,
+    Attention,
     RMSNorm,
     RopeConfig,
     RotaryEmbedding,
+    ValueNorm,
     kv_cache,
-    normalize,
-    rotate,
 )
 
 MODEL_TYPES = ("gemma4_text",)
@@ -56,14 +59,17 @@ ROPE_PARAMETERS = {
         "partial_rotary_factor": 0.25,
     },
 }
-# What the E2B and E4B (per-layer inputs, shared keys and values) and the 26B-A4B (experts) have.
-UNSUPPORTED = (
-    "attention_bias",
-    "hidden_size_per_layer_input",
-    "num_kv_shared_layers",
-    "enable_moe_block",
-    "use_double_wide_mlp",
-)
+# Fields of which one value is implemented. The E2B and E4B have per-layer inputs, and shared keys
+# and values; the 26B-A4B has experts.
+ONLY = {
+    "attention_bias": False,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "enable_moe_block": False,
+    "use_double_wide_mlp": False,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -98,32 +104,20 @@ class Gemma4Config:
         Raises ValueError naming the field when the config asks for something that is not
         implemented, or sets a size to null.
         """
-        config = DEFAULTS | config
-        for key in UNSUPPORTED:
-            if config[key]:
-                raise ValueError(f"{key} = {config[key]} is not supported by models/gemma4.py")
         # "vision" concerns image tokens only.
-        if config["use_bidirectional_attention"] not in (None, "vision"):
-            raise ValueError(
-                f"use_bidirectional_attention = {config['use_bidirectional_attention']!r} is not "
-                "a text generator"
-            )
-        if not config["tie_word_embeddings"]:
-            raise ValueError("tie_word_embeddings = false: only a head tied to the embedding")
-        if config["hidden_activation"] != "gelu_pytorch_tanh":
-            raise ValueError(
-                f"hidden_activation = {config['hidden_activation']!r}: only gelu_pytorch_tanh"
-            )
-        if config["final_logit_softcapping"] == 0:
-            raise ValueError("final_logit_softcapping = 0 leaves no logits; null is no cap")
+        if config.get("use_bidirectional_attention") == "vision":
+            config = config | {"use_bidirectional_attention": None}
         derived = ("final_logit_softcapping", "layer_types", "attention")
         plain = [field.name for field in fields(cls) if field.name not in derived]
-        sizes = (*plain, "num_hidden_layers", "num_key_value_heads", "head_dim")
-        missing = [key for key in sizes if config[key] is None]
-        if missing:
-            raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
+        sizes = "num_hidden_layers", "num_key_value_heads", "head_dim", "tie_word_embeddings"
+        only = ONLY | {"use_bidirectional_attention": None}
+        config = configs.read(
+            config, defaults=DEFAULTS, only=only, needed=(*plain, *sizes), multiples=()
+        )
+        if config["final_logit_softcapping"] == 0:
+            raise ValueError("final_logit_softcapping = 0 leaves no logits; null is no cap")
         # The last layer is full whatever the list says.
-        layer_types = (*gemma.layer_types(config)[:-1], "full_attention")
+        layer_types = (*configs.layer_types(config, SLIDING, 6)[:-1], FULL)
         return cls(
             **{key: config[key] for key in plain},
             final_logit_softcapping=config["final_logit_softcapping"],
@@ -180,83 +174,18 @@ def _rope(config: dict[str, Any], kind: str) -> RopeConfig:
     parameters = config["rope_parameters"] or ROPE_PARAMETERS
     if "rope_theta" not in (parameters.get(kind) or {}):
         raise ValueError(f"rope_parameters lacks rope_theta of {kind}")
-    entry = parameters[kind]
-    rope_type = entry.get("rope_type", "default")
-    if rope_type == "default":
-        return RopeConfig(entry["rope_theta"])
-    if rope_type != "proportional":
-        raise ValueError(f"rope_type = {rope_type!r} is not supported: default or proportional")
-    return RopeConfig(
-        entry["rope_theta"], entry.get("factor", 1.0), entry.get("partial_rotary_factor", 1.0)
-    )
+    return configs.rope(parameters[kind], ("default", "proportional"), kind)
 
 
 def checkpoint_name(name: str) -> str | None:
     """A checkpoint's tensor name as this model's parameter name; None for what is left out."""
-    return gemma.text_name(name, ("vision_tower", "embed_vision", "audio_tower", "embed_audio"))
+    return text_name(name, ("vision_tower", "embed_vision", "audio_tower", "embed_audio"))
 
 
-class Attention(layers.Attention):
-    """Grouped-query attention with normalised queries, keys and values, over its own KV cache."""
-
-    # The norms' weights hold it.
-    scale = 1.0
-
-    def __init__(
-        self, config: Gemma4Config, kind: str, batch: int, max_seq_len: int, dtype: torch.dtype
-    ):
-        own, eps = config.attention[kind], config.rms_norm_eps
-        shape = batch, max_seq_len, own.num_key_value_heads, own.head_dim
-        cache = kv_cache(kind, config.sliding_window, *shape, dtype)
-        heads = config.num_attention_heads
-        super().__init__(kind, config.hidden_size, heads, cache, not own.keys_are_values)
-        self.keys_are_values = own.keys_are_values
-        self.q_norm = RMSNorm(own.head_dim, eps)
-        self.k_norm = RMSNorm(own.head_dim, eps)
-        self.v_norm = ValueNorm(eps)
-
-    def project(self, x: Tensor, rope: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, head_dim], keys and values [B, T, K, head_dim] of x [B, T, D]."""
-        q, k = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
-        v = k if self.keys_are_values else self.heads(self.v_proj(x))
-        q, k = rotate(self.q_norm(q), rope[self.kind]), rotate(self.k_norm(k), rope[self.kind])
-        return q, k, self.v_norm(v)
-
-
-class ValueNorm(nn.Module):
-    """x / rms(x) over the last axis, in float32 (arXiv:1910.07467): a norm without weights."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normalize(x, self.eps).to(x.dtype)
-
-
-class Block(gemma.Block):
-    """A block whose result is multiplied by a number of its own."""
-
-    def __init__(
-        self, config: Gemma4Config, kind: str, batch: int, max_seq_len: int, dtype: torch.dtype
-    ):
-        super().__init__(
-            Attention(config, kind, batch, max_seq_len, dtype),
-            gemma.MLP(config.hidden_size, config.intermediate_size),
-            partial(RMSNorm, config.hidden_size, config.rms_norm_eps),
-        )
-        # A buffer in transformers; a parameter here, because checkpoints fill parameters.
-        self.layer_scalar = nn.Parameter(torch.empty(1))
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """All of the block after the attention: x [B, T, D] plus both residual branches, scaled."""
-        return super().finish(x, attended) * self.layer_scalar
-
-
-class Gemma4(gemma.Gemma):
+class Gemma4(CausalLM):
     """A Gemma 4 text model of `batch` rows whose caches, of `dtype`, reach max_seq_len positions.
 
-    A prefill chunk holds at most `max_chunk` tokens.
+    A prefill chunk is no longer than the sliding window, and the head is tied.
     """
 
     def __init__(
@@ -266,21 +195,42 @@ class Gemma4(gemma.Gemma):
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
-        model = gemma.Backbone(
-            nn.Embedding(config.vocab_size, config.hidden_size),
-            [Block(config, kind, batch, max_seq_len, dtype) for kind in config.layer_types],
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            {
-                kind: RotaryEmbedding(own.rope, own.head_dim)
-                for kind, own in config.attention.items()
-            },
-        )
-        super().__init__(config, model, max_seq_len, batch)
+        c = config
+        norm = partial(RMSNorm, eps=c.rms_norm_eps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [B, V] of hidden states [B, 1, D] before the final norm, soft-capped."""
-        logits, cap = super().logits(hidden), self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        def block(layer_type: str) -> Block:
+            own = c.attention[layer_type]
+            shape = batch, max_seq_len, own.num_key_value_heads, own.head_dim
+            attention = Attention(
+                layer_type,
+                c.hidden_size,
+                c.num_attention_heads,
+                kv_cache(layer_type, c.sliding_window, *shape, dtype),
+                # The norms' weights hold it.
+                scale=1.0,
+                norm=norm,
+                v_norm=ValueNorm(c.rms_norm_eps),
+                keys_are_values=own.keys_are_values,
+            )
+            mlp = MLP(c.hidden_size, c.intermediate_size, "gelu_tanh")
+            return Block(attention, mlp, partial(norm, c.hidden_size), SANDWICH_NORMS, scaled=True)
+
+        model = Backbone(
+            nn.Embedding(c.vocab_size, c.hidden_size),
+            [block(layer_type) for layer_type in c.layer_types],
+            norm(c.hidden_size),
+            {name: RotaryEmbedding(own.rope, own.head_dim) for name, own in c.attention.items()},
+            c.hidden_size**0.5,
+        )
+        super().__init__(
+            c,
+            model,
+            max_seq_len,
+            batch,
+            max_chunk=min(c.sliding_window, max_seq_len),
+            tied=True,
+            soft_cap=c.final_logit_softcapping,
+        )
 
 
 Network, Config = Gemma4, Gemma4Config

@@ -4,7 +4,9 @@ Shapes: B rows, T tokens, D hidden size, H query heads, K key/value heads.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,10 +16,12 @@ from torch import Tensor, nn
 from tokenloop.models.cache import FullCache, KVCache, SlidingCache
 
 
-class Piece(NamedTuple):
-    """Where a checkpoint's tensor goes that is only a piece of the parameter `name`: into the part
-    number `part` of `parts` equal ones along the last axis but one, of all that is stacked in the
-    parameter or of entry `entry` alone."""
+class Shard(NamedTuple):
+    """A shard of the parameter `name`: where a tensor goes that is not the whole of it.
+
+    The parameter's last axis but one has `parts` equal parts, and the shard is number `part`. It
+    is of entry `entry` of the first axis, or of all entries where `entry` is None.
+    """
 
     name: str
     part: int
@@ -33,26 +37,61 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of one kind of layer.
+class Llama3Scaling:
+    """Llama 3.1's scaling of rotary frequencies, by a Hugging Face config's names.
 
-    `factor` divides positions (linear scaling); only the share `partial` of the pairs turns.
+    The source is transformers' modeling_rope_utils.py. Wavelengths above
+    original_max_position_embeddings / low_freq_factor are `factor` times as long, those below
+    original_max_position_embeddings / high_freq_factor stay, and between the two a line leads.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __call__(self, inv_freq: Tensor) -> Tensor:
+        """The scaled frequencies float32 [N] of inv_freq float32 [N]."""
+        length, low, high = (
+            self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor,
+        )  # fmt: skip
+        wavelength = 2 * math.pi / inv_freq
+        is_long, is_short = wavelength > length / low, wavelength < length / high
+        scaled = torch.where(is_long, inv_freq / self.factor, inv_freq)
+        share = (length / wavelength - low) / (high - low)
+        between = (1 - share) * scaled / self.factor + share * scaled
+        return torch.where(is_long | is_short, scaled, between)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of one type of layer.
+
+    `factor` divides positions (linear scaling). Only the share `partial` of the pairs rotates.
+    `llama3` scales frequencies by their wavelength; `factors` divide them one by one.
     """
 
     theta: float
     factor: float = 1.0
     partial: float = 1.0
+    llama3: Llama3Scaling | None = None
+    factors: tuple[float, ...] | None = None
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of rotary angles (arXiv:2104.09864), each [T, 1, head_dim] for positions [T]."""
+    """cos and sin of rotary angles (arXiv:2104.09864), each [T, 1, dim] for positions [T]."""
 
-    def __init__(self, rope: RopeConfig, head_dim: int):
+    def __init__(self, rope: RopeConfig, dim: int):
         super().__init__()
-        turning = int(rope.partial * head_dim // 2)
-        frequency = rope.theta ** (torch.arange(0, 2 * turning, 2, device="cpu") / head_dim)
+        rotated = int(rope.partial * dim // 2)
+        frequency = rope.theta ** (torch.arange(0, 2 * rotated, 2, device="cpu") / dim)
+        inv_freq = 1.0 / frequency / rope.factor
+        if rope.llama3 is not None:
+            inv_freq = rope.llama3(inv_freq)
+        if rope.factors is not None:
+            inv_freq = inv_freq / torch.tensor(rope.factors, device="cpu")
         # The other pairs keep the angle 0.
-        inv_freq = F.pad(1.0 / frequency / rope.factor, (0, head_dim // 2 - turning))
+        inv_freq = F.pad(inv_freq, (0, dim // 2 - rotated))
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,12 +100,16 @@ class RotaryEmbedding(nn.Module):
         return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs (i, i + D/2) of x [B, T, H, D] by the angles whose cos and sin are given."""
+def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate pairs (i, i + R/2) of the first R elements of each head of x [B, T, H, D] by the
+    angles whose cos and sin [..., R] are given; the other elements stay (partial rotary)."""
     cos, sin = rope
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    size = cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat([apply_rotary(x[..., :size], rope), x[..., size:]], -1)
+    half = size // 2
+    swapped = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * cos.to(x.dtype) + swapped * sin.to(x.dtype)
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:
@@ -78,15 +121,24 @@ def normalize(x: Tensor, eps: float) -> Tensor:
 class RMSNorm(nn.Module):
     """normalize(x) * (offset + weight) over the last axis, in float32."""
 
-    offset = 0.0
-
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
         return (normalize(x, self.eps) * (self.offset + self.weight.float())).to(x.dtype)
+
+
+class ValueNorm(nn.Module):
+    """normalize(x) over the last axis, in float32: a norm without weights."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normalize(x, self.eps).to(x.dtype)
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
@@ -98,7 +150,7 @@ def rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def kv_cache(
-    kind: str,
+    layer_type: str,
     window: int,
     batch: int,
     max_seq_len: int,
@@ -106,9 +158,9 @@ def kv_cache(
     head_dim: int,
     dtype: torch.dtype,
 ) -> KVCache:
-    """The cache of a layer of a kind: a ring of `window` slots for sliding_attention."""
+    """The cache of a layer of that type: a ring of `window` slots for sliding_attention."""
     # A ring never needs more slots than there are positions.
-    if kind == "sliding_attention":
+    if layer_type == "sliding_attention":
         cache, slots = SlidingCache, min(window, max_seq_len)
     else:
         cache, slots = FullCache, max_seq_len
@@ -118,57 +170,114 @@ def kv_cache(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention's projections and its KV cache, whose shape tells K and head_dim.
+    """Grouped-query attention over a KV cache, whose shape tells K and head_dim: a Mixer.
 
-    `own_values` false: there is no v_proj. `bias`: queries, keys and values have one. Norms of
-    queries and keys are those of the network; without any they are identities.
+    It declares beside what a Mixer does: `heads`, `kv_heads`, `head_dim` and `scale`; `q_norm`,
+    `k_norm` and `v_norm`, modules or None; `keys_are_values`, where there is no v_proj and a value
+    is the key before norm and rotation; `output_gate`, where q_proj gives each head's query and
+    then its gate, whose sigmoid multiplies what the head gives.
     """
+
+    name, output = "self_attn", "o_proj"
 
     def __init__(
         self,
-        kind: str,
+        layer_type: str,
         hidden_size: int,
         heads: int,
         cache: KVCache,
-        own_values: bool = True,
+        scale: float,
+        *,
+        norm: Callable[[int], nn.Module] | None = None,
+        v_norm: nn.Module | None = None,
+        keys_are_values: bool = False,
+        output_gate: bool = False,
         bias: bool = False,
+        output_bias: bool = False,
     ):
+        """`norm` makes the norms of queries and keys, given head_dim. `bias`: queries, keys and
+        values have one; `output_bias`: o_proj has one."""
         super().__init__()
         kv_heads, head_dim = cache.k.shape[2:]
-        self.kind, self.head_dim = kind, head_dim
-        self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
-        if own_values:
-            self.v_proj = nn.Linear(hidden_size, kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.layer_type, self.scale = layer_type, scale
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.keys_are_values, self.output_gate = keys_are_values, output_gate
+        size, kv_size = heads * head_dim, kv_heads * head_dim
+        self.projections = ("q_proj", "k_proj") + ("v_proj",) * (not keys_are_values)
+        self.q_proj = nn.Linear(hidden_size, size * (2 if output_gate else 1), bias=bias)
+        self.k_proj = nn.Linear(hidden_size, kv_size, bias=bias)
+        if not keys_are_values:
+            self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(size, hidden_size, bias=output_bias)
+        self.q_norm = None if norm is None else norm(head_dim)
+        self.k_norm = None if norm is None else norm(head_dim)
+        self.v_norm = v_norm
         self.cache = cache
 
-    def heads(self, projected: Tensor) -> Tensor:
-        """[B, T, H or K, head_dim] of what a projection gave, [B, T, ...]."""
-        return projected.view(
-            projected.shape[0], -1, projected.shape[2] // self.head_dim, self.head_dim
-        )
+    def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """(queries [B, T, H, head_dim], keys and values [B, T, K, head_dim]), and gates like the
+        queries or None, of x [B, T, D]."""
+        gate = None
+        if self.output_gate:
+            q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
+        else:
+            q = self._by_head(self.q_proj(x))
+        k = self._by_head(self.k_proj(x))
+        v = k if self.keys_are_values else self._by_head(self.v_proj(x))
+        q = q if self.q_norm is None else self.q_norm(q)
+        q = apply_rotary(q, rope[self.layer_type])
+        k = k if self.k_norm is None else self.k_norm(k)
+        k = apply_rotary(k, rope[self.layer_type])
+        return (q, k, v if self.v_norm is None else self.v_norm(v)), gate
 
-    def project(self, x: Tensor, rope: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, head_dim], keys and values [B, T, K, head_dim] of x [B, T, D]."""
-        q, k, v = (self.heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(self.q_norm(q), rope[self.kind]), rotate(self.k_norm(k), rope[self.kind]), v
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None
+    ) -> Tensor:
+        """What the heads give of a chunk of one row: [1, T, H, head_dim]."""
+        return self.cache.prefill(q, k, v, positions, self.scale, row)
 
-    def combine(self, attended: Tensor) -> Tensor:
-        """The heads' results [B, T, H, head_dim] brought back to [B, T, D]."""
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """What the heads give of a step of all rows: [B, 1, H, head_dim]."""
+        return self.cache.decode(q, k, v, position, self.scale)
+
+    def combine(self, attended: Tensor, gate: Tensor | None) -> Tensor:
+        """The heads' results [B, T, H, head_dim], gated, brought back to [B, T, D]."""
+        if gate is not None:
+            attended = attended * gate.sigmoid()
         return self.o_proj(attended.reshape(attended.shape[0], -1, self.o_proj.in_features))
+
+    def _by_head(self, projected: Tensor) -> Tensor:
+        count = projected.shape[2] // self.head_dim
+        return projected.view(projected.shape[0], -1, count, self.head_dim)
+
+
+# By the names that kernels know them by.
+ACTIVATIONS = {"gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU}
 
 
 class MLP(nn.Module):
-    """Gated feed-forward (arXiv:2002.05202): down(act(gate(x)) * up(x))."""
+    """Gated feed-forward (arXiv:2002.05202): down(act(gate(x)) * up(x)).
 
-    def __init__(self, hidden_size: int, intermediate_size: int, act: nn.Module):
+    As a block's feed-forward it declares `moe`, the config of its routed experts, which it has
+    none of, and `dense`, the feed-forward that every token has: itself.
+    """
+
+    moe = None
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False
+    ):
+        """`activation` is a key of ACTIVATIONS."""
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act = act
+        self.activation = activation
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act = ACTIVATIONS[activation]()
+
+    @property
+    def dense(self) -> "MLP":
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

@@ -63,19 +63,35 @@ def _gated(gate_up: Tensor) -> Tensor:
 
 
 class SparseMoe(nn.Module):
-    """A feed-forward whose tokens choose their experts: x [B, T, D] -> [B, T, D]."""
+    """A feed-forward whose tokens choose their experts: x [B, T, D] -> [B, T, D].
 
-    def __init__(self, hidden_size: int, config: MoeConfig):
+    With `shared_size` there is one more expert, of that size, which every token has by a weight of
+    its own. As a block's feed-forward it declares `moe`, its routed experts' config, and `dense`,
+    that one expert or None. Its `routers` stay floating point where other layers do not: their
+    scores decide more than they weigh.
+    """
+
+    routers = ("gate", "shared_expert_gate")
+
+    def __init__(self, hidden_size: int, config: MoeConfig, shared_size: int | None = None):
         super().__init__()
-        self.config = config
+        self.moe = config
         self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
         self.experts = Experts(hidden_size, config)
+        if shared_size is not None:
+            self.shared_expert = MLP(hidden_size, shared_size, "silu")
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+        self.is_shared = shared_size is not None
+
+    @property
+    def dense(self) -> MLP | None:
+        return self.shared_expert if self.is_shared else None
 
     def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The experts chosen, int64 [N, k], and their weights [N, k], out of `scores` [N, E]."""
         probabilities = F.softmax(scores, dim=-1, dtype=torch.float32)
-        weights, chosen = torch.topk(probabilities, self.config.num_experts_per_tok, dim=-1)
-        if self.config.norm_topk_prob:
+        weights, chosen = torch.topk(probabilities, self.moe.num_experts_per_tok, dim=-1)
+        if self.moe.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return chosen, weights.to(scores.dtype)
 
@@ -83,21 +99,9 @@ class SparseMoe(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         routed = self.route(self.gate(tokens))
         # Decided by sizes that are known when a method is traced: a step has one token in each row.
-        few = x.shape[1] == 1 and x.shape[0] * self.config.num_experts_per_tok < (
-            self.config.num_experts
-        )
+        few = x.shape[1] == 1 and x.shape[0] * self.moe.num_experts_per_tok < self.moe.num_experts
         run = self.experts if few else self.experts.all
-        return run(tokens, *routed).view(x.shape)
-
-
-class SharedSparseMoe(SparseMoe):
-    """A mixture with one more expert, of `shared_size`, that every token has by a weight of its
-    own."""
-
-    def __init__(self, hidden_size: int, config: MoeConfig, shared_size: int):
-        super().__init__(hidden_size, config)
-        self.shared_expert = MLP(hidden_size, shared_size, nn.SiLU())
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        out = run(tokens, *routed).view(x.shape)
+        if not self.is_shared:
+            return out
+        return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)

@@ -8,17 +8,25 @@ size.
 
 import re
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokenloop.models import layers
-from tokenloop.models.cache import KVCache
-from tokenloop.models.decoder import Backbone, CausalLM
-from tokenloop.models.layers import MLP, Piece, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
+from tokenloop.models import config as configs
+from tokenloop.models.decoder import Backbone, Block, CausalLM
+from tokenloop.models.layers import (
+    MLP,
+    Attention,
+    RMSNorm,
+    RopeConfig,
+    RotaryEmbedding,
+    Shard,
+    kv_cache,
+)
 from tokenloop.models.moe import MoeConfig, SparseMoe
 
-KIND = "full_attention"
+FULL = "full_attention"
 _SHARED_DEFAULTS = {
     "vocab_size": 151_936,
     "num_attention_heads": 32,
@@ -44,8 +52,8 @@ DEFAULTS = {
     },
 }
 MODEL_TYPES = tuple(DEFAULTS)
-# Fields whose other values are refused; a field that is missing has its value here.
-UNSUPPORTED = {
+# Fields of which one value is implemented.
+ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
     "use_sliding_window": False,
@@ -83,45 +91,22 @@ class Qwen3Config:
         Raises ValueError naming the field when the config lacks one or asks for something that
         is not implemented.
         """
-        model_type = config.get("model_type")
-        if model_type not in DEFAULTS:
-            raise ValueError(f"model_type = {model_type!r} is none of {', '.join(DEFAULTS)}")
+        model_type = configs.known_type(config, DEFAULTS)
         config = DEFAULTS[model_type] | config
-        for key, supported in UNSUPPORTED.items():
-            value = config.get(key)
-            if value is not None and value != supported:
-                raise ValueError(f"{key} = {value!r} is not supported: only {supported!r}")
-        if other := set(config.get("layer_types") or ()) - {KIND}:
-            raise ValueError(f"layer_types has {', '.join(sorted(other))}: only {KIND}")
+        if other := set(config.get("layer_types") or ()) - {FULL}:
+            raise ValueError(f"layer_types has {', '.join(sorted(other))}: only {FULL}")
         heads = config["num_attention_heads"]
         if config.get("num_key_value_heads") is None:
             config["num_key_value_heads"] = heads
         if config.get("head_dim") is None and config.get("hidden_size") is not None:
             config["head_dim"] = config["hidden_size"] // heads
         plain = [field.name for field in fields(cls) if field.name not in ("rope", "moe")]
-        missing = [key for key in plain if config.get(key) is None]
-        if missing:
-            raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-        shape = {key: config[key] for key in plain}
-        if heads % shape["num_key_value_heads"]:
-            raise ValueError(
-                f"num_attention_heads = {heads} is not a multiple of "
-                f"num_key_value_heads = {shape['num_key_value_heads']}"
-            )
-        moe = moe_config(config) if model_type == "qwen3_moe" else None
-        return cls(**shape, rope=_rope(config), moe=moe)
-
-
-def _rope(config: dict) -> RopeConfig:
-    entry = {"rope_theta": config["rope_theta"]}
-    entry |= config.get("rope_scaling") or {}
-    entry |= config.get("rope_parameters") or {}
-    scaling = entry.get("rope_type", entry.get("type", "default"))
-    if scaling not in ("default", "linear"):
-        raise ValueError(f"rope_type = {scaling!r} is not supported: default or linear")
-    if scaling == "linear" and not entry.get("factor"):
-        raise ValueError("rope_type = 'linear' lacks its factor")
-    return RopeConfig(entry["rope_theta"], entry["factor"] if scaling == "linear" else 1.0)
+        config = configs.read(config, defaults={}, only=ONLY, needed=plain)
+        return cls(
+            **{key: config[key] for key in plain},
+            rope=configs.rope(configs.rope_entry(config)),
+            moe=moe_config(config) if model_type == "qwen3_moe" else None,
+        )
 
 
 def moe_config(config: dict) -> MoeConfig:
@@ -137,7 +122,7 @@ def moe_config(config: dict) -> MoeConfig:
     return moe
 
 
-def checkpoint_name(name: str) -> str | Piece:
+def checkpoint_name(name: str) -> str | Shard:
     """A checkpoint's tensor name as this model's parameter name, or as a piece of one.
 
     Published mixtures have a tensor for each expert and projection, GGUF files one for each
@@ -152,56 +137,7 @@ def checkpoint_name(name: str) -> str | Piece:
         "up": (1, 2, "gate_up_proj"),
         "down": (0, 1, "down_proj"),
     }[projection]
-    return Piece(f"{experts}.{target}", part, parts, None if entry is None else int(entry))
-
-
-class Attention(layers.Attention):
-    """Grouped-query attention with biases (Qwen2) or with normalised queries and keys (Qwen3)."""
-
-    def __init__(self, config: Qwen3Config, cache: KVCache):
-        biased = config.model_type == "qwen2"
-        heads, size = config.num_attention_heads, config.head_dim
-        super().__init__(KIND, config.hidden_size, heads, cache, bias=biased)
-        self.scale = size**-0.5
-        if not biased:
-            self.q_norm = RMSNorm(size, config.rms_norm_eps)
-            self.k_norm = RMSNorm(size, config.rms_norm_eps)
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each after a norm and added to what was before it."""
-
-    def __init__(self, config: Qwen3Config, cache: KVCache):
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, cache)
-        if config.moe is None:
-            self.mlp = MLP(size, config.intermediate_size, nn.SiLU())
-        else:
-            self.mlp = SparseMoe(size, config.moe)
-        self.input_layernorm = RMSNorm(size, eps)
-        self.post_attention_layernorm = RMSNorm(size, eps)
-
-    def project(self, x: Tensor, rope: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """What the KV cache is given: all of the block before the attention itself."""
-        return self.self_attn.project(self.input_layernorm(x), rope)
-
-    def add_attended(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x [B, T, D] plus what the attention gave: the first residual branch."""
-        return x + self.self_attn.combine(attended)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """All of the block after the attention: x [B, T, D] plus both residual branches."""
-        x = self.add_attended(x, attended)
-        return x + self.mlp(self.mlp_norm(x))
-
-    # What attention and feed-forward give is added as it is.
-    branch_norms = None, None
-
-    @property
-    def mlp_norm(self) -> nn.Module:
-        """The norm before the feed-forward."""
-        return self.post_attention_layernorm
+    return Shard(f"{experts}.{target}", part, parts, None if entry is None else int(entry))
 
 
 class Qwen3(CausalLM):
@@ -217,24 +153,33 @@ class Qwen3(CausalLM):
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
     ):
-        shape = batch, max_seq_len, config.num_key_value_heads, config.head_dim
+        c, is_qwen2 = config, config.model_type == "qwen2"
+        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
+
+        def block() -> Block:
+            attention = Attention(
+                FULL,
+                c.hidden_size,
+                c.num_attention_heads,
+                kv_cache(FULL, max_seq_len, *shape, dtype),
+                c.head_dim**-0.5,
+                norm=None if is_qwen2 else norm,
+                bias=is_qwen2,
+            )
+            if c.moe is None:
+                mlp = MLP(c.hidden_size, c.intermediate_size, "silu")
+            else:
+                mlp = SparseMoe(c.hidden_size, c.moe)
+            return Block(attention, mlp, partial(norm, c.hidden_size))
+
         model = Backbone(
-            nn.Embedding(config.vocab_size, config.hidden_size),
-            [
-                Block(config, kv_cache(KIND, max_seq_len, *shape, dtype))
-                for _ in range(config.num_hidden_layers)
-            ],
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            {KIND: RotaryEmbedding(config.rope, config.head_dim)},
+            nn.Embedding(c.vocab_size, c.hidden_size),
+            [block() for _ in range(c.num_hidden_layers)],
+            norm(c.hidden_size),
+            {FULL: RotaryEmbedding(c.rope, c.head_dim)},
         )
-        super().__init__(
-            config,
-            model,
-            max_seq_len,
-            batch,
-            max_chunk=max_seq_len,
-            tied=config.tie_word_embeddings,
-        )
+        super().__init__(c, model, max_seq_len, batch, max_seq_len, c.tie_word_embeddings)
 
 
 Network, Config = Qwen3, Qwen3Config

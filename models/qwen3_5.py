@@ -6,16 +6,26 @@ is attention with an output gate over a KV cache. Shapes: B rows, T tokens, D hi
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokenloop.models import decoder, layers, qwen3
-from tokenloop.models.cache import KVCache
+from tokenloop.models import config as configs
+from tokenloop.models import qwen3
+from tokenloop.models.decoder import Backbone, Block, CausalLM
 from tokenloop.models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
-from tokenloop.models.layers import MLP, Piece, RopeConfig, RotaryEmbedding, kv_cache, rotate
-from tokenloop.models.moe import MoeConfig, SharedSparseMoe
-from tokenloop.models.operators.conv1d import WIDTHS
+from tokenloop.models.kernels.causal_conv1d.reference import WIDTHS
+from tokenloop.models.layers import (
+    MLP,
+    Attention,
+    RMSNorm,
+    RopeConfig,
+    RotaryEmbedding,
+    Shard,
+    kv_cache,
+)
+from tokenloop.models.moe import MoeConfig, SparseMoe
 
 FULL, LINEAR = "full_attention", "linear_attention"
 _SHARED_DEFAULTS = {
@@ -51,8 +61,8 @@ DEFAULTS = {
     | {"vocab_size": 151_936, "num_experts": 512, "num_experts_per_tok": 10},
 }
 MODEL_TYPES = tuple(DEFAULTS)
-# Fields whose other values are refused; a field that is missing has its value here.
-UNSUPPORTED = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
+# Fields of which one value is implemented.
+ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
 
 
 @dataclass(frozen=True)
@@ -87,40 +97,34 @@ class Qwen3_5Config:
         Raises ValueError naming the field when the config lacks one or asks for something that
         is not implemented.
         """
-        model_type = config.get("model_type")
-        if model_type not in DEFAULTS:
-            raise ValueError(f"model_type = {model_type!r} is none of {', '.join(DEFAULTS)}")
-        config = DEFAULTS[model_type] | config
-        for key, supported in UNSUPPORTED.items():
-            value = config.get(key)
-            if value is not None and value != supported:
-                raise ValueError(f"{key} = {value!r} is not supported: only {supported!r}")
+        model_type = configs.known_type(config, DEFAULTS)
         names = [field.name for field in fields(cls)]
         plain = names[: names.index("layer_types")]
         linear = [field.name for field in fields(DeltaNetConfig) if field.name.startswith("linear")]
-        needed = [*plain, *linear, "num_hidden_layers"]
-        missing = [key for key in needed if config.get(key) is None]
-        if not missing:
-            sparse = _sparse(config)
-            missing = [key for key in _feed_forward_keys(sparse) if config.get(key) is None]
-        if missing:
-            raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
-        for many, few in (
-            ("num_attention_heads", "num_key_value_heads"),
-            ("linear_num_value_heads", "linear_num_key_heads"),
-        ):
-            if config[many] % config[few]:
-                raise ValueError(f"{many} = {config[many]} is no multiple of {few} = {config[few]}")
+        config = configs.read(
+            config,
+            defaults=DEFAULTS[model_type],
+            only=ONLY,
+            needed=(*plain, *linear, "num_hidden_layers"),
+            multiples=(
+                ("num_attention_heads", "num_key_value_heads"),
+                ("linear_num_value_heads", "linear_num_key_heads"),
+            ),
+        )
+        sparse = _sparse(config)
+        needed = _feed_forward_keys(sparse)
+        config = configs.read(config, defaults={}, only={}, needed=needed, multiples=())
         if config["linear_conv_kernel_dim"] not in WIDTHS:
             raise ValueError(
                 f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"
             )
-        rope, partial = _rope(config)
+        # Of text the three axes of Qwen3.5's positions (mrope_section) are one.
+        rope = configs.rope_entry(config)
         return cls(
             **{key: config[key] for key in plain},
-            layer_types=_layer_types(config),
-            rope=rope,
-            rotary_dim=int(config["head_dim"] * partial),
+            layer_types=configs.layer_types(config, LINEAR, config["full_attention_interval"]),
+            rope=configs.rope(rope, ("default",)),
+            rotary_dim=int(config["head_dim"] * rope["partial_rotary_factor"]),
             delta_net=DeltaNetConfig(
                 **{key: config[key] for key in linear}, fused_projections=model_type == "qwen3_next"
             ),
@@ -148,33 +152,7 @@ def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
     return keys
 
 
-def _layer_types(config: dict) -> tuple[str, ...]:
-    count, interval = config["num_hidden_layers"], config["full_attention_interval"]
-    types = config.get("layer_types") or [
-        LINEAR if (i + 1) % interval else FULL for i in range(count)
-    ]
-    unknown = set(types) - {LINEAR, FULL}
-    if unknown or len(types) != count:
-        raise ValueError(
-            f"layer_types has {len(types)} entries for {count} layers"
-            + (f" and unknown kinds {sorted(unknown)}" if unknown else "")
-        )
-    return tuple(types)
-
-
-def _rope(config: dict) -> tuple[RopeConfig, float]:
-    """The rotation, and the share of a head that it turns. Of text the three axes of Qwen3.5's
-    positions (mrope_section) are one."""
-    entry = {key: config[key] for key in ("rope_theta", "partial_rotary_factor")}
-    entry |= config.get("rope_scaling") or {}
-    entry |= config.get("rope_parameters") or {}
-    scaling = entry.get("rope_type", entry.get("type", "default"))
-    if scaling != "default":
-        raise ValueError(f"rope_type = {scaling!r} is not supported: only 'default'")
-    return RopeConfig(entry["rope_theta"]), entry["partial_rotary_factor"]
-
-
-def checkpoint_name(name: str) -> str | Piece | None:
+def checkpoint_name(name: str) -> str | Shard | None:
     """A checkpoint's tensor name as this model's parameter name, or as a piece of one; None for
     what is left out: the vision tower, and the layers that predict several tokens at once."""
     if name.startswith(("mtp.", "model.visual.")):
@@ -182,102 +160,7 @@ def checkpoint_name(name: str) -> str | Piece | None:
     return qwen3.checkpoint_name(name.replace("model.language_model.", "model.", 1))
 
 
-class RMSNorm(layers.RMSNorm):
-    """normalize(x) * (1 + weight)."""
-
-    offset = 1.0
-
-
-class Attention(layers.Attention):
-    """Grouped-query attention with normalised queries and keys and a gate for what comes out."""
-
-    def __init__(self, config: Qwen3_5Config, cache: KVCache):
-        size, heads = config.head_dim, config.num_attention_heads
-        super().__init__(FULL, config.hidden_size, heads, cache)
-        self.scale = size**-0.5
-        # Of each head its query and then its gate.
-        self.q_proj = nn.Linear(config.hidden_size, 2 * heads * size, bias=False)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps)
-        self.k_norm = RMSNorm(size, config.rms_norm_eps)
-
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(queries [B, T, H, head_dim], keys and values), and gates like the queries."""
-        q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
-        k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        return (turn(self.q_norm(q), rope), turn(self.k_norm(k), rope), v), gate
-
-    def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None
-    ) -> Tensor:
-        return self.cache.prefill(q, k, v, positions, self.scale, row)
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        return self.cache.decode(q, k, v, position, self.scale)
-
-    def combine(self, attended: Tensor, gate: Tensor) -> Tensor:
-        """The heads' results [B, T, H, head_dim], gated and brought back to [B, T, D]."""
-        return super().combine(attended * gate.sigmoid())
-
-
-def turn(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first part of each head of x [B, T, H, head_dim], as long as the angles are."""
-    size = rope[0].shape[-1]
-    return torch.cat([rotate(x[..., :size], rope), x[..., size:]], -1)
-
-
-class Block(nn.Module):
-    """A mixer of tokens and a feed-forward, each after a norm and added to what was before it."""
-
-    def __init__(self, config: Qwen3_5Config, mixer: Attention | GatedDeltaNet, sparse: bool):
-        super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.mixer_name = "self_attn" if isinstance(mixer, Attention) else "linear_attn"
-        self.add_module(self.mixer_name, mixer)
-        if sparse:
-            shared = config.shared_expert_intermediate_size
-            self.mlp = SharedSparseMoe(size, config.moe, shared)
-        else:
-            self.mlp = MLP(size, config.intermediate_size, nn.SiLU())
-        self.input_layernorm = RMSNorm(size, eps)
-        self.post_attention_layernorm = RMSNorm(size, eps)
-
-    @property
-    def mixer(self) -> Attention | GatedDeltaNet:
-        return getattr(self, self.mixer_name)
-
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What the mixer's prefill and decode are given, and its gates."""
-        return self.mixer.project(self.input_layernorm(x), rope)
-
-    def finish(self, x: Tensor, mixed: Tensor, gate: Tensor) -> Tensor:
-        """All of the block after the mixing: x [B, T, D] plus both residual branches."""
-        x = x + self.mixer.combine(mixed, gate)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Backbone(decoder.Backbone):
-    """decoder.Backbone with blocks of two kinds."""
-
-    def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None) -> Tensor:
-        """Hidden states [1, T, D] of a chunk: tokens int64 [1, T] at positions int64 [T]."""
-        x, rope = self.embed(tokens), self.rope[FULL](positions)
-        for layer in self.layers:
-            inputs, gate = layer.project(x, rope)
-            x = layer.finish(x, layer.mixer.prefill(*inputs, positions, row), gate)
-        return x
-
-    def decode(self, x: Tensor, position: Tensor) -> Tensor:
-        """Hidden states [B, 1, D] of a step: embeddings x [B, 1, D] at position int64 [B]."""
-        cos, sin = self.rope[FULL](position)
-        # Rows, not tokens, are at positions of their own.
-        rope = cos[:, None], sin[:, None]
-        for layer in self.layers:
-            inputs, gate = layer.project(x, rope)
-            x = layer.finish(x, layer.mixer.decode(*inputs, position), gate)
-        return x
-
-
-class Qwen3_5(decoder.CausalLM):
+class Qwen3_5(CausalLM):
     """A hybrid text model of `batch` rows whose KV caches, of `dtype`, reach max_seq_len positions.
 
     Where it is exported a prefill costs what one of `max_chunk` tokens does in its delta nets.
@@ -291,35 +174,42 @@ class Qwen3_5(decoder.CausalLM):
         dtype: torch.dtype = torch.float32,
         max_chunk: int = 512,
     ):
-        max_chunk = min(max_chunk, max_seq_len)
+        c = config
+        norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=1.0)
 
-        def mixer(kind: str) -> Attention | GatedDeltaNet:
-            if kind == FULL:
-                heads = config.num_key_value_heads, config.head_dim
-                return Attention(config, kv_cache(FULL, 0, batch, max_seq_len, *heads, dtype))
+        def mixer(layer_type: str) -> Attention | GatedDeltaNet:
+            if layer_type == FULL:
+                heads = c.num_key_value_heads, c.head_dim
+                return Attention(
+                    FULL,
+                    c.hidden_size,
+                    c.num_attention_heads,
+                    kv_cache(FULL, 0, batch, max_seq_len, *heads, dtype),
+                    c.head_dim**-0.5,
+                    norm=norm,
+                    output_gate=True,
+                )
             # A cache holds activations, so it is real where parameters may still be on "meta".
             with torch.device("cpu"):
-                cache = DeltaNetCache(config.delta_net, batch, dtype)
-            size, eps = config.hidden_size, config.rms_norm_eps
-            return GatedDeltaNet(size, config.delta_net, eps, cache, max_chunk)
+                cache = DeltaNetCache(c.delta_net, batch, dtype)
+            return GatedDeltaNet(c.hidden_size, c.delta_net, c.rms_norm_eps, cache)
+
+        def mlp(sparse: bool) -> MLP | SparseMoe:
+            if sparse:
+                return SparseMoe(c.hidden_size, c.moe, c.shared_expert_intermediate_size)
+            return MLP(c.hidden_size, c.intermediate_size, "silu")
 
         model = Backbone(
-            nn.Embedding(config.vocab_size, config.hidden_size),
+            nn.Embedding(c.vocab_size, c.hidden_size),
             [
-                Block(config, mixer(kind), sparse)
-                for kind, sparse in zip(config.layer_types, config.sparse)
+                Block(mixer(layer_type), mlp(sparse), partial(norm, c.hidden_size))
+                for layer_type, sparse in zip(c.layer_types, c.sparse)
             ],
-            RMSNorm(config.hidden_size, config.rms_norm_eps),
-            {FULL: RotaryEmbedding(config.rope, config.rotary_dim)},
+            norm(c.hidden_size),
+            {FULL: RotaryEmbedding(c.rope, c.rotary_dim)},
         )
-        tied = config.tie_word_embeddings
-        super().__init__(config, model, max_seq_len, batch, max_chunk, tied)
-
-    def limit_chunks(self, tokens: int) -> None:
-        super().limit_chunks(tokens)
-        for layer in self.model.layers:
-            if isinstance(layer.mixer, GatedDeltaNet):
-                layer.mixer.max_chunk = self.max_chunk
+        max_chunk = min(max_chunk, max_seq_len)
+        super().__init__(c, model, max_seq_len, batch, max_chunk, c.tie_word_embeddings)
 
 
 Network, Config = Qwen3_5, Qwen3_5Config

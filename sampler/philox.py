@@ -36,8 +36,8 @@ def philox4x32(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # The product's upper bits come out right though it wraps around; not `>>`, which is
-        # exported as an operator that ExecuTorch lacks.
+        # The product's upper bits come out right though it wraps around. `>>` would be exported as
+        # an operator that ExecuTorch lacks.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         high0, high1 = (torch.bitwise_right_shift(p, 32) for p in (p0, p1))
         c0, c2 = (high1 ^ (c1 ^ k0)) & MASK, (high0 ^ (c3 ^ k1)) & MASK
@@ -90,8 +90,8 @@ def noise(word: Tensor) -> Tensor:
 def log(x: Tensor) -> Tensor:
     """The natural logarithm of float32 x > 0, normal, to about one unit in the last place.
 
-    Of operations that IEEE 754 rounds in one way only, so that every engine has the same bits,
-    which libraries' logarithms do not have; theirs serves for whole numbers only.
+    It is made of operations that IEEE 754 rounds in one way only, so every engine gives the same
+    bits. Libraries' logarithms differ; torch's serves for whole numbers only.
     """
     power = nearest_power_of_two(x * (1.5 / math.sqrt(2)))
     exponent = torch.round(torch.log(power) * (1 / math.log(2)))
@@ -106,5 +106,5 @@ def log(x: Tensor) -> Tensor:
 
 def nearest_power_of_two(x):
     """x > 0 rounded to one bit by Veltkamp's splitting, exactly."""
-    wide = x * (2.0**23 + 1)
-    return wide - (wide - x)
+    split = x * (2.0**23 + 1)
+    return split - (split - x)

@@ -42,9 +42,9 @@ def sample(
     """A random token for each row, int64 [B, 1], of logits float32 [B, V].
 
     temperature and top_p float32 [B], top_k, seed and position int64 [B]. Temperature 0 is
-    sampler.greedy; top_k 0 or above V, and top_p 1, leave everything in. NaN counts as -inf; where
-    there is +inf only such tokens are drawn, all equally likely; a row without any number above
-    -inf gives id 0. Values beyond these are the caller's to refuse.
+    sampler.greedy; top_k 0 or above V, and top_p 1, leave everything in. NaN counts as -inf. Where
+    there is +inf only such tokens are drawn, all equally likely. A row without any number above
+    -inf gives id 0. The caller refuses values beyond these.
     """
     x, largest = numbers(logits)
     descending = torch.sort(x, dim=-1, descending=True).values
@@ -85,8 +85,8 @@ def threshold(
 
     descending [B, N] are the largest logits in order. N may be less than the vocabulary where the
     cut lies inside, with all of top-k's ties; then mass int64 [B, 1] is the sum of all weights for
-    rows without top-k. As transformers' TopKLogitsWarper, ties at the k-th largest stay; as its
-    TopPLogitsWarper, a token stays when the probability of those before it is less than top_p.
+    rows without top-k. Ties at the k-th largest stay, as in transformers' TopKLogitsWarper. A token
+    stays when the probability of those before it is less than top_p, as in its TopPLogitsWarper.
     """
     size = descending.shape[1]
     top_k, top_p = top_k[:, None], top_p[:, None]
@@ -130,8 +130,8 @@ def weights(scaled: Tensor) -> Tensor:
 def exp2_38(scaled):
     """exp(scaled) 2^38 for float32 <= 0, and something below 1 where that is less than 2^-38.
 
-    With the same bits in every engine: see sampler.philox.log. Only methods of `scaled` and
-    arithmetic, so that an exporter can record them.
+    Every engine gives the same bits: see sampler.philox.log. It uses only arithmetic and methods of
+    `scaled`, so that an exporter can record them.
     """
     scaled = scaled.clamp(min=LOWEST)
     exponent = (scaled * (1 / math.log(2)) + 0.5).floor()

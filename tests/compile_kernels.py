@@ -1,15 +1,18 @@
-"""Compile for a Hopper GPU what a group of operators would launch, and see that those kernels wait
-for others which are said to: `python tests/compile_kernels.py
-linear` prints how many different kernels that were. It takes Triton, and no GPU."""
+"""Compile for a Hopper GPU what a group of operators would launch, and see that exactly those
+kernels wait for others that say so.
 
+`python tests/compile_kernels.py linear` prints how many different kernels that were. It takes
+Triton, and no GPU. A second argument is a directory that it writes each kernel's PTX to, as
+NAME-HASH.ptx: the text without comments and places in source files, and a hash of that. So two
+commits have the same kernels if `ls` says the same of their directories.
+"""
+
+import hashlib
 import importlib
 import itertools
+import re
 import sys
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import triton
@@ -17,7 +20,7 @@ from torch import bfloat16, empty, float16, float32, int32, int64
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokenloop.models.kernels.dependent_launch import WAITING
+from tokenloop.models.kernels.launch.dependent_launch import WAITING
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -64,40 +67,55 @@ class Compiled:
             source = ASTSource(self.kernel, signature, constants, attributes)
             code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
             assert ("griddepcontrol.wait" in code) == (self.kernel.__name__ in WAITING)
+            if len(sys.argv) > 2:
+                write_ptx(Path(sys.argv[2]), self.kernel.__name__, code)
 
 
-def operators(name: str):
-    """A module of operators whose launches compile."""
-    module = importlib.import_module(name)
-    module.wrap_triton = Compiled
+def write_ptx(directory: Path, name: str, code: str) -> None:
+    """Write the instructions of a kernel's PTX, without debugging information."""
+    noise = ".loc", ".file", "//"
+    lines = [line for line in code.splitlines() if not line.strip().startswith(noise)]
+    lines = [line for line in lines if "$L__info" not in line]
+    text = re.sub(r"\t*// .*", "", "\n".join(lines).split(".section")[0])
+    directory.mkdir(parents=True, exist_ok=True)
+    hashed = hashlib.sha256(text.encode()).hexdigest()[:16]
+    (directory / f"{name}-{hashed}.ptx").write_text(text)
+
+
+def operators(*modules: str):
+    """The last of these modules; operators that are defined in any of them compile what they would
+    launch."""
+    for name in modules:
+        module = importlib.import_module(f"tokenloop.{name}")
+        module.wrap_triton = Compiled
     return module
 
 
 def linear() -> None:
-    from tokenloop.models.kernels.packing import quantize_int4, quantize_int8
+    from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 
-    cuda = operators("tokenloop.models.kernels.cuda")
-    counters = empty(100_000, dtype=int32)
+    module = operators("models.kernels.rms_norm.operator", "models.kernels.linear.operator")
+    semaphores = empty(100_000, dtype=int32)
     # Small layers and large ones, and one that fills no tiles.
     for (outputs, inputs), rows in itertools.product(((512, 640), (2048, 4096)), (1, 32)):
-        wide = torch.zeros(2 * outputs, inputs)
-        quantized = quantize_int4(wide), quantize_int8(wide)
-        for weight, scale in ((wide, None), (wide.bfloat16(), None), *quantized):
+        whole = torch.zeros(2 * outputs, inputs)
+        quantized = quantize_int4(whole), quantize_int8(whole)
+        for weight, scale in ((whole, None), (whole.bfloat16(), None), *quantized):
             x = empty(rows, inputs, dtype=float32 if weight.dtype == float32 else bfloat16)
             for activation in (None, "gelu_tanh"):
-                arguments = weight, scale, None, counters
-                cuda.linear(x, *arguments, activation=activation)
+                arguments = weight, scale, None, semaphores
+                module.linear(x, *arguments, activation=activation)
                 norm = empty(inputs, dtype=x.dtype)
                 options = {"eps": 1e-6, "offset": 1.0, "activation": activation}
-                cuda.add_norm_linear(x, x, norm, norm[:1], norm, *arguments, **options)
+                module.add_norm_linear(x, x, norm, norm[:1], norm, *arguments, **options)
     uneven = empty(3, 5000, dtype=bfloat16), empty(77, 5000, dtype=bfloat16)
     bias = empty(77, dtype=bfloat16)
-    cuda.linear(*uneven, None, bias, counters, soft_cap=30.0, wide=True)
+    module.linear(*uneven, None, bias, semaphores, soft_cap=30.0, out_float32=True)
 
 
 def attention() -> None:
-    cuda = operators("tokenloop.models.kernels.cuda")
-    counters = empty(100_000, dtype=int32)
+    module = operators("models.kernels.attention.operator")
+    semaphores = empty(100_000, dtype=int32)
     layouts = (8, 4, 128, 1024), (1, 4, 256, 2048), (4, 8, 512, 8448)
     for (kv_heads, groups, size, slots), rows in itertools.product(layouts, (1, 64)):
         for dtype in (bfloat16, float32):
@@ -105,15 +123,15 @@ def attention() -> None:
             width = kv_heads * size * (groups + (1 if shared else 2))
             caches = (empty(rows, slots, kv_heads, size, dtype=dtype) for _ in range(2))
             norms = (empty(size, dtype=dtype) for _ in range(2))
-            cuda.attend_step(
+            module.attend_step(
                 empty(rows, width, dtype=dtype), empty(rows, dtype=int64), *caches, *norms,
-                empty(size // 2), counters, scale=1.0, eps=1e-6, value_norm=shared,
+                empty(size // 2), semaphores, scale=1.0, eps=1e-6, value_norm=shared,
                 values_are_keys=shared,
             )  # fmt: skip
 
 
 def experts() -> None:
-    module = operators("tokenloop.models.kernels.experts")
+    module = operators("models.kernels.experts.operator")
     for dtype in (bfloat16, float32):
         scores, x = empty(2, 129, dtype=dtype), empty(2, 2048, dtype=dtype)
         chosen, weights = module.route(scores, 128, 8, True)
@@ -123,14 +141,17 @@ def experts() -> None:
 
 
 def positions() -> None:
-    module = operators("tokenloop.models.kernels.positions")
+    module = operators("models.kernels.next_positions.operator")
     for rows in (1, 5):
         lines, line = empty(100, rows, dtype=int64), empty(1, dtype=int64)
         module.next_positions(lines, line, empty(rows, dtype=int64))
 
 
 def hybrids() -> None:
-    cuda = operators("tokenloop.models.operators.cuda")
+    kernels = "causal_conv1d", "gated_delta_rule", "gated_rms_norm"
+    operators(*(f"models.kernels.{name}.operator" for name in kernels))
+    from tokenloop.models.kernels import cuda
+
     dim, width, tokens, rows = 4096, 4, 2048, 4
     weight, bias = empty(dim, width, dtype=bfloat16), empty(dim, dtype=bfloat16)
     state = empty(rows, dim, width - 1, dtype=bfloat16)
@@ -156,21 +177,19 @@ def hybrids() -> None:
 
 
 def sampler() -> None:
-    cuda = operators("tokenloop.sampler.cuda")
+    module = operators("sampler.kernels.operator")
     for rows in (1, 32):
         logits, table = empty(rows, 262_144), empty(262_144, 640, dtype=bfloat16)
         numbers, counts = empty(rows), empty(rows, dtype=int64)
         sampling = numbers, counts, numbers, counts, counts
         written = table, empty(rows, 1, dtype=int64), empty(rows, 1, 640, dtype=bfloat16)
-        cuda.greedy(logits)
-        cuda.select_rows(logits, counts)
-        cuda.greedy_embed(logits, *written, scale=25.25)
-        cuda.sample(logits, *sampling, restricted=False)
-        cuda.sample_embed(logits, *sampling, *written)
+        module.greedy(logits)
+        module.greedy_embed(logits, *written, scale=25.25)
+        module.sample(logits, *sampling, restricted=False)
+        module.sample_embed(logits, *sampling, *written)
 
 
 if __name__ == "__main__":
-    (group,) = sys.argv[1:]
     with torch.no_grad():
-        globals()[group]()
+        globals()[sys.argv[1]]()
     print(len(compiled))

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.runner import LoopOptions, Request
 
 # Chunks are of 7 tokens and the window is 16: within one, across both, and the least.

@@ -14,33 +14,48 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 
 class PreTokenizer(NamedTuple):
-    """What is done to text before merging: the pattern of a piece, and whether it is put into
-    Unicode's composed form first."""
+    """What `tokenizer.ggml.pre` stands for.
 
-    pattern: str
-    compose: bool
+    `cuts` are done to text before merging, after it is put into Unicode's composed form if it is
+    to be `composed`. With `ignore_merges` a piece that is a token as a whole is not merged.
+    `adds_bos` is llama.cpp's default where the file does not say.
+    """
+
+    cuts: tuple[pre_tokenizers.PreTokenizer, ...]
+    composed: bool = False
+    ignore_merges: bool = False
+    adds_bos: bool = False
 
 
-# By `tokenizer.ggml.pre`; patterns as published in the models' own tokenizer.json.
-PRE_TOKENIZERS = {
-    "qwen2": PreTokenizer(
+def tiktoken_cuts(digits: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
+    """Cut text into words, symbols, space and numbers as tiktoken's cl100k_base does, but for the
+    pattern of `digits`; the pieces become bytes."""
+    pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
         r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-        r"|\p{N}"
+        rf"|{digits}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+"
         r"|\s+(?!\S)"
-        r"|\s+",
-        compose=True,
-    ),
+        r"|\s+"
+    )
+    return (
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    )
+
+
+# By `tokenizer.ggml.pre`, as published in the models' own tokenizer.json.
+PRE_TOKENIZERS = {
+    "qwen2": PreTokenizer(tiktoken_cuts(r"\p{N}"), composed=True),
 }
 
 
 def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
     """Rebuild the tokenizer from the keys `tokenizer.ggml.*`; the same every time.
 
-    Control tokens are special, user-defined ones are found in text and shown; unused ones, which
-    pad the vocabulary to the embedding's size, are left out. `path` is for messages. Errors:
+    Control tokens are special. User-defined tokens are found in text and shown. Unused tokens pad
+    the vocabulary to the embedding's size and are left out. `path` is for messages. Errors:
     ExportError for a key that is missing, an unknown pre-tokenizer, lists of different lengths, or
     a merge of tokens that do not exist.
     """
@@ -67,18 +82,13 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     try:
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+        model = models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges)
     except Exception as error:  # the tokenizers package raises nothing more precise
         raise ExportError(f"{path} holds no valid byte-level BPE: {error}") from error
-    pattern, compose = PRE_TOKENIZERS[pre]
-    if compose:
+    tokenizer = Tokenizer(model)
+    if PRE_TOKENIZERS[pre].composed:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(PRE_TOKENIZERS[pre].cuts))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [

@@ -1,21 +1,32 @@
 """GGUF models in Hugging Face's terms: config.json's keys, and its names and values of tensors.
 
-One `Architecture` per `general.architecture`; only names, norms and keys differ between them.
+There is one `Architecture` for each `general.architecture`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
 from tokenloop.export.checkpoint.gguf_reader import GgufTensor, read_header
 from tokenloop.export.errors import ExportError
 
+# Divisors of the rotary frequencies, one for each pair of a head.
+ROPE_FACTORS = "rope_freqs.weight"
+# The keys `rope.scaling.*` that need no more than is done here; others are refused.
+ROPE_SCALING_KEYS = {"type", "factor", "finetuned", "original_context_length"}
+
 
 class Keys(NamedTuple):
-    """The values of one architecture's keys, `<architecture>.<key>`."""
+    """The values of one architecture's keys, `<architecture>.<key>`.
+
+    Errors: ExportError for a key that is required and missing, and for one that has a value for
+    each layer.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -25,45 +36,115 @@ class Keys(NamedTuple):
         name = f"{self.architecture}.{key}"
         if name not in self.metadata:
             raise ExportError(f"{self.path} has no key {name}, which the model needs")
-        return self.metadata[name]
+        return self.optional(key, None)
 
     def optional(self, key: str, default: Any) -> Any:
-        return self.metadata.get(f"{self.architecture}.{key}", default)
-
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """As in config.json. Errors: ExportError for what is neither none nor linear."""
-        kind = self.optional("rope.scaling.type", "none")
-        if kind not in ("none", "linear"):
+        name = f"{self.architecture}.{key}"
+        value = self.metadata.get(name, default)
+        if isinstance(value, (list, np.ndarray)):
             raise ExportError(
-                f"{self.path}: {self.architecture}.rope.scaling.type is {kind!r}; none and linear "
-                "are supported"
+                f"{self.path}: {name} has {len(value)} values; one for all layers is supported"
             )
-        if kind == "none":
-            return None
-        return {"rope_type": "linear", "factor": self.required("rope.scaling.factor")}
+        return value
+
+    def head_dim(self, default: int) -> int:
+        """The size of a head's queries, keys and values, all of which the rotary embedding turns.
+
+        Errors: ExportError for a key that asks for another size.
+        """
+        head_dim = self.optional("attention.key_length", default)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if (size := self.optional(key, head_dim)) != head_dim:
+                raise ExportError(
+                    f"{self.path}: {self.architecture}.{key} is {size}; {head_dim}, the size of a "
+                    "key's head, is supported"
+                )
+        return head_dim
+
+    def rope_scaling(self, factors: GgufTensor | None, head_dim: int) -> dict[str, Any] | None:
+        """As in config.json: None, linear, or a divisor of each pair's frequency as "factors".
+
+        llama.cpp scales linearly where a factor has no type, and 0 is no factor. The tensor
+        `factors` (Llama 3.1's) divides frequencies besides. Errors: ExportError for another type,
+        for a key that is not understood, and for factors that are not those of a head's pairs.
+        """
+        scaling = f"{self.architecture}.rope.scaling."
+        for name in self.metadata:
+            if name.startswith(scaling) and name.removeprefix(scaling) not in ROPE_SCALING_KEYS:
+                raise ExportError(f"{self.path} has the key {name}, which is not supported")
+        kind = self.optional("rope.scaling.type", None)
+        if kind not in (None, "none", "linear"):
+            raise ExportError(
+                f"{self.path}: {scaling}type is {kind!r}; none and linear are supported"
+            )
+        # The second name is the older one.
+        factor = self.optional("rope.scaling.factor", self.optional("rope.scale_linear", None))
+        if kind == "linear" and factor is None:
+            self.required("rope.scaling.factor")
+        factor = None if kind == "none" else factor
+        if factors is None:
+            return {"rope_type": "linear", "factor": factor} if factor else None
+        divisors = factors.dequantize() * (factor or 1.0)
+        if divisors.shape != (head_dim // 2,) or not (divisors.isfinite() & (divisors > 0)).all():
+            raise ExportError(
+                f"{self.path}: {factors.name} of the shape {factors.shape} is no list of "
+                f"{head_dim // 2} positive numbers, one for each pair of a head"
+            )
+        return {"rope_type": "factors", "factors": divisors.tolist()}
+
+
+NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+    ROPE_FACTORS: None,  # the config has it
+}
+# blk.N.<key>.weight -> model.layers.N.<value>.weight; or .bias
+BLOCK_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 class Architecture(NamedTuple):
-    """How one `general.architecture` reads in Hugging Face's terms."""
+    """How one `general.architecture` reads in Hugging Face's terms.
+
+    llama.cpp's converter adds `norm_offset` to the weights of norms. Where it is `permuted`, it
+    puts the rows of queries and keys that turn together next to each other; Hugging Face has them
+    half a head apart.
+    """
 
     config: Callable[[Keys, dict[str, GgufTensor]], dict[str, Any]]
-    block_names: dict[str, str]  # blk.N.<key>.weight -> model.layers.N.<value>.weight; or .bias
-    norm_offset: float  # what llama.cpp's converter added to the weights of norms
+    block_names: Mapping[str, str] = BLOCK_NAMES
+    norm_offset: float = 0.0
+    permuted: bool = False
 
 
 def common_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
-    """What every architecture's config.json has, under the same names."""
+    """What every architecture's config.json has, under the same names. Defaults are llama.cpp's."""
     if "token_embd.weight" not in tensors:
         raise ExportError(f"{keys.path} has no tensor token_embd.weight, which every model needs")
+    hidden_size, heads = keys.required("embedding_length"), keys.required("attention.head_count")
+    head_dim = keys.head_dim(hidden_size // heads)
     return {
         "vocab_size": tensors["token_embd.weight"].shape[0],
-        "hidden_size": keys.required("embedding_length"),
+        "hidden_size": hidden_size,
         "num_hidden_layers": keys.required("block_count"),
-        "num_attention_heads": keys.required("attention.head_count"),
-        "num_key_value_heads": keys.required("attention.head_count_kv"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.optional("attention.head_count_kv", heads),
+        "head_dim": head_dim,
         "rms_norm_eps": keys.required("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.required("rope.freq_base"),
-        "rope_scaling": keys.rope_scaling(),
+        "rope_scaling": keys.rope_scaling(tensors.get(ROPE_FACTORS), head_dim),
         "max_position_embeddings": keys.required("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": keys.metadata.get("tokenizer.ggml.bos_token_id"),
@@ -74,12 +155,6 @@ def common_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
 def gemma3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """The config.json of a Gemma3TextConfig. Defaults are llama.cpp's for gemma3."""
     common, head_dim = common_config(keys, tensors), keys.required("attention.key_length")
-    pattern = keys.optional("attention.sliding_window_pattern", 6)
-    if not isinstance(pattern, int):
-        raise ExportError(
-            f"{keys.path}: gemma3.attention.sliding_window_pattern is {pattern}; a whole number is "
-            "right"
-        )
     # The file does not say. llama.cpp tells the 27B, the one exception, by its 62 layers.
     is_27b = common["num_hidden_layers"] == 62
     per_head = common["hidden_size"] // common["num_attention_heads"]
@@ -90,16 +165,14 @@ def gemma3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
         "query_pre_attn_scalar": per_head if is_27b else head_dim,
         "rope_local_base_freq": keys.optional("rope.freq_base_swa", 10000.0),
         "sliding_window": keys.required("attention.sliding_window"),
-        "sliding_window_pattern": pattern,
+        "sliding_window_pattern": keys.optional("attention.sliding_window_pattern", 6),
         "final_logit_softcapping": keys.optional("final_logit_softcapping", None),
     }
 
 
 def qwen_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """The config.json of a Qwen2Config, Qwen3Config or Qwen3MoeConfig."""
-    common = common_config(keys, tensors)
-    per_head = common["hidden_size"] // common["num_attention_heads"]
-    config = common | {"head_dim": keys.optional("attention.key_length", per_head)}
+    config = common_config(keys, tensors)
     if keys.architecture != "qwen3moe":
         feed_forward = keys.required("feed_forward_length")
         return config | {"model_type": keys.architecture, "intermediate_size": feed_forward}
@@ -116,23 +189,24 @@ def qwen_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     }
 
 
-NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+def llama_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a LlamaConfig. Errors: ExportError for a mixture of experts (Mixtral)."""
+    if experts := keys.optional("expert_count", 0):
+        raise ExportError(
+            f"{keys.path}: {keys.architecture}.expert_count is {experts}; a mixture of experts is "
+            "not supported for it, 0 is right"
+        )
+    # llama.cpp's default.
+    rope_theta = {f"{keys.architecture}.rope.freq_base": 10000.0}
+    biases = {name.split(".")[-2] for name in tensors if name.endswith(".bias")}
+    return common_config(keys._replace(metadata=rope_theta | keys.metadata), tensors) | {
+        "model_type": keys.architecture,
+        "intermediate_size": keys.required("feed_forward_length"),
+        "attention_bias": any(name.startswith("attn_") for name in biases),
+        "mlp_bias": any(name.startswith("ffn_") for name in biases),
+    }
+
+
 GEMMA3 = Architecture(
     gemma3_config,
     BLOCK_NAMES
@@ -147,30 +221,19 @@ QWEN = Architecture(
     qwen_config,
     BLOCK_NAMES
     | {
-        "ffn_norm": "post_attention_layernorm",
         "ffn_gate_inp": "mlp.gate",
         "ffn_gate_exps": "mlp.experts.gate_proj",
         "ffn_up_exps": "mlp.experts.up_proj",
         "ffn_down_exps": "mlp.experts.down_proj",
     },
-    norm_offset=0.0,
 )
 ARCHITECTURES = {"gemma3": GEMMA3, "qwen2": QWEN, "qwen3": QWEN, "qwen3moe": QWEN}
 
 
-class GgufModel(NamedTuple):
-    """A GGUF file in Hugging Face's terms; `readers` give float32 tensors."""
+def open_gguf(path: Path) -> Checkpoint:
+    """Open the GGUF file `path`. Its tensors are read as float32.
 
-    metadata: dict[str, Any]
-    config: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
-    readers: dict[str, Callable[[], torch.Tensor]]
-
-
-def read_model(path: Path) -> GgufModel:
-    """Open the GGUF file `path` without reading tensor data.
-
-    Errors: those of `read_header`; ExportError for an unknown architecture, a missing key, or a
+    Errors: those of `read_header`, and ExportError for an unknown architecture, a missing key, or a
     tensor that the architecture does not have.
     """
     metadata, tensors = read_header(path)
@@ -180,19 +243,19 @@ def read_model(path: Path) -> GgufModel:
             f"{path} has the architecture {name!r}; supported in GGUF: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[name]
-    renamed = {_renamed(architecture, tensor): tensor for tensor in tensors.values()}
-    return GgufModel(
-        metadata,
-        architecture.config(Keys(path, metadata, name), tensors),
-        {hf_name: tensor.shape for hf_name, tensor in renamed.items()},
-        {
-            hf_name: partial(_read, tensor, architecture.norm_offset)
-            for hf_name, tensor in renamed.items()
-        },
-    )
+    config = architecture.config(Keys(path, metadata, name), tensors)
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    stored = {}
+    for tensor in tensors.values():
+        hf_name = _renamed(architecture, tensor)
+        if hf_name is not None:
+            permuted = heads.get(tensor.name.split(".")[-2]) if architecture.permuted else None
+            read = partial(_read, tensor, architecture.norm_offset, permuted)
+            stored[hf_name] = StoredTensor(tensor.shape, "F32", read)
+    return Checkpoint(path, "gguf", config, (path,), stored, metadata)
 
 
-def _renamed(architecture: Architecture, tensor: GgufTensor) -> str:
+def _renamed(architecture: Architecture, tensor: GgufTensor) -> str | None:
     if tensor.name in NAMES:
         return NAMES[tensor.name]
     match tensor.name.split("."):
@@ -201,6 +264,9 @@ def _renamed(architecture: Architecture, tensor: GgufTensor) -> str:
     raise ExportError(f"{tensor.path} has a tensor of no known meaning: {tensor.name}")
 
 
-def _read(tensor: GgufTensor, norm_offset: float) -> torch.Tensor:
+def _read(tensor: GgufTensor, norm_offset: float, permuted_heads: int | None) -> torch.Tensor:
     values = tensor.dequantize()
+    if permuted_heads is not None:
+        pairs = values.reshape(permuted_heads, -1, 2, *values.shape[1:])
+        return pairs.transpose(1, 2).reshape(values.shape)
     return values.sub_(norm_offset) if tensor.name.endswith("norm.weight") else values

@@ -1,8 +1,8 @@
 """The tokenizer's part of an artifact: its file, the chat template, and the manifest's entry.
 
-The runner puts the bos id in front by itself and encodes without special tokens; so the ids and
-`add_bos` have to be known here. A GGUF vocabulary becomes a SentencePiece model, or, if it is of
-bytes, a tokenizer.json.
+The runner puts the bos id in front by itself and encodes without special tokens, so the ids and
+`add_bos` are found here. A SentencePiece vocabulary of a GGUF file becomes a SentencePiece model,
+a byte-level one a tokenizer.json.
 """
 
 import shutil
@@ -10,21 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from sentencepiece import SentencePieceProcessor
-from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from tokenizers import Tokenizer
 
-from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
-from tokenloop.export.checkpoint.checkpoint import Checkpoint, read_json
+from tokenloop.export.checkpoint.byte_level_bpe import PRE_TOKENIZERS, byte_level_tokenizer
+from tokenloop.export.checkpoint.contents import Checkpoint
+from tokenloop.export.checkpoint.safetensors_directory import read_json
+from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
 from tokenloop.export.errors import ExportError
 
 TEMPLATE_FILE = "chat_template.jinja"
-# What ends a turn or a text in Gemma's and Qwen's conversations.
+# What ends a turn or a text in conversations.
 END_TOKENS = ("<end_of_turn>", "<|im_end|>", "<|endoftext|>")
-# The number of a token type is the same in GGUF as in SentencePiece.
-UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
-TOKEN_TYPES = range(1, 7)
 
 
 class Vocabulary(NamedTuple):
@@ -89,7 +86,7 @@ def _copy_files(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
     bos_id = next((value for value in bos_ids if value is not None), None)
     eos_ids = {value for config in configs for value in _id_list(config.get("eos_token_id"))}
     eos_ids.update(_id_list(named("eos_token")))
-    # A key of tokenizer_config.json wins even if null (Qwen): transformers then has no such token.
+    # A key of tokenizer_config.json wins even if it is null (Qwen): transformers then has no token.
     strings = {
         key: _token_text(settings[key]) if key in settings else _token_text_of(vocabulary, token_id)
         for key, token_id in (("bos_token", bos_id), ("eos_token", min(eos_ids, default=None)))
@@ -103,7 +100,7 @@ def _copy_files(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
         "file": file,
         "bos_token_id": bos_id,
         "eos_token_ids": sorted(eos_ids),
-        # SentencePiece has no post-processor; transformers adds bos to it unless told otherwise.
+        # SentencePiece has no post-processor. transformers adds bos to it unless told otherwise.
         "add_bos": bos_id is not None and add_bos is not False,
         **strings,
     }
@@ -128,8 +125,8 @@ def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
         data = sentencepiece_model(path, metadata)
         vocabulary = _sentencepiece_vocabulary(_parse_sentencepiece(path, data))
     elif kind == "gpt2":
-        file, adds_bos = "tokenizer.json", False
         tokenizer = byte_level_tokenizer(path, metadata)
+        file, adds_bos = "tokenizer.json", PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].adds_bos
         data = tokenizer.to_str().encode("utf-8")
         vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
     else:
@@ -142,9 +139,10 @@ def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
     (directory / file).write_bytes(data)
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     eos_id = metadata.get("tokenizer.ggml.eos_token_id")
-    eos_ids = {eos_id, metadata.get("tokenizer.ggml.eot_token_id")}
+    ends = ("eos", "eot", "eom")  # of a text, a turn, a message
+    eos_ids = {metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ends}
     if template is not None:
-        # GGUF names one end token, often the text's and not the turn's, or the other way round.
+        # Files often name the text's end token and not the turn's, or the other way round.
         eos_ids.update(map(vocabulary.id_of, END_TOKENS))
     entry = {
         "file": file,
@@ -156,66 +154,6 @@ def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
         "eos_token": _token_text_of(vocabulary, eos_id),
     }
     return entry, template
-
-
-def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> bytes:
-    """Rebuild a SentencePiece BPE model from GGUF's `tokenizer.ggml.*` keys; the same bytes always.
-
-    `path` is for messages. Errors: ExportError for lists that are missing or differ in length, a
-    token type that does not exist, or no unknown token.
-    """
-    tokens, scores, types = (
-        _vocabulary_list(path, metadata, key) for key in ("tokens", "scores", "token_type")
-    )
-    if not len(tokens) == len(scores) == len(types):
-        raise ExportError(
-            f"{path} has {len(tokens)} tokens, {len(scores)} scores and {len(types)} token types; "
-            "their number must be the same"
-        )
-    types = np.array(types)
-    if unknown_types := set(types.tolist()) - set(TOKEN_TYPES):
-        raise ExportError(f"{path}: the token type {min(unknown_types)} does not exist; 1 to 6 do")
-    ids = {
-        role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
-        for role, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-    for role, token_id in ids.items():
-        if not -1 <= token_id < len(tokens):
-            raise ExportError(
-                f"{path}: the {role} id {token_id} is not one of {len(tokens)} tokens"
-            )
-    if ids["unk"] == -1:
-        raise ExportError(
-            f"{path} has no tokenizer.ggml.unknown_token_id, which SentencePiece needs"
-        )
-    # llama.cpp's converter turns <unk> into a control token; SentencePiece needs its own type.
-    types[ids["unk"]] = UNKNOWN
-    model = model_pb2.ModelProto()
-    for token, score, token_type in zip(tokens, scores.tolist(), types.tolist(), strict=True):
-        # llama.cpp's converter writes spaces into user-defined tokens (Gemma's runs of spaces);
-        # SentencePiece looks for them in text that has its own mark in place of each space.
-        piece = token.replace(" ", "\u2581") if token_type == USER_DEFINED else token
-        model.pieces.add(piece=piece, score=score, type=token_type)
-    trainer = model.trainer_spec
-    trainer.model_type = model_pb2.TrainerSpec.BPE
-    trainer.vocab_size = len(tokens)
-    trainer.byte_fallback = bool(np.any(types == BYTE))
-    for role, token_id in ids.items():
-        setattr(trainer, f"{role}_id", token_id)
-        if token_id >= 0:
-            setattr(trainer, f"{role}_piece", tokens[token_id])
-    normalizer = model.normalizer_spec
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    normalizer.remove_extra_whitespaces = False
-    normalizer.escape_whitespaces = True
-    return model.SerializeToString(deterministic=True)
-
-
-def _vocabulary_list(path: Path, metadata: dict[str, Any], key: str) -> list[str] | np.ndarray:
-    if f"tokenizer.ggml.{key}" not in metadata:
-        raise ExportError(f"{path} has no key tokenizer.ggml.{key}, which its tokenizer needs")
-    return metadata[f"tokenizer.ggml.{key}"]
 
 
 def _load_tokenizer_json(path: Path) -> Tokenizer:

@@ -1,16 +1,25 @@
-"""A decode step on CUDA by models/kernels: five launches a layer, eight with routed experts, or ten
-where one of them is every token's, and one for the end."""
+"""A decode step on CUDA by models/kernels: five launches a layer where its mixer is attention,
+seven where it is a gated delta net; three more with routed experts, or five where one of them is
+every token's; and one for the end."""
 
 import torch
 from torch import Tensor, nn
 
 from tokenloop.export.errors import ExportError
-from tokenloop.export.pt2.packed_weights import FusedLayer, IntegerHead, Rows, fuse_layers
-from tokenloop.models.cache import KVCache
-from tokenloop.models.kernels import cuda, experts
+from tokenloop.export.pt2.packed_weights import (
+    LINEAR_ATTENTION,
+    IntegerHead,
+    PackedAttention,
+    PackedBlock,
+    PackedDeltaNet,
+    PackedLinear,
+    pack_blocks,
+)
+from tokenloop.models.decoder import CausalLM
+from tokenloop.models.kernels import cuda
 
 
-class FusedDecode(nn.Module):
+class CudaStep(nn.Module):
     """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
     decode_embedded.
 
@@ -21,44 +30,43 @@ class FusedDecode(nn.Module):
     Raises ExportError for heads that the kernels cannot take.
     """
 
-    fuse_layers = staticmethod(fuse_layers)
-
-    def __init__(self, network: nn.Module, bits: int = 0):
+    def __init__(self, network: CausalLM, bits: int = 0):
         super().__init__()
         backbone = network.model
+        for block in backbone.layers:
+            if block.mixer.layer_type != LINEAR_ATTENTION:
+                check_head_dim(block.mixer.head_dim)
         self.rope, self.norm = backbone.rope, backbone.norm
-        self.layers = nn.ModuleList(self.fuse_layers(network, bits))
-        for part in self.layers.modules():
-            if isinstance(part, KVCache):
-                check_head_dim(part.k.shape[-1])
+        self.layers = nn.ModuleList(pack_blocks(network, bits))
         if bits:
             network.lm_head = IntegerHead(network.lm_head)
         self.head: nn.Module = network.lm_head.rows if bits else network.lm_head
-        self.soft_cap = getattr(network.config, "final_logit_softcapping", None) or 0.0
-        linears = (part for part in self.layers.modules() if isinstance(part, (Rows, nn.Linear)))
+        self.soft_cap = network.soft_cap or 0.0
+        linears = [part for part in self.layers.modules() if isinstance(part, PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
         kv_heads = max(layer.kv_heads for layer in self.layers)
-        size = cuda.counters_size(network.batch, widest, kv_heads)
-        counters = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
-        self.register_buffer("counters", counters, persistent=False)
+        size = cuda.semaphores_size(network.batch, widest, kv_heads)
+        semaphores = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
+        self.register_buffer("semaphores", semaphores, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         x, branch, before = hidden[:, 0], None, None
         for layer in self.layers:
-            x, qkv = self._after(before, x, branch, layer.input_norm, layer.qkv)
-            branch = self._linear(self._attend(layer, qkv, position), layer.o)
+            x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv)
+            mixed = MIX[type(layer)](self, layer, projected, position)
+            branch = self._linear(mixed, layer.o)
             x, branch = self._feed_forward(layer, x, branch)
             before = layer
-        options = {"wide": True, "soft_cap": self.soft_cap}
+        options = {"out_float32": True, "soft_cap": self.soft_cap}
         return self._after(before, x, branch, self.norm, self.head, **options)[1]
 
-    def _feed_forward(self, layer: FusedLayer, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual after the attention, whose branch is given, and the feed-forward's own."""
+    def _feed_forward(self, layer: PackedBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual after the mixer, whose branch is given, and the feed-forward's own."""
         norm = layer.mlp_norm
         residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
         options = {"eps": norm.eps, "offset": norm.offset}
         if layer.moe is None:
-            tensors = *_tensors(layer.gate_up), self.counters
+            tensors = *_tensors(layer.gate_up), self.semaphores
             options["activation"] = layer.activation
             x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
             return x, self._linear(gated, layer.down)
@@ -66,26 +74,26 @@ class FusedDecode(nn.Module):
         config, weights = layer.moe, layer.experts
         scores = self._linear(normed, layer.scores)
         counts = config.num_experts, config.num_experts_per_tok
-        routed = experts.route(scores, *counts, config.norm_topk_prob)
+        routed = cuda.route(scores, *counts, config.norm_topk_prob)
         shared = ()
-        if layer.shared:
+        if layer.is_shared:
             gated = self._linear(normed, layer.gate_up, activation=layer.activation)
             shared = self._linear(gated, layer.down), scores
         tables = weights.gate_up_proj, weights.down_proj
-        return x, experts.experts(normed, *routed, *tables, *shared)
+        return x, cuda.experts(normed, *routed, *tables, *shared)
 
     def _after(
         self,
-        before: FusedLayer | None,
+        before: PackedBlock | None,
         x: Tensor,
         branch: Tensor | None,
         norm: nn.Module,
-        rows: nn.Module,
+        linear: nn.Module,
         **options,
     ) -> tuple[Tensor, Tensor]:
         """The residual after the layer `before`, and the linear layer of its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
-        tensors = *_tensors(rows), self.counters
+        tensors = *_tensors(linear), self.semaphores
         if before is None:
             return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
         post = weight_of(before.post_mlp_norm)
@@ -93,30 +101,60 @@ class FusedDecode(nn.Module):
             x, branch, post, before.layer_scalar, norm.weight, *tensors, **options
         )
 
-    def _linear(self, x: Tensor, rows: nn.Module, **options) -> Tensor:
-        return cuda.linear(x, *_tensors(rows), self.counters, **options)
+    def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
+        return cuda.linear(x, *_tensors(linear), self.semaphores, **options)
 
-    def _attend(self, layer: FusedLayer, qkv: Tensor, position: Tensor) -> Tensor:
-        cache, q_norm = layer.cache, layer.q_norm
-        return cuda.attend_step(
-            qkv, position, cache.k, cache.v, weight_of(q_norm), weight_of(layer.k_norm),
-            self.rope[layer.kind].inv_freq, self.counters,
-            scale=layer.scale, eps=getattr(q_norm, "eps", 0.0),
-            offset=getattr(q_norm, "offset", 0.0),
+    def _attend(self, layer: PackedAttention, projected: Tensor, position: Tensor) -> Tensor:
+        """What the layer's `o` takes after `qkv` gave projected [B, N]."""
+        gates = None
+        if layer.output_gate:
+            size = layer.o.inputs
+            projected, gates = projected.split([projected.shape[1] - size, size], 1)
+            projected = projected.contiguous()
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
+        attended = cuda.attend_step(
+            projected, position, layer.cache.k, layer.cache.v, weight_of(q_norm), weight_of(k_norm),
+            self.rope[layer.layer_type].inv_freq, self.semaphores,
+            scale=layer.scale, eps=eps, offset=offset,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
         )  # fmt: skip
+        return attended if gates is None else attended * gates.sigmoid()
+
+    def _recur(self, layer: PackedDeltaNet, projected: Tensor, position: Tensor) -> Tensor:
+        """As `_attend`, of a gated delta net."""
+        # A row begins anew at position 0, and nowhere else.
+        cache, started = layer.cache, position
+        qkv, z, b, a = projected.split(layer.sizes, 1)
+        mixed = cuda.causal_conv1d_update(
+            qkv, layer.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"
+        )
+        q, k, v = mixed.split(layer.parts, 1)
+        keys, values = (-1, layer.key_size), (-1, layer.value_size)
+        out = cuda.gated_delta_rule_update(
+            q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
+            a, b, layer.A_log, layer.dt_bias, cache.recurrent, None, started,
+        )  # fmt: skip
+        norm, z = layer.norm, z.unflatten(1, values)
+        return cuda.gated_rms_norm(out, z, norm.weight, norm.eps).flatten(1)
+
+
+MIX = {PackedAttention: CudaStep._attend, PackedDeltaNet: CudaStep._recur}
 
 
 def check_head_dim(size: int) -> None:
-    """Of half a head there are products of matrices, of at least 16 inputs."""
+    """Raise ExportError for a head_dim whose half is too small for a product of matrices, which
+    takes at least 16 inputs, or no power of two."""
     if size < 32 or size & (size - 1):
         raise ExportError(f"head_dim is {size}; with --device cuda it must be 32, 64, 128, ...")
 
 
 def weight_of(norm: nn.Module | None) -> Tensor | None:
     """A norm's weight; None for none."""
-    return getattr(norm, "weight", None)
+    return None if norm is None else norm.weight
 
 
-def _tensors(rows: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return rows.weight, getattr(rows, "scale", None), rows.bias
+def _tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, scale and bias. The network's own head has no scale."""
+    scale = linear.scale if isinstance(linear, PackedLinear) else None
+    return linear.weight, scale, linear.bias

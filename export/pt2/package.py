@@ -11,18 +11,15 @@ from torch import Tensor, nn
 from torch._inductor import aot_compile
 from torch._inductor.package import package_aoti
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from torch.export import Dim
 from torch.fx import GraphModule
 
 from tokenloop.export.background import Background
-from tokenloop.export.methods import Embed
+from tokenloop.export.methods import Embed, Prefill, integers, prompt_chunk
 from tokenloop.models.decoder import Backbone
 from tokenloop.models.layers import rounded
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
 
-# Any length but 0 and 1, which torch.export takes for constants.
-TRACED_LENGTH = 3
 OPTIONS = {
     "aot_inductor.package": True,
     # The runner loads weights and state once for all methods.
@@ -31,25 +28,6 @@ OPTIONS = {
     # whole time.
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
-
-
-class Prefill(nn.Module):
-    """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
-    logits float32 [1, V] after the last token."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
-        return self.network.prefill(tokens, positions, row)
-
-
-class DecodeEmbedded(Prefill):
-    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
-
-    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        return self.network.decode_embedded(hidden, position)
 
 
 class Select(nn.Module):
@@ -67,7 +45,7 @@ class Select(nn.Module):
 
 class SelectEmbed(Embed):
     """What Select takes, and then hidden [B, 1, D], which is written as well: the embedding of
-    next_id. By a function of sampler.cuda, whose last launch looks it up."""
+    next_id. By an operator of sampler/kernels, whose last launch looks it up."""
 
     def __init__(self, backbone: Backbone, function: Callable[..., None]):
         super().__init__(backbone)
@@ -142,11 +120,11 @@ def compile_selection(
     files = {}
     with torch.device(device), torch.no_grad():
         if device == "cuda":
-            from tokenloop.models.kernels import positions  # noqa: F401  (registers the operator)
-            from tokenloop.sampler import cuda
+            from tokenloop.models.kernels import cuda  # noqa: F401  (registers next_positions)
+            from tokenloop.sampler.kernels import operator
 
-            functions = {"greedy": cuda.greedy, "sample": cuda.sample}
-            fused = {"greedy": cuda.greedy_embed, "sample": cuda.sample_embed}
+            functions = {"greedy": operator.greedy, "sample": operator.sample}
+            fused = {"greedy": operator.greedy_embed, "sample": operator.sample_embed}
             example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
         # Compiled code is given its weights when it is loaded: these are never looked at.
@@ -204,55 +182,3 @@ def trace(
         prefer_deferred_runtime_asserts_over_guards=True,
     )
     return program.module()
-
-
-def tensors_of(
-    *methods: nn.Module,
-) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
-    """What the methods' packages need: weights, views of weights or state, and state, by name.
-
-    A view is the name `of` the whole, the `offset` of its first element, its `shape` and `stride`.
-    Tensors with several names are weights or state under only one of them.
-    """
-    weights, views, state, named = {}, {}, {}, {}
-    for method in methods:
-        named |= dict(method.named_parameters(remove_duplicate=False))
-        named |= dict(method.named_buffers(remove_duplicate=False))
-    # Whole tensors before their parts, and of equals the one with the shortest name.
-    owners: dict[int, str] = {}
-    for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
-        tensor = named[name]
-        owner = owners.setdefault(tensor.untyped_storage()._cdata, name)
-        if owner != name:
-            views[name] = {
-                "of": owner,
-                "offset": tensor.storage_offset(),
-                "shape": list(tensor.shape),
-                "stride": list(tensor.stride()),
-            }
-        elif is_state(name):
-            state[name] = tensor
-        else:
-            weights[name] = tensor
-    return weights, views, state
-
-
-def is_state(name: str) -> bool:
-    """Whether the buffer of that name is written: a layer's cache, or the kernels' counters."""
-    return ".cache." in name or name == "counters"
-
-
-def prompt_chunk(batch: int, max_prefill: int) -> tuple[tuple[Tensor, ...], list | None]:
-    """Prefill's example inputs and their dynamic shapes."""
-    # One token at most is no dynamic size.
-    length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
-    traced = min(TRACED_LENGTH, max_prefill)
-    example = integers(1, traced), torch.arange(traced)
-    shapes = [{1: length}, {0: length}]
-    if batch > 1:
-        example, shapes = (*example, integers(1)), [*shapes, None]
-    return example, shapes if length is not None else None
-
-
-def integers(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int64)

@@ -1,24 +1,30 @@
-"""Weights that are read together, put together: queries', keys' and values' rows, gate's and up's.
+"""What a decode step reads of a network, packed: weights that are read together lie together.
 
-As floating point, or as integers in words that models/kernels reads. The network's own layers,
-which prefill uses, become views of them.
+Packed are queries', keys' and values' rows, gate's and up's, as floating point or as integers in
+the words that the kernels read. The network's own layers, which prefill uses, become views of them.
+Everything is found in what blocks declare (models/decoder.py).
+Shapes: B rows of a batch, D hidden size, H heads, N outputs and K inputs of a linear layer.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models.kernels.packing import quantize_int4, quantize_int8
-from tokenloop.models.kernels.reference import dequantize
-from tokenloop.models.moe import SharedSparseMoe, SparseMoe
+from tokenloop.export.errors import ExportError
+from tokenloop.models.decoder import Block, CausalLM
+from tokenloop.models.delta_net import PROJECTIONS
+from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.linear.reference import dequantize
 
 QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
-ACTIVATIONS = {nn.GELU: "gelu_tanh", nn.SiLU: "silu"}
+LINEAR_ATTENTION = "linear_attention"
 
 
-class Rows(nn.Module):
+class PackedLinear(nn.Module):
     """The weights of linear layers, one below the other: float [N, K], or words of
-    models/kernels/packing.py with its scales."""
+    models/kernels/linear/packing.py with its scales."""
 
     def __init__(self, linears: list[nn.Linear], bits: int):
         super().__init__()
@@ -31,7 +37,7 @@ class Rows(nn.Module):
         self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
 
     def views(self, linears: list[nn.Linear]) -> list[nn.Module]:
-        """Layers like those that these rows were made of, in the same memory."""
+        """Layers like those that were packed, in the same memory."""
         sizes = [linear.out_features for linear in linears]
 
         def split(tensor: Tensor | None, axis: int) -> list[Tensor | None]:
@@ -40,11 +46,11 @@ class Rows(nn.Module):
             return [nn.Parameter(part, requires_grad=False) for part in tensor.split(sizes, axis)]
 
         parts = zip(split(self.weight, 0), split(self.scale, 1), split(self.bias, 0))
-        return [RowsView(self.inputs, *part) for part in parts]
+        return [LinearView(self.inputs, *part) for part in parts]
 
 
-class RowsView(nn.Module):
-    """A linear layer whose weights are some of Rows: x [..., K] -> [..., N]."""
+class LinearView(nn.Module):
+    """A linear layer whose weights are some of a PackedLinear's: x [..., K] -> [..., N]."""
 
     def __init__(self, inputs: int, weight: Tensor, scale: Tensor | None, bias: Tensor | None):
         super().__init__()
@@ -64,7 +70,7 @@ class IntegerHead(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.rows = Rows([linear], 8)
+        self.rows = PackedLinear([linear], 8)
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight, scale = self.rows.weight, self.rows.scale
@@ -72,62 +78,167 @@ class IntegerHead(nn.Module):
             return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
         from tokenloop.models.kernels import cuda
 
-        size = cuda.counters_size(len(hidden), len(weight), 1)
-        counters = torch.zeros(size, dtype=torch.int32, device=hidden.device)
-        return cuda.linear(hidden[:, 0], weight, scale, None, counters, wide=True)[:, None]
+        size = cuda.semaphores_size(len(hidden), len(weight), 1)
+        semaphores = torch.zeros(size, dtype=torch.int32, device=hidden.device)
+        arguments = hidden[:, 0], weight, scale, None, semaphores
+        return cuda.linear(*arguments, out_float32=True)[:, None]
 
 
-class FusedMlp(nn.Module):
-    """What a decode step's launches read of a feed-forward, which is changed: its linear layers,
-    which prefill uses, become views.
-
-    With routed experts, `moe` is their config, and they stay as they are, whatever the bits. Rows
-    of `scores` choose them; the last one weighs the expert that every token has, if there is one,
-    whose rows are then those of `gate_up` and `down`.
-    """
-
-    def __init__(self, mlp: nn.Module, bits: int):
-        super().__init__()
-        self.moe, self.shared, dense = None, False, mlp
-        if isinstance(mlp, SparseMoe):
-            self.shared = isinstance(mlp, SharedSparseMoe)
-            self.moe, self.experts = mlp.config, mlp.experts
-            self.scores = fuse(mlp, ["gate"] + ["shared_expert_gate"] * self.shared, 0)
-            dense = mlp.shared_expert if self.shared else None
-        if dense is not None:
-            self.gate_up = fuse(dense, ["gate_proj", "up_proj"], bits)
-            self.down = fuse(dense, ["down_proj"], bits)
-            self.activation = ACTIVATIONS[type(dense.act)]
-
-
-class FusedLayer(FusedMlp):
-    """What a decode step's launches read of a block, which is changed as FusedMlp says."""
-
-    def __init__(self, block: nn.Module, bits: int):
-        super().__init__(block.mlp, bits)
-        attention = block.self_attn
-        projections = [name for name in ("q_proj", "k_proj", "v_proj") if hasattr(attention, name)]
-        self.qkv = fuse(attention, projections, bits)
-        self.o = fuse(attention, ["o_proj"], bits)
-        self.input_norm, self.mlp_norm = block.input_layernorm, block.mlp_norm
-        self.post_attention_norm, self.post_mlp_norm = block.branch_norms
-        self.layer_scalar = getattr(block, "layer_scalar", None)
-        self.cache, self.q_norm, self.k_norm = attention.cache, attention.q_norm, attention.k_norm
-        self.kind, self.scale = attention.kind, attention.scale
-        self.kv_heads = attention.cache.k.shape[2]
-        self.value_norm = hasattr(attention, "v_norm")
-        self.values_are_keys = getattr(attention, "keys_are_values", False)
-
-
-def fuse(parent: nn.Module, names: list[str], bits: int) -> Rows:
+def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:
     """The weights of the linear layers of those names in `parent`, which become views."""
     linears = [parent.get_submodule(name) for name in names]
-    rows = Rows(linears, bits)
-    for name, view in zip(names, rows.views(linears)):
+    packed = PackedLinear(linears, bits)
+    for name, view in zip(names, packed.views(linears)):
         parent.set_submodule(name, view)
-    return rows
+    return packed
 
 
-def fuse_layers(network: nn.Module, bits: int) -> list[FusedLayer]:
-    """Of all blocks."""
-    return [FusedLayer(block, bits) for block in network.model.layers]
+class PackedBlock(nn.Module):
+    """What a decode step reads of a block, whose linear layers become views.
+
+    `qkv` gives what the mixer takes, `o` its branch, `gate_up` and `down` the feed-forward that
+    every token has. Routed experts, whose config `moe` is, stay as they are, whatever the bits;
+    `scores` choose them, and where `moe` is not alone the last of their rows weighs `down`'s
+    result. Norms, `layer_scalar` and `cache` are the block's.
+    """
+
+    def __init__(self, block: Block, bits: int):
+        super().__init__()
+        mixer, mlp, dense = block.mixer, block.mlp, block.mlp.dense
+        self.moe, self.is_shared = mlp.moe, mlp.moe is not None and dense is not None
+        if self.moe is not None:
+            self.experts = mlp.experts
+            self.scores = pack(mlp, mlp.routers[: 2 if self.is_shared else 1], 0)
+        if dense is not None:
+            self.gate_up = pack(dense, ["gate_proj", "up_proj"], bits)
+            self.down = pack(dense, ["down_proj"], bits)
+            self.activation = dense.activation
+        self.projections = mixer.projections
+        self.sizes = [mixer.get_submodule(name).out_features for name in mixer.projections]
+        self.qkv = pack(mixer, mixer.projections, bits)
+        self.o = pack(mixer, [mixer.output], bits)
+        self.input_norm, self.mlp_norm = block.norm("mixer"), block.norm("mlp")
+        self.post_attention_norm = block.norm("mixer_branch")
+        self.post_mlp_norm = block.norm("mlp_branch")
+        self.layer_scalar, self.cache = block.layer_scalar, mixer.cache
+
+
+class PackedAttention(PackedBlock):
+    """A block whose mixer is attention. Rows of `qkv` are queries, keys, values and, of a layer
+    with an output gate, gates."""
+
+    def __init__(self, block: Block, bits: int):
+        super().__init__(block, bits)
+        attention = block.mixer
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.layer_type, self.scale = attention.layer_type, attention.scale
+        self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
+        self.value_norm = attention.v_norm is not None
+        self.values_are_keys = attention.keys_are_values
+        self.output_gate = attention.output_gate
+
+
+class PackedDeltaNet(PackedBlock):
+    """A block whose mixer is a gated delta net. Rows of `qkv` are inputs of the convolution, gates,
+    b and a."""
+
+    kv_heads = 0
+
+    def __init__(self, block: Block, bits: int):
+        super().__init__(block, bits)
+        net = block.mixer
+        self.conv1d, self.norm = net.conv1d, net.norm
+        self.A_log, self.dt_bias = net.A_log, net.dt_bias
+        self.key_size, self.value_size, self.parts = net.key_size, net.value_size, net.parts
+
+
+def pack_blocks(network: CausalLM, bits: int) -> list[PackedBlock]:
+    """All blocks, packed with so many bits, 0 for the dtype that they have. What the network
+    computes stays the same but for the bits."""
+    arrange(network)
+    return [
+        (PackedDeltaNet if block.mixer.layer_type == LINEAR_ATTENTION else PackedAttention)(
+            block, bits
+        )
+        for block in network.model.layers
+    ]
+
+
+class QueriesAndGates(nn.Module):
+    """A q_proj whose queries and gates are layers of their own: x [..., D] -> [..., 2 * H *
+    head_dim], of each head its query and then its gate."""
+
+    def __init__(self, queries: nn.Module, gates: nn.Module, head_dim: int):
+        super().__init__()
+        self.queries, self.gates, self.head_dim = queries, gates, head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (
+            layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.queries, self.gates)
+        )
+        return torch.cat(list(parts), -1).flatten(-2)
+
+
+def arrange(network: CausalLM) -> None:
+    """Reorder weights as the kernels read them, without changing what the network computes.
+
+    The queries and gates of an output-gated attention become two layers. Elements of queries' and
+    keys' heads that are rotated together come to lie half a head apart, and the others get an angle
+    of 0. Projections of a delta net that are fused by key head are separated.
+    """
+    rope = network.model.rope
+    for block in network.model.layers:
+        mixer = block.mixer
+        if mixer.layer_type == LINEAR_ATTENTION:
+            if mixer.fused:
+                _separate_projections(mixer)
+            continue
+        rotated = 2 * rope[mixer.layer_type].inv_freq.shape[0]
+        if mixer.output_gate:
+            _arrange_attention(mixer, rotated)
+        elif rotated < mixer.head_dim:
+            raise ExportError("partial rotary without an output gate cannot be packed yet")
+    for block in network.model.layers:
+        mixer = block.mixer
+        if mixer.layer_type in rope:
+            frequencies = rope[mixer.layer_type]
+            short = mixer.head_dim // 2 - frequencies.inv_freq.shape[0]
+            if short:
+                frequencies.inv_freq = F.pad(frequencies.inv_freq, (0, short))
+
+
+def _arrange_attention(attention: nn.Module, rotated: int) -> None:
+    """`rotated` elements of each head are rotated."""
+    size = attention.head_dim
+    index = torch.arange(size, device=attention.k_proj.weight.device)
+    first, second, rest = index.split([rotated // 2, rotated // 2, size - rotated])
+    left, right = rest.chunk(2)
+    order = torch.cat([first, left, second, right])
+    queries, gates = attention.q_proj.weight.unflatten(0, (-1, 2, size)).unbind(1)
+    keys = attention.k_proj.weight.unflatten(0, (-1, size))
+    attention.q_proj = QueriesAndGates(
+        _linear(queries[:, order].flatten(0, 1)), _linear(gates.flatten(0, 1)), size
+    )
+    attention.k_proj = _linear(keys[:, order].flatten(0, 1))
+    attention.projections = "q_proj.queries", "k_proj", "v_proj", "q_proj.gates"
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.weight = nn.Parameter(norm.weight[order], requires_grad=False)
+
+
+def _separate_projections(net: nn.Module) -> None:
+    shared = net.value_heads // net.key_heads
+    sizes = [net.key_size] * 2 + [shared * net.value_size] * 2
+    grouped = net.in_proj_qkvz.weight.unflatten(0, (net.key_heads, -1))
+    q, k, v, z = (part.flatten(0, 1) for part in grouped.split(sizes, 1))
+    b, a = net.in_proj_ba.weight.unflatten(0, (net.key_heads, -1)).split(shared, 1)
+    net.in_proj_qkv, net.in_proj_z = _linear(torch.cat([q, k, v])), _linear(z)
+    net.in_proj_b, net.in_proj_a = _linear(b.flatten(0, 1)), _linear(a.flatten(0, 1))
+    del net.in_proj_qkvz, net.in_proj_ba
+    net.fused, net.projections = False, PROJECTIONS
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    return linear

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from tokenloop.export.background import Background
 from tokenloop.export.errors import ExportError
-from tokenloop.export.pt2 import hybrid_rows
-from tokenloop.export.pt2 import packed_weights as rows
-from tokenloop.export.pt2.packed_weights import IntegerHead
+from tokenloop.export.methods import DecodeEmbedded, Embed, Prefill, processor
+from tokenloop.export.pt2.packed_weights import IntegerHead, pack_blocks
 from tokenloop.export.recipes import INTEGER_BITS
-from tokenloop.models.moe import SparseMoe
-from tokenloop.models.qwen3_5 import Qwen3_5
+from tokenloop.export.tensors import entries, tensors_of
 
 
 class Pt2Artifact:
@@ -59,30 +57,24 @@ class Pt2Artifact:
         Errors: ExportError for experts that would have to be integers.
         """
         bits = INTEGER_BITS[self.options.quant]
-        hybrid = isinstance(model, Qwen3_5)
-        if bits and any(isinstance(block.mlp, SparseMoe) for block in model.model.layers):
+        if bits and any(block.mlp.moe is not None for block in model.model.layers):
             raise ExportError(
                 f"--quant {self.options.quant} is not for experts with --backend inductor; bf16 "
                 "and fp32 are"
             )
         progress("importing torch.export")
-        from tokenloop.export.methods import Embed
-        from tokenloop.export.pt2.package import DecodeEmbedded, Prefill, tensors_of, write_package
+        from tokenloop.export.pt2.package import write_package
 
         model.to(self.device)
         # Modules with the tensors that those of the step are views of.
         whole = []
         if self.device.type == "cuda":
-            if hybrid:
-                from tokenloop.export.pt2.fused_hybrid import HybridDecode as FusedDecode
-            else:
-                from tokenloop.export.pt2.cuda_step import FusedDecode
+            from tokenloop.export.pt2.cuda_step import CudaStep
 
-            decode = FusedDecode(model, bits)
+            decode = CudaStep(model, bits)
         else:
             if bits:
-                layers = nn.ModuleList((hybrid_rows if hybrid else rows).fuse_layers(model, bits))
-                whole = [nn.ModuleDict({"layers": layers})]
+                whole = [nn.ModuleDict({"layers": nn.ModuleList(pack_blocks(model, bits))})]
                 model.lm_head = IntegerHead(model.lm_head)
             decode = DecodeEmbedded(model)
         program = directory / "model.pt2"
@@ -110,9 +102,12 @@ class Pt2Artifact:
 
 
 def _waiting_kernels() -> list[str]:
-    from tokenloop.models.kernels.dependent_launch import WAITING
+    # Importing operators registers their kernels, here of all that there are.
+    from tokenloop.models.kernels import cuda  # noqa: F401
+    from tokenloop.models.kernels.launch.dependent_launch import WAITING
+    from tokenloop.sampler.kernels import operator  # noqa: F401
 
-    return list(WAITING)
+    return sorted(WAITING)
 
 
 def _compile_selection(*arguments) -> dict[str, dict[str, bytes]]:
@@ -120,23 +115,3 @@ def _compile_selection(*arguments) -> dict[str, dict[str, bytes]]:
     from tokenloop.export.pt2.package import compile_selection
 
     return compile_selection(*arguments)
-
-
-def entries(tensors: dict[str, Tensor]) -> list[dict]:
-    """Names, shapes and dtypes, for the manifest."""
-    return [
-        {
-            "name": name,
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-        }
-        for name, tensor in tensors.items()
-    ]
-
-
-def processor(device: torch.device) -> str:
-    """What compiled code needs of a device: "sm_90" of a GPU, "AVX512" of a CPU."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor}"
-    return torch.backends.cpu.get_cpu_capability()

@@ -15,8 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tokenloop.models.layers import MLP
-
 TEXT = Path(__file__).with_name("calibration.txt")
 TOKENS = 512
 TINY = 1e-5
@@ -32,16 +30,16 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
     """
     seen = observe(model, ids)
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-        _divide_norm(layer.input_layernorm, _rescale(inputs, seen))
+        attention, mlp = layer.mixer, layer.mlp
+        inputs = [attention.get_submodule(name) for name in attention.projections]
+        _divide_norm(layer.norm("mixer"), _rescale(inputs, seen))
         # Experts are read without their activations being quantized.
-        if isinstance(mlp, MLP):
+        if mlp.moe is None:
             inputs = [mlp.gate_proj, mlp.up_proj]
-            _divide_norm(layer.mlp_norm, _rescale(inputs, seen))
+            _divide_norm(layer.norm("mlp"), _rescale(inputs, seen))
             _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
         # Heads that share a value head share its channels.
-        heads = attention.v_proj.out_features // attention.head_dim, -1, attention.head_dim
+        heads = attention.kv_heads, -1, attention.head_dim
         _divide_rows(attention.v_proj, _rescale([attention.o_proj], seen, heads))
     return {linear: moments.mean.bfloat16().float() for linear, moments in seen.items()}
 

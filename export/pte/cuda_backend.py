@@ -24,15 +24,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tokenloop.export.artifact import SmallWrites
-from tokenloop.export.pt2.package import Prefill, integers, prompt_chunk
+from tokenloop.export.methods import Decode, Prefill, integers, prompt_chunk
 from tokenloop.sampler.greedy import greedy
-
-
-class Decode(Prefill):
-    """token int64 [B, 1], position int64 [B] -> logits float32 [B, V]."""
-
-    def forward(self, token: Tensor, position: Tensor) -> Tensor:
-        return self.network.decode(token, position)
 
 
 class Greedy(nn.Module):

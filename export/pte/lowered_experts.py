@@ -44,7 +44,7 @@ class LoweredExperts(nn.Module):
 
     def __init__(self, moe: SparseMoe):
         super().__init__()
-        self.route, self.config = moe.route, moe.config
+        self.route, self.config = moe.route, moe.moe
         self.int8 = isinstance(moe.experts, QuantizedExperts)
         stored = moe.experts.named_buffers() if self.int8 else moe.experts.named_parameters()
         # In the order of the call's arguments.

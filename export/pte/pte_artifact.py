@@ -13,7 +13,9 @@ from tokenloop.export.artifact import SmallWrites
 from tokenloop.export.background import Background
 from tokenloop.export.checkpoint.tokenizer_files import encode
 from tokenloop.export.errors import ExportError
+from tokenloop.export.methods import Decode, processor
 from tokenloop.export.recipes import RECIPES
+from tokenloop.export.tensors import entries, tensors_of
 
 if TYPE_CHECKING:
     from executorch.exir.schema import Program
@@ -130,9 +132,7 @@ class CudaPteArtifact:
     ) -> dict:
         """Write model.pte and model.ptd, and return the manifest's entries about them."""
         progress("importing executorch")
-        from tokenloop.export.pt2.package import tensors_of
-        from tokenloop.export.pt2.pt2_artifact import entries, processor
-        from tokenloop.export.pte.cuda_backend import Decode, build_program, write_program
+        from tokenloop.export.pte.cuda_backend import build_program, write_program
 
         constants = metadata(model, max_prefill, tokenizer)
         program, methods = build_program(model, max_prefill, constants, progress)

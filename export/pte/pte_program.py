@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from tokenloop.export.background import Background
-from tokenloop.export.methods import Embed
+from tokenloop.export.methods import (
+    DecodeEmbedded,
+    Embed,
+    Prefill,
+    integers,
+    prompt_chunk,
+    prompt_length,
+)
 from tokenloop.export.pte import block_cache as attention
 from tokenloop.export.pte import xnnpack_regions as xnnpack
 from tokenloop.export.pte.block_cache import UNIT, BlockCache, Slots
@@ -23,10 +30,6 @@ from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
-from tokenloop.models.moe import SparseMoe
-
-# Any length but 0 and 1, which torch.export takes for constants.
-TRACED_LENGTH = 3
 
 
 class DelegatedMethod(nn.Module):
@@ -34,31 +37,32 @@ class DelegatedMethod(nn.Module):
 
     def __init__(self, model: nn.Module, lowered: "Lowered", layers: "Regions"):
         super().__init__()
-        config = model.config
         self.embed_tokens, self.embed = model.model.embed_tokens, model.model.embed
         self.rope = model.model.rope
-        self.kinds = [layer.self_attn.kind for layer in model.model.layers]
+        mixers = [layer.mixer for layer in model.model.layers]
+        self.layer_types = [mixer.layer_type for mixer in mixers]
         self.before = nn.ModuleList(layers.before)
         self.after = nn.ModuleList(layers.after)
-        mixtures = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, SparseMoe)]
+        mixtures = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
         self.experts = nn.ModuleList(map(LoweredExperts, mixtures))
         self.lm_head = lowered.head
         # Methods share the buffers that have equal names.
         self.caches = nn.ModuleList(lowered.caches)
         self.slots = nn.ModuleDict(lowered.slots)
         self.shortlist, self.rescore = lowered.shortlist, lowered.rescore
-        self.kv_heads = config.num_key_value_heads
-        self.group = config.num_attention_heads // self.kv_heads
-        self.head_dim = config.head_dim
+        # All layers have the same: export/support.py sees to it.
+        self.kv_heads, self.head_dim = mixers[0].kv_heads, mixers[0].head_dim
+        self.group = mixers[0].heads // self.kv_heads
         self.rows = model.batch
 
     def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, D]; attend(kind, cache, q, k, v) is the attention,
-        and last(x) picks from [1, T, ...] the N positions whose logits are wanted."""
-        rope = {kind: self.rope[kind](positions) for kind in dict.fromkeys(self.kinds)}
-        for i, (kind, cache) in enumerate(zip(self.kinds, self.caches)):
-            attended = attend(kind, cache, *self.before[i](x, *rope[kind]))
-            if i == len(self.kinds) - 1:
+        """Logits [N, V] of embeddings x [1, T, D]; attend(name, cache, q, k, v) is the attention of
+        a layer type, and last(x) picks from [1, T, ...] the N positions whose logits are
+        wanted."""
+        rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.layer_types)}
+        for i, (name, cache) in enumerate(zip(self.layer_types, self.caches)):
+            attended = attend(name, cache, *self.before[i](x, *rope[name]))
+            if i == len(self.layer_types) - 1:
                 x, attended = last(x), last(attended)
             x, *routed = self.after[i](x, attended)
             if routed:
@@ -72,7 +76,7 @@ class DelegatedMethod(nn.Module):
         )
 
 
-class Prefill(DelegatedMethod):
+class DelegatedPrefill(DelegatedMethod):
     """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
     logits float32 [1, V] after the last token."""
 
@@ -81,8 +85,8 @@ class Prefill(DelegatedMethod):
         shape = self.kv_heads, self.group, self.head_dim
         self.attention = nn.ModuleDict(
             {
-                kind: attention.PrefillAttention(slots, *shape, traced)
-                for kind, slots in self.slots.items()
+                name: attention.PrefillAttention(slots, *shape, traced)
+                for name, slots in self.slots.items()
             }
         )
 
@@ -90,9 +94,9 @@ class Prefill(DelegatedMethod):
         column = (positions.float() * UNIT)[:, None]
         newest = (column + UNIT / 2).expand(-1, self.group).reshape(-1, 1)
         shared, places = {}, {}
-        first = {kind: self.caches[self.kinds.index(kind)] for kind in self.slots}
-        for kind, slots in self.slots.items():
-            shared[kind] = attention.Chunk(
+        first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
+        for name, slots in self.slots.items():
+            shared[name] = attention.Chunk(
                 begin=positions[0],
                 positions=column.view(1, -1),
                 newest=newest,
@@ -100,26 +104,26 @@ class Prefill(DelegatedMethod):
                 held=slots.held(positions),
                 row=row,
             )
-            # Layers of a kind have equal caches.
+            # Layers of a type have equal caches.
             one = row if row is not None else torch.zeros(1, dtype=torch.int64)
-            places[kind] = first[kind].places(slots.indices(positions), one)
+            places[name] = first[name].places(slots.indices(positions), one)
 
-        def attend(kind, cache, q, k, v):
-            attended = self.attention[kind](q, k, v, cache, shared[kind])
-            cache.store(k, v, places[kind])
+        def attend(name, cache, q, k, v):
+            attended = self.attention[name](q, k, v, cache, shared[name])
+            cache.store(k, v, places[name])
             return attended
 
         return self.run(self.embed(tokens), positions, attend, lambda x: x[:, -1:])
 
 
-class DecodeEmbedded(DelegatedMethod):
+class DelegatedDecodeEmbedded(DelegatedMethod):
     """hidden float32 [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
 
     def __init__(self, model: nn.Module, lowered: "Lowered"):
         super().__init__(model, lowered, lowered.decode)
         shape = self.kv_heads, self.group, self.head_dim, self.rows
         self.attention = nn.ModuleDict(
-            {kind: attention.DecodeAttention(slots, *shape) for kind, slots in self.slots.items()}
+            {name: attention.DecodeAttention(slots, *shape) for name, slots in self.slots.items()}
         )
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
@@ -127,35 +131,17 @@ class DecodeEmbedded(DelegatedMethod):
         if self.rows > 1:
             newest = newest[None].expand(self.kv_heads, -1, -1).reshape(-1, 1, 1)
         furthest = position.amax()
-        first = {kind: self.caches[self.kinds.index(kind)] for kind in self.slots}
+        first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
         places = {
-            kind: first[kind].places(slots.indices(position)) for kind, slots in self.slots.items()
+            name: first[name].places(slots.indices(position)) for name, slots in self.slots.items()
         }
 
-        def attend(kind, cache, q, k, v):
-            cache.store(k, v, places[kind])
-            return self.attention[kind](q, cache, self.slots[kind], furthest, newest)
+        def attend(name, cache, q, k, v):
+            cache.store(k, v, places[name])
+            return self.attention[name](q, cache, self.slots[name], furthest, newest)
 
         # To the regions rows are what tokens are to a chunk.
         return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
-
-
-class PlainPrefill(nn.Module):
-    """The model's own prefill, for kernels that take ATen's operators as they are."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.network = model
-
-    def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
-        return self.network.prefill(tokens, positions, row)
-
-
-class PlainDecodeEmbedded(PlainPrefill):
-    """The model's own decode_embedded."""
-
-    def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        return self.network.decode_embedded(hidden, position)
 
 
 def build_program(
@@ -172,29 +158,23 @@ def build_program(
     `backend` is "xnnpack" (which changes modules of `model` in place) or "portable"; `constants`
     become metadata methods; `progress` is called with what begins.
     """
-    # One token at most is no dynamic size.
-    length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
-    traced = min(TRACED_LENGTH, max_prefill)
     if backend == "xnnpack":
+        length, traced = prompt_length(max_prefill)
         xnnpack.prepare(model)
         lowered = lower(model, traced, length, progress)
-        prefill, decode = Prefill(model, lowered, traced), DecodeEmbedded(model, lowered)
+        prefill = DelegatedPrefill(model, lowered, traced)
+        decode = DelegatedDecodeEmbedded(model, lowered)
     else:
-        prefill, decode = PlainPrefill(model), PlainDecodeEmbedded(model)
+        # Plain kernels take ATen's operators as they are.
+        prefill, decode = Prefill(model), DecodeEmbedded(model)
     progress("tracing the methods")
     batch = model.batch
     hidden = torch.zeros(batch, 1, model.config.hidden_size)
-    token, position = (torch.zeros(*shape, dtype=torch.int64) for shape in ((batch, 1), (batch,)))
-    chunk = torch.zeros(1, traced, dtype=torch.int64), torch.arange(traced)
-    shapes = [{1: length}, {0: length}]
-    if batch > 1:
-        chunk, shapes = (*chunk, torch.zeros(1, dtype=torch.int64)), [*shapes, None]
+    chunk, shapes = prompt_chunk(batch, max_prefill)
     methods = {
-        "prefill": torch.export.export(
-            prefill, chunk, dynamic_shapes=shapes if length is not None else None
-        ),
-        "embed": torch.export.export(Embed(model.model), (token,)),
-        "decode_embedded": torch.export.export(decode, (hidden, position)),
+        "prefill": torch.export.export(prefill, chunk, dynamic_shapes=shapes),
+        "embed": torch.export.export(Embed(model.model), (integers(batch, 1),)),
+        "decode_embedded": torch.export.export(decode, (hidden, integers(batch))),
     }
     program = to_program(methods, constants, backend == "xnnpack", progress)
     progress("adding the selection methods")
@@ -234,7 +214,7 @@ class Regions:
 
 @dataclass(frozen=True)
 class Lowered:
-    """What both methods of a model are made of; `slots` by kind of layer; `shortlist`, if there is
+    """What both methods of a model are made of; `slots` by layer type; `shortlist`, if there is
     one, and what it scores with, by the number of rows."""
 
     prefill: Regions
@@ -265,13 +245,13 @@ def lower(
     rows = ({1: Dim("N", min=1, max=batch)},) if batch > 1 else None
     head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
 
-    layers = [layer.self_attn for layer in backbone.layers]
-    slots = {layer.kind: Slots(layer.cache) for layer in layers}
+    mixers = [layer.mixer for layer in backbone.layers]
+    slots = {mixer.layer_type: Slots(mixer.cache) for mixer in mixers}
     return Lowered(
         prefill,
         decode,
         head,
-        [BlockCache(layer.cache, slots[layer.kind]) for layer in layers],
+        [BlockCache(mixer.cache, slots[mixer.layer_type]) for mixer in mixers],
         slots,
         shortlist,
         {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
@@ -286,13 +266,9 @@ def lower_layers(
     progress: Callable[[str], None],
 ) -> Regions:
     """The regions of `layers`, as in `lower`."""
-    config = model.config
-    kv_heads, heads, size = (
-        config.num_key_value_heads,
-        config.num_attention_heads,
-        config.head_dim,
-    )
-    x = torch.zeros(1, traced, config.hidden_size)
+    mixer = layers[0].mixer
+    kv_heads, heads, size = mixer.kv_heads, mixer.heads, mixer.head_dim
+    x = torch.zeros(1, traced, model.config.hidden_size)
     attended = torch.zeros(kv_heads, traced, heads // kv_heads * size)
     # Two tensors: torch.export takes one that is passed twice for one argument.
     cos, sin = (torch.zeros(traced, 1, size) for _ in range(2))

@@ -43,7 +43,6 @@ from torch.export import Dim, ExportedProgram
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.pte.xnnpack_graph import delegate
 from tokenloop.models.layers import RMSNorm
-from tokenloop.models.moe import SparseMoe
 
 # With this key XnnpackBackend runs one of its 17 graph passes, the only one that our regions need.
 COMPILE_SPECS = [CompileSpec("dqlinear_partitioner", b"")]
@@ -95,11 +94,11 @@ def prepare(model: nn.Module) -> None:
     """Replace, in place, the modules that XNNPACK does not take as they are, and scale queries
     where they are normalised, or would be, so that attention need not."""
     for layer in model.model.layers:
-        attention = layer.self_attn
-        if isinstance(attention.q_norm, RMSNorm):
-            attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
-        else:
+        attention = layer.mixer
+        if attention.q_norm is None:
             attention.q_norm = DelegatedScale(attention.scale)
+        else:
+            attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
@@ -151,7 +150,7 @@ class BeforeAttention(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.layer.project(x, {self.layer.self_attn.kind: (cos, sin)})
+        (q, k, v), _ = self.layer.project(x, {self.layer.mixer.layer_type: (cos, sin)})
         heads, size = k.shape[2:]
         wide = q.shape[2] // heads * size
         if heads == 1:
@@ -171,11 +170,11 @@ class AfterAttention(nn.Module):
     def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
         if attended.shape[0] > 1:
             attended = attended.permute(1, 0, 2).contiguous()
-        attended = attended.view(1, -1, self.layer.self_attn.o_proj.in_features)
-        if not isinstance(self.layer.mlp, SparseMoe):
-            return (self.layer.finish(x, attended),)
-        x = self.layer.add_attended(x, attended)
-        hidden = self.layer.mlp_norm(x)
+        attended = attended.view(1, -1, self.layer.mixer.o_proj.in_features)
+        if self.layer.mlp.moe is None:
+            return (self.layer.finish(x, attended, None),)
+        x = self.layer.add_mixed(x, attended, None)
+        hidden = self.layer.norm("mlp")(x)
         return x, hidden, self.layer.mlp.gate(hidden)
 
 

@@ -44,7 +44,7 @@ def test_bytes_of_a_step_are_weights_filled_slots_and_states_twice():
             entry("layers.0.cache.recurrent", "float32", 1, 2, 4, 4),
             entry("layers.0.cache.conv", "bfloat16", 1, 16, 3),
             entry("layers.1.cache.k", "bfloat16", 1, 50, 2, 4),
-            entry("counters", "int32", 64),
+            entry("semaphores", "int32", 64),
         ],
     }
     expected = 1600 + 2 * 128 + 2 * 96 + 10 * 16

@@ -7,7 +7,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import causal_conv1d, gated_delta  # noqa: E402
-from tokenloop.models.operators import conv1d, delta_rule  # noqa: E402
+from tokenloop.models.kernels.causal_conv1d import reference as conv1d  # noqa: E402
+from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Two roundings to bfloat16, which Triton's interpreter does towards zero.

@@ -9,7 +9,7 @@ import torch
 from tests.driving import eager_ids, ids_of, variants
 from tokenloop import runner
 from tokenloop.models import qwen3_5
-from tokenloop.models.operators.delta_rule import CHUNK
+from tokenloop.models.kernels.gated_delta_rule.reference import CHUNK
 from tokenloop.runner import Request
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,12 +13,21 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
+from tokenloop.export.checkpoint import Checkpoint
 from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
-from tokenloop.export.checkpoint.checkpoint import Checkpoint
 from tokenloop.export.checkpoint.gguf_reader import read_header
 from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
 from tokenloop.export.errors import ExportError
 from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
+
+# The pieces of CUT by `tokenizer.ggml.pre`, as the models' own tokenizer.json cuts it; then whether
+# text is composed, whether a piece that is a token is left whole, and whether a bos is added.
+CUT = "I'm WE'RE 12345½ e\u0301  x_y;\r\n\n z"
+PUBLISHED = {
+    "qwen2": (
+        "I|'m| WE|'RE| |1|2|3|4|5|½| e|\u0301| | x|_y|;\r\n\n| z", True, False, False,
+    ),
+}  # fmt: skip
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 TEMPLATE = "{{ messages[0].content }}<|im_end|>\n"
@@ -141,6 +151,24 @@ def test_any_ids_stream_to_what_they_decode_to_at_once(runner, reference, data):
     assert streamed(runner, ids) == runner.decode(ids) == expected
 
 
+@pytest.mark.parametrize("pre", PUBLISHED)
+def test_text_is_prepared_as_the_models_own_tokenizer_prepares_it(checkpoint, tmp_path, pre):
+    pieces, composed, ignore_merges, adds_bos = PUBLISHED[pre]
+    tokenizer = byte_level_tokenizer(checkpoint.path, changed(checkpoint, pre=pre))
+    cut = tokenizer.pre_tokenizer.pre_tokenize_str(CUT)
+    assert "|".join(CUT[start:end] for _, (start, end) in cut) == pieces
+    assert (tokenizer.normalizer is not None) == composed
+
+    tokens = checkpoint.metadata["tokenizer.ggml.tokens"]
+    word = max((token for token in tokens if token.isascii() and token.isalpha()), key=len)
+    unmerged = byte_level_tokenizer(checkpoint.path, changed(checkpoint, pre=pre, merges=[]))
+    assert len(word) > 3 and (len(unmerged.encode(word).ids) == 1) == ignore_merges
+
+    silent = changed(checkpoint, pre=pre, add_bos_token=None)
+    entry = write_tokenizer(replace(checkpoint, metadata=silent), tmp_path)
+    assert entry["add_bos"] == adds_bos
+
+
 def test_the_entry_names_what_ends_a_turn_and_a_text_and_adds_no_bos(checkpoint, tmp_path):
     entry, base = write_tokenizer(checkpoint, tmp_path), checkpoint.metadata
     first = len(base["tokenizer.ggml.tokens"]) - len(ADDED)
@@ -162,7 +190,7 @@ def test_the_same_vocabulary_gives_the_same_bytes(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre": "llama-bpe"}, "bpe.gguf: tokenizer.ggml.pre is 'llama-bpe'; qwen2 can be rebuilt"),
+        ({"pre": "falcon"}, "bpe.gguf: tokenizer.ggml.pre is 'falcon'; .*qwen2.* can be rebuilt"),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
         ({"merges": None}, "has no key tokenizer.ggml.merges, which its tokenizer needs"),
         ({"tokens": ["a", "b"]}, r"has 2 tokens and \d+ token types"),

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from tokenloop.export.checkpoint import gguf_reader
-from tokenloop.export.checkpoint.checkpoint import (
+from tokenloop.export.checkpoint import (
     Checkpoint,
     StoredTensor,
+    gguf_reader,
     load_weights,
     open_checkpoint,
 )
 from tokenloop.export.errors import ExportError
-from tokenloop.models.layers import Piece
+from tokenloop.models.layers import Shard
 
 # Over the names and float32 values of all tensors of the real model, in the order of the file.
 REAL_DIGEST = "6f580c635230f36e048bf6d95690966e32e13767722d750cf1815b424a3bc24f"
@@ -98,7 +98,10 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, arch="gemma3", omi
         if key in omit:
             continue
         name = key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}"
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+            list: writer.add_array,
+        }  # fmt: skip
         add[type(value)](name, value)
     for name, tensor in tensors.items():
         data, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
@@ -111,6 +114,10 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, arch="gemma3", omi
 
 
 EMBEDDING = {"token_embd.weight": np.zeros((96, 64), dtype=np.float32)}
+
+
+def factors(values):
+    return {"rope_freqs.weight": values.astype(np.float32)}
 
 
 @pytest.fixture
@@ -244,7 +251,7 @@ def test_a_tensor_that_the_index_promises_in_vain_is_named(sharded):
 def test_a_tensor_in_two_shards_is_named(sharded):
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(ExportError, match="another shard has the tensor model"):
+    with pytest.raises(ExportError, match="another file has the tensor model"):
         open_checkpoint(sharded)
 
 
@@ -288,10 +295,36 @@ def test_the_local_rope_and_the_window_pattern_follow_the_file(tmp_path):
     assert config["rope_local_base_freq"] == 5000.0 and config["sliding_window_pattern"] == 3
 
 
-def test_linear_rope_scaling_is_read(tmp_path):
-    scaling = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
-    config = open_checkpoint(write_gguf(tmp_path / "a.gguf", EMBEDDING, **scaling)).config
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "scaling"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, LINEAR),
+        ({"rope.scaling.factor": 8.0}, LINEAR),
+        ({"rope.scale_linear": 8.0}, LINEAR),
+        ({"rope.scale_linear": 2.0, "rope.scaling.factor": 8.0}, LINEAR),
+        ({"rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64}, LINEAR),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 8.0}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+    ],
+)
+def test_rope_scaling_is_read_as_llama_cpp_reads_it(tmp_path, values, scaling):
+    config = open_checkpoint(write_gguf(tmp_path / "a.gguf", EMBEDDING, **values)).config
+    assert config["rope_scaling"] == scaling
+
+
+@pytest.mark.parametrize(("values", "scale"), [({}, 1.0), ({"rope.scaling.factor": 4.0}, 4.0)])
+def test_rope_factors_are_a_part_of_the_config_and_no_tensor(tmp_path, values, scale):
+    factors = np.linspace(1, 8, 16, dtype=np.float32)
+    path = write_gguf(tmp_path / "a.gguf", EMBEDDING | {"rope_freqs.weight": factors}, **values)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["rope_scaling"] == {
+        "rope_type": "factors",
+        "factors": (factors * np.float32(scale)).tolist(),
+    }
+    assert list(checkpoint.shapes()) == ["model.embed_tokens.weight"]
 
 
 def test_the_attention_scale_of_62_layers_is_hidden_size_per_head(tmp_path):
@@ -434,6 +467,17 @@ def test_an_unknown_architecture_is_named_with_those_supported(tmp_path):
     [
         (EMBEDDING, {"omit": ["rope.freq_base"]}, "has no key gemma3.rope.freq_base"),
         (EMBEDDING, {"rope.scaling.type": "yarn"}, "gemma3.rope.scaling.type is 'yarn'"),
+        (EMBEDDING, {"rope.scaling.type": "linear"}, "no key gemma3.rope.scaling.factor"),
+        (EMBEDDING, {"rope.scaling.attn_factor": 0.5}, "the key gemma3.rope.scaling.attn_factor"),
+        (EMBEDDING, {"rope.dimension_count": 16}, "rope.dimension_count is 16; 32, the size"),
+        (EMBEDDING, {"attention.value_length": 64}, "attention.value_length is 64; 32, the size"),
+        (EMBEDDING, {"feed_forward_length": [128, 64]}, "feed_forward_length has 2 values"),
+        (
+            EMBEDDING | factors(np.ones(15)),
+            {},
+            r"rope_freqs.weight of the shape \(15,\) is no list",
+        ),
+        (EMBEDDING | factors(np.zeros(16)), {}, "is no list of 16 positive numbers"),
         (EMBEDDING, {"split.count": 3}, "is one of 3 parts"),
         ({}, {}, "has no tensor token_embd.weight"),
         (
@@ -534,21 +578,21 @@ class Stacked(torch.nn.Module):
         self.both = torch.nn.Parameter(torch.empty(3, 4, 5, device="meta"))
 
 
-def stacked_piece(name):
+def stacked_shard(name):
     """Of "2.up" the second part of the last entry; of "up" those of all entries."""
     *entry, part = name.split(".")
-    return Piece("both", ["gate", "up"].index(part), 2, int(entry[0]) if entry else None)
+    return Shard("both", ["gate", "up"].index(part), 2, int(entry[0]) if entry else None)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_parameter_is_put_together_from_its_pieces(tmp_path, whole):
+def test_a_parameter_is_put_together_from_its_shards(tmp_path, whole):
     parts = {name: torch.randn(3, 2, 5) for name in ("gate", "up")}
     tensors = parts
     if not whole:
         tensors = {f"{i}.{name}": part[i] for name, part in parts.items() for i in range(3)}
     model = Stacked()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    load_weights(model, saved(tmp_path, tensors), stacked_piece)
+    load_weights(model, saved(tmp_path, tensors), stacked_shard)
     assert torch.equal(model.both, torch.cat([parts["gate"], parts["up"]], 1))
 
 
@@ -560,11 +604,11 @@ def test_a_parameter_is_put_together_from_its_pieces(tmp_path, whole):
         ({"1.up": torch.ones(4, 5)}, r"1.up has the shape \(4, 5\), the model needs \(2, 5\)"),
     ],
 )
-def test_pieces_that_do_not_fit_are_named_before_anything_is_read(tmp_path, changes, message):
+def test_shards_that_do_not_fit_are_named_before_anything_is_read(tmp_path, changes, message):
     tensors = {f"{i}.{name}": torch.ones(2, 5) for i in range(3) for name in ("gate", "up")}
     tensors = {k: v for k, v in (tensors | changes).items() if v is not None}
     with pytest.raises(ExportError, match=message):
-        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_piece)
+        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_shard)
 
 
 def test_a_dropped_tensor_may_have_any_dtype(tmp_path):

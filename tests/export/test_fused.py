@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from tests.models.test_kernels import DEVICE, interpreted_ranges  # noqa: F401
+pytest.importorskip("triton", reason="triton is not installed")
 
-from tokenloop.export.errors import ExportError  # isort: skip  (Triton's interpreter is set above)
-from tokenloop.export.pt2.cuda_step import FusedDecode  # isort: skip
-from tokenloop.models import qwen3  # isort: skip
+from tokenloop.export.errors import ExportError  # noqa: E402
+from tokenloop.export.pt2.cuda_step import CudaStep  # noqa: E402
+from tokenloop.models import qwen3  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SHAPE = {
     "vocab_size": 37,
@@ -26,7 +28,7 @@ SHAPE = {
     "moe_intermediate_size": 20,
     "norm_topk_prob": True,
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
@@ -37,7 +39,7 @@ def test_steps_give_the_networks_logits(model_type):
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     fused.load_state_dict(plain.state_dict())
-    step = FusedDecode(fused.to(DEVICE))
+    step = CudaStep(fused.to(DEVICE))
     tokens = torch.randint(config.vocab_size, (4, 2, 1))
     with torch.no_grad():
         for position, token in enumerate(tokens):
@@ -45,11 +47,11 @@ def test_steps_give_the_networks_logits(model_type):
             expected = plain.decode(token, where)
             actual = step(fused.embed(token.to(DEVICE)), where.to(DEVICE)).cpu()
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert not step.counters.any()
+    assert not step.semaphores.any()
 
 
 @pytest.mark.parametrize("size", [16, 96])
 def test_heads_that_the_kernels_cannot_take_are_refused(size):
     config = qwen3.Config.from_dict(SHAPE | {"model_type": "qwen3", "head_dim": size})
     with pytest.raises(ExportError, match=f"head_dim is {size}; .* must be 32, 64, 128"):
-        FusedDecode(qwen3.Network(config, 9))
+        CudaStep(qwen3.Network(config, 9))

@@ -7,14 +7,12 @@ import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-triton = pytest.importorskip("triton", reason="triton is not installed")
-
-from triton.runtime import interpreter  # noqa: E402
+pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.models.driving import assert_near, prompt  # noqa: E402
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint  # noqa: E402
-from tokenloop.export.pt2.fused_hybrid import HybridDecode  # noqa: E402
-from tokenloop.export.pt2.hybrid_rows import fuse_layers  # noqa: E402
+from tokenloop.export.checkpoint import load_weights, open_checkpoint  # noqa: E402
+from tokenloop.export.pt2.cuda_step import CudaStep  # noqa: E402
+from tokenloop.export.pt2.packed_weights import pack_blocks  # noqa: E402
 from tokenloop.models import qwen3_5  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -29,22 +27,7 @@ SMALL = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreted_ranges():
-    """NumPy 2.4 no longer takes an array of one element as a loop's end, which the interpreter's
-    scalars are."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +48,7 @@ def networks(make_hybrid_checkpoint):
 @pytest.mark.parametrize("layout", [*LAYOUTS, EXPERTS])
 def test_an_arranged_network_computes_what_it_did(networks, layout):
     plain, arranged = networks(layout, 2)
-    fuse_layers(arranged, 0)
+    pack_blocks(arranged, 0)
     assert not any("qkvz" in name for name, _ in arranged.named_parameters())
     for row in (0, 1):
         chunk = prompt(7 + row), torch.arange(7 + row), torch.tensor([row])
@@ -78,7 +61,7 @@ def test_an_arranged_network_computes_what_it_did(networks, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_integer_weights_are_near_what_they_stand_for(networks, layout):
     plain, rounded = networks(layout, 1)
-    fuse_layers(rounded, 8)
+    pack_blocks(rounded, 8)
     chunk = prompt(9).to(DEVICE), torch.arange(9, device=DEVICE)
     expected = plain.prefill(*chunk)
     difference = rounded.prefill(*chunk) - expected
@@ -88,19 +71,19 @@ def test_integer_weights_are_near_what_they_stand_for(networks, layout):
 @pytest.mark.parametrize(("layout", "batch"), zip([*LAYOUTS, EXPERTS], [1, 3, 2]))
 def test_a_fused_step_gives_the_networks_logits(networks, layout, batch):
     plain, changed = networks(layout, batch)
-    decode = HybridDecode(changed)
+    decode = CudaStep(changed)
     for step in range(2):
         token = torch.tensor([[7 + step], [9], [step]], device=DEVICE)[:batch]
         # A row that begins anew, and one that stays behind.
         position = torch.tensor([step, 0, max(step - 1, 0)], device=DEVICE)[:batch]
         actual = decode(changed.embed(token), position)
         assert_near(actual, plain.decode(token, position))
-    assert not decode.counters.any()
+    assert not decode.semaphores.any()
 
 
 @pytest.mark.parametrize("layout", ["qwen3_next", EXPERTS])
 def test_no_two_tensors_of_a_fused_step_share_memory(networks, layout):
-    decode = HybridDecode(networks(layout, 1)[0])
+    decode = CudaStep(networks(layout, 1)[0])
     tensors = [*decode.parameters(), *decode.buffers()]
     addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     assert len(addresses) == len(tensors) > 20

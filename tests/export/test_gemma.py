@@ -102,9 +102,15 @@ def test_a_directory_of_another_architecture(refuses, checkpoint):
     refuses("tiny is a llama model", "export/gemma.py exports gemma3_text")
 
 
-def test_a_gemma_4_with_the_backend_that_does_not_know_it(refuses, checkpoint):
+def test_a_gemma_4_with_the_backend_that_does_not_take_it(refuses, checkpoint):
     change_config(checkpoint, model_type="gemma4_text")
-    refuses("tiny is a gemma4_text model; --backend xnnpack does not know it", "portable, cuda")
+    arguments = ("--model", "tiny", "--backend", "xnnpack")
+    refuses(
+        "tiny is a gemma4_text model; --backend xnnpack does not take layers of several shapes, "
+        "norms of values, scaled layers",
+        "inductor, portable, cuda do",
+        arguments=arguments,
+    )
 
 
 def test_a_config_that_asks_for_what_is_not_implemented(refuses, checkpoint):

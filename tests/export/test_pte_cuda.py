@@ -12,7 +12,7 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.backend.backend_details import PreprocessResult
 from executorch.exir.schema import DelegateCall, DeviceType
 
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.models import gemma3
 from tokenloop.sampler.greedy import greedy
 

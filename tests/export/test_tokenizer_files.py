@@ -8,8 +8,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, processors
 
-from tokenloop.export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tokenloop.export.checkpoint.tokenizer_files import sentencepiece_model, write_tokenizer
+from tokenloop.export.checkpoint import Checkpoint, open_checkpoint
+from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
+from tokenloop.export.checkpoint.tokenizer_files import END_TOKENS, write_tokenizer
 from tokenloop.export.errors import ExportError
 from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
 
@@ -156,6 +157,7 @@ def test_unknown_characters_become_bytes():
     [
         ({}, {"eos_token_ids": [2], "add_bos": True, "bos_token": "<s>", "eos_token": "</s>"}),
         ({"eot_token_id": 9}, {"eos_token_ids": [2, 9]}),
+        ({"eom_token_id": 9}, {"eos_token_ids": [2, 9]}),
         ({"add_bos_token": False}, {"add_bos": False, "bos_token_id": 1}),
         ({"bos_token_id": None}, {"add_bos": False, "bos_token_id": None, "bos_token": None}),
         ({"eos_token_id": None}, {"eos_token_ids": [], "eos_token": None}),
@@ -164,6 +166,15 @@ def test_unknown_characters_become_bytes():
 def test_the_entry_follows_the_files_ids(tmp_path, changes, expected):
     entry = write_tokenizer(small(**changes), tmp_path)
     assert entry | expected == entry
+
+
+@pytest.mark.parametrize("end", END_TOKENS)
+def test_a_conversations_end_token_is_an_end_where_there_is_a_template(tmp_path, end):
+    tokens = small().metadata["tokenizer.ggml.tokens"]
+    tokens = [end if token == "<turn>" else token for token in tokens]
+    for template, ends in (("x", [2, 9]), (None, [2])):
+        entry = write_tokenizer(small(tokens=tokens, chat_template=template), tmp_path)
+        assert entry["eos_token_ids"] == ends
 
 
 @pytest.mark.parametrize(

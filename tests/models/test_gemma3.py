@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from tests.models.driving import Batch, assert_near, even_ends, generate, prefill, prompt
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.models.gemma3 import Gemma3, Gemma3Config, checkpoint_name
 from tokenloop.models.layers import RopeConfig
 
@@ -302,7 +302,7 @@ def test_a_config_that_says_little_is_the_published_one():
         ({"attention_bias": True}, "attention_bias = True"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings = false"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"head_dim": None, "sliding_window": None}, "lacks head_dim, sliding_window"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
@@ -341,8 +341,6 @@ def test_a_text_model_is_found_under_every_prefix(prefix, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "lm_head.weight",
-        "language_model.lm_head.weight",
         "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
         "model.vision_tower.vision_model.embeddings.patch_embedding.bias",
         "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
@@ -350,8 +348,13 @@ def test_a_text_model_is_found_under_every_prefix(prefix, name):
         "model.multi_modal_projector.mm_soft_emb_norm.weight",
     ],
 )
-def test_the_vision_part_and_the_tied_head_are_left_out(name):
+def test_the_vision_part_is_left_out(name):
     assert checkpoint_name(name) is None
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_head_of_its_own_is_not_left_out_for_it_must_equal_the_embedding(name):
+    assert checkpoint_name(name) == "lm_head.weight"
 
 
 def on_meta(config: dict, max_seq_len: int = 32) -> Gemma3:

@@ -14,8 +14,8 @@ from transformers import (
 from transformers import Qwen3Config as HfQwen3Config
 
 from tests.models.driving import Batch, assert_near, generate, prefill, prompt
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
-from tokenloop.models.layers import Piece, RopeConfig
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
+from tokenloop.models.layers import RopeConfig, Shard
 from tokenloop.models.moe import MoeConfig, SparseMoe
 from tokenloop.models.qwen3 import Qwen3, Qwen3Config, checkpoint_name
 
@@ -273,10 +273,10 @@ def test_a_config_that_cannot_be_run_is_refused_by_the_name_of_its_field(change,
         ("lm_head.weight", "lm_head.weight"),
         ("model.layers.3.mlp.gate.weight", "model.layers.3.mlp.gate.weight"),
         ("model.layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.gate_proj.weight"),
-        ("a.mlp.experts.12.gate_proj.weight", Piece("a.mlp.experts.gate_up_proj", 0, 2, 12)),
-        ("a.mlp.experts.12.up_proj.weight", Piece("a.mlp.experts.gate_up_proj", 1, 2, 12)),
-        ("a.mlp.experts.0.down_proj.weight", Piece("a.mlp.experts.down_proj", 0, 1, 0)),
-        ("a.mlp.experts.up_proj.weight", Piece("a.mlp.experts.gate_up_proj", 1, 2, None)),
+        ("a.mlp.experts.12.gate_proj.weight", Shard("a.mlp.experts.gate_up_proj", 0, 2, 12)),
+        ("a.mlp.experts.12.up_proj.weight", Shard("a.mlp.experts.gate_up_proj", 1, 2, 12)),
+        ("a.mlp.experts.0.down_proj.weight", Shard("a.mlp.experts.down_proj", 0, 1, 0)),
+        ("a.mlp.experts.up_proj.weight", Shard("a.mlp.experts.gate_up_proj", 1, 2, None)),
         ("a.mlp.experts.gate_up_proj", "a.mlp.experts.gate_up_proj"),
     ],
 )

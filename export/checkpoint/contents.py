@@ -1,0 +1,57 @@
+"""What an opened checkpoint is: a config, and tensors that are read one at a time."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+HASH_CHUNK_BYTES = 1 << 20
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that is not read yet. `read` gives it in `dtype`, spelled as in safetensors."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. It holds no file open and no tensor data.
+
+    `config` is the text model's config.json, as Hugging Face has it. `metadata` has a GGUF file's
+    own keys and values and is empty for safetensors. Tensors are read in the order of `stored`.
+    """
+
+    path: Path
+    kind: Literal["gguf", "safetensors"]
+    config: dict[str, Any]
+    weight_files: tuple[Path, ...]
+    stored: dict[str, StoredTensor] = field(repr=False)
+    metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by Hugging Face's name, in PyTorch's order; reads none."""
+        return {name: tensor.shape for name, tensor in self.stored.items()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read every tensor, one at a time, in an order that is always the same.
+
+        GGUF gives float32. Safetensors give the file's own dtype in a private mapping of the file,
+        so that only what is touched takes memory.
+        """
+        for name, tensor in self.stored.items():
+            yield name, tensor.read()
+
+    def sha256(self) -> str:
+        """The hexadecimal hash of the weight files' bytes, joined in the order of their names."""
+        digest = hashlib.sha256()
+        for path in sorted(self.weight_files):
+            with path.open("rb") as file:
+                while chunk := file.read(HASH_CHUNK_BYTES):
+                    digest.update(chunk)
+        return digest.hexdigest()

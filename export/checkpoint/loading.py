@@ -1,0 +1,128 @@
+"""Loading a checkpoint's tensors into a model, after a check that every one of them fits.
+
+Knows no architecture: the caller's `rename` says what a tensor is called in the model.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from tokenloop.export.checkpoint.contents import Checkpoint
+from tokenloop.export.errors import ExportError
+from tokenloop.models.layers import Shard
+
+# The values of these dtypes, spelled as in safetensors, are the weights themselves. fp8, fp4 and
+# integer tensors need scales that lie elsewhere.
+PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def load_weights(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    rename: Callable[[str], str | Shard | None],
+    *,
+    progress: Callable[[str], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Replace every parameter of `model` (on the meta device) by the checkpoint's tensor.
+
+    `rename` maps a checkpoint's name to a parameter's, to the shard of one that the tensor is, or
+    to None for a tensor that is dropped knowingly. Several modules may share a parameter (a tied
+    head): it needs one tensor, under any of its names, and stays shared. It may have a tensor under
+    each name if they are equal. Buffers are left alone. `progress` is called with each tensor's
+    name before it is read.
+
+    Errors: ExportError before any data is read, for a parameter without a tensor or without all of
+    its shards, a tensor without a parameter, a wrong shape, two tensors under one name, or a dtype
+    that is not a plain float. ExportError also for tensors of one parameter that differ.
+    """
+    owners: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(parameter, []).append((module, name))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets = {name: rename(name) for name in checkpoint.stored}
+    _check_fit(checkpoint, parameters, targets)
+    loaded: dict[torch.nn.Parameter, tuple[str, torch.Tensor]] = {}
+    for name, target in targets.items():
+        if target is None:
+            continue
+        if progress is not None:
+            progress(name)
+        tensor = checkpoint.stored[name].read().to(dtype)
+        parameter = parameters[_parameter_name(target)]
+        if isinstance(target, Shard):
+            if parameter not in loaded:
+                loaded[parameter] = name, torch.empty(parameter.shape, dtype=dtype)
+            target.of(loaded[parameter][1]).copy_(tensor)
+        elif parameter not in loaded:
+            loaded[parameter] = name, tensor
+        elif not torch.equal(loaded[parameter][1], tensor):
+            raise ExportError(
+                f"{checkpoint.path}: {loaded[parameter][0]} and {name} differ, and the model's "
+                "config ties them"
+            )
+    for parameter, (_, tensor) in loaded.items():
+        weight = torch.nn.Parameter(tensor, requires_grad=False)
+        for module, attribute in owners[parameter]:
+            setattr(module, attribute, weight)
+
+
+def _parameter_name(target: str | Shard) -> str:
+    return target.name if isinstance(target, Shard) else target
+
+
+def _check_fit(
+    checkpoint: Checkpoint,
+    parameters: dict[str, torch.nn.Parameter],
+    targets: dict[str, str | Shard | None],
+) -> None:
+    taken: dict[str | Shard, str] = {}
+    elements: dict[torch.nn.Parameter, int] = {}
+    for name, target in targets.items():
+        if target is None:
+            continue
+        tensor = checkpoint.stored[name]
+        if _parameter_name(target) not in parameters:
+            raise ExportError(
+                f"{checkpoint.path}: the model has no place for the tensor {name} "
+                f"(as {_parameter_name(target)})"
+            )
+        parameter = place = parameters[_parameter_name(target)]
+        if isinstance(target, Shard):
+            try:
+                place = target.of(parameter)
+            except IndexError as error:
+                raise ExportError(
+                    f"{checkpoint.path}: {name} is number {target.entry} of "
+                    f"{len(parameter)} in the model"
+                ) from error
+        if target in taken:
+            raise ExportError(
+                f"{checkpoint.path}: {taken[target]} and {name} are both "
+                f"{_parameter_name(target)} in the model; one of them is right"
+            )
+        taken[target] = name
+        elements[parameter] = elements.get(parameter, 0) + place.numel()
+        if tensor.shape != tuple(place.shape):
+            raise ExportError(
+                f"{checkpoint.path}: {name} has the shape {tensor.shape}, the model needs "
+                f"{tuple(place.shape)}"
+            )
+        if tensor.dtype not in PLAIN_FLOATS:
+            raise ExportError(
+                f"{checkpoint.path}: {name} has the dtype {tensor.dtype}; "
+                f"{', '.join(PLAIN_FLOATS)} can be loaded"
+            )
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if elements.get(parameter, 0) < parameter.numel()
+    ]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        some = parameters[missing[0]] in elements
+        raise ExportError(
+            f"{checkpoint.path} has {'only a part of' if some else 'no tensor for'} the parameter "
+            f"{missing[0]}{more}"
+        )

@@ -1,0 +1,29 @@
+"""Which networks a backend takes, read from what their blocks declare."""
+
+from tokenloop.export.recipes import FOR_BACKEND
+from tokenloop.models.decoder import CausalLM
+
+
+def unsupported(network: CausalLM, backend: str) -> str | None:
+    """What of the network the backend does not take, in words; None if it takes all."""
+    blocks = network.model.layers
+    mixers = [block.mixer for block in blocks]
+    if backend in ("xnnpack", "cuda") and any(m.layer_type == "linear_attention" for m in mixers):
+        return "gated delta nets"
+    if backend != "xnnpack":
+        return None
+    found = {
+        "layers of several shapes": len({(m.kv_heads, m.heads, m.head_dim) for m in mixers}) > 1,
+        "norms of values": any(m.v_norm is not None for m in mixers),
+        "values that are keys": any(m.keys_are_values for m in mixers),
+        "output gates": any(m.output_gate for m in mixers),
+        "scaled layers": any(block.layer_scalar is not None for block in blocks),
+        "an expert of all tokens": any(b.mlp.moe and b.mlp.dense for b in blocks),
+        "soft-capped logits": network.soft_cap is not None,
+    }
+    return ", ".join(what for what, is_there in found.items() if is_there) or None
+
+
+def supporting(network: CausalLM) -> list[str]:
+    """The backends that take the network, the default first."""
+    return [backend for backend in FOR_BACKEND if unsupported(network, backend) is None]

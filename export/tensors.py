@@ -1,0 +1,51 @@
+"""The tensors that an artifact's methods need, by name: weights, views of them, and state."""
+
+from torch import Tensor, nn
+
+
+def tensors_of(
+    *methods: nn.Module,
+) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, Tensor]]:
+    """What the methods' packages need: weights, views of weights or state, and state, by name.
+
+    A view is the name `of` the whole, the `offset` of its first element, its `shape` and `stride`.
+    Tensors with several names are weights or state under only one of them.
+    """
+    weights, views, state, named = {}, {}, {}, {}
+    for method in methods:
+        named |= dict(method.named_parameters(remove_duplicate=False))
+        named |= dict(method.named_buffers(remove_duplicate=False))
+    # Whole tensors before their parts, and of equals the one with the shortest name.
+    owners: dict[int, str] = {}
+    for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
+        tensor = named[name]
+        owner = owners.setdefault(tensor.untyped_storage()._cdata, name)
+        if owner != name:
+            views[name] = {
+                "of": owner,
+                "offset": tensor.storage_offset(),
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+            }
+        elif is_state(name):
+            state[name] = tensor
+        else:
+            weights[name] = tensor
+    return weights, views, state
+
+
+def is_state(name: str) -> bool:
+    """Whether the buffer of that name is written: a layer's cache, or the kernels' semaphores."""
+    return ".cache." in name or name == "semaphores"
+
+
+def entries(tensors: dict[str, Tensor]) -> list[dict]:
+    """Names, shapes and dtypes, for the manifest."""
+    return [
+        {
+            "name": name,
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+        }
+        for name, tensor in tensors.items()
+    ]

@@ -1,0 +1,106 @@
+"""Reading a Hugging Face config.json: defaults, refusals, layer types and rotary embedding.
+
+Each family says what its fields are; what can be wrong with one is said here, once.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from tokenloop.models.layers import Llama3Scaling, RopeConfig
+
+
+def read(
+    config: Mapping[str, Any],
+    *,
+    defaults: Mapping[str, Any],
+    only: Mapping[str, Any],
+    needed: Iterable[str],
+    multiples: Iterable[tuple[str, str]] = (("num_attention_heads", "num_key_value_heads"),),
+) -> dict[str, Any]:
+    """The config over its `defaults`, checked.
+
+    `only` has the one value that a field may have where another is not implemented; null, or any
+    empty value in place of an empty one, is the same as none. `needed` fields must not be null.
+    Of each pair in `multiples` the first is a multiple of the second.
+
+    Raises ValueError naming the field, its value and what would be right.
+    """
+    config = {**defaults, **config}
+    for key, supported in only.items():
+        value = config.get(key)
+        if value is not None and value != supported and (value or supported):
+            raise ValueError(f"{key} = {value!r} is not supported: only {supported!r}")
+    if missing := [key for key in needed if config.get(key) is None]:
+        raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
+    for many, few in multiples:
+        if not config[few] or config[many] % config[few]:
+            raise ValueError(f"{many} = {config[many]} is not a multiple of {few} = {config[few]}")
+    return config
+
+
+def known_type(config: Mapping[str, Any], known: Collection[str]) -> str:
+    """The config's model_type. Raises ValueError for one that is not `known`."""
+    model_type = config.get("model_type")
+    if model_type not in known:
+        raise ValueError(f"model_type = {model_type!r} is none of {', '.join(known)}")
+    return model_type
+
+
+def layer_types(config: Mapping[str, Any], usual: str, interval: int) -> tuple[str, ...]:
+    """Each layer's type as `layer_types` lists them; unlisted, every `interval`-th layer is
+    full_attention and the others are `usual`.
+
+    Raises ValueError for a list of another length, or with a type that is neither.
+    """
+    count, full = config["num_hidden_layers"], "full_attention"
+    types = config.get("layer_types") or [
+        usual if (i + 1) % interval else full for i in range(count)
+    ]
+    unknown = set(types) - {usual, full}
+    if unknown or len(types) != count:
+        raise ValueError(
+            f"layer_types has {len(types)} entries for {count} layers"
+            + (f" and unknown kinds {sorted(unknown)}" if unknown else "")
+        )
+    return tuple(types)
+
+
+def rope_entry(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's fields of a model with one: those of transformers 4 (rope_theta,
+    rope_scaling) under those of transformers 5 (rope_parameters)."""
+    entry = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
+    return entry | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+
+
+def rope(
+    entry: Mapping[str, Any], supported: Collection[str] = ("default", "linear"), of: str = ""
+) -> RopeConfig:
+    """The rotary embedding that an entry of rope_parameters describes, `of` a layer type.
+
+    Raises ValueError for a rope_type that is not `supported`, and for a missing number.
+    """
+    kind = entry.get("rope_type", entry.get("type", "default"))
+    if kind not in supported:
+        raise ValueError(f"rope_type = {kind!r} is not supported: {' or '.join(sorted(supported))}")
+    numbers = {
+        "linear": ("factor",),
+        "factors": ("factors",),
+        "llama3": (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+        ),
+    }.get(kind, ())  # fmt: skip
+    owner = f" of {of}" if of else ""
+    for name in ("rope_theta", *numbers):
+        if not entry.get(name):
+            raise ValueError(f"rope_type = {kind!r}{owner} lacks its {name}")
+    theta = entry["rope_theta"]
+    if kind == "linear":
+        return RopeConfig(theta, entry["factor"])
+    if kind == "proportional":
+        partial = entry.get("partial_rotary_factor", 1.0)
+        return RopeConfig(theta, entry.get("factor", 1.0), partial)
+    if kind == "llama3":
+        return RopeConfig(theta, llama3=Llama3Scaling(*(entry[name] for name in numbers)))
+    if kind == "factors":
+        return RopeConfig(theta, factors=tuple(entry["factors"]))
+    return RopeConfig(theta)

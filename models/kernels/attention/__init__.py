@@ -1,0 +1,1 @@
+"""Attention of one token a row to a KV cache."""

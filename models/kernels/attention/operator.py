@@ -1,0 +1,89 @@
+"""Attention of a decode step on CUDA, in one launch."""
+
+import triton
+from torch import Tensor, empty, float32
+from torch.library import triton_op, wrap_triton
+
+from tokenloop.models.kernels.attention.attend_tiles import PROGRAMS, AttendTiles, attend_tiles
+from tokenloop.models.kernels.attention.triton_attend import attend_kernel
+from tokenloop.models.kernels.launch.contiguous import check_contiguous
+
+
+def launch_attend(
+    qkv: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    inv_freq: Tensor,
+    semaphores: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    offset: float = 0.0,
+    value_norm: bool = False,
+    values_are_keys: bool = False,
+    tiles: AttendTiles | None = None,
+) -> Tensor:
+    """`attend_step`, cut as `tiles` say.
+
+    Raises ValueError for projections that the caches do not fit.
+    """
+    check_contiguous(qkv=qkv, k_cache=k_cache, v_cache=v_cache)
+    rows, slots, kv_heads, head_dim = k_cache.shape
+    groups = qkv.shape[1] // (kv_heads * head_dim) - (1 if values_are_keys else 2)
+    if qkv.shape[1] % (kv_heads * head_dim) or groups < 1 or qkv.dtype != k_cache.dtype:
+        raise ValueError(
+            f"projections {qkv.dtype} {tuple(qkv.shape)} do not fit caches {k_cache.dtype} "
+            f"{tuple(k_cache.shape)}"
+        )
+    tiles = tiles or attend_tiles(slots, kv_heads, head_dim, qkv.dtype)
+    parts = triton.cdiv(slots, tiles.block_s * tiles.least)
+    splits = min(tiles.splits, triton.next_power_of_2(parts))
+    fan = min(tiles.fan, splits)
+    stored = triton.next_power_of_2(groups)
+    new = {"dtype": float32, "device": qkv.device}
+    out = empty(rows, kv_heads * groups * head_dim, dtype=qkv.dtype, device=qkv.device)
+    acc = empty(rows, kv_heads, splits, stored, head_dim, **new)
+    largest = empty(rows, kv_heads, splits, stored, **new)
+    total = empty(rows, kv_heads, splits, stored, **new)
+    # Most programs of many short rows would have nothing to do.
+    programs = min(splits, max(1, PROGRAMS // (kv_heads * rows)))
+    wrap_triton(attend_kernel)[(kv_heads, rows, programs)](
+        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
+        out, acc, largest, total, semaphores, slots, scale, eps, offset,
+        KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
+        VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys,
+        SPLITS=splits, FAN=fan, BLOCK_S=tiles.block_s, LEAST=tiles.least,
+        ONE_PART=programs == splits,
+        BLOCK_G=max(16, stored),
+        PARTS=max(1, min(fan, tiles.combined // (stored * head_dim))),
+        STORED=stored, STAGES=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
+    return out
+
+
+@triton_op("tokenloop::attend_step", mutates_args={"k_cache", "v_cache", "semaphores"})
+def attend_step(
+    qkv: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    inv_freq: Tensor,
+    semaphores: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    offset: float = 0.0,
+    value_norm: bool = False,
+    values_are_keys: bool = False,
+) -> Tensor:
+    """See reference.attend_step. Tensors are contiguous."""
+    return launch_attend(
+        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, semaphores,
+        scale=scale, eps=eps, offset=offset,
+        value_norm=value_norm, values_are_keys=values_are_keys,
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""One token's attention in plain torch.
+
+Shapes: B rows, H query heads, G key/value heads, Dh head size, S slots. `semaphores` are the
+kernel's own; they stay as they are.
+"""
+
+import torch
+from torch import Tensor
+
+from tokenloop.models.kernels.rms_norm.reference import rms_norm
+
+
+def attend_step(
+    qkv: Tensor,
+    position: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    inv_freq: Tensor,
+    semaphores: Tensor,
+    *,
+    scale: float,
+    eps: float,
+    offset: float = 0.0,
+    value_norm: bool = False,
+    values_are_keys: bool = False,
+) -> Tensor:
+    """One token's attention of each row, after its key and value are put into the caches.
+
+    qkv [B, (H + 2 G) * Dh] -> [B, H * Dh]; position int64 [B]; caches [B, S, G, Dh] have position p
+    in slot p % S; inv_freq float32 [Dh / 2] is 0 where a pair is not rotated. With values_are_keys
+    qkv is [B, (H + G) * Dh], and a value is its key before norm and rotation. With value_norm
+    values are normed, without a weight.
+    """
+    rows, slots, kv_heads, head_dim = k_cache.shape
+    heads = qkv.shape[1] // head_dim - kv_heads * (1 if values_are_keys else 2)
+    q, k, *rest = qkv.view(rows, -1, head_dim).split(
+        [heads, kv_heads] if values_are_keys else [heads, kv_heads, kv_heads], dim=1
+    )
+    v = k if values_are_keys else rest[0]
+    angles = (position.float()[:, None] * inv_freq)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+
+    def prepare(x: Tensor, weight: Tensor | None) -> Tensor:
+        x = x.float() if weight is None else rms_norm(x, weight, eps, offset)
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return rotated.to(qkv.dtype)
+
+    q, k = prepare(q, q_norm), prepare(k, k_norm)
+    if value_norm:
+        v = rms_norm(v, None, eps, offset).to(qkv.dtype)
+    row = torch.arange(rows, device=qkv.device)
+    k_cache.index_put_((row, position % slots), k)
+    v_cache.index_put_((row, position % slots), v)
+
+    grouped = q.float().view(rows, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("bghd,bsgd->bghs", grouped, k_cache.float()) * scale
+    filled = torch.arange(slots, device=qkv.device) <= position[:, None]
+    scores = scores.masked_fill(~filled[:, None, None], -torch.inf).softmax(-1)
+    out = torch.einsum("bghs,bsgd->bghd", scores, v_cache.float())
+    return out.reshape(rows, -1).to(qkv.dtype)

@@ -1,0 +1,1 @@
+"""Routed experts: which of them a token chooses, and what the chosen ones give."""

@@ -1,0 +1,1 @@
+"""The norm and gate after the gated delta rule's step."""

@@ -1,0 +1,13 @@
+"""The norm and gate in plain torch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenloop.models.kernels.rms_norm.reference import rms_norm
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * RMSNorm(x) * silu(gate) over the last axis, of x's dtype: x and gate [B, H, V],
+    weight [V] of x's dtype. The norm, its product with the weight and the result are rounded."""
+    normal = weight * rms_norm(x, None, eps, 0.0).to(x.dtype)
+    return (normal * F.silu(gate.float())).to(x.dtype)

@@ -1,0 +1,1 @@
+"""What the kernels of several operators share about how they are launched and run."""

@@ -1,0 +1,1 @@
+"""RMSNorm of a residual, to which a branch may be added first."""

@@ -1,0 +1,49 @@
+"""RMSNorm on CUDA, in one launch."""
+
+from typing import NamedTuple
+
+import triton
+from torch import Tensor, empty_like
+from torch.library import triton_op, wrap_triton
+
+from tokenloop.models.kernels.launch.contiguous import check_contiguous
+from tokenloop.models.kernels.rms_norm.triton import norm_kernel
+
+
+class Norm(NamedTuple):
+    """A norm of a residual, to which a branch may be added first."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+    branch: Tensor | None = None
+    post_weight: Tensor | None = None
+    layer_scalar: Tensor | None = None
+
+
+def launch_norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
+    """The new residual, None where no branch is added, and its norm."""
+    check_contiguous(x=x, branch=norm.branch)
+    rows, size = x.shape
+    total = None if norm.branch is None else empty_like(x)
+    h = empty_like(x)
+    wrap_triton(norm_kernel)[(rows,)](
+        x, *norm[3:], norm.weight, total, h, size, norm.eps, norm.offset,
+        ADD=total is not None, BLOCK_K=triton.next_power_of_2(size), num_warps=8,
+    )  # fmt: skip
+    return total, h
+
+
+@triton_op("tokenloop::add_norm", mutates_args={})
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    post_weight: Tensor | None,
+    layer_scalar: Tensor | None,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """See reference.add_norm."""
+    return launch_norm(x, Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar))

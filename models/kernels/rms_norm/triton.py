@@ -1,0 +1,63 @@
+"""The Triton kernel of RMSNorm, and how a program norms a row.
+
+Numbers such as `eps` are constants: as arguments torch's compiler would pass them as float64.
+Names: row b, element k of K.
+"""
+
+import triton
+import triton.language as tl
+
+from tokenloop.models.kernels.launch.dependent_launch import wait, waits
+
+
+@triton.jit
+def rms_norm(x, weight, size, eps):
+    """float32 x / rms(x) * weight of one row, which is zero beyond `size`.
+
+    The squares are summed in float64: once rounded, their sum does not depend on the order in which
+    a program adds them. So rows are equal that are normed in different kernels.
+    """
+    x64 = x.to(tl.float64)
+    mean = tl.sum(x64 * x64, 0).to(tl.float32) / size
+    return x * (1 / tl.sqrt_rn(mean + eps)) * weight
+
+
+@triton.jit
+def norm_row(
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """Row b of the residual and of its norm, both rounded: [len(k)]. It waits."""
+    mask = k < K
+    weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    if ADD and post_ptr is not None:
+        post = tl.load(post_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    start = b * K + wait(0)
+    x = tl.load(x_ptr + start + k, mask=mask, other=0.0)
+    if ADD:
+        branch = tl.load(branch_ptr + start + k, mask=mask, other=0.0).to(tl.float32)
+        if post_ptr is not None:
+            branch = rms_norm(branch, offset + post, K, eps)
+        total = x.to(tl.float32) + branch
+        if scalar_ptr is not None:
+            total = total * tl.load(scalar_ptr).to(tl.float32)
+        x = total.to(x.dtype)
+    return x, rms_norm(x.to(tl.float32), offset + weight, K, eps).to(x.dtype)
+
+
+@waits  # once it has the weights
+@triton.jit
+def norm_kernel(
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K,
+    eps: tl.constexpr, offset: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Norm a row, to which a branch is added first if ADD."""
+    b = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    total, h = norm_row(
+        x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset, ADD
+    )
+    if ADD:
+        tl.store(total_ptr + b * K + k, total, mask=k < K)
+    tl.store(h_ptr + b * K + k, h, mask=k < K)

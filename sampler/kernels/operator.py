@@ -1,0 +1,232 @@
+"""The operators of the sampler on CUDA: they give what greedy.py and sample.py give.
+
+They are torch.ops.tokenloop.greedy and so on, whose kernels torch.export and AOTInductor see.
+Launches depend on shapes alone and nothing is read back, so they can be captured in a CUDA graph.
+
+    greedy     2 launches: the tiles' maxima, one reduction
+    sample     the same 2; 7 where rows have a top_k or top_p: between them the row's bins, the plan
+               of what to search, a list of that, the cutoff, the bounds
+    ..._embed  as many: the last one looks up the tokens' embeddings as well
+"""
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from tokenloop.sampler.kernels.triton_bins import PLAN, bins_kernel, list_kernel, plan_kernel
+from tokenloop.sampler.kernels.triton_cutoff import cutoff_kernel
+from tokenloop.sampler.kernels.triton_maxima import bounds_kernel, tile_maxima_kernel
+from tokenloop.sampler.kernels.triton_token import token_kernel
+
+# 4 KiB of float32 to a program: a vocabulary of 262,144 alone makes 256 of them.
+TILE = 1024
+# Where there are more tiles than this, they are taken twice as large.
+MANY_TILES = 2048
+# Tokens that share a bound: the last launch scores all of them or none.
+PART = 128
+# Warps of a program of the first launch. A part is a run of each STRIDE tokens of its tile: these
+# warps hold so many where each thread holds 4 of them.
+WARPS, STRIDE = 4, 512
+# Parts that the last launch scores at once, and its warps: one for each.
+GROUPS = 4
+# Bins of a row where it is searched for a cutoff: 76 to a factor of e. Flat rows of 262,144 logits
+# have hundreds of tokens to a bin, others a few. A power of two.
+BINS = 2048
+# Up to FEW listed tokens are compared each with each; longer lists are searched digit by digit,
+# CHUNK tokens at once, by this many warps.
+FEW, CHUNK, CUTOFF_WARPS = 128, 512, 16
+PLAN_WARPS = 8
+
+
+def _tile_maxima(
+    logits: Tensor,
+    tile: int,
+    bins: Tensor | None = None,
+    sampling: tuple[Tensor, ...] = (None, None, None),
+    bounds: Tensor | None = None,
+) -> Tensor:
+    """int64 [B, splits]. With temperature, seed and position in `sampling`, the bounds of the
+    scores of the tiles' parts are written to bounds int32 [B, splits * parts]."""
+    batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
+    count = 0 if bins is None else bins.shape[2]
+    maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
+    wrap_triton(tile_maxima_kernel)[(splits, batch)](
+        logits, maxima, bins, *sampling, bounds,
+        logits.shape[1], logits.stride(0), logits.stride(1), splits,
+        SAMPLED=bounds is not None, **_cut(tile, logits.shape[1]),
+        BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)), num_warps=WARPS,
+    )  # fmt: skip
+    return maxima
+
+
+def _cut(tile: int, vocab_size: int) -> dict[str, int]:
+    """How tiles are cut into parts. Philox makes noise for 4 tokens at once: no run is shorter."""
+    stride = min(tile, STRIDE)
+    parts = min(max(1, tile // PART), stride // 4)
+    whole = vocab_size >= tile >= 16 and vocab_size % 16 == 0
+    return {"TILE": tile, "PARTS": parts, "STRIDE": stride, "WHOLE": whole}
+
+
+def _tile_size(rows: int, vocab_size: int) -> int:
+    return TILE if rows * triton.cdiv(vocab_size, TILE) <= MANY_TILES else 2 * TILE
+
+
+def _cutoffs(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tile: int
+) -> tuple[Tensor, Tensor]:
+    """The tiles' maxima, and each row's last kept token, packed: int64 [B]."""
+    batch, vocab_size = logits.shape
+    layout = (vocab_size, logits.stride(0), logits.stride(1))
+    filters = (temperature, top_k, top_p)
+    new = {"dtype": torch.int64, "device": logits.device}
+    bins = torch.empty(batch, 2, BINS, **new)
+    plan, cutoff = torch.empty(batch, PLAN.value, **new), torch.empty(batch, **new)
+    listed = torch.empty(batch, vocab_size, dtype=torch.int32, device=logits.device)
+
+    maxima = _tile_maxima(logits, tile, bins=bins)
+    splits = maxima.shape[1]
+    padded = triton.next_power_of_2(splits)
+    tiles = {"TILE": tile, "SPLITS": padded, "BINS": BINS}
+    wrap_triton(bins_kernel)[(splits, batch)](logits, maxima, *filters, bins, *layout, **tiles)
+    wrap_triton(plan_kernel)[(batch,)](
+        *filters, bins, plan, vocab_size, BINS=BINS, num_warps=PLAN_WARPS
+    )
+    wrap_triton(list_kernel)[(splits, batch)](
+        logits, maxima, temperature, plan, listed, *layout, **tiles
+    )
+    wrap_triton(cutoff_kernel)[(batch,)](
+        logits, maxima, *filters, plan, listed, cutoff, *layout, splits,
+        FEW=FEW, CHUNK=CHUNK, SPLITS=padded, ID_DIGITS=triton.cdiv(vocab_size.bit_length(), 4),
+        num_warps=CUTOFF_WARPS,
+    )  # fmt: skip
+    return maxima, cutoff
+
+
+def _tokens(
+    logits: Tensor,
+    maxima: Tensor,
+    tile: int,
+    sampling: tuple[Tensor, ...] = (None, None, None),
+    bounds: Tensor | None = None,
+    cutoff: Tensor | None = None,
+    out: Tensor | None = None,
+    table: Tensor | None = None,
+    hidden: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """int64 [B, 1], or `out`; with a table `hidden` is written as well."""
+    batch, splits = maxima.shape
+    cut, padded = _cut(tile, logits.shape[1]), triton.next_power_of_2(splits)
+    token, width = out, 0 if table is None else table.shape[1]
+    if token is None:
+        token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
+    wrap_triton(token_kernel)[(batch,)](
+        logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
+        logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
+        SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
+        **cut, SPLITS=padded, GROUPS=min(GROUPS, padded * cut["PARTS"]),
+        BLOCK_D=triton.next_power_of_2(width), num_warps=4 if bounds is None else GROUPS,
+    )  # fmt: skip
+    return token
+
+
+@triton_op("tokenloop::greedy", mutates_args={})
+def greedy(logits: Tensor, *, tile: int | None = None) -> Tensor:
+    """The most likely token of each row: logits float [B, V] -> token int64 [B, 1].
+
+    Ties, NaN and rows without numbers are decided as sampler.greedy decides them. `tile`, a power
+    of two, is how many logits a program takes.
+    """
+    tile = tile or _tile_size(*logits.shape)
+    return _tokens(logits, _tile_maxima(logits, tile), tile)
+
+
+@triton_op("tokenloop::sample", mutates_args={})
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    *,
+    restricted: bool = True,
+    tile: int | None = None,
+) -> Tensor:
+    """One token of each row, as sampler.sample draws it: logits float [B, V]; temperature and
+    top_p float32 [B]; top_k, seed and position int64 [B], contiguous -> token int64 [B, 1].
+
+    `restricted` may be False where no row has a top_k or top_p: they are not looked at then.
+    `tile`, a power of two from 4 on, is how many logits a program takes; it does not change a
+    token. Thousands of logits that tie at the cutoff make it slow.
+    """
+    arguments = logits, temperature, top_k, top_p, seed, position
+    return _sampled(*arguments, restricted, tile)
+
+
+@triton_op("tokenloop::greedy_embed", mutates_args={"next_id", "hidden"})
+def greedy_embed(
+    logits: Tensor,
+    table: Tensor,
+    next_id: Tensor,
+    hidden: Tensor,
+    *,
+    scale: float = 1.0,
+    tile: int | None = None,
+) -> None:
+    """`greedy`, written to next_id int64 [B, 1], and the tokens' rows of the embedding `table`
+    [V, D] times `scale`, rounded once, to hidden [B, 1, D] of its dtype. All are contiguous."""
+    tile = tile or _tile_size(*logits.shape)
+    maxima = _tile_maxima(logits, tile)
+    _tokens(logits, maxima, tile, out=next_id, table=table, hidden=hidden, scale=scale)
+
+
+@triton_op("tokenloop::sample_embed", mutates_args={"next_id", "hidden"})
+def sample_embed(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    table: Tensor,
+    next_id: Tensor,
+    hidden: Tensor,
+    *,
+    scale: float = 1.0,
+    restricted: bool = True,
+    tile: int | None = None,
+) -> None:
+    """`sample`, with the outputs of greedy_embed."""
+    arguments = logits, temperature, top_k, top_p, seed, position
+    written = {"out": next_id, "table": table, "hidden": hidden, "scale": scale}
+    _sampled(*arguments, restricted, tile, **written)
+
+
+def _sampled(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    restricted: bool,
+    tile: int | None,
+    **written: Tensor | float,
+) -> Tensor:
+    sampling, cutoff = (temperature, seed, position), None
+    tile = tile or (TILE if restricted else _tile_size(*logits.shape))
+    batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
+    cut = _cut(tile, logits.shape[1])
+    bounds = torch.empty(batch, splits * cut["PARTS"], dtype=torch.int32, device=logits.device)
+    if restricted:
+        maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
+        wrap_triton(bounds_kernel)[(splits, batch)](
+            logits, maxima, cutoff, *sampling, bounds,
+            logits.shape[1], logits.stride(0), logits.stride(1),
+            **cut, SPLITS=triton.next_power_of_2(splits), num_warps=WARPS,
+        )  # fmt: skip
+    else:
+        maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)
+    return _tokens(logits, maxima, tile, sampling, bounds, cutoff, **written)

@@ -1,0 +1,177 @@
+"""GGUF files, written as llama.cpp's converter writes them, are the models that they came from."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from tests.models.driving import assert_near, prefill, prompt
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.errors import ExportError
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "rope_theta": 5e5,
+}  # fmt: skip
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EMBEDDING = {"token_embd.weight": np.zeros((97, 48), np.float32)}
+
+
+class Model(NamedTuple):
+    """One of transformers' models with a few changes of its config, and the network that it is."""
+
+    architecture: str
+    network: str
+    config: type
+    model: type
+    changes: dict
+    permuted: bool = False
+
+
+MODELS = [
+    Model("qwen2", "qwen3", Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    Model("qwen3", "qwen3", Qwen3Config, Qwen3ForCausalLM, {"head_dim": 18}),
+    Model(
+        "qwen3moe", "qwen3", Qwen3MoeConfig, Qwen3MoeForCausalLM,
+        EXPERTS | {"head_dim": 18, "norm_topk_prob": True},
+    ),
+]  # fmt: skip
+BLOCK_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+}
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny(case: Model) -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = case.model(case.config(**SMALL | case.changes)).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+        if "norm" in name:
+            parameter.data += 1.0
+    return model
+
+
+def permute(data: np.ndarray, heads: int) -> np.ndarray:
+    """The rows i and i + head_dim / 2 of each head next to each other."""
+    halves = data.reshape(heads, 2, -1, *data.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(data.shape)
+
+
+def gguf_tensors(model: torch.nn.Module, permuted: bool) -> dict[str, np.ndarray]:
+    """The model's tensors in llama.cpp's names; gate and up of all experts apart."""
+    heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2} if permuted else {}
+    tensors = {}
+    if model.config.rope_parameters["rope_type"] != "default":
+        scaled = model.model.rotary_emb.inv_freq.numpy()
+        plain = 1.0 / SMALL["rope_theta"] ** np.linspace(0, 1, len(scaled), endpoint=False)
+        tensors["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
+    for name, parameter in model.named_parameters():
+        data = parameter.detach().numpy()
+        if name in NAMES:
+            tensors[NAMES[name]] = data
+            continue
+        layer, rest = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()
+        if rest == "mlp.experts.gate_up_proj":
+            for part, half in zip(("gate", "up"), np.split(data, 2, axis=1)):
+                tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = np.ascontiguousarray(half)
+        elif rest == "mlp.experts.down_proj":
+            tensors[f"blk.{layer}.ffn_down_exps.weight"] = data
+        else:
+            module, kind = rest.rsplit(".", 1)
+            data = permute(data, heads[module]) if module in heads else data
+            tensors[f"blk.{layer}.{BLOCK_NAMES[module]}.{kind}"] = data
+    return tensors
+
+
+def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **values) -> Path:
+    """`values` override the header's keys; None leaves one out."""
+    writer = gguf.GGUFWriter(path, architecture)
+    header = {
+        "embedding_length": 48, "block_count": 2, "feed_forward_length": 80,
+        "context_length": 256, "attention.head_count": 4, "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 5e5,
+    }  # fmt: skip
+    if architecture == "qwen3moe":
+        header |= {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24}
+    for key, value in (header | values).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        if value is not None:
+            add[type(value)](f"{architecture}.{key}", value)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: "-".join([case[0], *case.changes]))
+def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
+    hf, network = tiny(case), import_module(f"tokenloop.models.{case.network}")
+    tensors = gguf_tensors(hf, case.permuted)
+    values = {"attention.key_length": case.changes.get("head_dim")}
+    path = write(tmp_path / "tiny.gguf", case.architecture, tensors, **values)
+    checkpoint = open_checkpoint(path)
+    for name, tensor in checkpoint.tensors():
+        # A mixture's experts are stacked in another way.
+        assert ".experts." in name or torch.equal(tensor, hf.get_parameter(name)), name
+    config = network.Config.from_dict(checkpoint.config)
+    # llama.cpp's converter keeps what the rotary embedding's scaling comes to, not its kind.
+    if "rope_freqs.weight" not in tensors:
+        assert config == network.Config.from_dict(hf.config.to_dict())
+    with torch.device("meta"):
+        model = network.Network(config, 32)
+    load_weights(model, checkpoint, network.checkpoint_name)
+    tokens = prompt(11)
+    with torch.no_grad():
+        expected = hf(tokens).logits[0]
+    assert (expected.amax(-1) - expected.amin(-1)).min() > 2.0
+    assert_near(torch.cat(prefill(model, tokens, [4, 11])), expected[[3, 10]])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "message"),
+    [
+        ("qwen3moe", {"rope.scaling.type": "yarn"}, "scaling.type is 'yarn'; none and linear"),
+        ("qwen3moe", {"expert_count": None}, "has no key qwen3moe.expert_count"),
+        ("qwen3moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length"),
+        ("qwen3moe", {"embedding_length": None}, "has no key qwen3moe.embedding_length"),
+    ],
+)
+def test_a_header_that_cannot_be_run_is_refused_by_its_key(tmp_path, architecture, values, message):
+    path = write(tmp_path / "tiny.gguf", architecture, EMBEDDING, **values)
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(path)

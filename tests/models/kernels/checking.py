@@ -1,0 +1,26 @@
+"""Devices, sizes and tolerances of the operators' tests: on a GPU at the networks' sizes, else in
+Triton's interpreter with odd small ones."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
+# A rounding to bfloat16 is 2^-8 of a value; float32 sums differ in their order.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+EPS = 1e-6
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    difference = (got.float() - expected.float()).abs().max()
+    assert difference <= TOLERANCE[dtype] * max(1.0, expected.float().abs().max())
+
+
+def on_device(*values):
+    return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values]

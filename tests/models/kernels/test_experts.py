@@ -1,0 +1,130 @@
+"""The Triton kernels of routed experts give what their references and the network's own experts
+give."""
+
+import pytest
+import torch
+
+from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, TOLERANCE
+from tokenloop.models.kernels.experts import operator, reference
+from tokenloop.models.moe import MoeConfig, SparseMoe
+
+EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
+ROWS = [1, 2, 7]
+# NumPy's, of NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def made(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def weights_of(dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up and down, so scaled that results are near 1."""
+    gate_up = made(EXPERTS, 2 * INNER, SIZE, dtype=dtype, seed=1) / SIZE**0.5
+    return gate_up, made(EXPERTS, SIZE, INNER, dtype=dtype, seed=2) / INNER**0.5
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_largest_scores_choose_and_weigh(rows, dtype, normalized):
+    scores = made(rows, EXPERTS, dtype=dtype)
+    # Ties, which go to the first; and one that leaves nothing to the others.
+    scores[0, 1:4], scores[-1, 2] = 2.5, 80.0
+    chosen, weights = operator.route(scores, EXPERTS, CHOICES, normalized)
+    expected, expected_weights = reference.route(scores, EXPERTS, CHOICES, normalized)
+    assert torch.equal(chosen, expected) and weights.dtype == dtype
+    torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
+
+
+def test_a_row_of_nan_chooses_experts_that_exist():
+    scores = made(2, EXPERTS)
+    scores[0] = torch.nan
+    chosen, _ = operator.route(scores, EXPERTS, CHOICES, True)
+    assert chosen.min() >= 0 and chosen.max() < EXPERTS
+    assert torch.equal(chosen[1:], reference.route(scores[1:], EXPERTS, CHOICES, True)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_chosen_experts_give_what_the_reference_gives(rows, dtype):
+    x = made(rows, SIZE, dtype=dtype)
+    routed = operator.route(made(rows, EXPERTS, dtype=dtype, seed=3), EXPERTS, CHOICES, True)
+    actual = operator.experts(x, *routed, *weights_of(dtype))
+    expected = reference.experts(x, *routed, *weights_of(dtype))
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_what_all_rows_have_is_added_with_a_weight_of_its_own(rows, dtype):
+    x, shared = (made(rows, SIZE, dtype=dtype, seed=seed) for seed in (0, 5))
+    scores = made(rows, EXPERTS + 1, dtype=dtype, seed=3)
+    # Not to be chosen, however large it is.
+    scores[0, -1] = 90.0
+    routed = operator.route(scores, EXPERTS, CHOICES, True)
+    assert routed[0].max() < EXPERTS
+    assert torch.equal(
+        routed[0], operator.route(scores[:, :-1].contiguous(), EXPERTS, CHOICES, True)[0]
+    )
+    actual = operator.experts(x, *routed, *weights_of(dtype), shared, scores)
+    expected = reference.experts(x, *routed, *weights_of(dtype), shared, scores)
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    alone = reference.experts(x, *routed, *weights_of(dtype))
+    assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
+
+
+def test_what_is_not_contiguous_is_refused():
+    x, chosen = made(2, SIZE), torch.zeros(CHOICES, 2, dtype=torch.int64, device=DEVICE).T
+    with pytest.raises(ValueError, match=r"^chosen of strides \(1, 2\) is not contiguous"):
+        operator.experts(x, chosen, made(2, CHOICES), *weights_of(torch.float32))
+
+
+def test_experts_that_are_not_chosen_are_not_read():
+    x, (gate_up, down) = made(2, SIZE), weights_of(torch.float32)
+    chosen = torch.tensor([[4, 0, 1], [1, 4, 0]], device=DEVICE)
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]], device=DEVICE)
+    expected = operator.experts(x, chosen, weights, gate_up, down)
+    gate_up[2:4], down[2:4] = torch.nan, torch.nan
+    assert torch.equal(operator.experts(x, chosen, weights, gate_up, down), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_gives_the_same_bits_whatever_the_others_are(dtype):
+    x, gate_up_down = made(7, SIZE, dtype=dtype), weights_of(dtype)
+    scores = made(7, EXPERTS, dtype=dtype, seed=3)
+    together = operator.experts(x, *operator.route(scores, EXPERTS, CHOICES, True), *gate_up_down)
+    for row in range(7):
+        one = slice(row, row + 1)
+        routed = operator.route(scores[one], EXPERTS, CHOICES, True)
+        assert torch.equal(operator.experts(x[one], *routed, *gate_up_down), together[one])
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_they_are_the_networks_own_experts(normalized):
+    moe = SparseMoe(SIZE, MoeConfig(EXPERTS, CHOICES, INNER, normalized)).to(DEVICE)
+    gate_up, down = weights_of(torch.float32)
+    moe.gate.weight.data = made(EXPERTS, SIZE, seed=4)
+    moe.experts.gate_up_proj.data, moe.experts.down_proj.data = gate_up, down
+    x = made(3, SIZE)
+    with torch.no_grad():
+        expected = moe(x[:, None])[:, 0]
+        routed = operator.route(moe.gate(x), EXPERTS, CHOICES, normalized)
+        actual = operator.experts(x, *routed, gate_up, down)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_they_are_the_networks_own_with_one_that_every_token_has():
+    config = MoeConfig(EXPERTS, CHOICES, INNER, True)
+    moe = SparseMoe(SIZE, config, INNER).to(DEVICE).requires_grad_(False)
+    for seed, parameter in enumerate(moe.parameters()):
+        parameter.data = made(*parameter.shape, seed=seed) / parameter.shape[-1] ** 0.5
+    x = made(3, SIZE)
+    weight = torch.cat([moe.gate.weight, moe.shared_expert_gate.weight])
+    scores = torch.nn.functional.linear(x, weight)
+    routed = operator.route(scores, EXPERTS, CHOICES, True)
+    tables = moe.experts.gate_up_proj, moe.experts.down_proj
+    actual = operator.experts(x, *routed, *tables, moe.shared_expert(x), scores)
+    torch.testing.assert_close(actual, moe(x[:, None])[:, 0], rtol=1e-4, atol=1e-4)

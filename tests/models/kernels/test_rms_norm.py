@@ -1,0 +1,30 @@
+"""The Triton kernel of RMSNorm gives what its reference gives."""
+
+import pytest
+import torch
+
+from tests.models.kernels.checking import DEVICE, DTYPES, EPS, ON_GPU, assert_close
+from tokenloop.models.kernels.linear import operator as linear
+from tokenloop.models.kernels.rms_norm import operator, reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("with_post, with_scalar", [(False, False), (True, False), (True, True)])
+def test_norms_are_the_reference_s(
+    normal, semaphores, monkeypatch, dtype, offset, with_post, with_scalar
+):
+    size = 5376 if ON_GPU else 40
+    x, branch = normal(3, size, dtype=dtype), normal(3, size, dtype=dtype)
+    post = normal(size, dtype=dtype) if with_post else None
+    scalar = normal(1, dtype=dtype) if with_scalar else None
+    weight = normal(size, dtype=dtype)
+    options = {"eps": EPS, "offset": offset}
+    expected = reference.add_norm(x, branch, post, scalar, weight, **options)
+    for got, right in zip(operator.add_norm(x, branch, post, scalar, weight, **options), expected):
+        assert_close(got, right, dtype)
+    # Without a branch it is a launch before a linear layer, here of the identity.
+    monkeypatch.setattr(linear, "SHARED_NORM", 0)
+    identity = torch.eye(size, dtype=dtype, device=DEVICE)
+    got = linear.norm_linear(x, weight, identity, None, None, semaphores, **options)
+    assert_close(got, reference.rms_norm(x, weight, EPS, offset).to(dtype), dtype)
