@@ -1,6 +1,6 @@
 """How fast is the causal convolution of packed sequences on a CUDA GPU, beside a copy, and beside
 the same arithmetic with a grid of (sequence, block of tokens, block of channels)?
-`python benchmarks/causal_conv1d.py` prints the ceiling, the figures and one JSON line; with
+`python -m benchmarks.causal_conv1d` prints the ceiling, the figures and one JSON line; with
 `--sweep` only what different cuts of the operator take beside the other grid, a line for each size
 (a minute; JSON only where --output says).
 
@@ -18,15 +18,9 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import triton

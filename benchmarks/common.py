@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
 DEFAULT_TEXT = Path(__file__).resolve().parent / "data" / "alice.txt"
-WORKER = Path(__file__).resolve().parent / "worker.py"
+# After Python, in ROOT.
+WORKER = ("-m", "benchmarks.worker")
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8")
 
@@ -79,7 +80,7 @@ def run(command: list, what: str) -> Finished:
 
 def work(python: str, task: str, what: str, **spec) -> tuple[dict, Finished]:
     """Run one task of worker.py: its answer, and the process."""
-    finished = run([python, WORKER, task, json.dumps(spec)], what)
+    finished = run([python, *WORKER, task, json.dumps(spec)], what)
     return json.loads(finished.output.splitlines()[-1]), finished
 
 
@@ -122,7 +123,7 @@ def check_paths(options: argparse.Namespace) -> None:
     for path in (options.artifact, *options.also):
         if not (path / "manifest.json").is_file():
             raise BenchmarkError(
-                f"{path} is not an artifact directory; make one with: python export/gemma.py"
+                f"{path} is not an artifact directory; make one with: tokenloop export"
             )
     for path in (options.model, *(options.peer_model or [])):
         if path is not None and not path.exists():

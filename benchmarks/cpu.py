@@ -1,5 +1,5 @@
 """How fast is an artifact on this processor, beside llama.cpp and transformers, and how fast
-could it be? `python benchmarks/cpu.py` prints the ceiling, the figures, and one JSON line.
+could it be? `python -m benchmarks.cpu` prints the ceiling, the figures, and one JSON line.
 
 Every contender runs in a process of its own, so that loading is a new process's and peak memory
 its own. They alternate round by round; figures are medians over the rounds, with min and max.
@@ -14,10 +14,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import (
     DEFAULT_TEXT,
@@ -57,7 +53,7 @@ DTYPES = ("float32", "bfloat16")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/cpu.py",
+        prog="python -m benchmarks.cpu",
         description="Measure an artifact on the CPU, side by side with its peers.",
     )
     add_arguments(parser)
@@ -94,7 +90,7 @@ def measure_round(contender: Contender, ids: list[int], prompt_ids: list[int], t
         start = [*script, "--max-new-tokens", "8", PROMPT]
         generate = [*script, "--max-new-tokens", "128", text]
     else:
-        worker = [contender.python, WORKER]
+        worker = [contender.python, *WORKER]
         start = [*worker, "start", json.dumps({**spec, "ids": prompt_ids})]
         generate = [*worker, "generate", json.dumps({**spec, "ids": ids[:128], "limit": 128})]
     started, generated = run(start, contender.name), run(generate, contender.name)
@@ -325,7 +321,7 @@ def main() -> int:
             result = measure(options, Path(directory))
         finish(result, options.save)
     except BenchmarkError as error:
-        print(f"benchmarks/cpu.py: error: {error}", file=sys.stderr)
+        print(f"python -m benchmarks.cpu: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

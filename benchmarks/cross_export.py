@@ -1,7 +1,7 @@
 """Export a network with random weights for a CUDA GPU that this machine does not have, so that the
 minutes of a lent one are not spent on compiling:
 
-    python benchmarks/cross_export.py gemma.py --random-weights benchmarks/configs/gemma3-270m.json
+    python -m benchmarks.cross_export gemma.py --random-weights benchmarks/configs/gemma3-270m.json
 
 The flags are the script's own. It takes a torch that is built for CUDA, with Triton, the toolkit's
 headers in CUDA_HOME, and a C compiler; the package runs where that same torch has an H100 or H200.
@@ -18,10 +18,6 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 PROPERTIES = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32,
@@ -37,7 +33,7 @@ exec {} "${{@/-march=native/-march=x86-64-v3}}"
 
 
 def begin_anew(directory: Path) -> int:
-    """Run this script again, with stand-ins for CUDA's libraries in `directory`; its status."""
+    """Run this module again, with stand-ins for CUDA's libraries in `directory`; its status."""
     source, library = Path(__file__).with_name("no_driver.c"), directory / "libcuda.so.1"
     command = ["cc", "-shared", "-fPIC", f"-I{CUDA / 'include'}", f"-Wl,-soname,{library.name}"]
     subprocess.run([*command, str(source), "-o", str(library)], check=True)
@@ -50,7 +46,8 @@ def begin_anew(directory: Path) -> int:
     paths = {"LD_LIBRARY_PATH": directory, "LIBRARY_PATH": directory, "CUDA_HOME": CUDA}
     paths |= {"LD_PRELOAD": library, "CXX": compiler}
     environment = os.environ | {name: str(path) for name, path in paths.items()}
-    return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
+    command = [sys.executable, "-m", "benchmarks.cross_export", *sys.argv[1:]]
+    return subprocess.run(command, env=environment).returncode
 
 
 def pretend() -> None:
@@ -215,7 +212,9 @@ def main() -> int:
         print(__doc__)
         return 2
     if not (CUDA / "include" / "cuda_runtime_api.h").exists():
-        print(f"benchmarks/cross_export.py: error: CUDA_HOME: there are no headers in {CUDA}")
+        print(
+            f"python -m benchmarks.cross_export: error: CUDA_HOME: there are no headers in {CUDA}"
+        )
         return 2
     if "libcuda.so.1" not in os.environ.get("LD_PRELOAD", ""):
         with tempfile.TemporaryDirectory() as directory:

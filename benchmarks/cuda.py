@@ -1,5 +1,5 @@
 """How fast is a network's decode step on a CUDA GPU, beside torch.compile's reduce-overhead and the
-memory's own speed? `python benchmarks/cuda.py` prints the ceiling, the figures, where the time of a
+memory's own speed? `python -m benchmarks.cuda` prints the ceiling, the figures, where the time of a
 step goes by kernel, and one JSON line.
 
 Weights are random. The peer is the same network of models/, compiled whole with its argmax, its
@@ -12,14 +12,9 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import nn
@@ -105,7 +100,9 @@ def peer_ms(network: nn.Module, position: int, steps: int, repeats: int) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("?")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda", description=__doc__.split("?")[0]
+    )
     parser.add_argument("--config", default="gemma3-270m", help="a name in benchmarks/configs")
     parser.add_argument("--quant", default="bf16", help="of the export (default: bf16)")
     parser.add_argument("--max-seq-len", type=int, default=2048, metavar="N")

@@ -166,7 +166,9 @@ def idle_share(events: list[dict], first_kernel: str) -> float:
 
 def kernel_parser(benchmark: str, description: str, repeats: int) -> argparse.ArgumentParser:
     """Of a benchmark of kernels, by its file's name."""
-    parser = argparse.ArgumentParser(prog=f"benchmarks/{benchmark}.py", description=description)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark}", description=description
+    )
     parser.add_argument(
         "--repeats", type=int, default=repeats, metavar="N", help="(default: %(default)s)"
     )

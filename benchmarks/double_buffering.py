@@ -1,7 +1,7 @@
 """What are double buffering, the embedding lookup in the selection, and kernels that overlap worth?
 Qwen3's shapes with random weights in bf16, on a CUDA GPU: double buffering off and on, the step fed
 with the token ("alias") or with its embedding ("embed"); and the last of these without overlap.
-`python benchmarks/double_buffering.py` prints
+`python -m benchmarks.double_buffering` prints
 milliseconds of a step, the share of it in which the GPU waits, whether the ids are identical, a
 table, and one JSON line.
 
@@ -16,10 +16,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
 from rich.table import Table
@@ -102,7 +98,9 @@ def table(rows: list[dict]) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("?")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.double_buffering", description=__doc__.split("?")[0]
+    )
     parser.add_argument(
         "--config", nargs="+", choices=CONFIGS, default=list(CONFIGS),
         help="of benchmarks/configs",

@@ -1,5 +1,5 @@
 """How long does the network's part of a decode step take on a CUDA GPU, without a package?
-`python benchmarks/fused_step.py --config qwen3-4b` captures the step of export/pt2/cuda_step.py of
+`python -m benchmarks.fused_step --config qwen3-4b` captures the step of export/pt2/cuda_step.py of
 a shape with random weights in a graph, as the runner does, and times its replay. Kernels and their
 tiles can be tried in seconds, where an export takes minutes. It prints milliseconds of a step, with
 kernels that overlap and without, and one JSON line.
@@ -8,12 +8,7 @@ kernels that overlap and without, and one JSON line.
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -65,7 +60,9 @@ def replay(graph: torch.cuda.CUDAGraph) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fused_step", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--config", default="qwen3-4b", help="a name in benchmarks/configs")
     parser.add_argument("--layers", type=int, default=1000, metavar="N", help="(default: all)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N")

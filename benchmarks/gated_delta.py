@@ -1,5 +1,5 @@
 """How fast is a step of the gated delta rule, and of the convolution before it, on a CUDA GPU?
-`python benchmarks/gated_delta.py` prints the ceiling, the figures and one JSON line.
+`python -m benchmarks.gated_delta` prints the ceiling, the figures and one JSON line.
 
 Times are medians of CUDA graphs of many calls between events, over states that no L2 holds. A share
 is of what a copy within the device moves: the state read once and written once, and the inputs.
@@ -9,14 +9,8 @@ reference in plain operations. 32 heads of 128 x 128 with 16 key heads, bfloat16
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor

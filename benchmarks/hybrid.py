@@ -1,5 +1,5 @@
 """How fast is a hybrid's decode step on a CUDA GPU, beside transformers' own model compiled, and
-what does it cost against the context? `python benchmarks/hybrid.py` prints the ceiling, the figures
+what does it cost against the context? `python -m benchmarks.hybrid` prints the ceiling, the figures
 and one JSON line.
 
 The shapes are transformers' defaults of Qwen3.5's text models: the dense one, about 9 B parameters,
@@ -16,15 +16,10 @@ import inspect
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -210,7 +205,7 @@ def measure_peer(keys: dict, position: int, steps: int, repeats: int) -> dict:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks/hybrid.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid", description=__doc__)
     parser.add_argument(
         "--config", default="qwen3.5-9b", help="of benchmarks/configs (default: qwen3.5-9b)"
     )

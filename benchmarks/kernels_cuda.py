@@ -1,5 +1,5 @@
 """How fast are the kernels of a decode step on a CUDA GPU, beside cuBLAS and torch's attention?
-`python benchmarks/kernels_cuda.py` prints the ceiling, the figures and one JSON line.
+`python -m benchmarks.kernels_cuda` prints the ceiling, the figures and one JSON line.
 
 Times are medians of CUDA graphs of many calls between events, over copies of the weights or caches
 that no L2 holds. A share is of what a copy within the device moves. Errors are the largest
@@ -8,16 +8,10 @@ measured; the one the operators use is marked with *.
 """
 
 import re
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What do the saved results look like? `python benchmarks/plot.py` draws those of cpu.py and
+"""What do the saved results look like? `python -m benchmarks.plot` draws those of cpu.py and
 quality.py, peers side by side, as one PNG. The same results give the same bytes.
 
 Results may hold several tokenloop artifacts: a peer whose name begins with "tokenloop" counts as
@@ -18,10 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import BenchmarkError
 from benchmarks.cpu import FIGURES
@@ -60,7 +56,7 @@ class Plot:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/plot.py", description="Draw saved benchmark results as one PNG."
+        prog="python -m benchmarks.plot", description="Draw saved benchmark results as one PNG."
     )
     parser.add_argument(
         "--results",
@@ -391,10 +387,10 @@ def main() -> int:
         save(draw(collect(options.results, options.quality)), options.output)
     except ModuleNotFoundError as error:
         hint = f'{error.name} is not installed; get it with: pip install -e ".[test]"'
-        print(f"benchmarks/plot.py: error: {hint}", file=sys.stderr)
+        print(f"python -m benchmarks.plot: error: {hint}", file=sys.stderr)
         return 2
     except BenchmarkError as error:
-        print(f"benchmarks/plot.py: error: {error}", file=sys.stderr)
+        print(f"python -m benchmarks.plot: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""How much of the model is left in an artifact? `python benchmarks/quality.py` measures perplexity
+"""How much of the model is left in an artifact? `python -m benchmarks.quality` measures perplexity
 on a text, and how far the predictions are from those of the eager network in float32.
 
 Windows of 512 tokens, each beginning with bos, and every token given (teacher forcing). An
@@ -17,10 +17,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.common import (
     DEFAULT_TEXT,
@@ -42,7 +38,7 @@ PROMPT, PROMPT_TOKENS = "def fibonacci(n):", 40
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/quality.py",
+        prog="python -m benchmarks.quality",
         description="Perplexity of an artifact, and its distance from the network in float32.",
     )
     add_arguments(parser)
@@ -74,7 +70,7 @@ class Logits:
         spec["windows"] = [window[:-1] for window in windows]
         self.name, self._log = contender.name, log
         self._process = subprocess.Popen(
-            [contender.python, WORKER, "score", "-"],
+            [contender.python, *WORKER, "score", "-"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT,
         )  # fmt: skip
         self._send(json.dumps(spec))
@@ -307,7 +303,7 @@ def main() -> int:
     try:
         finish(benchmark(options), options.save)
     except ValueError as error:  # BenchmarkError, RunnerError, ExportError
-        print(f"benchmarks/quality.py: error: {error}", file=sys.stderr)
+        print(f"python -m benchmarks.quality: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,5 @@
 """What does it cost to choose tokens with ExecuTorch's CPU kernels, all rows in one call?
-`python benchmarks/sampler.py` prints the floor, the figures, and one JSON line.
+`python -m benchmarks.sampler` prints the floor, the figures, and one JSON line.
 
 Three ways give a step's tokens: `ours` is one call of `greedy` or `sample` for all rows and one
 copy to the host; `loop` is the same methods made for one row, called row after row, each token
@@ -19,10 +19,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
@@ -152,7 +148,7 @@ def measure(work: Work, methods: Methods, one: Methods, repeats: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="benchmarks/sampler.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampler", description=__doc__)
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="(default: 9)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there as well")
     options = parser.parse_args()

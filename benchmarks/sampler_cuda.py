@@ -1,5 +1,5 @@
 """How fast is the sampler on a CUDA GPU, beside torch's own ways, and how fast could it be?
-`python benchmarks/sampler_cuda.py` prints the ceiling, the figures, and one JSON line.
+`python -m benchmarks.sampler_cuda` prints the ceiling, the figures, and one JSON line.
 (benchmarks/sampler.py asks the same of ExecuTorch's CPU kernels.)
 
 Kernel time is of CUDA graphs of many calls, between events. The time of a step is a clock's, from
@@ -9,15 +9,9 @@ the reference's on the CPU.
 
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor

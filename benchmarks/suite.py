@@ -1,5 +1,5 @@
 """Run several of the CUDA tests and benchmarks within a limit of time, so that a GPU that is lent
-for minutes is used: `python benchmarks/suite.py --beside NAME ... --alone NAME ... --output DIR`.
+for minutes is used: `python -m benchmarks.suite --beside NAME ... --alone NAME ... --output DIR`.
 
 Tests and exports run side by side, benchmarks one after another when these are done. What would
 not end in time is not begun, and what does not end is stopped. Logs and results go to the output's
@@ -16,10 +16,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
 from rich.table import Table
@@ -48,23 +44,23 @@ TESTS = {
     "hybrid-tests": ("tests/export/test_fused_hybrid.py",),
     "sampler-tests": ("-n", 4, "tests/sampler/kernels"),
 }
-# Of each benchmark its script, the artifact that it is given, its flags, and the seconds for it.
+# Of each benchmark its module, the artifact that it is given, its flags, and the seconds for it.
 BENCHMARKS = {
-    "cuda_270m": ("cuda.py", "gemma3-270m", ("--positions", 256, 1900, "--peer"), 130),
+    "cuda_270m": ("cuda", "gemma3-270m", ("--positions", 256, 1900, "--peer"), 130),
     "cuda_31b_int4": (
-        "cuda.py", "gemma4-31b-int4", ("--positions", 256, 8192, "--steps", 64), 120,
+        "cuda", "gemma4-31b-int4", ("--positions", 256, 8192, "--steps", 64), 120,
     ),
-    "cuda_31b": ("cuda.py", "gemma4-31b", ("--positions", 256, 8192, "--steps", 64), 120),
-    "transfers": ("transfers.py", "gemma3-270m", ("--repeats", 3), 50),
-    "hybrid": ("hybrid.py", "qwen3.5-9b", ("--steps", 64), 160),
-    "sampler_cuda": ("sampler_cuda.py", None, ("--repeats", 7), 75),
-    "sampled_step_4b-1": ("sampled_step.py", "qwen3-4b-1", (), 60),
-    "sampled_step_4b-32": ("sampled_step.py", "qwen3-4b-32", (), 60),
-    "gated_delta": ("gated_delta.py", None, ("--repeats", 7), 20),
-    "causal_conv1d": ("causal_conv1d.py", None, ("--repeats", 7), 40),
-    "kernels_cuda": ("kernels_cuda.py", None, ("--seconds", 170), 200),
+    "cuda_31b": ("cuda", "gemma4-31b", ("--positions", 256, 8192, "--steps", 64), 120),
+    "transfers": ("transfers", "gemma3-270m", ("--repeats", 3), 50),
+    "hybrid": ("hybrid", "qwen3.5-9b", ("--steps", 64), 160),
+    "sampler_cuda": ("sampler_cuda", None, ("--repeats", 7), 75),
+    "sampled_step_4b-1": ("sampled_step", "qwen3-4b-1", (), 60),
+    "sampled_step_4b-32": ("sampled_step", "qwen3-4b-32", (), 60),
+    "gated_delta": ("gated_delta", None, ("--repeats", 7), 20),
+    "causal_conv1d": ("causal_conv1d", None, ("--repeats", 7), 40),
+    "kernels_cuda": ("kernels_cuda", None, ("--seconds", 170), 200),
 } | {
-    f"double_buffering_{name.removeprefix('qwen3-')}": ("double_buffering.py", name, (), 60)
+    f"double_buffering_{name.removeprefix('qwen3-')}": ("double_buffering", name, (), 60)
     for name in ARTIFACTS
     if name.startswith("qwen3-")
 }  # fmt: skip
@@ -134,8 +130,8 @@ class Suite:
 
     def alone(self, names: list[str]) -> None:
         for name in names:
-            script, artifact, flags, seconds = BENCHMARKS[name]
-            command = [ROOT / "benchmarks" / script, *flags]
+            module, artifact, flags, seconds = BENCHMARKS[name]
+            command = ["-m", f"benchmarks.{module}", *flags]
             command += ["--output", self.output / f"{name}.json"]
             if artifact is not None:
                 command += ["--artifact", self.artifacts / artifact]
@@ -148,7 +144,9 @@ class Suite:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suite", description=__doc__.split("\n\n")[0]
+    )
     beside = [*TESTS, *ARTIFACTS]
     parser.add_argument("--beside", nargs="+", choices=beside, default=[], metavar="NAME")
     parser.add_argument("--alone", nargs="+", choices=BENCHMARKS, default=[], metavar="NAME")

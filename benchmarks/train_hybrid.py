@@ -3,7 +3,7 @@
 The text is Debian's package r-cran-janeaustenr 1.0.0-1 (public domain, from Project Gutenberg):
 
     apt-get download r-cran-janeaustenr && dpkg -x r-cran-janeaustenr_*.deb novels
-    python benchmarks/train_hybrid.py --text $(find novels -name Rdata.rdb)
+    python -m benchmarks.train_hybrid --text $(find novels -name Rdata.rdb)
 
 The end of the last novel is held out. The network is models/qwen3_5.py's, its delta rule the
 chunked form in torch; what is written is a Hugging Face directory of bfloat16 weights.
@@ -13,14 +13,9 @@ import argparse
 import json
 import math
 import struct
-import sys
 import time
 import zlib
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +231,7 @@ def continuation(model: Qwen3_5, tokenizer: Tokenizer, prompt: str, count: int) 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="benchmarks/train_hybrid.py",
+        prog="python -m benchmarks.train_hybrid",
         description=__doc__.split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,17 +1,12 @@
 """What is copied between host and GPU, in every variant of the loop? The published case of
-executorch#20286: a prompt of 19 tokens, 128 new ones. `python benchmarks/transfers.py` prints the
+executorch#20286: a prompt of 19 tokens, 128 new ones. `python -m benchmarks.transfers` prints the
 copies that torch.profiler saw beside those that runner/transfers.py counted, tokens per second (of
 a run without the profiler), whether the ids are identical, and one JSON line.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
-
-# As a script, the project's root must be importable.
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
@@ -65,7 +60,9 @@ def print_row(row: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("?")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.transfers", description=__doc__.split("?")[0]
+    )
     parser.add_argument("--artifact", type=Path, help="default: --config with random weights")
     parser.add_argument("--config", default="gemma3-270m", help="a name in benchmarks/configs")
     parser.add_argument("--quant", default="bf16", help="of the export (default: bf16)")

@@ -1,4 +1,4 @@
-"""One engine in a process of its own: `python worker.py TASK SPEC`, SPEC as JSON.
+"""One engine in a process of its own: `python -m benchmarks.worker TASK SPEC`, SPEC as JSON.
 
 Runs in each engine's own interpreter, so it knows the standard library and, once it is asked for,
 that engine. An engine has `load_s` (libraries imported; until it could prefill), `context`,
@@ -15,8 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 BLOCK = 64  # positions whose logits are handed over at once
 BATCH = 512  # llama.cpp's own default for n_ubatch

@@ -63,7 +63,7 @@ def open_artifact(directory: Path) -> Artifact:
     path = directory / "manifest.json"
     if not directory.is_dir():
         raise RunnerError(
-            f"{directory} is not an artifact directory; make one with: python export/gemma.py"
+            f"{directory} is not an artifact directory; make one with: tokenloop export"
         )
     if not path.is_file():
         raise RunnerError(f"{directory} has no manifest.json, so it is not a whole artifact")

@@ -1,4 +1,5 @@
-"""Generate text from an artifact: `python runner/run.py "The capital of France is"`."""
+"""Generate text from an artifact: `tokenloop run "The capital of France is"`, and from a checkout
+`python runner/run.py "The capital of France is"`."""
 
 import argparse
 import json
@@ -15,12 +16,13 @@ from tokenloop.runner.request import RULES, Request, fault_of
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="runner/run.py",
+        prog=program,
         description="Generate text from an artifact that export/ made.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.set_defaults(program=program)
     parser.add_argument(
         "prompts",
         nargs="*",
@@ -193,7 +195,7 @@ def run_batch(model, requests: list[Request], loop, options: argparse.Namespace)
             hide_progress()
             printed += 1
             if result.error is not None:
-                print(f"runner/run.py: error: {result.error}", file=sys.stderr, flush=True)
+                print(f"{options.program}: error: {result.error}", file=sys.stderr, flush=True)
                 status = 2
             if options.json or result.error is None:
                 print_line(result, options.json, result.text)
@@ -222,15 +224,16 @@ def print_line(result, as_json: bool, text: str) -> None:
     print(line, flush=True)
 
 
-def main() -> int:
-    options = parse_arguments()
+def main(arguments: list[str] | None = None, program: str = "tokenloop run") -> int:
+    """Run the command line that `program` is the name of; the exit status."""
+    options = parse_arguments(arguments, program)
     # Output is UTF-8 whatever the locale, as prompts are. A prompt that is refused may have half a
     # surrogate pair, which is then written in JSON's own notation.
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         return run(options)
     except RunnerError as error:
-        print(f"runner/run.py: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -240,9 +243,14 @@ def main() -> int:
         if isinstance(error, BrokenPipeError):
             return 141  # The reader has gone (| head).
         where = error.filename or "standard output"
-        print(f"runner/run.py: error: {where}: {error.strerror}", file=sys.stderr)
+        print(f"{program}: error: {where}: {error.strerror}", file=sys.stderr)
         return 2
 
 
+def main_compare(arguments: list[str]) -> int:
+    """`tokenloop compare`: `tokenloop run --compare`; the exit status."""
+    return main(["--compare", *arguments], "tokenloop compare")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="runner/run.py"))

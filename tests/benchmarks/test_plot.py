@@ -1,13 +1,18 @@
 """The picture of saved results: through the command line, and what the figure holds."""
 
 import json
+import os
 import resource
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import plot
 
+ROOT = Path(__file__).resolve().parents[2]
 OURS, SMALL, PEER = "tokenloop 8da8w", "tokenloop 8da4w", "llama.cpp $model$_q4_0"
 SPEEDS = [key for key, _, _ in plot.PANELS if key in plot.FIGURES]
 
@@ -58,11 +63,15 @@ def figure(save):
 
 
 @pytest.fixture
-def run(run_script, tmp_path):
+def run(tmp_path):
     """A function that runs benchmarks/plot.py from another directory than the project's."""
-    return lambda *arguments, **options: run_script(
-        "benchmarks/plot.py", *arguments, cwd=tmp_path, **options
-    )
+
+    def run(*arguments, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "benchmarks.plot", *map(str, arguments)]
+        options |= {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+        return subprocess.run(command, capture_output=True, text=True, **options)
+
+    return run
 
 
 def bars(figure, key: str) -> list[tuple]:
@@ -253,7 +262,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_the_old_picture(run, save, tmp_pa
     before = sorted(tmp_path.iterdir())
     done = run("--results", path, "--quality", "--output", "old.png")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("benchmarks/plot.py: error: ") and message in done.stderr
+    assert done.stderr.startswith("python -m benchmarks.plot: error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "old.png").read_bytes() == b"old" and sorted(tmp_path.iterdir()) == before
 
@@ -278,7 +287,7 @@ def test_an_output_that_cannot_be_is_refused(run, save, tmp_path, output):
     before = sorted(tmp_path.iterdir())
     done = run("--results", path, "--quality", "--output", output)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"benchmarks/plot.py: error: --output {output}: ")
+    assert done.stderr.startswith(f"python -m benchmarks.plot: error: --output {output}: ")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -298,11 +307,10 @@ def test_only_a_png_is_written(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_it_says_how_to_get_it(run, save, tmp_path, monkeypatch):
+def test_without_matplotlib_it_says_how_to_get_it(run, save, tmp_path):
     (path,) = save(speed())
     stub = "raise ModuleNotFoundError('none', name='matplotlib')"
     (tmp_path / "matplotlib.py").write_text(stub)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = run("--results", path, "--quality", "--output", "new.png")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert 'matplotlib is not installed; get it with: pip install -e ".[test]"' in done.stderr

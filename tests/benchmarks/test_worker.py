@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-WORKER = Path(__file__).resolve().parents[2] / "benchmarks" / "worker.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def work(task: str, lines: int = 0, **spec) -> tuple[dict, bytes]:
     """The JSON line of a task which is asked for more this many times, and what else it wrote."""
     text = json.dumps(spec) + "\n" + "next\n" * lines
-    done = subprocess.run(
-        [sys.executable, WORKER, task, "-"], input=text.encode(), capture_output=True
-    )
+    command = [sys.executable, "-m", "benchmarks.worker", task, "-"]
+    done = subprocess.run(command, input=text.encode(), capture_output=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()
     line, _, rest = done.stdout.partition(b"\n")
     return json.loads(line), rest

@@ -1,8 +1,6 @@
 """export/gemma.py as a user runs it: what it writes, and that nothing is left where it fails."""
 
 import json
-import os
-import re
 import resource
 import shutil
 import signal
@@ -286,16 +284,6 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path, exists):
 
 
 # What is written
-
-
-def test_exporting_twice_gives_the_same_bytes(run_script, default_artifact, tmp_path):
-    # The first export had a random seed for its hashes, as every Python process has, and may have
-    # found its selection methods kept by another.
-    environment = os.environ | {"PYTHONHASHSEED": "0", "TOKENLOOP_CACHE": ""}
-    done = run_script("export/gemma.py", cwd=tmp_path, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"artifacts/gemma3-xnnpack: \d+ MB in \d+ s\n", done.stdout)
-    assert contents(tmp_path / "artifacts/gemma3-xnnpack") == contents(default_artifact)
 
 
 def test_the_artifact_holds_the_program_the_tokenizer_and_the_manifest(tiny_artifact):

@@ -60,7 +60,7 @@ def test_an_unaltered_copy_runs(altered, run_script, tmp_path):
 
 
 def test_a_directory_that_does_not_exist(refuses):
-    refuses("nowhere is not an artifact directory", "python export/gemma.py", artifact="nowhere")
+    refuses("nowhere is not an artifact directory", "tokenloop export", artifact="nowhere")
 
 
 def test_the_default_artifact_before_any_export(run_script, tmp_path):
@@ -68,7 +68,7 @@ def test_the_default_artifact_before_any_export(run_script, tmp_path):
     assert done.returncode == 2
     assert done.stderr == (
         "runner/run.py: error: artifacts/gemma3-xnnpack is not an artifact directory; make one "
-        "with: python export/gemma.py\n"
+        "with: tokenloop export\n"
     )
 
 

@@ -14,7 +14,6 @@ from tokenloop.runner import RunnerError
 from tokenloop.runner.engines import executorch_runtime
 from tokenloop.runner.engines.executorch_runtime import ExecuTorchError, Program
 
-ROOT = Path(__file__).resolve().parents[2]
 # Values that count up, so that a wrong address or order shows.
 ROWS = np.arange(32, dtype=np.float32).reshape(8, 4)
 BUFFER_MB = 64
@@ -396,9 +395,8 @@ def test_garbage_is_refused(path, tmp_path, kept, capfd):
 
 def alone(code: str, *arguments) -> dict:
     """What `code` prints as JSON in a new process, whose `runtime` is the module under test."""
-    head = f"""
+    head = """
 import json, os, sys
-sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from tokenloop.runner.engines import executorch_runtime as runtime
 def fails(call, *arguments):

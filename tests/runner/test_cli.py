@@ -1,0 +1,104 @@
+"""The console command `tokenloop`, as it is installed beside the Python that runs the tests."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+# Runs the command and prints what it has imported of tokenloop and of the slow libraries.
+SHOW_IMPORTS = """
+import sys
+from tokenloop.runner.cli import main
+try:
+    sys.exit(main())
+finally:
+    others = {name for name in sys.modules if name.split(".")[0] == "tokenloop"}
+    others |= {name.split(".")[0] for name in sys.modules} & {"numpy", "rich", "torch"}
+    print(*sorted(others), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def tokenloop(tmp_path):
+    """A function that runs `tokenloop` with arguments in an empty directory."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [Path(sys.executable).with_name("tokenloop"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_names_every_command(tokenloop, flag):
+    done = tokenloop(flag)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: tokenloop COMMAND ...\n")
+    assert "commands: export, run, compare\n" in done.stdout
+
+
+def test_the_version_is_the_installed_one(tokenloop):
+    done = tokenloop("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"tokenloop {version('tokenloop')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        ([], "no command is given"),
+        (["exprot", "--model", "x"], "exprot is not a command"),
+        (["--artifact", "x"], "--artifact is not a command"),
+    ],
+)
+def test_what_is_no_command_is_refused_in_one_line(tokenloop, arguments, fault):
+    done = tokenloop(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"tokenloop: error: {fault}; the commands are export, run, compare\n"
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_command_calls_itself_by_the_name_it_was_called_by(tokenloop, command):
+    done = tokenloop(command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: tokenloop {command} ")
+    done = tokenloop(command, "--threads", "0")
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        f"tokenloop {command}: error: --threads is 0; it must be at least 1\n"
+    )
+    done = tokenloop(command, "--artifact", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"tokenloop {command}: error: nowhere is not an artifact")
+    assert done.stderr.count("\n") == 1
+
+
+def test_compare_takes_no_variant(tokenloop):
+    done = tokenloop("compare", "--feed", "host")
+    assert done.returncode == 2 and "leave out --feed" in done.stderr
+
+
+def test_export_is_found_by_its_entry_point(tokenloop):
+    done = tokenloop("export", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--model" in done.stdout and "--backend" in done.stdout
+    done = tokenloop("export", "--model", "nowhere.gguf")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "nowhere.gguf" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own"),
+    [
+        (["--help"], set()),
+        (["run", "--top-k", "-1"], {"errors", "prompts", "request", "run"}),
+    ],
+)
+def test_the_command_imports_no_more_than_it_needs(arguments, own, tmp_path):
+    command = [sys.executable, "-c", SHOW_IMPORTS, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    modules = {"tokenloop", "tokenloop.runner", "tokenloop.runner.cli"}
+    modules |= {f"tokenloop.runner.{name}" for name in own}
+    assert set(done.stderr.splitlines()[-1].split()) == modules
