@@ -36,7 +36,7 @@ def tensors_of(
 
 def is_state(name: str) -> bool:
     """Whether the buffer of that name is written: a layer's cache, or the kernels' semaphores."""
-    return ".cache." in name or name == "semaphores"
+    return ".cache." in name or name == "kernel_semaphores"
 
 
 def entries(tensors: dict[str, Tensor]) -> list[dict]:

@@ -47,7 +47,8 @@ class CudaStep(nn.Module):
         kv_heads = max(layer.kv_heads for layer in self.layers)
         size = cuda.semaphores_size(network.batch, widest, kv_heads)
         semaphores = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
-        self.register_buffer("semaphores", semaphores, persistent=False)
+        # Inductor takes a name that begins with "semaphore" for one of its own.
+        self.register_buffer("kernel_semaphores", semaphores, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         x, branch, before = hidden[:, 0], None, None
@@ -66,7 +67,7 @@ class CudaStep(nn.Module):
         residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
         options = {"eps": norm.eps, "offset": norm.offset}
         if layer.moe is None:
-            tensors = *_tensors(layer.gate_up), self.semaphores
+            tensors = *_tensors(layer.gate_up), self.kernel_semaphores
             options["activation"] = layer.activation
             x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
             return x, self._linear(gated, layer.down)
@@ -93,7 +94,7 @@ class CudaStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual after the layer `before`, and the linear layer of its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
-        tensors = *_tensors(linear), self.semaphores
+        tensors = *_tensors(linear), self.kernel_semaphores
         if before is None:
             return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
         post = weight_of(before.post_mlp_norm)
@@ -102,7 +103,7 @@ class CudaStep(nn.Module):
         )
 
     def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
-        return cuda.linear(x, *_tensors(linear), self.semaphores, **options)
+        return cuda.linear(x, *_tensors(linear), self.kernel_semaphores, **options)
 
     def _attend(self, layer: PackedAttention, projected: Tensor, position: Tensor) -> Tensor:
         """What the layer's `o` takes after `qkv` gave projected [B, N]."""
@@ -115,7 +116,7 @@ class CudaStep(nn.Module):
         eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
         attended = cuda.attend_step(
             projected, position, layer.cache.k, layer.cache.v, weight_of(q_norm), weight_of(k_norm),
-            self.rope[layer.layer_type].inv_freq, self.semaphores,
+            self.rope[layer.layer_type].inv_freq, self.kernel_semaphores,
             scale=layer.scale, eps=eps, offset=offset,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
         )  # fmt: skip

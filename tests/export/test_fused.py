@@ -47,7 +47,7 @@ def test_steps_give_the_networks_logits(model_type):
             expected = plain.decode(token, where)
             actual = step(fused.embed(token.to(DEVICE)), where.to(DEVICE)).cpu()
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert not step.semaphores.any()
+    assert not step.kernel_semaphores.any()
 
 
 @pytest.mark.parametrize("size", [16, 96])

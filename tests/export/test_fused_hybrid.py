@@ -78,7 +78,7 @@ def test_a_fused_step_gives_the_networks_logits(networks, layout, batch):
         position = torch.tensor([step, 0, max(step - 1, 0)], device=DEVICE)[:batch]
         actual = decode(changed.embed(token), position)
         assert_near(actual, plain.decode(token, position))
-    assert not decode.semaphores.any()
+    assert not decode.kernel_semaphores.any()
 
 
 @pytest.mark.parametrize("layout", ["qwen3_next", EXPERTS])
