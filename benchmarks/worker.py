@@ -48,6 +48,7 @@ class TokenLoop:
 
     def logits(self, window: list[int]) -> Iterator:
         program = self.model.loop.program
+        program.begin(embed=False)
         tokens = self.numpy.array([window], self.numpy.int64)
         positions = self.numpy.arange(len(window), dtype=self.numpy.int64)
         for start in range(0, len(window), BLOCK):

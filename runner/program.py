@@ -70,7 +70,7 @@ class Program(Protocol):
     embeds: bool = False
     has_graphs: bool = False
     step_inputs: dict[str, Any] = {}
-    # Whether this run's steps are fed embeddings.
+    # Whether steps are fed embeddings, as the newest run has it. Before any run it is tokens.
     embedding: bool = False
 
     def capture(self, table: Any) -> None:

@@ -84,6 +84,7 @@ class InductorProgram(Program):
             for buffer in (0, 1):
                 self.next_id(1 - buffer).zero_()
                 self.step(self._fed(1 - buffer), Step(lines[0], 0, GREEDY), buffer)
+            self.begin(embed=False)
 
     def load_sampling(self, method: str, embed: bool) -> None:
         methods, fused = self.manifest["methods"], embed and self._fused
