@@ -26,6 +26,32 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parents[1]
 AUSTEN = ROOT / "tests" / "data" / "austen"
+# Of the tiny checkpoints, bytes and special tokens: where it is one number, their exports find the
+# selection methods that one of them has made.
+VOCAB_SIZE = 256 + 3
+
+# Files that take more than some seconds of a processor each.
+SLOW_FILES = {
+    *("benchmarks/test_operator_benchmarks.py", "benchmarks/test_plot.py"),
+    *("export/test_attention.py", "export/test_fused.py", "export/test_fused_hybrid.py"),
+    *("export/test_gemma.py", "export/test_pte.py", "export/test_pte_cuda.py"),
+    *("export/test_qwen3.py", "export/test_qwen3_5.py", "export/test_selection.py"),
+    *("export/test_wheel.py", "export/test_xnnpack.py", "export/test_xnnpack_graph.py"),
+    *("models/kernels/test_causal_conv1d.py", "runner/test_inductor.py"),
+    *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
+    "test_compiled_kernels.py",
+}
+SLOW_FIXTURES = {"default_artifact", "export_artifact"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each test is `slow` or `fast`: slow are those of SLOW_FILES, and those that take an artifact
+    which a command line has to export."""
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        slow = path in SLOW_FILES or not SLOW_FIXTURES.isdisjoint(item.fixturenames)
+        item.add_marker("slow" if slow else "fast")
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +171,7 @@ def make_checkpoint(tmp_path_factory):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     shape = {
-        "vocab_size": 259,
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3,
@@ -194,7 +220,7 @@ def make_qwen_checkpoint(tmp_path_factory):
     )
 
     shape = {
-        "vocab_size": 258,
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
@@ -230,7 +256,7 @@ def make_qwen_checkpoint(tmp_path_factory):
             if "norm" in name:
                 parameter.data += 1.0
         model.save_pretrained(directory)
-        write_byte_tokenizer(directory, ["<|endoftext|>", "<|im_end|>"])
+        write_byte_tokenizer(directory, ["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
         (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
         return directory
 
@@ -251,7 +277,7 @@ def make_hybrid_checkpoint(tmp_path_factory):
     )
 
     shape = {
-        "vocab_size": 258,
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,
         "intermediate_size": 80,
         "num_hidden_layers": 4,
@@ -293,7 +319,7 @@ def make_hybrid_checkpoint(tmp_path_factory):
             if name.endswith("A_log"):
                 parameter.data -= 2.0
         model.save_pretrained(directory)
-        write_byte_tokenizer(directory, ["<|endoftext|>", "<|im_end|>"])
+        write_byte_tokenizer(directory, ["<|endoftext|>", "<|im_end|>", "<|im_start|>"])
         (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
         return directory
 

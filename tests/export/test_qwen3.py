@@ -49,7 +49,8 @@ QUANTIZED = {
     "qwen3_moe, 8da8w": Made("qwen3_moe", quant="8da8w"),
 }
 # Of 3 rows two experts each are fewer than 7, of 4 rows they are not.
-BATCHES = {f"qwen3_moe, {n} rows": Made("qwen3_moe", batch=n) for n in (3, 4)}
+ONE_LAYER = {"num_hidden_layers": 1}
+BATCHES = {f"qwen3_moe, {n} rows": Made("qwen3_moe", ONE_LAYER, batch=n) for n in (3, 4)}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
