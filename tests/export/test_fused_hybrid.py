@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.runtime import interpreter  # noqa: E402
 
-from tests.models.driving import assert_near, prompt  # noqa: E402
+from tests.models.eager import assert_near, prompt  # noqa: E402
 from tokenloop.export.checkpoint.checkpoint import load_weights, open_checkpoint  # noqa: E402
 from tokenloop.export.pt2.fused_hybrid import HybridDecode  # noqa: E402
 from tokenloop.export.pt2.hybrid_rows import fuse_layers  # noqa: E402
