@@ -16,9 +16,6 @@ FULL = "full_attention"
 # transformers' LlamaConfig; key/value heads and head_dim follow from the others.
 DEFAULTS = {
     "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,

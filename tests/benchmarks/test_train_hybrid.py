@@ -15,7 +15,7 @@ from benchmarks.train_hybrid import (
     train_tokenizer,
     unwrapped,
 )
-from tests.models.driving import assert_near, prefill, prompt
+from tests.models.eager import assert_near, prefill, prompt
 from tokenloop.models.qwen3_5 import Qwen3_5, Qwen3_5Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,11 @@
-"""What tests of the export share: small functions as the runner runs them."""
+"""What tests of the export share: small functions as the runner runs them, and an artifact of each
+family of models."""
+
+import functools
 
 import pytest
+
+from tests.conftest import AUSTEN
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +48,41 @@ def as_method(tmp_path_factory):
         return run
 
     return load
+
+
+def exported(get, name: str, checkpoint, script: str, *flags):
+    """The checkpoint and its float32 artifact."""
+    arguments = ("--model", checkpoint, "--quant", "fp32", *flags)
+    return checkpoint, get("export_artifact")(name, *arguments, script=script)
+
+
+# A row for each family of models and engine: given a function that gets a fixture, the directories
+# of a checkpoint and of its artifact.
+FAMILIES = {
+    "gemma": lambda get: (get("tiny_checkpoint"), get("tiny_artifact")),
+    "qwen3": lambda get: exported(
+        get,
+        "tiny-qwen3",
+        get("make_qwen_checkpoint")("qwen3"),
+        "export/qwen3.py",
+        *("--max-seq-len", 100, "--max-prefill", 1),
+    ),
+    # Few layers, for lowering them takes its time.
+    "qwen3_5, portable": lambda get: exported(
+        get,
+        "tiny-hybrid",
+        get("make_hybrid_checkpoint")(
+            "qwen3_next", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]
+        ),
+        "export/qwen3_5.py",
+        *("--backend", "portable", "--batch", 3, "--max-seq-len", 200, "--max-prefill", 7),
+    ),
+    "qwen3_5, inductor": lambda get: (AUSTEN, get("austen_artifact")("inductor")),
+}
+
+
+@pytest.fixture(scope="session")
+def family_artifact(request):
+    """A function: one of FAMILIES -> the directories of a checkpoint and of its artifact. Nothing
+    is exported that no test asks for."""
+    return functools.cache(lambda family: FAMILIES[family](request.getfixturevalue))

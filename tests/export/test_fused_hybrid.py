@@ -9,7 +9,7 @@ import torch
 ON_GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.models.driving import assert_near, prompt  # noqa: E402
+from tests.models.eager import assert_near, prompt  # noqa: E402
 from tokenloop.export.checkpoint import load_weights, open_checkpoint  # noqa: E402
 from tokenloop.export.pt2.cuda_step import CudaStep  # noqa: E402
 from tokenloop.export.pt2.packed_weights import pack_blocks  # noqa: E402

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from tests.models.driving import assert_near, prefill, prompt
+from tests.models.eager import assert_near, prefill, prompt
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.errors import ExportError
 from tokenloop.models import architecture_of

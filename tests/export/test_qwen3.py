@@ -1,14 +1,12 @@
-"""Qwen's programs against the eager network, and its scripts against transformers."""
+"""Qwen's programs against the eager network."""
 
 import functools
-import json
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.export.programs import (
     assert_near,
@@ -131,41 +129,9 @@ def test_rows_of_a_program_give_the_eager_networks_logits(export_of, name):
         assert_near(actual, expected)
 
 
-# The real command lines
-
-
-def test_the_scripts_give_transformers_greedy_ids(make_qwen_checkpoint, run_script, tmp_path):
-    checkpoint, output = make_qwen_checkpoint("qwen3"), tmp_path / "artifact"
-    flags = ("--quant", "fp32", "--max-seq-len", 100, "--max-prefill", 1, "--output", output)
-    done = run_script("export/qwen3.py", "--model", checkpoint, *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    done = run_script(
-        *("runner/run.py", "--artifact", output, "--json", "--max-new-tokens", 40, "Größe: 5 µm"),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    model, prompt = AutoModelForCausalLM.from_pretrained(checkpoint), result["prompt_ids"]
-    assert len(prompt) == len("Größe: 5 µm".encode())
-    tokens = torch.tensor([prompt])
-    mask = torch.ones_like(tokens)
-    made = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=40)
-    expected = made[0, len(prompt) :].tolist()
-    assert result["token_ids"] == [token for token in expected if token != 1]
-    assert len(set(expected)) > 5
-
-
 def test_experts_are_not_made_integers_of_without_a_word(make_qwen_checkpoint, tmp_path):
     arguments = ["--model", make_qwen_checkpoint("qwen3_moe"), "--backend", "inductor"]
     arguments += ["--quant", "int8", "--output", tmp_path / "artifact"]
     with pytest.raises(ExportError, match="--quant int8 is not for experts with --backend induct"):
         export_here(FAMILY, arguments, first_block=8)
     assert not any(tmp_path.iterdir())
-
-
-def test_without_a_model_the_script_asks_for_one(run_script, tmp_path):
-    done = run_script("export/qwen3.py", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "export/qwen3.py: error: no --model; give it a .gguf file or a Hugging Face directory\n"
-    )

@@ -42,6 +42,26 @@ def generate(
     return ids, torch.cat(rows)
 
 
+def feed(model: torch.nn.Module, tokens: torch.Tensor, start: int) -> list[torch.Tensor]:
+    """Logits after each of tokens int64 [1, T] from position `start` on, which come in steps."""
+    with torch.no_grad():
+        return [
+            model.decode(tokens[:, [position]], torch.tensor([position]))
+            for position in range(start, tokens.shape[1])
+        ]
+
+
+class Method(torch.nn.Module):
+    """A method of a model as a module's forward, which torch.export takes."""
+
+    def __init__(self, model: torch.nn.Module, name: str):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return getattr(self.model, self.name)(*inputs)
+
+
 class Batch:
     """A model of several rows, driven greedily: every row's text, and the logits [1, V] that its
     ids after the prompt were chosen from."""

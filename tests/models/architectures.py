@@ -1,0 +1,507 @@
+"""One row for each module of models/: transformers' classes, tiny configs of odd sizes, and what
+the module must make of configs and of tensors' names. A new architecture is a new row.
+
+A case is a tiny config. Its name begins with its model_type; the first case of each model_type
+stands for it where all of them would take long.
+"""
+
+from dataclasses import dataclass, field
+from itertools import product
+from types import ModuleType
+
+import torch
+import transformers
+
+from tokenloop.models import gemma3, gemma4, llama, qwen3, qwen3_5
+
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A module of models/, and what its tests are given.
+
+    networks: the module. classes: transformers' config and model of each model_type.
+    small: config.json's keys in every case. cases: what each case changes; None leaves a key out.
+    weights: part of a parameter's name, mean, standard deviation; the first that fits counts. They
+    are such that no part of a network drowns the others.
+    max_seq_len, prompts, rows, chunks: of the cache, of single prompts, of the three prompts of a
+    batch, and of a prompt's chunks, which are cut where the model allows no longer ones.
+    max_chunk, states: of the first case with 2 rows of 50 positions in bfloat16, the longest chunk
+    and the shapes of its states with their dtypes.
+    required: what a config must say. says: what it must say beside sizes, if it says little.
+    published: whole configs, as published or as transformers 4 wrote them.
+    refused: a case, and changes that make it one that cannot be run, with what is then said.
+    names: a tensor's name in a checkpoint -> the parameter's; None where there is no such one.
+    multimodal: transformers' config and model around the text model, and the config's keys.
+    shallow: changes of a case to one layer of each kind.
+    scaled: a case whose rotary embedding is scaled, and the change that takes the scaling away.
+    """
+
+    networks: ModuleType
+    classes: dict[str, tuple[type, type]]
+    small: dict
+    cases: dict[str, dict]
+    weights: list[tuple[str, float, float]]
+    max_seq_len: int
+    prompts: tuple[int, ...]
+    rows: tuple[int, int, int]
+    chunks: tuple[int, ...]
+    max_chunk: int
+    states: dict[tuple[int, ...], torch.dtype]
+    refused: tuple[str, list[tuple[dict, str]]]
+    names: dict[str, str | None]
+    shallow: dict
+    required: tuple[str, ...] = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    says: dict = field(default_factory=dict)
+    published: tuple[dict, ...] = ()
+    multimodal: tuple[type, type, dict] | None = None
+    scaled: tuple[str, dict] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.networks.__name__.rpartition(".")[2]
+
+
+# The heads' 4 * 16 values are not the hidden size, and 24 is not the head size. The root of 48 is
+# another number in bfloat16, by 0.1 %.
+GEMMA_3 = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "query_pre_attn_scalar": 24, "sliding_window": 7, "max_position_embeddings": 256,
+    "layer_types": [SLIDING, FULL, SLIDING], "pad_token_id": 0,
+}  # fmt: skip
+GEMMA_3_LINEAR_ROPE = {
+    FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 300_000.0},
+    SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+}
+# What google/gemma-3-4b-it's text_config says of the network, and all that it says.
+GEMMA_3_4B = {
+    "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+    "num_hidden_layers": 34, "sliding_window": 1024,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+}  # fmt: skip
+# google/gemma-3-1b-it's keys, as transformers 4 wrote them, with numbers of our own.
+GEMMA_3_OF_TRANSFORMERS_4 = {k: v for k, v in GEMMA_3.items() if k != "layer_types"} | {
+    "num_hidden_layers": 7, "sliding_window_pattern": 3, "rope_theta": 500_000,
+    "rope_local_base_freq": 2_000, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid",
+}  # fmt: skip
+
+GEMMA_3_ROW = Architecture(
+    networks=gemma3,
+    classes={"gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM)},
+    small=GEMMA_3,
+    cases={
+        "gemma3_text, one key head, 5 sliding to 1 full": {
+            "num_key_value_heads": 1, "num_hidden_layers": 7, "layer_types": None,
+        },
+        "gemma3_text, two key heads, all sliding": {"layer_types": [SLIDING] * 3},
+        "gemma3_text, four key heads, all full": {
+            "num_key_value_heads": 4, "layer_types": [FULL] * 3,
+        },
+        "gemma3_text, linear rope": {"rope_parameters": GEMMA_3_LINEAR_ROPE, "vocab_size": 131},
+        "gemma3_text, wide heads": {
+            "head_dim": 34, "query_pre_attn_scalar": 101, "vocab_size": 53,
+        },
+        "gemma3_text, one layer, three query heads": {
+            "num_hidden_layers": 1, "layer_types": [FULL], "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+        },
+        "gemma3_text, a window beyond the cache": {"sliding_window": 200},
+        "gemma3_text, a window of one": {"sliding_window": 1},
+        "gemma3_text, another epsilon": {"rms_norm_eps": 0.1},
+    },
+    weights=[
+        ("post_", 1.0, 0.5), ("q_norm", 0.5, 0.5), ("k_norm", 0.5, 0.5),
+        ("embed_tokens", 0.0, 0.25), ("", 0.0, 0.5),
+    ],
+    max_seq_len=80,
+    prompts=(1, 2, 7, 8, 30),
+    rows=(40, 2, 8),
+    chunks=(5, 7, 1, 3, 7, 7, 2, 30),
+    max_chunk=7,
+    states={(2, 7, 1, 16): torch.bfloat16, (2, 50, 1, 16): torch.bfloat16},
+    refused=("gemma3_text, another epsilon", [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"head_dim": None, "sliding_window": None}, "lacks head_dim, sliding_window"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"layer_types": [FULL]}, "layer_types has 1 entries for 3 layers"),
+        ({"layer_types": [FULL, FULL, "chunked"]}, r"layer_types .*unknown kinds \['chunked'\]"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": {SLIDING: {"rope_type": "llama3"}}}, "rope_type = 'llama3'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "full_attention lacks its factor"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters must have an entry for each"),
+    ]),
+    names={
+        prefix + name: f"model.{name}"
+        for prefix, name in product(
+            ("model.", "language_model.model.", "model.language_model."),
+            ("embed_tokens.weight", "norm.weight", "layers.11.self_attn.q_proj.weight"),
+        )
+    } | dict.fromkeys(
+        # A tied head that is there must equal the embedding.
+        ("lm_head.weight", "language_model.lm_head.weight"), "lm_head.weight"
+    ) | dict.fromkeys((
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "model.vision_tower.vision_model.embeddings.patch_embedding.bias",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "multi_modal_projector.mm_input_projection_weight",
+        "model.multi_modal_projector.mm_soft_emb_norm.weight",
+    )),
+    published=(GEMMA_3_4B, GEMMA_3_OF_TRANSFORMERS_4, GEMMA_3),
+    multimodal=(transformers.Gemma3Config, transformers.Gemma3ForConditionalGeneration, {
+        "text_config": GEMMA_3 | {"rope_parameters": GEMMA_3_LINEAR_ROPE},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 96, "boi_token_index": 94,
+        "eoi_token_index": 95,
+    }),
+    shallow={"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+)  # fmt: skip
+
+
+# Both kinds of layer differ in head size and heads, and no product of them is the hidden size,
+# whose root is another number in bfloat16, by 0.1 %.
+GEMMA_4 = {
+    "vocab_size": 97, "hidden_size": 44, "intermediate_size": 78, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "num_global_key_value_heads": 2,
+    "head_dim": 14, "global_head_dim": 26, "attention_k_eq_v": True,
+    "sliding_window": 7, "max_position_embeddings": 256, "final_logit_softcapping": 5.0,
+    "layer_types": [SLIDING, FULL, SLIDING, FULL], "hidden_size_per_layer_input": 0,
+    "use_bidirectional_attention": "vision", "pad_token_id": 0,
+}  # fmt: skip
+GEMMA_4_OTHER_ROTATIONS = {
+    SLIDING: {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.6,
+        "rope_theta": 300.0,
+        "factor": 3.0,
+    },
+    FULL: {"rope_type": "default", "rope_theta": 5_000.0},
+}
+# What google/gemma-4-31b's text_config says of the network, in the keys that it was published with.
+GEMMA_4_31B = {
+    "attention_bias": False, "attention_k_eq_v": True, "enable_moe_block": False,
+    "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 5376,
+    "hidden_size_per_layer_input": 0, "intermediate_size": 21504,
+    "layer_types": ([SLIDING] * 5 + [FULL]) * 10, "max_position_embeddings": 262_144,
+    "model_type": "gemma4_text", "num_attention_heads": 32, "num_global_key_value_heads": 4,
+    "num_hidden_layers": 60, "num_key_value_heads": 16, "num_kv_shared_layers": 0,
+    "rms_norm_eps": 1e-6, "sliding_window": 1024, "tie_word_embeddings": True,
+    "use_bidirectional_attention": "vision", "use_double_wide_mlp": False, "vocab_size": 262_144,
+    "rope_parameters": {
+        FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+        SLIDING: {"rope_theta": 1e4, "rope_type": "default"},
+    },
+}  # fmt: skip
+
+GEMMA_4_ROW = Architecture(
+    networks=gemma4,
+    classes={"gemma4_text": (transformers.Gemma4TextConfig, transformers.Gemma4ForCausalLM)},
+    small=GEMMA_4,
+    cases={
+        "gemma4_text, 5 sliding to 1 full": {"num_hidden_layers": 7, "layer_types": None},
+        "gemma4_text, values of their own, no cap": {
+            "attention_k_eq_v": False, "final_logit_softcapping": None,
+        },
+        "gemma4_text, all full": {
+            "layer_types": [FULL] * 3, "num_hidden_layers": 3, "num_key_value_heads": 1,
+        },
+        "gemma4_text, other rotations": {
+            "rope_parameters": GEMMA_4_OTHER_ROTATIONS, "vocab_size": 131, "head_dim": 22,
+        },
+        "gemma4_text, a window beyond the cache": {"sliding_window": 200},
+        "gemma4_text, a window of one, another epsilon": {
+            "sliding_window": 1, "rms_norm_eps": 0.1,
+        },
+    },
+    weights=[
+        ("layer_scalar", 1.0, 0.2), ("norm", 1.0, 0.5), ("embed_tokens", 0.0, 0.25),
+        ("", 0.0, 0.5),
+    ],
+    max_seq_len=96,
+    prompts=(1, 7, 8, 30),
+    rows=(40, 2, 8),
+    chunks=(5, 7, 1, 3, 7, 7, 2, 30),
+    max_chunk=7,
+    states={(2, 7, 3, 14): torch.bfloat16, (2, 50, 2, 26): torch.bfloat16},
+    refused=("gemma4_text, a window beyond the cache", [
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input = 256"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
+        ({"enable_moe_block": True}, "enable_moe_block = True"),
+        ({"use_double_wide_mlp": True}, "use_double_wide_mlp = True"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+        ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping = 0"),
+        ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
+        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"num_key_value_heads": 4}, "num_attention_heads = 6 .* 4 .* of sliding_attention"),
+        ({"num_global_key_value_heads": 5}, "num_attention_heads = 6 .* 5 .* of full_attention"),
+        ({"layer_types": [FULL]}, "layer_types has 1 entries for 4 layers"),
+        ({"layer_types": [FULL, FULL, FULL, "chunked"]}, r"unknown kinds \['chunked'\]"),
+        ({"per_layer_config": {"3": {"head_dim": 26}}}, "layer 3 {'head_dim': 26.*full_attention"),
+        ({"per_layer_config": {"01": {"sliding_window": 9}}}, "sets sliding_window of layer 1"),
+        ({"rope_parameters": {FULL: {"rope_theta": 1e6}}}, "lacks rope_theta of sliding_attention"),
+        (
+            {
+                "rope_parameters": GEMMA_4_OTHER_ROTATIONS
+                | {FULL: {"rope_type": "yarn", "rope_theta": 9.0}}
+            },
+            "'yarn'",
+        ),
+    ]),
+    names={
+        prefix + name: f"model.{name}"
+        for prefix, name in product(
+            ("model.", "model.language_model."), ("norm.weight", "layers.11.layer_scalar")
+        )
+    } | {"lm_head.weight": "lm_head.weight"} | dict.fromkeys((
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight",
+        "model.embed_vision.embedding_projection.weight",
+        "model.audio_tower.layers.0.norm_out.weight",
+        "model.embed_audio.embedding_projection.weight",
+    )),
+    required=(),
+    says={"hidden_size_per_layer_input": 0},
+    published=(GEMMA_4_31B, {"hidden_size_per_layer_input": 0}),
+    multimodal=(transformers.Gemma4Config, transformers.Gemma4ForConditionalGeneration, {
+        "text_config": GEMMA_4,
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "patch_size": 4,
+            "position_embedding_size": 16,
+        },
+        "audio_config": None,
+    }),
+    shallow={"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]},
+)  # fmt: skip
+
+
+EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+
+QWEN_3_ROW = Architecture(
+    networks=qwen3,
+    classes={
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    },
+    # The heads' 4 * 18 values are not the hidden size.
+    small={
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 18,
+        "max_position_embeddings": 256, "rope_theta": 700.0,
+    },
+    cases={
+        "qwen2": {"head_dim": None, "tie_word_embeddings": True},
+        "qwen2, untied, one key head": {"head_dim": None, "num_key_value_heads": 1},
+        "qwen3": {},
+        "qwen3, tied, as many key heads": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+        "qwen3, linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+        "qwen3_moe": EXPERTS,
+        "qwen3_moe, weights that add up to one": EXPERTS | {"norm_topk_prob": True},
+        "qwen3_moe, all experts chosen": EXPERTS | {"num_experts_per_tok": 7},
+    },
+    weights=[("norm", 1.0, 0.4), ("embed_tokens", 0.0, 0.25), ("", 0.0, 0.4)],
+    max_seq_len=80,
+    prompts=(1, 2, 16),
+    rows=(23, 1, 9),
+    chunks=(1, 1, 7, 1, 33, 37),
+    max_chunk=50,
+    states={(2, 50, 2, 12): torch.bfloat16},
+    refused=("qwen3_moe", [
+        ({"model_type": "qwen2_moe"}, "model_type = 'qwen2_moe' is none of qwen2, qwen3"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_att"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        ({"num_experts_per_tok": 8}, "num_experts_per_tok = 8 is not among num_experts = 7"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
+    ]),
+    names={
+        name: name
+        for name in (
+            "lm_head.weight",
+            "model.layers.3.mlp.gate.weight",
+            "model.layers.3.mlp.gate_proj.weight",
+            "model.layers.3.mlp.experts.gate_up_proj",
+        )
+    },
+    shallow={"num_hidden_layers": 1},
+    scaled=("qwen3, linear rope", {"rope_scaling": None}),
+)  # fmt: skip
+
+
+QWEN_3_5_ROW = Architecture(
+    networks=qwen3_5,
+    classes={
+        "qwen3_5_text": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM),
+        "qwen3_5_moe_text": (transformers.Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM),
+        "qwen3_next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM),
+    },
+    # Every size of a gated delta net is another one.
+    small={
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+        "linear_key_head_dim": 10, "linear_value_head_dim": 14,
+        "max_position_embeddings": 256, "pad_token_id": 0,
+    },
+    cases={
+        "qwen3_5_text": {},
+        "qwen3_5_text, tied, as many key heads": {
+            "tie_word_embeddings": True, "linear_num_key_heads": 6, "linear_conv_kernel_dim": 2,
+        },
+        "qwen3_5_text, half of a head turns": {
+            "layer_types": [FULL, LINEAR], "num_hidden_layers": 2, "linear_conv_kernel_dim": 3,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.5,
+                "mrope_interleaved": True, "mrope_section": [2, 2, 2],
+            },
+        },
+        "qwen3_next": {"num_experts": 0},
+        "qwen3_next, every other layer": {
+            "num_experts": 4, "mlp_only_layers": [0, 1, 2, 3], "full_attention_interval": 2,
+        },
+        "qwen3_5_moe_text": {
+            "num_experts": 7, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+        },
+        "qwen3_next, experts in some layers": {
+            "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+        },
+    },
+    weights=[
+        # Heads forget at different speeds.
+        ("A_log", -2.0, 1.0), ("dt_bias", 0.0, 1.0), ("conv1d.weight", 0.0, 0.6),
+        ("linear_attn.norm", 1.0, 0.4), ("", 0.0, 0.4),
+    ],
+    # Three chunks of the delta rule, which takes 64 tokens at once.
+    max_seq_len=150,
+    prompts=(1, 2, 67),
+    rows=(66, 1, 9),
+    chunks=(1, 1, 2, 3, 63, 64, 1, 15),
+    max_chunk=50,
+    states={
+        (2, 2 * 20 + 84, 3): torch.bfloat16,
+        (2, 6, 10, 14): torch.float32,
+        (2, 50, 2, 24): torch.bfloat16,
+    },
+    refused=("qwen3_next", [
+        ({"model_type": "qwen3_5_omni"}, "'qwen3_5_omni' is none of qwen3_5_text"),
+        ({"num_experts": 4}, "num_experts_per_tok = 10 is not among num_experts = 4"),
+        ({"num_experts": 4, "moe_intermediate_size": None}, "lacks moe_intermediate_size"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"attn_output_gate": False}, "attn_output_gate = False"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"linear_conv_kernel_dim": 5}, "linear_conv_kernel_dim = 5"),
+        ({"linear_num_value_heads": 5}, "linear_num_value_heads = 5 .* linear_num_key_heads = 2"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 4 .* num_key_value_heads = 3"),
+        ({"layer_types": [FULL]}, "layer_types has 1 entries for 4 layers"),
+        ({"layer_types": [FULL] * 3 + ["chunked"]}, r"unknown kinds \['chunked'\]"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
+    ]),
+    names={
+        "lm_head.weight": "lm_head.weight",
+        "model.layers.3.mlp.up_proj.weight": "model.layers.3.mlp.up_proj.weight",
+        "model.language_model.norm.weight": "model.norm.weight",
+        "model.visual.blocks.0.attn.qkv.weight": None,
+        "mtp.layers.0.mlp.up_proj.weight": None,
+    },
+    shallow={"num_hidden_layers": 2, "layer_types": [LINEAR, FULL]},
+)  # fmt: skip
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+# What meta-llama/Llama-3.2-1B's config.json says of the network.
+LLAMA_3_2_1B = {
+    "attention_bias": False, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 8192, "max_position_embeddings": 131_072, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+    "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+    "rope_scaling": LLAMA_3_ROPE
+    | {"factor": 32.0, "original_max_position_embeddings": 8192},
+    "rope_theta": 500_000.0, "tie_word_embeddings": True, "vocab_size": 128_256,
+}  # fmt: skip
+
+LLAMA_ROW = Architecture(
+    networks=llama,
+    classes={"llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)},
+    # The heads' 4 * 18 values are not the hidden size.
+    small={
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 18,
+        "max_position_embeddings": 256, "rope_theta": 700.0, "rms_norm_eps": 1e-5,
+    },
+    cases={
+        "llama": {},
+        "llama, tied, llama3 rope": {"tie_word_embeddings": True, "rope_scaling": LLAMA_3_ROPE},
+        "llama, llama3 rope of parts of its own": {
+            "rope_scaling": LLAMA_3_ROPE
+            | {"factor": 32.0, "low_freq_factor": 2.0, "high_freq_factor": 3.0},
+        },
+        "llama, biases, one key head": {
+            "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1,
+        },
+        "llama, linear rope, as many key heads": {
+            "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "num_key_value_heads": 4,
+        },
+        "llama, tied, no head size": {
+            "head_dim": None, "tie_word_embeddings": True, "rms_norm_eps": 0.1,
+        },
+    },
+    weights=[("norm", 1.0, 0.4), ("embed_tokens", 0.0, 0.25), ("", 0.0, 0.4)],
+    max_seq_len=80,
+    prompts=(1, 2, 16),
+    rows=(23, 1, 9),
+    chunks=(1, 1, 7, 1, 33, 37),
+    max_chunk=50,
+    states={(2, 50, 2, 18): torch.bfloat16},
+    refused=("llama, tied, llama3 rope", [
+        ({"model_type": "llama4"}, "model_type = 'llama4'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),
+        ({"rope_scaling": LLAMA_3_ROPE | {"low_freq_factor": None}}, "lacks its low_freq_factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
+    ]),
+    names={
+        name: name
+        for name in (
+            "lm_head.weight",
+            "model.embed_tokens.weight",
+            "model.layers.3.self_attn.q_proj.bias",
+            "model.layers.3.mlp.gate_proj.weight",
+        )
+    } | {"model.layers.0.self_attn.rotary_emb.inv_freq": None},
+    published=(LLAMA_3_2_1B,),
+    shallow={"num_hidden_layers": 1},
+    scaled=("llama, tied, llama3 rope", {"rope_scaling": None}),
+)  # fmt: skip
+
+ARCHITECTURES = [GEMMA_3_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW]
