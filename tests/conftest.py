@@ -208,9 +208,11 @@ def make_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_qwen_checkpoint(tmp_path_factory):
-    """A function (model_type, **config) -> directory of a tiny Qwen checkpoint, as make_checkpoint
-    makes Gemmas; its texts begin with no token of their own."""
+    """A function (model_type, **config) -> directory of a tiny Qwen or Llama checkpoint, as
+    make_checkpoint makes Gemmas; its texts begin with no token of their own."""
     from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
         Qwen3Config,
@@ -229,7 +231,17 @@ def make_qwen_checkpoint(tmp_path_factory):
         "max_position_embeddings": 512,
         "eos_token_id": 1,
     }
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    tied = {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": rope}
     own = {
+        "llama": (LlamaConfig, LlamaForCausalLM, tied),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
         "qwen3_moe": (

@@ -60,6 +60,13 @@ def exported(get, name: str, checkpoint, script: str, *flags):
 # of a checkpoint and of its artifact.
 FAMILIES = {
     "gemma": lambda get: (get("tiny_checkpoint"), get("tiny_artifact")),
+    "llama": lambda get: exported(
+        get,
+        "tiny-llama",
+        get("make_qwen_checkpoint")("llama"),
+        "export/llama.py",
+        *("--max-seq-len", 200, "--max-prefill", 20),
+    ),
     "qwen3": lambda get: exported(
         get,
         "tiny-qwen3",
