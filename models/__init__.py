@@ -8,12 +8,8 @@ from importlib import import_module
 from types import ModuleType
 
 ARCHITECTURES = (
-    "gemma3",
-    "gemma4",
-    "llama",
-    "qwen3",
-    "qwen3_5",
-)
+    "gemma3", "gemma4", "llama", "qwen3", "qwen3_5",
+)  # fmt: skip
 
 
 def architecture_of(model_type: str) -> ModuleType | None:

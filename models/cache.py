@@ -31,13 +31,9 @@ class KVCache(nn.Module):
     """
 
     def __init__(
-        self,
-        batch: int,
-        slots: int,
-        kv_heads: int,
-        head_dim: int,
+        self, batch: int, slots: int, kv_heads: int, head_dim: int,
         dtype: torch.dtype = torch.float32,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.slots = slots
         for name in ("k", "v"):
@@ -75,14 +71,9 @@ class FullCache(KVCache):
     """Slot i holds position i; a query sees every position up to its own."""
 
     def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
         row: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Store k, v [1, T, K, D] at `positions` int64 [T] and attend with q [1, T, H, D]."""
         self.store_chunk(k, v, positions, row)
         return attend(q, *self.of(row), self.filled(positions)[None], scale)
@@ -98,14 +89,9 @@ class SlidingCache(KVCache):
     included. A chunk may not be longer than the ring."""
 
     def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        scale: float,
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
         row: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Attend with q [1, T, H, D] over the ring and k, v [1, T, K, D]; then store k, v at
         `positions` int64 [T], which are consecutive."""
         keys, values = self.of(row)

@@ -10,13 +10,10 @@ from tokenloop.models.layers import Llama3Scaling, RopeConfig
 
 
 def read(
-    config: Mapping[str, Any],
-    *,
-    defaults: Mapping[str, Any],
-    only: Mapping[str, Any],
+    config: Mapping[str, Any], *, defaults: Mapping[str, Any], only: Mapping[str, Any],
     needed: Iterable[str],
     multiples: Iterable[tuple[str, str]] = (("num_attention_heads", "num_key_value_heads"),),
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """The config over its `defaults`, checked.
 
     `only` has the one value that a field may have where another is not implemented; null, or any

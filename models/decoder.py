@@ -64,13 +64,9 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        mixer: nn.Module,
-        mlp: nn.Module,
-        norm: Callable[[], nn.Module],
-        norms: Mapping[str, str] = PRE_NORMS,
-        scaled: bool = False,
-    ):
+        self, mixer: nn.Module, mlp: nn.Module, norm: Callable[[], nn.Module],
+        norms: Mapping[str, str] = PRE_NORMS, scaled: bool = False,
+    ):  # fmt: skip
         """`mixer` is a Mixer. `norm` makes each of `norms`."""
         super().__init__()
         self._mixer, self._norms = mixer.name, dict(norms)
@@ -112,13 +108,9 @@ class Backbone(nn.Module):
     and embeddings are multiplied by `embed_scale`."""
 
     def __init__(
-        self,
-        embed_tokens: nn.Embedding,
-        layers: Iterable[Block],
-        norm: nn.Module,
-        rope: dict[str, RotaryEmbedding],
-        embed_scale: float = 1.0,
-    ):
+        self, embed_tokens: nn.Embedding, layers: Iterable[Block], norm: nn.Module,
+        rope: dict[str, RotaryEmbedding], embed_scale: float = 1.0,
+    ):  # fmt: skip
         super().__init__()
         self.embed_scale = embed_scale
         self.embed_tokens = embed_tokens
@@ -166,15 +158,9 @@ class CausalLM(nn.Module):
     """
 
     def __init__(
-        self,
-        config: Any,
-        model: Backbone,
-        max_seq_len: int,
-        batch: int,
-        max_chunk: int,
-        tied: bool,
-        soft_cap: float | None = None,
-    ):
+        self, config: Any, model: Backbone, max_seq_len: int, batch: int, max_chunk: int,
+        tied: bool, soft_cap: float | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.config, self.soft_cap = config, soft_cap
         self.batch, self.max_seq_len = batch, max_seq_len

@@ -111,12 +111,9 @@ class Gemma3(CausalLM):
     """
 
     def __init__(
-        self,
-        config: Gemma3Config,
-        max_seq_len: int,
-        batch: int = 1,
+        self, config: Gemma3Config, max_seq_len: int, batch: int = 1,
         dtype: torch.dtype = torch.float32,
-    ):
+    ):  # fmt: skip
         c = config
         # The published weights are what is added to one.
         norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=1.0)

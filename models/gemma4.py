@@ -189,12 +189,9 @@ class Gemma4(CausalLM):
     """
 
     def __init__(
-        self,
-        config: Gemma4Config,
-        max_seq_len: int,
-        batch: int = 1,
+        self, config: Gemma4Config, max_seq_len: int, batch: int = 1,
         dtype: torch.dtype = torch.float32,
-    ):
+    ):  # fmt: skip
         c = config
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
 

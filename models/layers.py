@@ -150,14 +150,9 @@ def rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def kv_cache(
-    layer_type: str,
-    window: int,
-    batch: int,
-    max_seq_len: int,
-    kv_heads: int,
-    head_dim: int,
+    layer_type: str, window: int, batch: int, max_seq_len: int, kv_heads: int, head_dim: int,
     dtype: torch.dtype,
-) -> KVCache:
+) -> KVCache:  # fmt: skip
     """The cache of a layer of that type: a ring of `window` slots for sliding_attention."""
     # A ring never needs more slots than there are positions.
     if layer_type == "sliding_attention":
@@ -181,20 +176,11 @@ class Attention(nn.Module):
     name, output = "self_attn", "o_proj"
 
     def __init__(
-        self,
-        layer_type: str,
-        hidden_size: int,
-        heads: int,
-        cache: KVCache,
-        scale: float,
-        *,
-        norm: Callable[[int], nn.Module] | None = None,
-        v_norm: nn.Module | None = None,
-        keys_are_values: bool = False,
-        output_gate: bool = False,
-        bias: bool = False,
+        self, layer_type: str, hidden_size: int, heads: int, cache: KVCache, scale: float, *,
+        norm: Callable[[int], nn.Module] | None = None, v_norm: nn.Module | None = None,
+        keys_are_values: bool = False, output_gate: bool = False, bias: bool = False,
         output_bias: bool = False,
-    ):
+    ):  # fmt: skip
         """`norm` makes the norms of queries and keys, given head_dim. `bias`: queries, keys and
         values have one; `output_bias`: o_proj has one."""
         super().__init__()

@@ -80,12 +80,9 @@ class Llama(CausalLM):
     """
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        max_seq_len: int,
-        batch: int = 1,
+        self, config: LlamaConfig, max_seq_len: int, batch: int = 1,
         dtype: torch.dtype = torch.float32,
-    ):
+    ):  # fmt: skip
         c = config
         norm = partial(RMSNorm, c.hidden_size, c.rms_norm_eps)
         shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim

@@ -147,12 +147,9 @@ class Qwen3(CausalLM):
     """
 
     def __init__(
-        self,
-        config: Qwen3Config,
-        max_seq_len: int,
-        batch: int = 1,
+        self, config: Qwen3Config, max_seq_len: int, batch: int = 1,
         dtype: torch.dtype = torch.float32,
-    ):
+    ):  # fmt: skip
         c, is_qwen2 = config, config.model_type == "qwen2"
         norm = partial(RMSNorm, eps=c.rms_norm_eps)
         shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim

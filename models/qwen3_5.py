@@ -44,12 +44,9 @@ _SHARED_DEFAULTS = {
     "rope_theta": 10_000.0,
 }
 _EXPERTS = {
-    "num_key_value_heads": 2,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-}
+    "num_key_value_heads": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True, "decoder_sparse_step": 1,
+}  # fmt: skip
 # transformers' Qwen3_5TextConfig, Qwen3_5MoeTextConfig and Qwen3NextConfig.
 DEFAULTS = {
     "qwen3_5_text": _SHARED_DEFAULTS | {"vocab_size": 248_320, "num_key_value_heads": 4},
@@ -167,13 +164,9 @@ class Qwen3_5(CausalLM):
     """
 
     def __init__(
-        self,
-        config: Qwen3_5Config,
-        max_seq_len: int,
-        batch: int = 1,
-        dtype: torch.dtype = torch.float32,
-        max_chunk: int = 512,
-    ):
+        self, config: Qwen3_5Config, max_seq_len: int, batch: int = 1,
+        dtype: torch.dtype = torch.float32, max_chunk: int = 512,
+    ):  # fmt: skip
         c = config
         norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=1.0)
 

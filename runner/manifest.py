@@ -11,18 +11,9 @@ from tokenloop.runner.errors import RunnerError
 # The one manifest format that this runner drives; export/artifact.py writes it.
 FORMAT_VERSION = 3
 KEYS = {
-    "engine": str,
-    "backend": str,
-    "device": str,
-    "methods": list,
-    "batch": int,
-    "max_seq_len": int,
-    "max_prefill": int,
-    "vocab_size": int,
-    "hidden_size": int,
-    "tokenizer": dict,
-    "program": dict,
-}
+    "engine": str, "backend": str, "device": str, "methods": list, "batch": int, "max_seq_len": int,
+    "max_prefill": int, "vocab_size": int, "hidden_size": int, "tokenizer": dict, "program": dict,
+}  # fmt: skip
 
 # What only some engines need.
 ENGINE_KEYS = {

@@ -69,12 +69,9 @@ class Model:
         self._directory = artifact.directory
 
     def generate(
-        self,
-        prompt: Request | str | list[int],
-        max_new_tokens: int | None = None,
-        options: LoopOptions | None = None,
-        **parameters: Any,
-    ) -> Generation:
+        self, prompt: Request | str | list[int], max_new_tokens: int | None = None,
+        options: LoopOptions | None = None, **parameters: Any,
+    ) -> Generation:  # fmt: skip
         """Begin to generate after `prompt`: iterate over the result or `run` it.
 
         `prompt` is a Request, or text or token ids; `max_new_tokens` and the other `parameters` are
@@ -98,11 +95,9 @@ class Model:
         return Generation(self.loop, prompt, self.tokenizer, *fitted, options)
 
     def generate_batch(
-        self,
-        requests: Iterable[Request | str | list[int]],
-        options: LoopOptions | None = None,
+        self, requests: Iterable[Request | str | list[int]], options: LoopOptions | None = None,
         rows: int | None = None,
-    ) -> BatchGeneration:
+    ) -> BatchGeneration:  # fmt: skip
         """Begin to generate for any number of requests, as many at a time as the artifact has rows:
         iterate over the result or `run` it. A prompt alone stands for a Request with defaults.
 

@@ -14,11 +14,8 @@ from tokenloop.runner.transfers import Transfers
 
 # What selection takes between the logits and the positions where it samples, each [B].
 PARAMETERS = {
-    "temperature": np.float32,
-    "top_k": np.int64,
-    "top_p": np.float32,
-    "seed": np.int64,
-}
+    "temperature": np.float32, "top_k": np.int64, "top_p": np.float32, "seed": np.int64,
+}  # fmt: skip
 
 
 class Choice(NamedTuple):

@@ -26,13 +26,9 @@ class Result:
     """
 
     def __init__(
-        self,
-        request: Request,
-        tokenizer: Tokenizer,
-        prompt_ids: list[int],
-        limit: int,
+        self, request: Request, tokenizer: Tokenizer, prompt_ids: list[int], limit: int,
         index: int = 0,
-    ):
+    ):  # fmt: skip
         """`limit` is how many tokens can come at most, `index` the request's place in a batch."""
         self.request, self.index = request, index
         self.prompt_ids = prompt_ids
@@ -82,12 +78,9 @@ class Result:
     def as_dict(self) -> dict:
         """The object that `run.py --json` prints."""
         entry = {
-            "prompt": self.request.prompt,
-            "prompt_ids": self.prompt_ids,
-            "token_ids": self.token_ids,
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-        }
+            "prompt": self.request.prompt, "prompt_ids": self.prompt_ids,
+            "token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason,
+        }  # fmt: skip
         return entry | ({} if self.error is None else {"error": self.error})
 
 

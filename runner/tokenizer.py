@@ -17,14 +17,8 @@ from pathlib import Path
 from tokenloop.runner.errors import RunnerError
 
 ENTRY_KEYS = (
-    "file",
-    "bos_token_id",
-    "eos_token_ids",
-    "add_bos",
-    "bos_token",
-    "eos_token",
-    "chat_template",
-)
+    "file", "bos_token_id", "eos_token_ids", "add_bos", "bos_token", "eos_token", "chat_template",
+)  # fmt: skip
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -323,12 +317,9 @@ def _compile_template(source: bytes):
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # jinja2's own filter escapes for HTML.
         return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
             sort_keys=sort_keys,
-        )
+        )  # fmt: skip
 
     def strftime_now(format):
         return datetime.now().strftime(format)

@@ -32,13 +32,9 @@ EXP_COEFFICIENTS = (
 
 
 def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
     position: Tensor,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """A random token for each row, int64 [B, 1], of logits float32 [B, V].
 
     temperature and top_p float32 [B], top_k, seed and position int64 [B]. Temperature 0 is
@@ -73,13 +69,9 @@ def scale(x: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
 
 
 def threshold(
-    descending: Tensor,
-    largest: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
+    descending: Tensor, largest: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
     mass: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Where top-k and top-p cut: the smallest logit that stays, float32 [B, 1], and how many of the
     tokens that have just this logit stay, int64 [B, 1].
 

@@ -6,10 +6,5 @@ from tokenloop.export.checkpoint.opening import open_checkpoint
 from tokenloop.export.checkpoint.safetensors_directory import read_config, read_json
 
 __all__ = [
-    "Checkpoint",
-    "StoredTensor",
-    "load_weights",
-    "open_checkpoint",
-    "read_config",
-    "read_json",
-]
+    "Checkpoint", "StoredTensor", "load_weights", "open_checkpoint", "read_config", "read_json",
+]  # fmt: skip

@@ -17,13 +17,9 @@ PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_weights(
-    model: torch.nn.Module,
-    checkpoint: Checkpoint,
-    rename: Callable[[str], str | Shard | None],
-    *,
-    progress: Callable[[str], None] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> None:
+    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str | Shard | None], *,
+    progress: Callable[[str], None] | None = None, dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     """Replace every parameter of `model` (on the meta device) by the checkpoint's tensor.
 
     `rename` maps a checkpoint's name to a parameter's, to the shard of one that the tensor is, or
@@ -73,10 +69,9 @@ def _parameter_name(target: str | Shard) -> str:
 
 
 def _check_fit(
-    checkpoint: Checkpoint,
-    parameters: dict[str, torch.nn.Parameter],
+    checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter],
     targets: dict[str, str | Shard | None],
-) -> None:
+) -> None:  # fmt: skip
     taken: dict[str | Shard, str] = {}
     elements: dict[torch.nn.Parameter, int] = {}
     for name, target in targets.items():

@@ -84,14 +84,9 @@ class CudaStep(nn.Module):
         return x, cuda.experts(normed, *routed, *tables, *shared)
 
     def _after(
-        self,
-        before: PackedBlock | None,
-        x: Tensor,
-        branch: Tensor | None,
-        norm: nn.Module,
-        linear: nn.Module,
-        **options,
-    ) -> tuple[Tensor, Tensor]:
+        self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module,
+        linear: nn.Module, **options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The residual after the layer `before`, and the linear layer of its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
         tensors = *_tensors(linear), self.kernel_semaphores

@@ -67,13 +67,9 @@ class NextPositions(nn.Module):
 
 
 def write_package(
-    model: nn.Module,
-    decode: nn.Module,
-    max_prefill: int,
-    selection: Background,
-    path: Path,
+    model: nn.Module, decode: nn.Module, max_prefill: int, selection: Background, path: Path,
     progress: Callable[[str], None],
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Compile the methods for the device that the model is on, into a .pt2 file; their names.
 
     `decode` is DecodeEmbedded(model), or does the same. There is no method "decode": it would be
@@ -185,9 +181,7 @@ def trace(
     """The method as torch.export sees it."""
     # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
     program = torch.export.export(
-        method,
-        example,
-        dynamic_shapes=dynamic_shapes,
+        method, example, dynamic_shapes=dynamic_shapes,
         prefer_deferred_runtime_asserts_over_guards=True,
-    )
+    )  # fmt: skip
     return program.module()

@@ -45,13 +45,9 @@ class Pt2Artifact:
         )
 
     def write(
-        self,
-        model: nn.Module,
-        max_prefill: int,
-        tokenizer: dict,
-        directory: Path,
+        self, model: nn.Module, max_prefill: int, tokenizer: dict, directory: Path,
         progress: Callable[[str], None],
-    ) -> dict:
+    ) -> dict:  # fmt: skip
         """Write model.pt2 and model.safetensors, and return the manifest's entries about them.
 
         Errors: ExportError for experts that would have to be integers.

@@ -36,15 +36,9 @@ def block_sizes(slots: int, first: int) -> list[int]:
 
 
 def attention(
-    kv_heads: int,
-    group: int,
-    head_dim: int,
-    tokens: int,
-    blocks: Sequence[int],
-    windowed: bool,
-    growing: bool,
-    rows: int = 1,
-) -> GraphDelegate:
+    kv_heads: int, group: int, head_dim: int, tokens: int, blocks: Sequence[int], windowed: bool,
+    growing: bool, rows: int = 1,
+) -> GraphDelegate:  # fmt: skip
     """softmax(q k^T - mask) v as one delegate call.
 
     Arguments: q [K, T, G D], already scaled; newest [T G, 1] or [1, 1], half a position after the

@@ -90,10 +90,9 @@ def observe(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Moments]:
 
 
 def _rescale(
-    readers: Sequence[nn.Linear],
-    seen: dict[nn.Module, Moments],
+    readers: Sequence[nn.Linear], seen: dict[nn.Module, Moments],
     shape: tuple[int, int, int] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Multiply the columns of the readers' weights by s [K] and return it: it makes activations
     and weights equally uneven (the paper's alpha of one half). With `shape` [A, B, C] for [K], s is
     the same along B, and what is returned is [A C]."""

@@ -74,11 +74,9 @@ def trace(model: nn.Module, max_prefill: int) -> dict[str, ExportedProgram]:
 
 
 def build_program(
-    model: nn.Module,
-    max_prefill: int,
-    constants: dict[str, int | bool | list[int]],
+    model: nn.Module, max_prefill: int, constants: dict[str, int | bool | list[int]],
     progress: Callable[[str], None],
-) -> tuple[ExecutorchProgramManager, list[str]]:
+) -> tuple[ExecutorchProgramManager, list[str]]:  # fmt: skip
     """The multi-method program of a model on the CPU whose weights are loaded, and its methods'
     names. `constants` become metadata methods; `progress` is called with what begins."""
     progress("tracing the methods")

@@ -55,13 +55,9 @@ class PteArtifact:
         self.selection = SelectionExport(model.batch, vocab_size, self.options.backend)
 
     def write(
-        self,
-        model: nn.Module,
-        max_prefill: int,
-        tokenizer: dict,
-        directory: Path,
+        self, model: nn.Module, max_prefill: int, tokenizer: dict, directory: Path,
         progress: Callable[[str], None],
-    ) -> dict:
+    ) -> dict:  # fmt: skip
         """Write model.pte and return the manifest's entries about it.
 
         The model's weights are loaded; it is changed in place. Errors: ExportError for a recipe
@@ -123,13 +119,9 @@ class CudaPteArtifact:
         """Nothing is begun before the weights are there."""
 
     def write(
-        self,
-        model: nn.Module,
-        max_prefill: int,
-        tokenizer: dict,
-        directory: Path,
+        self, model: nn.Module, max_prefill: int, tokenizer: dict, directory: Path,
         progress: Callable[[str], None],
-    ) -> dict:
+    ) -> dict:  # fmt: skip
         """Write model.pte and model.ptd, and return the manifest's entries about them."""
         progress("importing executorch")
         from tokenloop.export.pte.cuda_backend import build_program, write_program

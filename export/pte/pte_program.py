@@ -145,13 +145,9 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
 
 
 def build_program(
-    model: nn.Module,
-    backend: str,
-    max_prefill: int,
-    constants: dict[str, int | bool | list[int]],
-    selection: Background,
-    progress: Callable[[str], None],
-) -> tuple[Cord, list[str]]:
+    model: nn.Module, backend: str, max_prefill: int, constants: dict[str, int | bool | list[int]],
+    selection: Background, progress: Callable[[str], None],
+) -> tuple[Cord, list[str]]:  # fmt: skip
     """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
     and its methods' names.
 
@@ -182,11 +178,9 @@ def build_program(
 
 
 def to_program(
-    methods: dict[str, ExportedProgram],
-    constants: dict[str, int | bool | list[int]],
-    in_place: bool,
-    progress: Callable[[str], None],
-) -> ExecutorchProgramManager:
+    methods: dict[str, ExportedProgram], constants: dict[str, int | bool | list[int]],
+    in_place: bool, progress: Callable[[str], None],
+) -> ExecutorchProgramManager:  # fmt: skip
     """One program of `methods`, and of `constants` as metadata methods. (The kernel that writes a
     cache `in_place` takes one index at most, and the network's own caches need two.)"""
     progress("converting the methods")
@@ -259,12 +253,9 @@ def lower(
 
 
 def lower_layers(
-    model: nn.Module,
-    layers: Sequence[nn.Module],
-    traced: int,
-    length: Dim | None,
+    model: nn.Module, layers: Sequence[nn.Module], traced: int, length: Dim | None,
     progress: Callable[[str], None],
-) -> Regions:
+) -> Regions:  # fmt: skip
     """The regions of `layers`, as in `lower`."""
     mixer = layers[0].mixer
     kv_heads, heads, size = mixer.kv_heads, mixer.heads, mixer.head_dim

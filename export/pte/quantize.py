@@ -204,11 +204,8 @@ class Shortlist(nn.Module):
         self.embedding = embedding
 
     def forward(
-        self,
-        logits: Tensor,
-        hidden: Tensor,
-        score: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> Tensor:
+        self, logits: Tensor, hidden: Tensor, score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
         """`logits` float32 [N, V] with the exact ones of hidden [N, 1, D] among them.
 
         `score` is dot_products or its equal.

@@ -82,14 +82,9 @@ class Sample(nn.Module):
             self.mass, self.scores = mass_delegate(vocab_size), scores_delegate(vocab_size)
 
     def forward(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        seed: Tensor,
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
         position: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         tokens = torch.argmax(logits, dim=-1, keepdim=True)
         largest = torch.gather(logits, 1, tokens)
         rows = tokens, largest, temperature, top_k, top_p, seed, position

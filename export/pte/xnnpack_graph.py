@@ -24,11 +24,9 @@ from executorch.exir.delegate import executorch_call_delegate
 from torch import Tensor
 
 CONCATENATIONS = {
-    2: schema.XNNConcatenate2,
-    3: schema.XNNConcatenate3,
-    4: schema.XNNConcatenate4,
+    2: schema.XNNConcatenate2, 3: schema.XNNConcatenate3, 4: schema.XNNConcatenate4,
     5: schema.XNNConcatenate5,
-}
+}  # fmt: skip
 
 
 class LoweredBackendModule(exir_lowered.LoweredBackendModule):

@@ -21,12 +21,9 @@ def load(
 
 
 def store(
-    table: Tensor,
-    states: Tensor,
-    cache_indices: Tensor | None,
-    pad_slot_id: int,
+    table: Tensor, states: Tensor, cache_indices: Tensor | None, pad_slot_id: int,
     replaced: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Put states [N, ...] into their slots, in place; a slot stays as it was where `replaced`,
     bool [N], is False.
 

@@ -19,16 +19,11 @@ class StepGraphs:
     """
 
     def __init__(
-        self,
-        run: Callable[[Step, int], None],
-        next_positions: Callable[[Tensor, Tensor, Tensor], None],
-        lines: Tensor,
-        table: Tensor,
-        parameters: list[Tensor],
-        transfers: Transfers,
-        stream: torch.cuda.Stream,
+        self, run: Callable[[Step, int], None],
+        next_positions: Callable[[Tensor, Tensor, Tensor], None], lines: Tensor, table: Tensor,
+        parameters: list[Tensor], transfers: Transfers, stream: torch.cuda.Stream,
         waiting_kernels: list[str],
-    ):
+    ):  # fmt: skip
         """`run` runs a step that writes a buffer. `next_positions` fills position int64 [B] from
         lines int64 [N, B] at next_line int64 [1], and adds 1 to that. `lines` are the positions,
         `table` int64 [N] has the numbers from 0 on, `parameters` are what sampling takes between

@@ -40,12 +40,9 @@ PLAN_WARPS = 8
 
 
 def _tile_maxima(
-    logits: Tensor,
-    tile: int,
-    bins: Tensor | None = None,
-    sampling: tuple[Tensor, ...] = (None, None, None),
-    bounds: Tensor | None = None,
-) -> Tensor:
+    logits: Tensor, tile: int, bins: Tensor | None = None,
+    sampling: tuple[Tensor, ...] = (None, None, None), bounds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """int64 [B, splits]. With temperature, seed and position in `sampling`, the bounds of the
     scores of the tiles' parts are written to bounds int32 [B, splits * parts]."""
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
@@ -104,17 +101,10 @@ def _cutoffs(
 
 
 def _tokens(
-    logits: Tensor,
-    maxima: Tensor,
-    tile: int,
-    sampling: tuple[Tensor, ...] = (None, None, None),
-    bounds: Tensor | None = None,
-    cutoff: Tensor | None = None,
-    out: Tensor | None = None,
-    table: Tensor | None = None,
-    hidden: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
+    logits: Tensor, maxima: Tensor, tile: int, sampling: tuple[Tensor, ...] = (None, None, None),
+    bounds: Tensor | None = None, cutoff: Tensor | None = None, out: Tensor | None = None,
+    table: Tensor | None = None, hidden: Tensor | None = None, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
     """int64 [B, 1], or `out`; with a table `hidden` is written as well."""
     batch, splits = maxima.shape
     cut, padded = _cut(tile, logits.shape[1]), triton.next_power_of_2(splits)
@@ -144,16 +134,9 @@ def greedy(logits: Tensor, *, tile: int | None = None) -> Tensor:
 
 @triton_op("tokenloop::sample", mutates_args={})
 def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    *,
-    restricted: bool = True,
-    tile: int | None = None,
-) -> Tensor:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
+    position: Tensor, *, restricted: bool = True, tile: int | None = None,
+) -> Tensor:  # fmt: skip
     """One token of each row, as sampler.sample draws it: logits float [B, V]; temperature and
     top_p float32 [B]; top_k, seed and position int64 [B], contiguous -> token int64 [B, 1].
 
@@ -167,14 +150,9 @@ def sample(
 
 @triton_op("tokenloop::greedy_embed", mutates_args={"next_id", "hidden"})
 def greedy_embed(
-    logits: Tensor,
-    table: Tensor,
-    next_id: Tensor,
-    hidden: Tensor,
-    *,
-    scale: float = 1.0,
+    logits: Tensor, table: Tensor, next_id: Tensor, hidden: Tensor, *, scale: float = 1.0,
     tile: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """`greedy`, written to next_id int64 [B, 1], and the tokens' rows of the embedding `table`
     [V, D] times `scale`, rounded once, to hidden [B, 1, D] of its dtype. All are contiguous."""
     tile = tile or _tile_size(*logits.shape)
@@ -184,20 +162,10 @@ def greedy_embed(
 
 @triton_op("tokenloop::sample_embed", mutates_args={"next_id", "hidden"})
 def sample_embed(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    table: Tensor,
-    next_id: Tensor,
-    hidden: Tensor,
-    *,
-    scale: float = 1.0,
-    restricted: bool = True,
-    tile: int | None = None,
-) -> None:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
+    position: Tensor, table: Tensor, next_id: Tensor, hidden: Tensor, *, scale: float = 1.0,
+    restricted: bool = True, tile: int | None = None,
+) -> None:  # fmt: skip
     """`sample`, with the outputs of greedy_embed."""
     arguments = logits, temperature, top_k, top_p, seed, position
     written = {"out": next_id, "table": table, "hidden": hidden, "scale": scale}
@@ -205,16 +173,9 @@ def sample_embed(
 
 
 def _sampled(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    restricted: bool,
-    tile: int | None,
-    **written: Tensor | float,
-) -> Tensor:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
+    position: Tensor, restricted: bool, tile: int | None, **written: Tensor | float,
+) -> Tensor:  # fmt: skip
     sampling, cutoff = (temperature, seed, position), None
     tile = tile or (TILE if restricted else _tile_size(*logits.shape))
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)

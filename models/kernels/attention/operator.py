@@ -10,22 +10,11 @@ from tokenloop.models.kernels.launch.contiguous import check_contiguous
 
 
 def launch_attend(
-    qkv: Tensor,
-    position: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    inv_freq: Tensor,
-    semaphores: Tensor,
-    *,
-    scale: float,
-    eps: float,
-    offset: float = 0.0,
-    value_norm: bool = False,
-    values_are_keys: bool = False,
+    qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
+    offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
     tiles: AttendTiles | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`attend_step`, cut as `tiles` say.
 
     Raises ValueError for projections that the caches do not fit.
@@ -66,21 +55,10 @@ def launch_attend(
 
 @triton_op("tokenloop::attend_step", mutates_args={"k_cache", "v_cache", "semaphores"})
 def attend_step(
-    qkv: Tensor,
-    position: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    inv_freq: Tensor,
-    semaphores: Tensor,
-    *,
-    scale: float,
-    eps: float,
-    offset: float = 0.0,
-    value_norm: bool = False,
-    values_are_keys: bool = False,
-) -> Tensor:
+    qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
+    offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
+) -> Tensor:  # fmt: skip
     """See reference.attend_step. Tensors are contiguous."""
     return launch_attend(
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, semaphores,

@@ -11,21 +11,10 @@ from tokenloop.models.kernels.rms_norm.reference import rms_norm
 
 
 def attend_step(
-    qkv: Tensor,
-    position: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    inv_freq: Tensor,
-    semaphores: Tensor,
-    *,
-    scale: float,
-    eps: float,
-    offset: float = 0.0,
-    value_norm: bool = False,
-    values_are_keys: bool = False,
-) -> Tensor:
+    qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
+    offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
+) -> Tensor:  # fmt: skip
     """One token's attention of each row, after its key and value are put into the caches.
 
     qkv [B, (H + 2 G) * Dh] -> [B, H * Dh]; position int64 [B]; caches [B, S, G, Dh] have position p

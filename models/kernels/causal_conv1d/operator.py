@@ -41,16 +41,10 @@ def packed_taps(weight: Tensor) -> bool:
 
 @triton_op("tokenloop::causal_conv1d", mutates_args={"conv_state"})
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    query_start_loc: Tensor,
-    conv_state: Tensor,
-    cache_indices: Tensor | None,
-    has_initial_state: Tensor,
-    activation: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, query_start_loc: Tensor, conv_state: Tensor,
+    cache_indices: Tensor | None, has_initial_state: Tensor, activation: str | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """See reference.causal_conv1d. The result has x's layout."""
     check(weight, activation)
     dim, tokens = x.shape
@@ -96,15 +90,10 @@ def causal_conv1d(
 
 @triton_op("tokenloop::causal_conv1d_update", mutates_args={"conv_state"})
 def causal_conv1d_update(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor,
-    cache_indices: Tensor | None,
-    has_initial_state: Tensor,
-    activation: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor,
+    cache_indices: Tensor | None, has_initial_state: Tensor, activation: str | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """See reference.causal_conv1d_update."""
     check(weight, activation)
     batch, dim = x.shape

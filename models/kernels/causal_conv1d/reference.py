@@ -23,16 +23,10 @@ def check(weight: Tensor, activation: str | None) -> None:
 
 
 def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    query_start_loc: Tensor,
-    conv_state: Tensor,
-    cache_indices: Tensor | None,
-    has_initial_state: Tensor,
-    activation: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, query_start_loc: Tensor, conv_state: Tensor,
+    cache_indices: Tensor | None, has_initial_state: Tensor, activation: str | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """out[d, t] = act(bias[d] + sum over i of weight[d, i] * x[d, t - (W - 1) + i]), where a
     sequence's state stands for the inputs before its first token.
 
@@ -81,15 +75,10 @@ def causal_conv1d(
 
 
 def causal_conv1d_update(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor,
-    cache_indices: Tensor | None,
-    has_initial_state: Tensor,
-    activation: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor,
+    cache_indices: Tensor | None, has_initial_state: Tensor, activation: str | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`causal_conv1d` of one token of each of B sequences: x [B, D], conv_state [S, D, W - 1],
     cache_indices int32 [B] or None, has_initial_state bool [B] -> [B, D]."""
     check(weight, activation)

@@ -31,14 +31,9 @@ def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[T
 
 @triton_op("tokenloop::experts", mutates_args={})
 def experts(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    shared: Tensor | None = None,
-    scores: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+    shared: Tensor | None = None, scores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See reference.experts. Raises ValueError for a tensor that is not contiguous."""
     check_contiguous(x=x, chosen=chosen, weights=weights, shared=shared, scores=scores)
     rows, count = chosen.shape

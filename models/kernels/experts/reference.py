@@ -21,14 +21,9 @@ def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[T
 
 
 def experts(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    shared: Tensor | None = None,
-    scores: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+    shared: Tensor | None = None, scores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """SiLU-gated feed-forwards of x [B, K] by the experts `chosen` int64 [B, C], weighted with
     `weights` [B, C] and added up: [B, K].
 

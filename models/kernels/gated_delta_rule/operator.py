@@ -18,18 +18,10 @@ COLUMNS = 64, 4
 
 @triton_op("tokenloop::gated_delta_rule_update", mutates_args={"state"})
 def gated_delta_rule_update(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    cache_indices: Tensor | None,
-    has_initial_state: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+    state: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor,
     pad_slot_id: int = PAD_SLOT_ID,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """See reference.gated_delta_rule_update. Raises ValueError also where a head of q, k or v, or
     the state, is not contiguous."""
     check(q, v, state)

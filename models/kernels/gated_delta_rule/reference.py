@@ -46,18 +46,10 @@ def check(q: Tensor, v: Tensor, state: Tensor) -> None:
 
 
 def gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    cache_indices: Tensor | None,
-    has_initial_state: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+    state: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor,
     max_tokens: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The rule over q, k [B, T, G, K] and v [B, T, H, V] with a, b [B, T, H], and A_log, dt_bias
     [H] -> o [B, T, H, V] of v's dtype.
 
@@ -141,18 +133,10 @@ def _unit_inverse(lower: Tensor) -> Tensor:
 
 
 def gated_delta_rule_update(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    cache_indices: Tensor | None,
-    has_initial_state: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+    state: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor,
     pad_slot_id: int = PAD_SLOT_ID,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`gated_delta_rule` of one token of each of B sequences: q, k [B, G, K], v [B, H, V] and
     a, b [B, H] -> o [B, H, V]. A sequence whose index is `pad_slot_id` begins with zeros and leaves
     nothing."""

@@ -28,18 +28,10 @@ from tokenloop.models.kernels.rms_norm.operator import Norm, launch_norm
 
 
 def launch_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    semaphores: Tensor,
-    *,
-    activation: str | None = None,
-    soft_cap: float = 0.0,
-    out_float32: bool = False,
-    norm: Norm | None = None,
-    tiles: LinearTiles | None = None,
-) -> tuple[Tensor | None, Tensor]:
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, semaphores: Tensor, *,
+    activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
+    norm: Norm | None = None, tiles: LinearTiles | None = None,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """The new residual, None where no norm adds a branch to it, and `linear` of x or of its norm,
     cut as `tiles` say.
 
@@ -113,16 +105,9 @@ def _group_size(scale: Tensor | None, weight: Tensor, inputs: int, bits: int) ->
 
 @triton_op("tokenloop::linear", mutates_args={"semaphores"})
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    semaphores: Tensor,
-    *,
-    activation: str | None = None,
-    soft_cap: float = 0.0,
-    out_float32: bool = False,
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, semaphores: Tensor, *,
+    activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
+) -> Tensor:  # fmt: skip
     """See reference.linear."""
     options = {"activation": activation, "soft_cap": soft_cap, "out_float32": out_float32}
     return launch_linear(x, weight, scale, bias, semaphores, **options)[1]
@@ -130,19 +115,10 @@ def linear(
 
 @triton_op("tokenloop::norm_linear", mutates_args={"semaphores"})
 def norm_linear(
-    x: Tensor,
-    norm_weight: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    semaphores: Tensor,
-    *,
-    eps: float,
-    offset: float = 0.0,
-    activation: str | None = None,
-    soft_cap: float = 0.0,
-    out_float32: bool = False,
-) -> Tensor:
+    x: Tensor, norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    semaphores: Tensor, *, eps: float, offset: float = 0.0, activation: str | None = None,
+    soft_cap: float = 0.0, out_float32: bool = False,
+) -> Tensor:  # fmt: skip
     """See reference.norm_linear."""
     options = {"activation": activation, "soft_cap": soft_cap, "out_float32": out_float32}
     norm = Norm(norm_weight, eps, offset)
@@ -151,22 +127,11 @@ def norm_linear(
 
 @triton_op("tokenloop::add_norm_linear", mutates_args={"semaphores"})
 def add_norm_linear(
-    x: Tensor,
-    branch: Tensor,
-    post_weight: Tensor | None,
-    layer_scalar: Tensor | None,
-    norm_weight: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    semaphores: Tensor,
-    *,
-    eps: float,
-    offset: float = 0.0,
-    activation: str | None = None,
-    soft_cap: float = 0.0,
-    out_float32: bool = False,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
+    norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    semaphores: Tensor, *, eps: float, offset: float = 0.0, activation: str | None = None,
+    soft_cap: float = 0.0, out_float32: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.add_norm_linear."""
     options = {"activation": activation, "soft_cap": soft_cap, "out_float32": out_float32}
     norm = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar)

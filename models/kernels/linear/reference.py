@@ -27,16 +27,9 @@ def dequantize(weight: Tensor, scale: Tensor | None, inputs: int) -> Tensor:
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    semaphores: Tensor,
-    *,
-    activation: str | None = None,
-    soft_cap: float = 0.0,
-    out_float32: bool = False,
-) -> Tensor:
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, semaphores: Tensor, *,
+    activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
+) -> Tensor:  # fmt: skip
     """x [B, K] times the weight's transpose -> [B, N], of x's dtype or, if `out_float32`, float32.
 
     weight: float [N, K], or words of packing.py with their `scale` [K / group, N]. With an
@@ -55,19 +48,10 @@ def linear(
 
 
 def norm_linear(
-    x: Tensor,
-    norm_weight: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    semaphores: Tensor,
-    *,
-    eps: float,
-    offset: float = 0.0,
-    activation: str | None = None,
-    soft_cap: float = 0.0,
-    out_float32: bool = False,
-) -> Tensor:
+    x: Tensor, norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    semaphores: Tensor, *, eps: float, offset: float = 0.0, activation: str | None = None,
+    soft_cap: float = 0.0, out_float32: bool = False,
+) -> Tensor:  # fmt: skip
     """`linear` of the RMSNorm of x, rounded once."""
     h = rms_norm(x, norm_weight, eps, offset).to(x.dtype)
     options = {"activation": activation, "soft_cap": soft_cap, "out_float32": out_float32}
@@ -75,22 +59,11 @@ def norm_linear(
 
 
 def add_norm_linear(
-    x: Tensor,
-    branch: Tensor,
-    post_weight: Tensor | None,
-    layer_scalar: Tensor | None,
-    norm_weight: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    semaphores: Tensor,
-    *,
-    eps: float,
-    offset: float = 0.0,
-    activation: str | None = None,
-    soft_cap: float = 0.0,
-    out_float32: bool = False,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
+    norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    semaphores: Tensor, *, eps: float, offset: float = 0.0, activation: str | None = None,
+    soft_cap: float = 0.0, out_float32: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The new residual of `add_norm`, and `linear` of its norm."""
     residual = (x, branch, post_weight, layer_scalar, norm_weight)
     total, h = add_norm(*residual, eps=eps, offset=offset)

@@ -36,14 +36,8 @@ def launch_norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
 
 @triton_op("tokenloop::add_norm", mutates_args={})
 def add_norm(
-    x: Tensor,
-    branch: Tensor,
-    post_weight: Tensor | None,
-    layer_scalar: Tensor | None,
-    norm_weight: Tensor,
-    *,
-    eps: float,
-    offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
+    norm_weight: Tensor, *, eps: float, offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.add_norm."""
     return launch_norm(x, Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar))

@@ -12,15 +12,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Ten
 
 
 def add_norm(
-    x: Tensor,
-    branch: Tensor,
-    post_weight: Tensor | None,
-    layer_scalar: Tensor | None,
-    norm_weight: Tensor,
-    *,
-    eps: float,
-    offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
+    norm_weight: Tensor, *, eps: float, offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The new residual (x + post norm(branch)) * layer_scalar [B, K], and its norm.
 
     Both are computed in float32 and rounded once; the norm is that of the rounded residual.
