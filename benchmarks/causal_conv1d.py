@@ -286,7 +286,7 @@ def measure_cuts(dim: int, tokens: int, bandwidth: float, repeats: int) -> list[
     size = 2 * 2 * dim * tokens
     count = int(COLD_BYTES // size) + 1
     rows = []
-    for tokens_adjacent, cuts in ((False, CUTS), (True, [operator.WHOLE])):
+    for tokens_adjacent, cuts in ((False, CUTS), (True, [operator.ROLLING])):
         work = make_work(dim, lengths_of(tokens, 8, True), "cuda", count, tokens_adjacent)
         for cut in cuts:
             with cut_into(cut):
@@ -296,7 +296,7 @@ def measure_cuts(dim: int, tokens: int, bandwidth: float, repeats: int) -> list[
             row["share"] = size / (row["us"] * 1e-6) / bandwidth
             rows.append(row)
             adjacent = "tokens adjacent" if tokens_adjacent else "channels adjacent"
-            own = "*" if cut in (operator.ROLLING, operator.WHOLE) else ""
+            own = "*" if cut == operator.ROLLING else ""
             print(
                 f"{dim:>5}{tokens:>8}  {adjacent:<18}{str(cut):>19} {own:<2}"
                 f"{row['us']:>9.1f}{row['share']:>7.1%}{row['error']:>9.1e}",

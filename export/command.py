@@ -27,12 +27,12 @@ DEFAULT_MAX_SEQ_LEN = 4096
 @dataclass(frozen=True)
 class Family:
     """The architectures that one command exports, by their modules' names in models/; `demo` gives
-    the checkpoint that is exported without --model, or raises ExportError."""
+    the checkpoint that is exported without --model, if there is one, or raises ExportError."""
 
     command: str
     title: str
     architectures: tuple[str, ...]
-    demo: Callable[[], Path]
+    demo: Callable[[], Path] | None = None
 
 
 ANY = Family("tokenloop export", "text model", ARCHITECTURES, gemma3_270m)
@@ -141,6 +141,8 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     # 1. The checkpoint, the network it describes, and the backend for that.
     if options.random_weights is not None:
         checkpoint = open_config(options.random_weights)
+    elif options.model is None and family.demo is None:
+        raise ExportError("no --model; give it a .gguf file or a Hugging Face directory")
     else:
         checkpoint = open_checkpoint(options.model or family.demo())
     model_type = checkpoint.config["model_type"]
@@ -195,7 +197,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         model.eval().requires_grad_(False)
 
         # 3. The program, and whatever else the engine needs.
-        entries = engine.write(model, model.max_chunk, tokenizer, directory, progress)
+        entries = engine.write(model, tokenizer, directory, progress)
         write_manifest(
             directory,
             {

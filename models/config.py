@@ -35,6 +35,14 @@ def read(
     return config
 
 
+def with_heads(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with as many key/value heads as query heads, and with the head_dim that the hidden
+    size leaves to each of these, where it does not say."""
+    heads, size = config.get("num_attention_heads"), config.get("hidden_size")
+    own = {"num_key_value_heads": heads, "head_dim": size // heads if size and heads else None}
+    return config | {key: value for key, value in own.items() if config.get(key) is None}
+
+
 def known_type(config: Mapping[str, Any], known: Collection[str]) -> str:
     """The config's model_type. Raises ValueError for one that is not `known`."""
     model_type = config.get("model_type")

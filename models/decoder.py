@@ -158,17 +158,21 @@ class CausalLM(nn.Module):
     """
 
     def __init__(
-        self, config: Any, model: Backbone, max_seq_len: int, batch: int, max_chunk: int,
-        tied: bool, soft_cap: float | None = None,
+        self, config: Any, layers: Iterable[Block], norm: nn.Module,
+        rope: dict[str, RotaryEmbedding], max_seq_len: int, batch: int, max_chunk: int, *,
+        tied: bool, embed_scale: float = 1.0, soft_cap: float | None = None,
     ):  # fmt: skip
+        """`config` has vocab_size and hidden_size; layers, norm, rope and embed_scale are the
+        Backbone's."""
         super().__init__()
+        embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.config, self.soft_cap = config, soft_cap
         self.batch, self.max_seq_len = batch, max_seq_len
         self.longest_chunk = max_chunk
-        self.model = model
+        self.model = Backbone(embed_tokens, layers, norm, rope, embed_scale)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if tied:
-            self.lm_head.weight = model.embed_tokens.weight
+            self.lm_head.weight = embed_tokens.weight
         self.limit_chunks(max_chunk)
 
     def limit_chunks(self, tokens: int) -> None:

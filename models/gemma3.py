@@ -4,10 +4,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from torch import nn
 
 from tokenloop.models import config as configs
-from tokenloop.models.decoder import SANDWICH_NORMS, Backbone, Block, CausalLM
+from tokenloop.models.decoder import SANDWICH_NORMS, Block, CausalLM
 from tokenloop.models.layers import MLP, Attention, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
 
 MODEL_TYPES = ("gemma3_text",)
@@ -57,11 +56,8 @@ class Gemma3Config:
 
     @classmethod
     def from_dict(cls, config: dict) -> "Gemma3Config":
-        """Read config.json's keys, of transformers 4 or 5.
-
-        Raises ValueError naming the field when the config lacks one or asks for something that
-        is not implemented.
-        """
+        """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
+        is missing, or asks for what is not implemented."""
         plain = [field.name for field in fields(cls) if field.name not in ("layer_types", "rope")]
         needed = *plain, "num_hidden_layers", "tie_word_embeddings"
         config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
@@ -129,15 +125,11 @@ class Gemma3(CausalLM):
                 SANDWICH_NORMS,
             )
 
-        model = Backbone(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            [block(layer_type) for layer_type in c.layer_types],
-            norm(c.hidden_size),
-            {name: RotaryEmbedding(rope, c.head_dim) for name, rope in c.rope.items()},
-            c.hidden_size**0.5,
-        )
-        max_chunk = min(c.sliding_window, max_seq_len)
-        super().__init__(c, model, max_seq_len, batch, max_chunk, tied=True)
+        blocks = [block(layer_type) for layer_type in c.layer_types]
+        rope = {name: RotaryEmbedding(rope, c.head_dim) for name, rope in c.rope.items()}
+        max_chunk, scale = min(c.sliding_window, max_seq_len), c.hidden_size**0.5
+        cache = max_seq_len, batch, max_chunk
+        super().__init__(c, blocks, norm(c.hidden_size), rope, *cache, tied=True, embed_scale=scale)
 
 
 Network, Config = Gemma3, Gemma3Config

@@ -9,20 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from tokenloop.models import config as configs
-from tokenloop.models.decoder import SANDWICH_NORMS, Backbone, Block, CausalLM
+from tokenloop.models import layers
+from tokenloop.models.decoder import SANDWICH_NORMS, Block, CausalLM
 from tokenloop.models.gemma3 import FULL, SLIDING, text_name
-from tokenloop.models.layers import (
-    MLP,
-    Attention,
-    RMSNorm,
-    RopeConfig,
-    RotaryEmbedding,
-    ValueNorm,
-    kv_cache,
-)
 
 MODEL_TYPES = ("gemma4_text",)
 # transformers' Gemma4TextConfig; a config.json need not say what equals these.
@@ -79,7 +70,7 @@ class AttentionConfig:
     head_dim: int
     num_key_value_heads: int
     keys_are_values: bool
-    rope: RopeConfig
+    rope: layers.RopeConfig
 
 
 @dataclass(frozen=True)
@@ -99,11 +90,8 @@ class Gemma4Config:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "Gemma4Config":
-        """Read config.json's keys.
-
-        Raises ValueError naming the field when the config asks for something that is not
-        implemented, or sets a size to null.
-        """
+        """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
+        is missing, or asks for what is not implemented."""
         # "vision" concerns image tokens only.
         if config.get("use_bidirectional_attention") == "vision":
             config = config | {"use_bidirectional_attention": None}
@@ -170,7 +158,7 @@ def _head_shapes(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[s
     return shapes
 
 
-def _rope(config: dict[str, Any], kind: str) -> RopeConfig:
+def _rope(config: dict[str, Any], kind: str) -> layers.RopeConfig:
     parameters = config["rope_parameters"] or ROPE_PARAMETERS
     if "rope_theta" not in (parameters.get(kind) or {}):
         raise ValueError(f"rope_parameters lacks rope_theta of {kind}")
@@ -193,41 +181,31 @@ class Gemma4(CausalLM):
         dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         c = config
-        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        norm = partial(layers.RMSNorm, eps=c.rms_norm_eps)
 
         def block(layer_type: str) -> Block:
             own = c.attention[layer_type]
             shape = batch, max_seq_len, own.num_key_value_heads, own.head_dim
-            attention = Attention(
-                layer_type,
-                c.hidden_size,
-                c.num_attention_heads,
-                kv_cache(layer_type, c.sliding_window, *shape, dtype),
-                # The norms' weights hold it.
-                scale=1.0,
-                norm=norm,
-                v_norm=ValueNorm(c.rms_norm_eps),
-                keys_are_values=own.keys_are_values,
+            cache = layers.kv_cache(layer_type, c.sliding_window, *shape, dtype)
+            # The norms' weights hold the scale.
+            sizes = c.hidden_size, c.num_attention_heads, cache, 1.0
+            norms = {"norm": norm, "v_norm": layers.ValueNorm(c.rms_norm_eps)}
+            attention = layers.Attention(
+                layer_type, *sizes, **norms, keys_are_values=own.keys_are_values
             )
-            mlp = MLP(c.hidden_size, c.intermediate_size, "gelu_tanh")
+            mlp = layers.MLP(c.hidden_size, c.intermediate_size, "gelu_tanh")
             return Block(attention, mlp, partial(norm, c.hidden_size), SANDWICH_NORMS, scaled=True)
 
-        model = Backbone(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            [block(layer_type) for layer_type in c.layer_types],
-            norm(c.hidden_size),
-            {name: RotaryEmbedding(own.rope, own.head_dim) for name, own in c.attention.items()},
-            c.hidden_size**0.5,
-        )
+        rope = {
+            name: layers.RotaryEmbedding(own.rope, own.head_dim)
+            for name, own in c.attention.items()
+        }
+        blocks = [block(layer_type) for layer_type in c.layer_types]
+        cache = max_seq_len, batch, min(c.sliding_window, max_seq_len)
         super().__init__(
-            c,
-            model,
-            max_seq_len,
-            batch,
-            max_chunk=min(c.sliding_window, max_seq_len),
-            tied=True,
-            soft_cap=c.final_logit_softcapping,
-        )
+            c, blocks, norm(c.hidden_size), rope, *cache, tied=True,
+            embed_scale=c.hidden_size**0.5, soft_cap=c.final_logit_softcapping,
+        )  # fmt: skip
 
 
 Network, Config = Gemma4, Gemma4Config

@@ -5,25 +5,19 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from torch import nn
 
 from tokenloop.models import config as configs
-from tokenloop.models.decoder import Backbone, Block, CausalLM
+from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.layers import MLP, Attention, RMSNorm, RopeConfig, RotaryEmbedding, kv_cache
 
 MODEL_TYPES = ("llama",)
 FULL = "full_attention"
 # transformers' LlamaConfig; key/value heads and head_dim follow from the others.
 DEFAULTS = {
-    "vocab_size": 32_000,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
+    "vocab_size": 32_000, "num_attention_heads": 32, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
 # Fields of which one value is implemented.
 ONLY = {"hidden_act": "silu"}
 ROPE_TYPES = "default", "linear", "llama3", "factors"
@@ -49,18 +43,10 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "LlamaConfig":
-        """Read config.json's keys, of transformers 4 or 5.
-
-        Raises ValueError naming the field when the config lacks one or asks for something that
-        is not implemented.
-        """
+        """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
+        is missing, or asks for what is not implemented."""
         configs.known_type(config, MODEL_TYPES)
-        config = DEFAULTS | config
-        heads, size = config["num_attention_heads"], config["hidden_size"]
-        if config.get("num_key_value_heads") is None:
-            config["num_key_value_heads"] = heads
-        if config.get("head_dim") is None and heads and size:
-            config["head_dim"] = size // heads
+        config = configs.with_heads(DEFAULTS | config)
         plain = [field.name for field in fields(cls) if field.name != "rope"]
         config = configs.read(config, defaults={}, only=ONLY, needed=plain)
         rope = configs.rope(configs.rope_entry(config), ROPE_TYPES)
@@ -88,25 +74,16 @@ class Llama(CausalLM):
         shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
 
         def block() -> Block:
-            attention = Attention(
-                FULL,
-                c.hidden_size,
-                c.num_attention_heads,
-                kv_cache(FULL, max_seq_len, *shape, dtype),
-                c.head_dim**-0.5,
-                bias=c.attention_bias,
-                output_bias=c.attention_bias,
-            )
+            cache, bias = kv_cache(FULL, max_seq_len, *shape, dtype), c.attention_bias
+            sizes = c.hidden_size, c.num_attention_heads, cache, c.head_dim**-0.5
+            attention = Attention(FULL, *sizes, bias=bias, output_bias=bias)
             mlp = MLP(c.hidden_size, c.intermediate_size, "silu", bias=c.mlp_bias)
             return Block(attention, mlp, norm)
 
-        model = Backbone(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            [block() for _ in range(c.num_hidden_layers)],
-            norm(),
-            {FULL: RotaryEmbedding(c.rope, c.head_dim)},
-        )
-        super().__init__(c, model, max_seq_len, batch, max_seq_len, c.tie_word_embeddings)
+        blocks = [block() for _ in range(c.num_hidden_layers)]
+        rope = {FULL: RotaryEmbedding(c.rope, c.head_dim)}
+        cache = max_seq_len, batch, max_seq_len
+        super().__init__(c, blocks, norm(), rope, *cache, tied=c.tie_word_embeddings)
 
 
 Network, Config = Llama, LlamaConfig

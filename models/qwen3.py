@@ -11,19 +11,10 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from torch import nn
 
 from tokenloop.models import config as configs
-from tokenloop.models.decoder import Backbone, Block, CausalLM
-from tokenloop.models.layers import (
-    MLP,
-    Attention,
-    RMSNorm,
-    RopeConfig,
-    RotaryEmbedding,
-    Shard,
-    kv_cache,
-)
+from tokenloop.models import layers
+from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.moe import MoeConfig, SparseMoe
 
 FULL = "full_attention"
@@ -81,25 +72,17 @@ class Qwen3Config:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    rope: RopeConfig
+    rope: layers.RopeConfig
     moe: MoeConfig | None
 
     @classmethod
     def from_dict(cls, config: dict) -> "Qwen3Config":
-        """Read config.json's keys, of transformers 4 or 5.
-
-        Raises ValueError naming the field when the config lacks one or asks for something that
-        is not implemented.
-        """
+        """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
+        is missing, or asks for what is not implemented."""
         model_type = configs.known_type(config, DEFAULTS)
-        config = DEFAULTS[model_type] | config
+        config = configs.with_heads(DEFAULTS[model_type] | config)
         if other := set(config.get("layer_types") or ()) - {FULL}:
             raise ValueError(f"layer_types has {', '.join(sorted(other))}: only {FULL}")
-        heads = config["num_attention_heads"]
-        if config.get("num_key_value_heads") is None:
-            config["num_key_value_heads"] = heads
-        if config.get("head_dim") is None and config.get("hidden_size") is not None:
-            config["head_dim"] = config["hidden_size"] // heads
         plain = [field.name for field in fields(cls) if field.name not in ("rope", "moe")]
         config = configs.read(config, defaults={}, only=ONLY, needed=plain)
         return cls(
@@ -122,7 +105,7 @@ def moe_config(config: dict) -> MoeConfig:
     return moe
 
 
-def checkpoint_name(name: str) -> str | Shard:
+def checkpoint_name(name: str) -> str | layers.Shard:
     """A checkpoint's tensor name as this model's parameter name, or as a shard of one.
 
     Published mixtures have a tensor for each expert and projection, GGUF files one for each
@@ -137,7 +120,7 @@ def checkpoint_name(name: str) -> str | Shard:
         "up": (1, 2, "gate_up_proj"),
         "down": (0, 1, "down_proj"),
     }[projection]
-    return Shard(f"{experts}.{target}", part, parts, None if entry is None else int(entry))
+    return layers.Shard(f"{experts}.{target}", part, parts, None if entry is None else int(entry))
 
 
 class Qwen3(CausalLM):
@@ -151,32 +134,25 @@ class Qwen3(CausalLM):
         dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         c, is_qwen2 = config, config.model_type == "qwen2"
-        norm = partial(RMSNorm, eps=c.rms_norm_eps)
+        norm = partial(layers.RMSNorm, eps=c.rms_norm_eps)
         shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
 
         def block() -> Block:
-            attention = Attention(
-                FULL,
-                c.hidden_size,
-                c.num_attention_heads,
-                kv_cache(FULL, max_seq_len, *shape, dtype),
-                c.head_dim**-0.5,
-                norm=None if is_qwen2 else norm,
-                bias=is_qwen2,
-            )
+            cache = layers.kv_cache(FULL, max_seq_len, *shape, dtype)
+            sizes = c.hidden_size, c.num_attention_heads, cache, c.head_dim**-0.5
+            own = {"bias": True} if is_qwen2 else {"norm": norm}
+            attention = layers.Attention(FULL, *sizes, **own)
             if c.moe is None:
-                mlp = MLP(c.hidden_size, c.intermediate_size, "silu")
+                mlp = layers.MLP(c.hidden_size, c.intermediate_size, "silu")
             else:
                 mlp = SparseMoe(c.hidden_size, c.moe)
             return Block(attention, mlp, partial(norm, c.hidden_size))
 
-        model = Backbone(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            [block() for _ in range(c.num_hidden_layers)],
-            norm(c.hidden_size),
-            {FULL: RotaryEmbedding(c.rope, c.head_dim)},
-        )
-        super().__init__(c, model, max_seq_len, batch, max_seq_len, c.tie_word_embeddings)
+        blocks = [block() for _ in range(c.num_hidden_layers)]
+        rope = {FULL: layers.RotaryEmbedding(c.rope, c.head_dim)}
+        cache = max_seq_len, batch, max_seq_len
+        norm = norm(c.hidden_size)
+        super().__init__(c, blocks, norm, rope, *cache, tied=c.tie_word_embeddings)
 
 
 Network, Config = Qwen3, Qwen3Config

@@ -9,40 +9,22 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from torch import nn
 
 from tokenloop.models import config as configs
-from tokenloop.models import qwen3
-from tokenloop.models.decoder import Backbone, Block, CausalLM
+from tokenloop.models import layers, qwen3
+from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDeltaNet
 from tokenloop.models.kernels.causal_conv1d.reference import WIDTHS
-from tokenloop.models.layers import (
-    MLP,
-    Attention,
-    RMSNorm,
-    RopeConfig,
-    RotaryEmbedding,
-    Shard,
-    kv_cache,
-)
 from tokenloop.models.moe import MoeConfig, SparseMoe
 
 FULL, LINEAR = "full_attention", "linear_attention"
 _SHARED_DEFAULTS = {
-    "num_attention_heads": 16,
-    "max_position_embeddings": 32_768,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "head_dim": 256,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "full_attention_interval": 4,
-    "partial_rotary_factor": 0.25,
+    "num_attention_heads": 16, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "head_dim": 256, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "full_attention_interval": 4, "partial_rotary_factor": 0.25,
     "rope_theta": 10_000.0,
-}
+}  # fmt: skip
 _EXPERTS = {
     "num_key_value_heads": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
     "norm_topk_prob": True, "decoder_sparse_step": 1,
@@ -79,7 +61,7 @@ class Qwen3_5Config:
     max_position_embeddings: int
     tie_word_embeddings: bool
     layer_types: tuple[str, ...]
-    rope: RopeConfig
+    rope: layers.RopeConfig
     rotary_dim: int
     delta_net: DeltaNetConfig
     sparse: tuple[bool, ...]
@@ -89,11 +71,8 @@ class Qwen3_5Config:
 
     @classmethod
     def from_dict(cls, config: dict) -> "Qwen3_5Config":
-        """Read config.json's keys, of transformers 4 or 5.
-
-        Raises ValueError naming the field when the config lacks one or asks for something that
-        is not implemented.
-        """
+        """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
+        is missing, or asks for what is not implemented."""
         model_type = configs.known_type(config, DEFAULTS)
         names = [field.name for field in fields(cls)]
         plain = names[: names.index("layer_types")]
@@ -149,7 +128,7 @@ def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
     return keys
 
 
-def checkpoint_name(name: str) -> str | Shard | None:
+def checkpoint_name(name: str) -> str | layers.Shard | None:
     """A checkpoint's tensor name as this model's parameter name, or as a shard of one; None for
     what is left out: the vision tower, and the layers that predict several tokens at once."""
     if name.startswith(("mtp.", "model.visual.")):
@@ -168,41 +147,31 @@ class Qwen3_5(CausalLM):
         dtype: torch.dtype = torch.float32, max_chunk: int = 512,
     ):  # fmt: skip
         c = config
-        norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=1.0)
+        norm = partial(layers.RMSNorm, eps=c.rms_norm_eps, offset=1.0)
 
-        def mixer(layer_type: str) -> Attention | GatedDeltaNet:
+        def mixer(layer_type: str) -> layers.Attention | GatedDeltaNet:
             if layer_type == FULL:
-                heads = c.num_key_value_heads, c.head_dim
-                return Attention(
-                    FULL,
-                    c.hidden_size,
-                    c.num_attention_heads,
-                    kv_cache(FULL, 0, batch, max_seq_len, *heads, dtype),
-                    c.head_dim**-0.5,
-                    norm=norm,
-                    output_gate=True,
-                )
+                shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
+                cache = layers.kv_cache(FULL, 0, *shape, dtype)
+                sizes = c.hidden_size, c.num_attention_heads, cache, c.head_dim**-0.5
+                return layers.Attention(FULL, *sizes, norm=norm, output_gate=True)
             # A cache holds activations, so it is real where parameters may still be on "meta".
             with torch.device("cpu"):
                 cache = DeltaNetCache(c.delta_net, batch, dtype)
             return GatedDeltaNet(c.hidden_size, c.delta_net, c.rms_norm_eps, cache)
 
-        def mlp(sparse: bool) -> MLP | SparseMoe:
+        def mlp(sparse: bool) -> layers.MLP | SparseMoe:
             if sparse:
                 return SparseMoe(c.hidden_size, c.moe, c.shared_expert_intermediate_size)
-            return MLP(c.hidden_size, c.intermediate_size, "silu")
+            return layers.MLP(c.hidden_size, c.intermediate_size, "silu")
 
-        model = Backbone(
-            nn.Embedding(c.vocab_size, c.hidden_size),
-            [
-                Block(mixer(layer_type), mlp(sparse), partial(norm, c.hidden_size))
-                for layer_type, sparse in zip(c.layer_types, c.sparse)
-            ],
-            norm(c.hidden_size),
-            {FULL: RotaryEmbedding(c.rope, c.rotary_dim)},
-        )
-        max_chunk = min(max_chunk, max_seq_len)
-        super().__init__(c, model, max_seq_len, batch, max_chunk, c.tie_word_embeddings)
+        blocks = [
+            Block(mixer(layer_type), mlp(sparse), partial(norm, c.hidden_size))
+            for layer_type, sparse in zip(c.layer_types, c.sparse)
+        ]
+        rope = {FULL: layers.RotaryEmbedding(c.rope, c.rotary_dim)}
+        cache, norm = (max_seq_len, batch, min(max_chunk, max_seq_len)), norm(c.hidden_size)
+        super().__init__(c, blocks, norm, rope, *cache, tied=c.tie_word_embeddings)
 
 
 Network, Config = Qwen3_5, Qwen3_5Config

@@ -19,20 +19,13 @@ class Progress:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        columns = [
-            TextColumn("{task.completed}/{task.total} requests"),
-            BarColumn(),
-            TextColumn("{task.fields[speed]}"),
-        ]
+        done = TextColumn("{task.completed}/{task.total} requests")
+        columns = done, BarColumn(), TextColumn("{task.fields[speed]}")
         # Standard output may be a file, and is never rich's to write.
         self._bar = RichProgress(
-            *columns,
-            console=Console(stderr=True),
-            transient=True,
-            auto_refresh=False,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+            *columns, console=Console(stderr=True), transient=True, auto_refresh=False,
+            redirect_stdout=False, redirect_stderr=False,
+        )  # fmt: skip
         self._task = self._bar.add_task("", total=total, speed="")
         self._shown_at = 0.0
 

@@ -122,12 +122,9 @@ class Tokenizer:
                 self._template = _compile_template(self._template_source)
             # Templates ask `tools is not none`, which an undefined name would answer with yes.
             return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+                messages=messages, tools=None, documents=None,
+                add_generation_prompt=add_generation_prompt, **self._special_tokens,
+            )  # fmt: skip
         # A template is a program of someone else's: it can raise anything.
         except Exception as error:
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,10 +1,34 @@
 """Checkpoints, GGUF or Hugging Face, as one thing: a config, tensors and a tokenizer."""
 
+from pathlib import Path
+
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
+from tokenloop.export.checkpoint.gguf_architectures import open_gguf
 from tokenloop.export.checkpoint.loading import load_weights
-from tokenloop.export.checkpoint.opening import open_checkpoint
-from tokenloop.export.checkpoint.safetensors_directory import read_config, read_json
+from tokenloop.export.checkpoint.safetensors_directory import (
+    open_directory,
+    read_config,
+    read_json,
+)
+from tokenloop.export.errors import ExportError
 
 __all__ = [
     "Checkpoint", "StoredTensor", "load_weights", "open_checkpoint", "read_config", "read_json",
 ]  # fmt: skip
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a GGUF file, or a Hugging Face directory with config.json and safetensors.
+
+    Every file is checked, and no weights are read. Errors: ExportError that names the file, where
+    something is missing, truncated or damaged, and for a GGUF architecture that is not supported.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return open_directory(path)
+    if not path.exists():
+        raise ExportError(
+            f"{path} does not exist; give a .gguf file or a directory with config.json and "
+            "safetensors"
+        )
+    return open_gguf(path)

@@ -1,7 +1,7 @@
 """What an opened checkpoint is: a config, and tensors that are read one at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,19 +33,6 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     stored: dict[str, StoredTensor] = field(repr=False)
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by Hugging Face's name, in PyTorch's order; reads none."""
-        return {name: tensor.shape for name, tensor in self.stored.items()}
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read every tensor, one at a time, in an order that is always the same.
-
-        GGUF gives float32. Safetensors give the file's own dtype in a private mapping of the file,
-        so that only what is touched takes memory.
-        """
-        for name, tensor in self.stored.items():
-            yield name, tensor.read()
 
     def sha256(self) -> str:
         """The hexadecimal hash of the weight files' bytes, joined in the order of their names."""

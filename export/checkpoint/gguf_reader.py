@@ -19,10 +19,8 @@ from tokenloop.export.errors import ExportError
 
 STRING, ARRAY, FLOAT32 = 8, 9, 6
 SCALAR_FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+    10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
 MAX_DIMENSIONS = 4
 ALIGNMENTS = {1 << power for power in range(3, 32)}
 # Elements dequantized at a time. The gguf package holds a few copies of what it is given.

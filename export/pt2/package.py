@@ -67,7 +67,7 @@ class NextPositions(nn.Module):
 
 
 def write_package(
-    model: nn.Module, decode: nn.Module, max_prefill: int, selection: Background, path: Path,
+    model: nn.Module, decode: nn.Module, selection: Background, path: Path,
     progress: Callable[[str], None],
 ) -> list[str]:  # fmt: skip
     """Compile the methods for the device that the model is on, into a .pt2 file; their names.
@@ -81,7 +81,7 @@ def write_package(
     with weight.device:
         hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
         position = integers(model.batch)
-        chunk, shapes = prompt_chunk(model.batch, max_prefill)
+        chunk, shapes = prompt_chunk(model.batch, model.max_chunk)
     progress("compiling prefill")
     files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
     progress("compiling decode")

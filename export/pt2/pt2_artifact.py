@@ -14,6 +14,7 @@ from tokenloop.export.methods import DecodeEmbedded, Embed, Prefill, processor
 from tokenloop.export.pt2.packed_weights import IntegerHead, pack_blocks
 from tokenloop.export.recipes import INTEGER_BITS
 from tokenloop.export.tensors import entries, tensors_of
+from tokenloop.models.decoder import CausalLM
 
 
 class Pt2Artifact:
@@ -29,25 +30,17 @@ class Pt2Artifact:
                 "--device cuda needs a CUDA GPU here: kernels are compiled and tried on it"
             )
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: CausalLM) -> None:
         """Begin with what needs no weights."""
         self.selection = Background(
-            "the selection methods",
-            _compile_selection,
-            model.batch,
-            model.config.vocab_size,
-            model.max_seq_len,
-            model.config.hidden_size,
-            model.model.embed_scale,
-            self.dtype,
-            self.device.type,
-            processor=processor(self.device),
-        )
+            "the selection methods", _compile_selection, model.batch, model.config.vocab_size,
+            model.max_seq_len, model.config.hidden_size, model.model.embed_scale, self.dtype,
+            self.device.type, processor=processor(self.device),
+        )  # fmt: skip
 
     def write(
-        self, model: nn.Module, max_prefill: int, tokenizer: dict, directory: Path,
-        progress: Callable[[str], None],
-    ) -> dict:  # fmt: skip
+        self, model: CausalLM, tokenizer: dict, directory: Path, progress: Callable[[str], None]
+    ) -> dict:
         """Write model.pt2 and model.safetensors, and return the manifest's entries about them.
 
         Errors: ExportError for experts that would have to be integers.
@@ -74,7 +67,7 @@ class Pt2Artifact:
                 model.lm_head = IntegerHead(model.lm_head)
             decode = DecodeEmbedded(model)
         program = directory / "model.pt2"
-        methods = write_package(model, decode, max_prefill, self.selection, program, progress)
+        methods = write_package(model, decode, self.selection, program, progress)
         tensors, views, state = tensors_of(Prefill(model), decode, Embed(model.model), *whole)
         return {
             "program": {"file": program.name, "bytes": program.stat().st_size},

@@ -54,10 +54,10 @@ class OwnConstants(ExportedProgramPassBase):
         return ExportedProgramPassResult(exported_program, True)
 
 
-def trace(model: nn.Module, max_prefill: int) -> dict[str, ExportedProgram]:
+def trace(model: nn.Module) -> dict[str, ExportedProgram]:
     """The methods of a model on the CPU whose weights are loaded."""
     batch, vocab_size = model.batch, model.config.vocab_size
-    chunk, shapes = prompt_chunk(batch, max_prefill)
+    chunk, shapes = prompt_chunk(batch, model.max_chunk)
     step = integers(batch, 1), integers(batch)
     # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
     later = {"prefer_deferred_runtime_asserts_over_guards": True}
@@ -74,13 +74,13 @@ def trace(model: nn.Module, max_prefill: int) -> dict[str, ExportedProgram]:
 
 
 def build_program(
-    model: nn.Module, max_prefill: int, constants: dict[str, int | bool | list[int]],
+    model: nn.Module, constants: dict[str, int | bool | list[int]],
     progress: Callable[[str], None],
 ) -> tuple[ExecutorchProgramManager, list[str]]:  # fmt: skip
     """The multi-method program of a model on the CPU whose weights are loaded, and its methods'
     names. `constants` become metadata methods; `progress` is called with what begins."""
     progress("tracing the methods")
-    methods = trace(model, max_prefill)
+    methods = trace(model)
     # ExecuTorch's own attention kernel is for bfloat16 alone.
     kernels = b"OFF" if model.lm_head.weight.dtype == torch.float32 else b"ON"
     partitioners = {

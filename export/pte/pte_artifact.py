@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from tokenloop.export.artifact import SmallWrites
 from tokenloop.export.background import Background
@@ -16,6 +15,7 @@ from tokenloop.export.errors import ExportError
 from tokenloop.export.methods import Decode, processor
 from tokenloop.export.recipes import RECIPES
 from tokenloop.export.tensors import entries, tensors_of
+from tokenloop.models.decoder import CausalLM
 
 if TYPE_CHECKING:
     from executorch.exir.schema import Program
@@ -49,15 +49,14 @@ class PteArtifact:
     def __init__(self, options: argparse.Namespace):
         self.options = options
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: CausalLM) -> None:
         """Begin with what needs no weights."""
         vocab_size = model.config.vocab_size
         self.selection = SelectionExport(model.batch, vocab_size, self.options.backend)
 
     def write(
-        self, model: nn.Module, max_prefill: int, tokenizer: dict, directory: Path,
-        progress: Callable[[str], None],
-    ) -> dict:  # fmt: skip
+        self, model: CausalLM, tokenizer: dict, directory: Path, progress: Callable[[str], None]
+    ) -> dict:
         """Write model.pte and return the manifest's entries about it.
 
         The model's weights are loaded; it is changed in place. Errors: ExportError for a recipe
@@ -84,9 +83,9 @@ class PteArtifact:
             ) from error
 
         # 2. The program.
-        constants = metadata(model, max_prefill, tokenizer)
+        constants = metadata(model, tokenizer)
         program, methods = build_program(
-            model, self.options.backend, max_prefill, constants, self.selection, progress
+            model, self.options.backend, constants, self.selection, progress
         )
         progress("writing")
         path = directory / "model.pte"
@@ -115,19 +114,18 @@ class CudaPteArtifact:
                 "--backend cuda needs a CUDA GPU here: kernels are compiled and tried on it"
             )
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, model: CausalLM) -> None:
         """Nothing is begun before the weights are there."""
 
     def write(
-        self, model: nn.Module, max_prefill: int, tokenizer: dict, directory: Path,
-        progress: Callable[[str], None],
-    ) -> dict:  # fmt: skip
+        self, model: CausalLM, tokenizer: dict, directory: Path, progress: Callable[[str], None]
+    ) -> dict:
         """Write model.pte and model.ptd, and return the manifest's entries about them."""
         progress("importing executorch")
         from tokenloop.export.pte.cuda_backend import build_program, write_program
 
-        constants = metadata(model, max_prefill, tokenizer)
-        program, methods = build_program(model, max_prefill, constants, progress)
+        constants = metadata(model, tokenizer)
+        program, methods = build_program(model, constants, progress)
         progress("writing")
         path = directory / "model.pte"
         weights = write_program(program, path)
@@ -145,12 +143,12 @@ class CudaPteArtifact:
         }
 
 
-def metadata(model: nn.Module, max_prefill: int, tokenizer: dict) -> dict:
+def metadata(model: CausalLM, tokenizer: dict) -> dict:
     """The program's constants, by the names that ExecuTorch's own runners ask for."""
     return {
         "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
         "get_eos_ids": tokenizer["eos_token_ids"],
-        "get_max_seq_len": max_prefill,
+        "get_max_seq_len": model.max_chunk,
         "get_max_context_len": model.max_seq_len,
         "get_vocab_size": model.config.vocab_size,
         "use_kv_cache": True,

@@ -30,6 +30,7 @@ from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
+from tokenloop.models.decoder import CausalLM
 
 
 class DelegatedMethod(nn.Module):
@@ -145,7 +146,7 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
 
 
 def build_program(
-    model: nn.Module, backend: str, max_prefill: int, constants: dict[str, int | bool | list[int]],
+    model: CausalLM, backend: str, constants: dict[str, int | bool | list[int]],
     selection: Background, progress: Callable[[str], None],
 ) -> tuple[Cord, list[str]]:  # fmt: skip
     """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
@@ -155,7 +156,7 @@ def build_program(
     become metadata methods; `progress` is called with what begins.
     """
     if backend == "xnnpack":
-        length, traced = prompt_length(max_prefill)
+        length, traced = prompt_length(model.max_chunk)
         xnnpack.prepare(model)
         lowered = lower(model, traced, length, progress)
         prefill = DelegatedPrefill(model, lowered, traced)
@@ -166,7 +167,7 @@ def build_program(
     progress("tracing the methods")
     batch = model.batch
     hidden = torch.zeros(batch, 1, model.config.hidden_size)
-    chunk, shapes = prompt_chunk(batch, max_prefill)
+    chunk, shapes = prompt_chunk(batch, model.max_chunk)
     methods = {
         "prefill": torch.export.export(prefill, chunk, dynamic_shapes=shapes),
         "embed": torch.export.export(Embed(model.model), (integers(batch, 1),)),

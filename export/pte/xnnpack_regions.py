@@ -324,10 +324,8 @@ def trace(
     """
     program = torch.export.export(region, tuple(examples), dynamic_shapes=shapes and tuple(shapes))
     edge = to_edge_transform_and_lower(
-        {"forward": program},
-        partitioner=[RegionPartitioner()],
-        compile_config=COMPILE_CONFIG,
-    ).exported_program()
+        {"forward": program}, partitioner=[RegionPartitioner()], compile_config=COMPILE_CONFIG,
+    ).exported_program()  # fmt: skip
     calls = [n for n in edge.graph.nodes if n.op == "call_function"]
     delegates = [n for n in calls if n.target is executorch_call_delegate]
     left = [n for n in calls if n not in delegates and n.target is not operator.getitem]

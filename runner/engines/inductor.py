@@ -69,16 +69,11 @@ class InductorProgram(Program):
         lines = self.step_inputs.get("lines", table[:, None])
         waiting = self.manifest.get("waiting_kernels", [])
         with self._on_stream(), _explained(self._artifact):
+            parameters = [self.step_inputs[name] for name in PARAMETERS]
             self._graphs = StepGraphs(
-                self._run,
-                partial(self._call, "next_positions"),
-                lines,
-                table,
-                [self.step_inputs[name] for name in PARAMETERS],
-                self.transfers,
-                self._stream,
-                waiting,
-            )
+                self._run, partial(self._call, "next_positions"), lines, table, parameters,
+                self.transfers, self._stream, waiting,
+            )  # fmt: skip
             self.begin(self.embeds)
             # At position 0, which every sequence overwrites.
             for buffer in (0, 1):

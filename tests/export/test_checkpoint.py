@@ -43,6 +43,10 @@ GGUF_NAMES = {
 }
 
 
+def tensors_in(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {name: tensor.read() for name, tensor in checkpoint.stored.items()}
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -141,11 +145,11 @@ def real_gguf():
 
 
 def assert_same(checkpoint, expected):
-    tensors = dict(checkpoint.tensors())
-    assert tensors.keys() == expected.keys() == checkpoint.shapes().keys()
+    tensors = tensors_in(checkpoint)
+    assert tensors.keys() == expected.keys() == checkpoint.stored.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
-        assert checkpoint.shapes()[name] == tuple(expected[name].shape)
+        assert checkpoint.stored[name].shape == tuple(expected[name].shape)
 
 
 # Hugging Face directories
@@ -324,7 +328,7 @@ def test_rope_factors_are_a_part_of_the_config_and_no_tensor(tmp_path, values, s
         "rope_type": "factors",
         "factors": (factors * np.float32(scale)).tolist(),
     }
-    assert list(checkpoint.shapes()) == ["model.embed_tokens.weight"]
+    assert list(checkpoint.stored) == ["model.embed_tokens.weight"]
 
 
 def test_the_attention_scale_of_62_layers_is_hidden_size_per_head(tmp_path):
@@ -340,7 +344,7 @@ def test_an_own_output_head_is_read_and_reported_as_untied(tmp_path):
         write_gguf(tmp_path / "a.gguf", EMBEDDING | {"output.weight": head})
     )
     assert checkpoint.config["tie_word_embeddings"] is False
-    assert torch.equal(dict(checkpoint.tensors())["lm_head.weight"], torch.from_numpy(head))
+    assert torch.equal(tensors_in(checkpoint)["lm_head.weight"], torch.from_numpy(head))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"])
@@ -355,7 +359,7 @@ def test_row_blocks_do_not_change_dequantized_values(tmp_path, monkeypatch, kind
     stored = data.view(np.float16) if kind == "F16" else data
     path = write_gguf(tmp_path / "a.gguf", {"token_embd.weight": (stored, quantization)})
     monkeypatch.setattr(gguf_reader, "BLOCK_ELEMENTS", 5 * 512)
-    tensor = dict(open_checkpoint(path).tensors())["model.embed_tokens.weight"]
+    tensor = tensors_in(open_checkpoint(path))["model.embed_tokens.weight"]
     expected = gguf.dequantize(data, quantization)
     assert tensor.shape == (37, 512) and np.isfinite(expected).all() and expected.any()
     assert np.array_equal(tensor.numpy(), expected)
@@ -369,7 +373,7 @@ def test_dequantizing_needs_hardly_more_memory_than_its_result(tmp_path):
     )
     tracemalloc.start()
     try:
-        ((_, tensor),) = checkpoint.tensors()
+        (tensor,) = tensors_in(checkpoint).values()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -380,11 +384,11 @@ def test_dequantizing_needs_hardly_more_memory_than_its_result(tmp_path):
 def test_the_real_model_gives_the_tensors_that_transformers_reads(real_gguf):
     checkpoint = open_checkpoint(real_gguf)
     digest = hashlib.sha256()
-    for name, tensor in checkpoint.tensors():
+    for name, tensor in tensors_in(checkpoint).items():
         digest.update(name.encode())
         digest.update(tensor.numpy())
     # Of 236 tensors, each found equal to transformers 5.23's load_gguf_checkpoint.
-    assert len(checkpoint.shapes()) == 236
+    assert len(checkpoint.stored) == 236
     assert digest.hexdigest() == REAL_DIGEST
     assert checkpoint.config["hidden_size"] == 640 and checkpoint.config["eos_token_id"] == 1
 
@@ -402,7 +406,7 @@ def test_the_real_model_cut_off_anywhere_is_refused(real_gguf, tmp_path, size):
 def test_every_truncation_of_a_header_is_refused(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", EMBEDDING)
     data = path.read_bytes()
-    assert len(open_checkpoint(path).shapes()) == 1
+    assert len(open_checkpoint(path).stored) == 1
     for size in range(4, len(data) - 96 * 64 * 4 + 1):
         path.write_bytes(data[:size])
         with pytest.raises(ExportError, match="a.gguf is truncated"):
@@ -542,7 +546,7 @@ def test_every_parameter_gets_its_tensor_in_the_dtype_asked_for(tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         model, seen = tiny(), []
         load_weights(model, checkpoint, lambda name: name[3:], progress=seen.append, dtype=dtype)
-        assert sorted(seen) == sorted(checkpoint.shapes())
+        assert sorted(seen) == sorted(checkpoint.stored)
         for name, parameter in model.named_parameters():
             assert parameter.dtype == dtype and not parameter.requires_grad
             assert torch.equal(parameter, TINY_WEIGHTS[name].to(dtype))

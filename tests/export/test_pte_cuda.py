@@ -52,13 +52,14 @@ def made(request, make_checkpoint, tmp_path_factory, one_thread):
         model = gemma3.Network(config, 60, rows, dtype)
     load_weights(model, checkpoint, gemma3.checkpoint_name, dtype=dtype)
     model.eval().requires_grad_(False)
+    model.limit_chunks(CHUNK)
     made = SimpleNamespace(
         model=model, rows=rows, path=tmp_path_factory.mktemp("program") / "model.pte"
     )
     with pytest.MonkeyPatch.context() as patch:
         fake = lambda programs, specs: preprocess(programs, specs, made)  # noqa: E731
         patch.setattr(CudaBackend, "preprocess_multimethod", fake)
-        program, made.methods = build_program(model, CHUNK, {"get_x": 5}, lambda what: None)
+        program, made.methods = build_program(model, {"get_x": 5}, lambda what: None)
     made.data = write_program(program, made.path)
     file = deserialize_pte_binary(made.path.read_bytes())
     made.plans = {plan.name: plan for plan in file.program.execution_plan}

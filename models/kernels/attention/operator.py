@@ -6,7 +6,7 @@ from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.attention.attend_tiles import PROGRAMS, AttendTiles, attend_tiles
 from tokenloop.models.kernels.attention.triton_attend import attend_kernel
-from tokenloop.models.kernels.launch.contiguous import check_contiguous
+from tokenloop.models.kernels.launch import check_contiguous
 
 
 def launch_attend(

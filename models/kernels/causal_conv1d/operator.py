@@ -11,19 +11,16 @@ from torch.library import triton_op, wrap_triton
 from tokenloop.models.kernels.causal_conv1d.reference import check
 from tokenloop.models.kernels.causal_conv1d.triton_rolling import causal_conv1d_rolling_kernel
 from tokenloop.models.kernels.causal_conv1d.triton_update import causal_conv1d_update_kernel
-from tokenloop.models.kernels.causal_conv1d.triton_whole import causal_conv1d_whole_kernel
 from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
-# Where channels are adjacent in memory, a program keeps tokens in registers: the most tokens of a
-# program, tokens loaded together (at least 2; half a block), channels, warps, and the grid's axis
-# of tokens; programs along axis 0 start together. Programs take fewer tokens, but a block at least,
-# where there would be fewer than PROGRAMS of them.
+# A program keeps tokens in registers: the most tokens of a program, those loaded together (at least
+# 2; half a block), channels, warps, and the grid's axis of tokens; programs along axis 0 start
+# together. Programs take fewer tokens, but a block at least, where there would be fewer than
+# PROGRAMS of them.
 ROLLING = 16, 4, 128, 1, 1
 PROGRAMS = 8192
 # The most programs along a grid's second axis.
 MOST_PROGRAMS = 65535
-# Elsewhere, where tokens may be adjacent: tokens, channels and warps.
-WHOLE = 64, 32, 4
 UPDATE_DIM = 256
 
 
@@ -45,14 +42,13 @@ def causal_conv1d(
     cache_indices: Tensor | None, has_initial_state: Tensor, activation: str | None = None,
     pad_slot_id: int = PAD_SLOT_ID,
 ) -> Tensor:  # fmt: skip
-    """See reference.causal_conv1d. The result has x's layout."""
+    """See reference.causal_conv1d. Channels of the result are adjacent; where those of x are not, x
+    is copied."""
     check(weight, activation)
     dim, tokens = x.shape
-    rolling = x.stride(0) == 1
-    if rolling:
-        out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device).T
-    else:
-        out = torch.empty(dim, tokens, dtype=x.dtype, device=x.device)
+    if x.stride(0) != 1:
+        x = x.T.contiguous().T
+    out = torch.empty(tokens, dim, dtype=x.dtype, device=x.device).T
     given = x, weight, bias, query_start_loc, conv_state, cache_indices, has_initial_state, out
     # The number of bounds, not of sequences: torch's compiler makes a constant of a 1, and Triton's
     # then fails with loads that it knows to be masked.
@@ -62,29 +58,18 @@ def causal_conv1d(
         "WIDTH": weight.shape[1], "HAS_BIAS": bias is not None,
         "HAS_INDICES": cache_indices is not None, "SILU": activation is not None,
     }  # fmt: skip
-    if rolling:
-        most, half, block_dim, warps, token_axis = ROLLING
-        block, columns = 2 * half, triton.cdiv(dim, block_dim)
-        # Python's min and max would decide on a number of tokens that is being exported.
-        blocks = torch.sym_min(most // block, tokens * columns // (block * PROGRAMS))
-        least = triton.cdiv(tokens, block * MOST_PROGRAMS)
-        span = block * torch.sym_max(torch.sym_max(1, least), blocks)
-        spans = triton.cdiv(tokens, span)
-        wrap_triton(causal_conv1d_rolling_kernel)[
-            (columns, spans) if token_axis else (spans, columns)
-        ](
-            *given, *sizes, span, *strides, X_STRIDE=x.stride(1), OUT_STRIDE=dim,
-            PAIRS=pairs(x), PACKED_TAPS=packed_taps(weight), EVEN=dim % block_dim == 0, **flags,
-            TOKEN_AXIS=token_axis, HALF=half, BLOCK_DIM=block_dim, num_warps=warps,
-        )  # fmt: skip
-    else:
-        block_tokens, block_dim, warps = WHOLE
-        wrap_triton(causal_conv1d_whole_kernel)[
-            (triton.cdiv(tokens, block_tokens) * triton.cdiv(dim, block_dim),)
-        ](
-            *given, *sizes, *x.stride(), *out.stride(), *strides,
-            **flags, BLOCK_TOKENS=block_tokens, BLOCK_DIM=block_dim, num_warps=warps,
-        )  # fmt: skip
+    most, half, block_dim, warps, token_axis = ROLLING
+    block, columns = 2 * half, triton.cdiv(dim, block_dim)
+    # Python's min and max would decide on a number of tokens that is being exported.
+    blocks = torch.sym_min(most // block, tokens * columns // (block * PROGRAMS))
+    least = triton.cdiv(tokens, block * MOST_PROGRAMS)
+    span = block * torch.sym_max(torch.sym_max(1, least), blocks)
+    spans = triton.cdiv(tokens, span)
+    wrap_triton(causal_conv1d_rolling_kernel)[(columns, spans) if token_axis else (spans, columns)](
+        *given, *sizes, span, *strides, X_STRIDE=x.stride(1), OUT_STRIDE=dim,
+        PAIRS=pairs(x), PACKED_TAPS=packed_taps(weight), EVEN=dim % block_dim == 0, **flags,
+        TOKEN_AXIS=token_axis, HALF=half, BLOCK_DIM=block_dim, num_warps=warps,
+    )  # fmt: skip
     return out
 
 

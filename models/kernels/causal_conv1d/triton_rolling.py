@@ -1,8 +1,14 @@
-"""The Triton kernel of the causal convolution where channels are adjacent in memory.
+"""The Triton kernel of the causal convolution, whose channels are adjacent in memory.
 
 A program takes block after block of the same channels. It holds the last WIDTH - 1 inputs in
-registers, and half a block is on its way from memory while the other half is computed. What
-programs do with sequences is as in triton_whole.py.
+registers, and half a block is on its way from memory while the other half is computed.
+
+Programs share out tokens and channels, not sequences. So their number depends on sizes alone, and a
+batch of one long and many short sequences costs what an even one does. A program finds the sequence
+of its first token, and so knows where that ends. Where a sequence begins, its first tokens are
+computed with the state, and the last inputs replace the state. One program does both, also where
+these tokens reach into the next program's: of two programs one could write the slot before the
+other has read it.
 
 Loops are `while`: Triton's interpreter cannot make a range of tensors.
 """
@@ -23,8 +29,10 @@ from tokenloop.models.kernels.causal_conv1d.triton_taps import (
     load_packed_taps,
     load_weights,
 )
-from tokenloop.models.kernels.causal_conv1d.triton_whole import STEP
 from tokenloop.models.kernels.launch.state_slot import load_slot
+
+# Tokens that are computed together where several sequences share a block.
+STEP = tl.constexpr(2)
 
 # Compilers compute what a loop does not change before the loop, and keep it in registers, also
 # where it is seldom needed.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.experts.triton import down_kernel, gate_up_kernel, route_kernel
-from tokenloop.models.kernels.launch.contiguous import check_contiguous
+from tokenloop.models.kernels.launch import check_contiguous
 
 BLOCK_N = 8
 

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor, bfloat16, empty, empty_like, float32
 from torch.library import triton_op, wrap_triton
 
-from tokenloop.models.kernels.launch.contiguous import check_contiguous
+from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.linear.linear_tiles import (
     AHEAD,
     FEW_ROWS,

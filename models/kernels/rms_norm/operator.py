@@ -6,7 +6,7 @@ import triton
 from torch import Tensor, empty_like
 from torch.library import triton_op, wrap_triton
 
-from tokenloop.models.kernels.launch.contiguous import check_contiguous
+from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.rms_norm.triton import norm_kernel
 
 

@@ -33,7 +33,6 @@ def small_blocks(monkeypatch):
     if not ON_GPU:
         monkeypatch.setattr(operator, "ROLLING", (8, 2, 4, 1, 1))
         monkeypatch.setattr(operator, "PROGRAMS", 4)
-        monkeypatch.setattr(operator, "WHOLE", (4, 4, 1))
         monkeypatch.setattr(operator, "UPDATE_DIM", 4)
 
 
