@@ -324,7 +324,7 @@ def save_transformers(spec: dict) -> dict:
     from tokenloop.export.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(Path(spec["model"]))
-    state = dict(checkpoint.tensors())
+    state = {name: tensor.read() for name, tensor in checkpoint.stored.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model = Gemma3ForCausalLM(Gemma3TextConfig(**checkpoint.config))
     model.load_state_dict(state, strict=True)

@@ -41,7 +41,7 @@ SLOW_FILES = {
     *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
     "test_compiled_kernels.py",
 }
-SLOW_FIXTURES = {"default_artifact", "export_artifact"}
+SLOW_FIXTURES = {"default_artifact", "export_artifact", "family_artifact"}
 
 
 @pytest.hookimpl(tryfirst=True)
