@@ -19,6 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import torch  # noqa: E402
 
+from tokenloop.export.background import collect_seldom  # noqa: E402
+
+# Tests export in this process, too.
+collect_seldom()
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. This is read when Triton, which torch may import,
     # defines one.
@@ -41,17 +45,26 @@ SLOW_FILES = {
     *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
     "test_compiled_kernels.py",
 }
-SLOW_FIXTURES = {"default_artifact", "export_artifact", "family_artifact"}
+
+
+def parameters_of(item: pytest.Item) -> list:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each test is `slow` or `fast`: slow are those of SLOW_FILES, and those that take an artifact
-    which a command line has to export."""
+    """Each test is `slow` or `fast`: slow are those of SLOW_FILES, and those that take an artifact,
+    which a command line has to export. Files with slow tests come first, so that short ones are
+    left in the end for whichever process is free."""
+    slow_paths = set()
     for item in items:
-        path = item.path.relative_to(ROOT / "tests").as_posix()
-        slow = path in SLOW_FILES or not SLOW_FIXTURES.isdisjoint(item.fixturenames)
+        slow = item.path.relative_to(ROOT / "tests").as_posix() in SLOW_FILES
+        names = *item.fixturenames, *parameters_of(item)
+        slow |= any(isinstance(name, str) and name.endswith("_artifact") for name in names)
         item.add_marker("slow" if slow else "fast")
+        if slow:
+            slow_paths.add(item.path)
+    items.sort(key=lambda item: item.path not in slow_paths)
 
 
 @pytest.fixture(scope="session")
