@@ -32,7 +32,7 @@ from benchmarks.cuda_common import (
     save,
 )
 from tokenloop import runner
-from tokenloop.models import architecture_of
+from tokenloop.models import by_model_type
 from tokenloop.runner import LoopOptions
 
 
@@ -58,7 +58,7 @@ def step_bytes(model, position: int) -> float:
 def peer_network(model) -> nn.Module:
     """The network of models/ on the weights of a loaded artifact."""
     keys = json.loads((CONFIGS / f"{model.manifest['checkpoint']['file']}").read_text())
-    module = architecture_of(keys["model_type"])
+    module = by_model_type()[keys["model_type"]]
     constants = model.loop.program.constants
     with torch.device("meta"):
         network = module.Network(

@@ -15,7 +15,7 @@ import torch
 from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, profiled, save
 from tokenloop.export.pt2.cuda_step import CudaStep
 from tokenloop.export.random_weights import make_parameters
-from tokenloop.models import architecture_of
+from tokenloop.models import by_model_type
 from tokenloop.models.kernels.launch.dependent_launch import WAITING
 from tokenloop.runner.engines.programmatic_launch import let_overlap
 
@@ -25,7 +25,7 @@ REPLAYS = 8
 def make_step(name: str, layers: int, batch: int, max_seq_len: int, bits: int) -> CudaStep:
     """The fused step of the first `layers` layers of a shape of benchmarks/configs."""
     keys = json.loads((CONFIGS / f"{name}.json").read_text())
-    module = architecture_of(keys["model_type"])
+    module = by_model_type()[keys["model_type"]]
     keys["num_hidden_layers"] = min(layers, keys["num_hidden_layers"])
     if "layer_types" in keys:
         keys["layer_types"] = keys["layer_types"][: keys["num_hidden_layers"]]

@@ -18,7 +18,7 @@ from tokenloop.export.background import collect_seldom
 from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
 from tokenloop.export.recipes import FOR_BACKEND
-from tokenloop.models import ARCHITECTURES, architecture_of, model_types
+from tokenloop.models import ARCHITECTURES, by_model_type
 
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -145,13 +145,13 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         raise ExportError("no --model; give it a .gguf file or a Hugging Face directory")
     else:
         checkpoint = open_checkpoint(options.model or family.demo())
-    model_type = checkpoint.config["model_type"]
-    if model_type not in model_types(family.architectures):
+    model_type, known = checkpoint.config["model_type"], by_model_type(family.architectures)
+    if model_type not in known:
         raise ExportError(
             f"{checkpoint.path} is a {model_type} model; {family.command} exports "
-            f"{', '.join(model_types(family.architectures))}"
+            f"{', '.join(known)}"
         )
-    architecture = architecture_of(model_type)
+    architecture = known[model_type]
     try:
         config = architecture.Config.from_dict(checkpoint.config)
     except ValueError as error:

@@ -12,13 +12,7 @@ ARCHITECTURES = (
 )  # fmt: skip
 
 
-def architecture_of(model_type: str) -> ModuleType | None:
-    """The module for a checkpoint's model_type, None if there is none."""
-    modules = (import_module(f"{__name__}.{name}") for name in ARCHITECTURES)
-    return next((module for module in modules if model_type in module.MODEL_TYPES), None)
-
-
-def model_types(architectures: tuple[str, ...] = ARCHITECTURES) -> list[str]:
-    """Every model_type that these architectures take."""
+def by_model_type(architectures: tuple[str, ...] = ARCHITECTURES) -> dict[str, ModuleType]:
+    """The modules of some architectures, by every model_type that they take."""
     modules = (import_module(f"{__name__}.{name}") for name in architectures)
-    return [model_type for module in modules for model_type in module.MODEL_TYPES]
+    return {model_type: module for module in modules for model_type in module.MODEL_TYPES}

@@ -4,6 +4,7 @@ Each family says what its fields are; what can be wrong with one is said here, o
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from tokenloop.models.layers import Llama3Scaling, RopeConfig
@@ -72,28 +73,41 @@ def layer_types(config: Mapping[str, Any], usual: str, interval: int) -> tuple[s
 
 def rope_entry(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding's fields of a model with one: those of transformers 4 (rope_theta,
-    rope_scaling) under those of transformers 5 (rope_parameters)."""
+    rope_scaling) and those of transformers 5 (rope_parameters). Raises ValueError as `merged`."""
     entry = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
-    return entry | (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    return entry | merged(config.get("rope_scaling"), config.get("rope_parameters"))
+
+
+def merged(scaling: Mapping[str, Any] | None, parameters: Mapping[str, Any] | None) -> dict:
+    """The fields of rope_scaling and of an entry of rope_parameters. Raises ValueError where a
+    field of the first is another in the second: transformers would take one of them."""
+    scaling, parameters = dict(scaling or {}), dict(parameters or {})
+    if "type" in scaling:
+        scaling = {"rope_type": scaling.pop("type")} | scaling
+    if parameters and any(parameters.get(key) != value for key, value in scaling.items()):
+        raise ValueError(
+            f"rope_scaling = {scaling} and rope_parameters = {parameters} differ: keep one of them"
+        )
+    return scaling | parameters
 
 
 def rope(
-    entry: Mapping[str, Any], supported: Collection[str] = ("default", "linear"), of: str = ""
-) -> RopeConfig:
+    entry: Mapping[str, Any], supported: Collection[str] = ("default", "linear"), of: str = "",
+    partial: bool = False,
+) -> RopeConfig:  # fmt: skip
     """The rotary embedding that an entry of rope_parameters describes, `of` a layer type.
 
-    Raises ValueError for a rope_type that is not `supported`, and for a missing number.
+    Raises ValueError for a rope_type that is not `supported`, for a missing number, and for a
+    partial_rotary_factor where the network does not rotate a part of its heads, `partial`.
     """
     kind = entry.get("rope_type", entry.get("type", "default"))
     if kind not in supported:
         raise ValueError(f"rope_type = {kind!r} is not supported: {' or '.join(sorted(supported))}")
-    numbers = {
-        "linear": ("factor",),
-        "factors": ("factors",),
-        "llama3": (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-        ),
-    }.get(kind, ())  # fmt: skip
+    share = entry.get("partial_rotary_factor", 1.0)
+    if share != 1.0 and not partial and kind != "proportional":
+        raise ValueError(f"partial_rotary_factor = {share} is not supported: only 1.0")
+    scaling = tuple(field.name for field in fields(Llama3Scaling))
+    numbers = {"linear": ("factor",), "factors": ("factors",), "llama3": scaling}.get(kind, ())
     owner = f" of {of}" if of else ""
     for name in ("rope_theta", *numbers):
         if not entry.get(name):
@@ -102,8 +116,7 @@ def rope(
     if kind == "linear":
         return RopeConfig(theta, entry["factor"])
     if kind == "proportional":
-        partial = entry.get("partial_rotary_factor", 1.0)
-        return RopeConfig(theta, entry.get("factor", 1.0), partial)
+        return RopeConfig(theta, entry.get("factor", 1.0), share)
     if kind == "llama3":
         return RopeConfig(theta, llama3=Llama3Scaling(*(entry[name] for name in numbers)))
     if kind == "factors":

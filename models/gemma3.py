@@ -74,8 +74,7 @@ def _rope(config: dict) -> dict[str, RopeConfig]:
     if "rope_theta" in nested or "rope_type" in nested:
         raise ValueError("rope_parameters must have an entry for each kind of layer")
     full = {"rope_theta": config["rope_theta"]}
-    full |= config.get("rope_scaling") or {}
-    full |= nested.get(FULL) or {}
+    full |= configs.merged(config.get("rope_scaling"), nested.get(FULL))
     sliding = {"rope_theta": config["rope_local_base_freq"]} | (nested.get(SLIDING) or {})
     return {
         name: configs.rope(entry, of=name) for name, entry in ((FULL, full), (SLIDING, sliding))

@@ -99,7 +99,7 @@ class Qwen3_5Config:
         return cls(
             **{key: config[key] for key in plain},
             layer_types=configs.layer_types(config, LINEAR, config["full_attention_interval"]),
-            rope=configs.rope(rope, ("default",)),
+            rope=configs.rope(rope, ("default",), partial=True),
             rotary_dim=int(config["head_dim"] * rope["partial_rotary_factor"]),
             delta_net=DeltaNetConfig(
                 **{key: config[key] for key in linear}, fused_projections=model_type == "qwen3_next"

@@ -22,7 +22,7 @@ from transformers import (
 from tests.models.eager import assert_near, prefill, prompt
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.errors import ExportError
-from tokenloop.models import architecture_of
+from tokenloop.models import by_model_type
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -158,7 +158,7 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
     for name, stored in checkpoint.stored.items():
         # A mixture's experts are stacked in another way.
         assert ".experts." in name or torch.equal(stored.read(), hf.get_parameter(name)), name
-    network = architecture_of(checkpoint.config["model_type"])
+    network = by_model_type()[checkpoint.config["model_type"]]
     config = network.Config.from_dict(checkpoint.config)
     # llama.cpp's converter keeps what the rotary embedding's scaling comes to, not its kind.
     if "rope_freqs.weight" not in tensors:

@@ -137,6 +137,11 @@ GEMMA_3_ROW = Architecture(
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
         ({"rope_parameters": {SLIDING: {"rope_type": "llama3"}}}, "rope_type = 'llama3'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "full_attention lacks its factor"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0},
+             "rope_parameters": {FULL: {"rope_type": "default"}}},
+            "rope_scaling = .* and rope_parameters = .* differ",
+        ),
         ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters must have an entry for each"),
     ]),
     names={
@@ -484,9 +489,18 @@ LLAMA_ROW = Architecture(
         ({"model_type": "llama4"}, "model_type = 'llama4'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type = 'dynamic'"),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic"}},
+            "rope_type = 'dynamic'",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),
         ({"rope_scaling": LLAMA_3_ROPE | {"low_freq_factor": None}}, "lacks its low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0},
+             "rope_parameters": LLAMA_3_ROPE | {"rope_theta": 700.0}},
+            "rope_scaling = .* and rope_parameters = .* differ",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
     ]),
