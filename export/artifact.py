@@ -21,8 +21,8 @@ PACKAGES = ("tokenloop", "torch", "executorch")
 class SmallWrites:
     """A binary file that is written in small pieces.
 
-    Linux keeps what one large write brought in pages of 2 MB where the file system can; of those,
-    a runner that looks up a few hundred rows of a table would soon have all in memory.
+    Linux keeps the contents of one large write in pages of 2 MB where the file system can. A runner
+    that looks up a few hundred rows of a table would soon have all of those pages in memory.
     """
 
     PIECE = 1 << 16
@@ -39,9 +39,9 @@ class SmallWrites:
 
 @contextmanager
 def new_artifact(output: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `output` at the end; on any exception nothing is left.
+    """A directory to fill, which becomes `output` at the end. Nothing is left after an exception.
 
-    An artifact that stands at `output` is replaced only then; a link is followed. Errors:
+    An artifact that stands at `output` is replaced only at the end. A link is followed. Errors:
     ExportError where `output` cannot be written, or holds something that is not an artifact.
     """
     target = output.resolve()
@@ -59,7 +59,7 @@ def new_artifact(output: Path) -> Iterator[Path]:
     replaced = directory.with_name(f"{directory.name}-replaced")
     try:
         yield directory
-        # mkdtemp keeps others out; an artifact is as readable as any new directory.
+        # mkdtemp keeps other users out. An artifact is as readable as any new directory.
         umask = os.umask(0)
         os.umask(umask)
         directory.chmod(0o777 & ~umask)
@@ -78,7 +78,7 @@ def new_artifact(output: Path) -> Iterator[Path]:
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed: not every engine needs every package."""
+    """The package's version, None if it is not installed. Not every engine needs every package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -86,7 +86,7 @@ def installed_version(package: str) -> str | None:
 
 
 def write_manifest(directory: Path, entries: dict) -> None:
-    """Write manifest.json: `entries`, and what is the same for every artifact."""
+    """Write manifest.json with `entries` and with what is the same for every artifact."""
     manifest = {
         "format": FORMAT_VERSION,
         **entries,

@@ -1,6 +1,6 @@
-"""A part of an export in another process, beside the rest.
+"""A part of an export that runs in another process, beside the rest.
 
-Tracing is Python's work on one core; `sample` alone would take a fifth of the whole time.
+Python traces on one core. Tracing `sample` alone would take a fifth of the whole time.
 """
 
 import gc
@@ -17,12 +17,11 @@ from tokenloop.export import build_cache
 
 
 class Background:
-    """A function's result: kept by an export before, or computed in another process that begins at
-    once."""
+    """A function's result, which an earlier export kept or another process computes from now on."""
 
     def __init__(self, what: str, function: Callable, *arguments: Any, processor: str = ""):
-        """`what` fails, says `result` where it does; `function` is of a module, and its result can
-        be pickled. Compiled code is kept for a `processor`."""
+        """`what` names the failed part in the error of `result`. `function` is defined in a module,
+        and its result can be pickled. Compiled code is kept for one `processor`."""
         self._what = what
         file = build_cache.place(function, arguments, processor)
         self._kept = file.read_bytes() if file is not None and file.exists() else None
@@ -30,14 +29,14 @@ class Background:
             return
         context = multiprocessing.get_context("spawn")
         self._results, results = context.Pipe(duplex=False)
-        # Being a daemon it does not outlive this process.
+        # A daemon does not outlive this process.
         arguments = results, function, arguments, file
         process = context.Process(target=_send, args=arguments, daemon=True)
         process.start()
         results.close()
 
     def result(self) -> Any:
-        """Wait for it. Raises RuntimeError when the other process failed: it has written why."""
+        """Wait for the result. Raises RuntimeError if the other process failed, which wrote why."""
         try:
             return pickle.loads(self._kept or self._results.recv_bytes())
         except EOFError:
@@ -45,8 +44,8 @@ class Background:
 
 
 def collect_seldom() -> None:
-    """Tracing makes many small objects that live on: looking for cycles among them as often as
-    Python does by itself takes an eighth of an export."""
+    """Have Python look for cycles less often. Tracing makes many small objects that live on, and
+    looking for cycles among them as often as by default takes an eighth of an export."""
     gc.set_threshold(50_000, 20, 20)
 
 

@@ -1,6 +1,6 @@
-"""What exports have in common, kept in a directory between them: TOKENLOOP_CACHE names it.
+"""A cache of what exports have in common, in the directory that TOKENLOOP_CACHE names.
 
-Without that variable nothing is kept. A result is found again by all that it comes from: the
+Nothing is kept without that variable. A result is found again by all that it comes from: the
 function and its arguments, the sources, the packages' versions and the compiler.
 """
 
@@ -22,10 +22,10 @@ PACKAGES = "torch", "executorch", "triton"
 
 
 def place(function: Callable, arguments: tuple, processor: str) -> Path | None:
-    """The file of a result, which need not be there; None if nothing is kept.
+    """The file of a result, which need not exist. None if nothing is kept.
 
-    `arguments` are plain values; `processor` is what compiled code needs, "" for none. Errors:
-    ExportError if there can be no such directory.
+    `arguments` are plain values. `processor` is what compiled code needs, "" for none. Errors:
+    ExportError if the directory cannot be made.
     """
     directory = os.environ.get("TOKENLOOP_CACHE")
     if not directory:
@@ -44,9 +44,9 @@ def place(function: Callable, arguments: tuple, processor: str) -> Path | None:
 
 
 def result_of(function: Callable, arguments: tuple, file: Path | None) -> bytes:
-    """function(*arguments), pickled: out of `file` where it is, computed and kept there if not.
+    """function(*arguments), pickled. It is read from `file`, or computed and kept there.
 
-    Of several processes one computes it, and the others wait.
+    One of several processes computes it, and the others wait.
     """
     if file is None:
         return pickle.dumps(function(*arguments))
@@ -54,7 +54,7 @@ def result_of(function: Callable, arguments: tuple, file: Path | None) -> bytes:
         if file.exists():
             return file.read_bytes()
         result = pickle.dumps(function(*arguments))
-        # Whole or not at all; what does not fit on the disk is computed again the next time.
+        # The file is whole or absent. What does not fit on the disk is computed again next time.
         unfinished = file.with_suffix(".tmp")
         try:
             unfinished.write_bytes(result)

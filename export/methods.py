@@ -40,8 +40,8 @@ class Decode(Prefill):
 
 
 class Embed(nn.Module):
-    """token int64 [B, 1] -> hidden [B, 1, D], what decode_embedded takes of it. Of the network it
-    holds the table alone."""
+    """token int64 [B, 1] -> hidden [B, 1, D], which decode_embedded takes. The module holds only
+    the network's table of embeddings."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
@@ -52,8 +52,8 @@ class Embed(nn.Module):
 
 
 def prompt_length(max_prefill: int) -> tuple[Dim | None, int]:
-    """The number of tokens of a chunk as a dynamic size, None where it is 1, and the one that is
-    traced."""
+    """A chunk's number of tokens as a dynamic size, None where `max_prefill` is 1, and the number
+    that is traced."""
     length = Dim("T", min=1, max=max_prefill) if max_prefill > 1 else None
     return length, min(TRACED_LENGTH, max_prefill)
 
@@ -74,7 +74,7 @@ def integers(*shape: int) -> Tensor:
 
 
 def processor(device: torch.device) -> str:
-    """What compiled code needs of a device: "sm_90" of a GPU, "AVX512" of a CPU."""
+    """What compiled code needs of a device: "sm_90" for a GPU, "AVX512" for a CPU."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{major}{minor}"

@@ -1,6 +1,6 @@
-"""A network that is only a config.json, to measure how fast it would be.
+"""A network that is only a config.json, to measure how fast the network would be.
 
-The runner makes its weights up when it loads them, and its tokens are bytes.
+The runner makes the weights up when it loads them. The network's tokens are bytes.
 """
 
 from pathlib import Path
@@ -39,8 +39,8 @@ def write_byte_tokenizer(directory: Path) -> dict:
 
 
 def make_parameters(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace the parameters of a model on the meta device by some that are as large and have no
-    values; what is shared stays shared."""
+    """Replace the parameters of a model on the meta device by uninitialized ones of the same
+    shapes. Parameters that are shared stay shared."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -8,8 +8,8 @@ class Recipe:
     """How to store a model: bits of the blocks' linear weights, and of the output head.
 
     `group_size` None means one scale per output channel. Layers named in `int8` are stored in 8
-    bits whatever `bits` says. A head of 4 bits is one whose best tokens are scored again with the
-    embedding's rows, which are int8 in groups of 32: that loses nothing of a Q8_0 checkpoint.
+    bits whatever `bits` says. The best tokens of a 4-bit head are scored again with the embedding's
+    rows. Those are int8 in groups of 32, which loses nothing of a Q8_0 checkpoint.
     """
 
     bits: int
@@ -35,5 +35,5 @@ FOR_BACKEND = {
     "portable": ("fp32",),
     "cuda": ("bf16", "fp32"),
 }
-# Of --backend inductor: the bits of the layers' weights where they are integers.
+# The bits of the layers' weights with --backend inductor, 0 where they are not integers.
 INTEGER_BITS = {"fp32": 0, "bf16": 0, "int8": 8, "int4": 4}

@@ -5,7 +5,7 @@ from tokenloop.models.decoder import CausalLM
 
 
 def unsupported(network: CausalLM, backend: str) -> str | None:
-    """What of the network the backend does not take, in words; None if it takes all."""
+    """The parts of the network that the backend does not take, in words. None if it takes all."""
     blocks = network.model.layers
     mixers = [block.mixer for block in blocks]
     if backend in ("xnnpack", "cuda") and any(m.layer_type == "linear_attention" for m in mixers):

@@ -15,7 +15,7 @@ def tensors_of(
     for method in methods:
         named |= dict(method.named_parameters(remove_duplicate=False))
         named |= dict(method.named_buffers(remove_duplicate=False))
-    # Whole tensors before their parts, and of equals the one with the shortest name.
+    # Whole tensors come before their parts. The shortest name comes first among equals.
     owners: dict[int, str] = {}
     for name in sorted(named, key=lambda name: (-named[name].nbytes, len(name), name)):
         tensor = named[name]

@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
 class KVCache(nn.Module):
     """Slots for keys and values: k, v float [B, S, K, D], zero until written.
 
-    A chunk belongs to one row, `row` int64 [1]; without it there is only one.
+    A chunk belongs to one row, `row` int64 [1]. Without `row` there is only one.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class KVCache(nn.Module):
             self.v.index_put_((rows, slots), v[0])
 
     def store_step(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Write k, v [B, 1, K, D], of each row to its own one of `slots` int64 [B]."""
+        """Write each row of k, v [B, 1, K, D] to its own one of `slots` int64 [B]."""
         rows = torch.arange(slots.shape[0], device=slots.device)
         self.k.index_put_((rows, slots), k[:, 0])
         self.v.index_put_((rows, slots), v[:, 0])
@@ -65,16 +65,16 @@ class KVCache(nn.Module):
     def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
         """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
         self.store_step(k, v, positions % self.slots if self.is_ring else positions)
-        # Before a ring is full the slots up to the position are filled; afterwards all are.
+        # A ring's slots up to the position are filled before it is full. Afterwards all are.
         return attend(q, self.k, self.v, self.filled(positions)[:, None], scale)
 
     def filled(self, positions: Tensor) -> Tensor:
-        """bool [N, S]: which slots come up to each of `positions` int64 [N]."""
+        """bool [N, S], true for the slots up to each of `positions` int64 [N]."""
         return torch.arange(self.slots, device=positions.device) <= positions[:, None]
 
 
 class FullCache(KVCache):
-    """Slot i holds position i; a query sees every position up to its own."""
+    """Slot i holds position i. A query sees every position up to its own."""
 
     is_ring = False
 
@@ -88,7 +88,7 @@ class FullCache(KVCache):
 
 
 class SlidingCache(KVCache):
-    """A ring: position p lives in slot p mod S, and a query sees the last S positions, itself
+    """A ring: position p lives in slot p mod S. A query sees the last S positions, its own
     included. A chunk may not be longer than the ring."""
 
     is_ring = True
@@ -97,7 +97,7 @@ class SlidingCache(KVCache):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
         row: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Attend with q [1, T, H, D] over the ring and k, v [1, T, K, D]; then store k, v at
+        """Attend with q [1, T, H, D] over the ring and k, v [1, T, K, D]. Then store k, v at
         `positions` int64 [T], which are consecutive."""
         keys, values = self.of(row)
         visible = self.visible_in_prefill(positions)[None]
@@ -109,7 +109,7 @@ class SlidingCache(KVCache):
         """bool [T, S + T]: what queries at `positions` see of the ring followed by the chunk."""
         slots = torch.arange(self.slots, device=positions.device)
         start = positions[:1]
-        # The newest position before the chunk that is congruent to the slot; negative: unwritten.
+        # A slot has the newest congruent position before the chunk. Negative means unwritten.
         held = start - 1 - (start - 1 - slots + self.slots) % self.slots
         keys = torch.cat([held, positions])
         queries = positions[:, None]

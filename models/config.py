@@ -1,6 +1,6 @@
 """Reading a Hugging Face config.json: defaults, refusals, layer types and rotary embedding.
 
-Each family says what its fields are; what can be wrong with one is said here, once.
+Each family says what its fields are. What can be wrong with a field is said here, once.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -17,9 +17,9 @@ def read(
 ) -> dict[str, Any]:  # fmt: skip
     """The config over its `defaults`, checked.
 
-    `only` has the one value that a field may have where another is not implemented; null, or any
-    empty value in place of an empty one, is the same as none. `needed` fields must not be null.
-    Of each pair in `multiples` the first is a multiple of the second.
+    `only` has the value of each field for which no other is implemented. A null is the same as that
+    value, and so is any empty value if that is empty. `needed` fields must not be null. The first
+    of each pair in `multiples` is a multiple of the second.
 
     Raises ValueError naming the field, its value and what would be right.
     """
@@ -37,8 +37,8 @@ def read(
 
 
 def with_heads(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with as many key/value heads as query heads, and with the head_dim that the hidden
-    size leaves to each of these, where it does not say."""
+    """The config with num_key_value_heads and head_dim filled in where they are missing. Key/value
+    heads are as many as query heads, and head_dim is what the hidden size leaves to each."""
     heads, size = config.get("num_attention_heads"), config.get("hidden_size")
     own = {"num_key_value_heads": heads, "head_dim": size // heads if size and heads else None}
     return config | {key: value for key, value in own.items() if config.get(key) is None}
@@ -53,7 +53,7 @@ def known_type(config: Mapping[str, Any], known: Collection[str]) -> str:
 
 
 def layer_types(config: Mapping[str, Any], usual: str, interval: int) -> tuple[str, ...]:
-    """Each layer's type as `layer_types` lists them; unlisted, every `interval`-th layer is
+    """Each layer's type as `layer_types` lists them. Without a list every `interval`-th layer is
     full_attention and the others are `usual`.
 
     Raises ValueError for a list of another length, or with a type that is neither.

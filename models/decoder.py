@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tokenloop.models.layers import RotaryEmbedding, rounded
 
-# What checkpoints call a block's norms, by role: those before its mixer and its feed-forward, and
-# in the second layout those of what the two give, each before it is added.
+# What checkpoints call a block's norms, by role. Both layouts have norms before the mixer and the
+# feed-forward. The second also has norms of what the two give, each before it is added.
 PRE_NORMS = {"mixer": "input_layernorm", "mlp": "post_attention_layernorm"}
 SANDWICH_NORMS = {
     "mixer": "input_layernorm",
@@ -27,10 +27,10 @@ SANDWICH_NORMS = {
 class Mixer(Protocol):
     """What mixes tokens: models.layers.Attention, or models.delta_net.GatedDeltaNet.
 
-    `name` is what a checkpoint calls it in a block. `layer_type` is a Hugging Face config's:
+    `name` is what a checkpoint calls the mixer in a block. `layer_type` is a Hugging Face config's:
     full_attention, sliding_attention or linear_attention. `cache` is its state, buffers that are
     updated in place. `projections` are the names of the linear layers that read the block's input,
-    in the order in which their rows can lie together; `output` is the name of the one that gives
+    in the order in which their rows can lie together. `output` is the name of the one that gives
     the branch.
     """
 
@@ -41,8 +41,8 @@ class Mixer(Protocol):
     output: str
 
     def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What `prefill` and `decode` take before the positions, and gates or None, of x [B, T, D];
-        `rope` has cos and sin by layer type."""
+        """What `prefill` and `decode` take before the positions, and gates or None, for x
+        [B, T, D]. `rope` has cos and sin by layer type."""
 
     def prefill(self, *inputs_positions_and_row: Tensor | None) -> Tensor:
         """[1, T, ...] of a chunk of one row, at positions int64 [T], row int64 [1] or None."""
@@ -55,12 +55,12 @@ class Mixer(Protocol):
 
 
 class Block(nn.Module):
-    """x + mixer_branch_norm(mixer(mixer_norm(x))), and of that
-    x + mlp_branch_norm(mlp(mlp_norm(x))), times layer_scalar.
+    """x becomes x + mixer_branch_norm(mixer(mixer_norm(x))), and that becomes
+    (x + mlp_branch_norm(mlp(mlp_norm(x)))) * layer_scalar.
 
     A branch norm, and `layer_scalar` [1], are None where a block has none. `mlp` is a
-    models.layers.MLP or a models.moe.SparseMoe: it declares `moe`, the config of its routed
-    experts or None, and `dense`, the MLP that every token has or None.
+    models.layers.MLP or a models.moe.SparseMoe. It declares `moe`, the config of its routed experts
+    or None, and `dense`, the MLP that every token has or None.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.mlp = mlp
         for name in norms.values():
             self.add_module(name, norm())
-        # A buffer in transformers; a parameter here, because checkpoints fill parameters.
+        # transformers has a buffer. A parameter is used here, because checkpoints fill parameters.
         self.layer_scalar = nn.Parameter(torch.empty(1)) if scaled else None
 
     @property
@@ -104,8 +104,8 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and final norm; `rope` has an entry for each type of layer that rotates,
-    and embeddings are multiplied by `embed_scale`."""
+    """Embedding, blocks and final norm. `rope` has an entry for each type of layer that rotates.
+    Embeddings are multiplied by `embed_scale`."""
 
     def __init__(
         self, embed_tokens: nn.Embedding, layers: Iterable[Block], norm: nn.Module,
@@ -123,11 +123,11 @@ class Backbone(nn.Module):
         x = self.embed_tokens(tokens)
         if self.embed_scale == 1.0:
             return x
-        # transformers keeps the scale in the weights' dtype: in bfloat16 it is another number.
+        # transformers keeps the scale in the weights' dtype. In bfloat16 it is another number.
         return x * rounded(self.embed_scale, x.dtype)
 
     def rotations(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each type of layer cos and sin [T, 1, rotary_dim] at positions int64 [T]."""
+        """cos and sin [T, 1, rotary_dim] of each type of layer at positions int64 [T]."""
         return {layer_type: rope(positions) for layer_type, rope in self.rope.items()}
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None) -> Tensor:
@@ -152,7 +152,7 @@ class Backbone(nn.Module):
 class CausalLM(nn.Module):
     """A text model of `batch` rows whose caches reach max_seq_len positions.
 
-    A prefill chunk holds at most `max_chunk` tokens, which an exporter may limit, and could hold
+    A prefill chunk holds at most `max_chunk` tokens. An exporter may limit these, up to
     `longest_chunk`. A head that is `tied` shares the embedding's weight. Logits are soft-capped,
     tanh(x / soft_cap) * soft_cap, where soft_cap is not None.
     """
@@ -176,7 +176,7 @@ class CausalLM(nn.Module):
         self.limit_chunks(max_chunk)
 
     def limit_chunks(self, tokens: int) -> None:
-        """Have no prefill chunk be longer than so many tokens."""
+        """Limit prefill chunks to `tokens` tokens."""
         self.max_chunk = min(self.longest_chunk, tokens)
         for layer in self.model.layers:
             layer.mixer.max_chunk = self.max_chunk
@@ -190,7 +190,7 @@ class CausalLM(nn.Module):
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
         """Logits [1, V] after the last of tokens int64 [1, T] at positions int64 [T] of one row,
-        `row` int64 [1]; a model of one row takes none."""
+        `row` int64 [1]. A model of one row takes no `row`."""
         return self.logits(self.model.prefill(tokens, positions, row)[:, -1:])
 
     def decode(self, token: Tensor, position: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class CausalLM(nn.Module):
         return self.decode_embedded(self.embed(token), position)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What `decode_embedded` takes of tokens int64 [B, T]: scaled embeddings [B, T, D]."""
+        """Scaled embeddings [B, T, D] of tokens int64 [B, T], which `decode_embedded` takes."""
         return self.model.embed(tokens)
 
     def decode_embedded(self, hidden: Tensor, position: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The gated delta net (arXiv:2412.06464), named as in transformers' Qwen3.5 and Qwen3-Next.
 
-A layer that mixes tokens and remembers of them, whatever their number, a matrix for each head and
-the last inputs of a short convolution. A prompt goes through the chunked form of the delta rule, a
-step through its recurrence. Shapes: B rows, T tokens, D hidden size, G key heads and H value heads
-of sizes K and V.
+The layer mixes tokens. It remembers a matrix for each head and the last inputs of a short
+convolution, however many tokens there were. A prompt goes through the chunked form of the delta
+rule, a step through its recurrence. Shapes: B rows, T tokens, D hidden size, G key heads and H
+value heads of sizes K and V.
 """
 
 from dataclasses import dataclass
@@ -69,11 +69,11 @@ class DeltaNetCache(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """A gated delta net: a Mixer. A row begins anew at position 0, whatever it remembered.
+    """A gated delta net, which is a Mixer. A row begins anew at position 0, whatever it remembered.
 
-    It declares beside what a Mixer does: `key_heads`, `key_size`, `value_heads`, `value_size`;
-    `parts`, the convolution's channels that are queries, keys and values; `conv1d`, `A_log`,
-    `dt_bias` and `norm`. `max_chunk` bounds the tokens of a prefill that is exported.
+    It declares more than a Mixer: `key_heads`, `key_size`, `value_heads`, `value_size`, `parts`,
+    `conv1d`, `A_log`, `dt_bias` and `norm`. `parts` are the convolution's channels that are
+    queries, keys and values. `max_chunk` bounds the tokens of a prefill that is exported.
     """
 
     name, layer_type, output = "linear_attn", "linear_attention", "out_proj"
@@ -103,8 +103,8 @@ class GatedDeltaNet(nn.Module):
         self.cache = cache
 
     def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(inputs of the convolution [B, T, channels], a and b [B, T, H]), and gates
-        [B, T, H, V]; nothing is rotated."""
+        """(inputs of the convolution [B, T, channels], a and b [B, T, H]), and gates [B, T, H, V].
+        Nothing is rotated."""
         heads = self.value_heads, self.value_size
         if not self.fused:
             z = self.in_proj_z(x).unflatten(-1, heads)
@@ -120,7 +120,7 @@ class GatedDeltaNet(nn.Module):
     def prefill(
         self, qkv: Tensor, a: Tensor, b: Tensor, positions: Tensor, row: Tensor | None
     ) -> Tensor:
-        """[1, T, H, V] of a chunk of one row."""
+        """The heads' results [1, T, H, V] for a chunk of one row."""
         cache, started = self.cache, positions[:1] > 0
         row = None if row is None else row.int()
         ends = torch.arange(2, dtype=torch.int32, device=qkv.device) * qkv.shape[1]
@@ -134,7 +134,7 @@ class GatedDeltaNet(nn.Module):
         )
 
     def decode(self, qkv: Tensor, a: Tensor, b: Tensor, position: Tensor) -> Tensor:
-        """[B, 1, H, V] of a step of all rows."""
+        """The heads' results [B, 1, H, V] for a step of all rows."""
         cache, started = self.cache, position > 0
         mixed = causal_conv1d_update(
             qkv[:, 0], self.conv1d.weight[:, 0], None, cache.conv, None, started, "silu"

@@ -11,7 +11,7 @@ from tokenloop.models.layers import MLP, Attention, RMSNorm, RopeConfig, RotaryE
 
 MODEL_TYPES = ("gemma3_text",)
 SLIDING, FULL = "sliding_attention", "full_attention"
-# transformers' Gemma3TextConfig; the 4B's config.json says nothing of what equals these.
+# The defaults of transformers' Gemma3TextConfig. The 4B's config.json leaves out what equals them.
 DEFAULTS = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
@@ -26,7 +26,7 @@ DEFAULTS = {
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
 }
-# Fields of which one value is implemented.
+# Fields for which only one value is implemented.
 ONLY = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
@@ -39,7 +39,7 @@ ONLY = {
 
 @dataclass(frozen=True)
 class Gemma3Config:
-    """The shape of one Gemma 3 text model; `from_dict` reads a Hugging Face config."""
+    """The shape of one Gemma 3 text model. `from_dict` reads a Hugging Face config."""
 
     vocab_size: int
     hidden_size: int
@@ -82,7 +82,7 @@ def _rope(config: dict) -> dict[str, RopeConfig]:
 
 
 def text_name(name: str, other_parts: tuple[str, ...]) -> str | None:
-    """A checkpoint's tensor name as the text model's parameter name; None for what is left out.
+    """A checkpoint's tensor name as the text model's parameter name. None for what is left out.
 
     Multimodal checkpoints hold the text model under a prefix beside `other_parts`.
     """
@@ -95,7 +95,7 @@ def text_name(name: str, other_parts: tuple[str, ...]) -> str | None:
 
 
 def checkpoint_name(name: str) -> str | None:
-    """A checkpoint's tensor name as this model's parameter name; None for what is left out."""
+    """A checkpoint's tensor name as this model's parameter name. None for what is left out."""
     return text_name(name, ("vision_tower", "multi_modal_projector"))
 
 
@@ -110,7 +110,7 @@ class Gemma3(CausalLM):
         dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         c = config
-        # The published weights are what is added to one.
+        # The published weights are added to one.
         norm = partial(RMSNorm, eps=c.rms_norm_eps, offset=1.0)
         shape = batch, max_seq_len, c.num_key_value_heads, c.head_dim
 

@@ -1,7 +1,7 @@
 """Gemma 4 text models, dense, named as in transformers (its models/gemma4 is the reference).
 
-Sliding and full layers differ in more than their window: in head size, key/value heads and rotary
-embedding; and full layers may have no v_proj, where a value is the key before norm and rotation.
+Sliding and full layers differ in window, head size, key/value heads and rotary embedding. Full
+layers may have no v_proj. A value is then the key before norm and rotation.
 """
 
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from tokenloop.models.decoder import SANDWICH_NORMS, Block, CausalLM
 from tokenloop.models.gemma3 import FULL, SLIDING, text_name
 
 MODEL_TYPES = ("gemma4_text",)
-# transformers' Gemma4TextConfig; a config.json need not say what equals these.
+# The defaults of transformers' Gemma4TextConfig. A config.json need not say what equals them.
 DEFAULTS = {
     "vocab_size": 262_144,
     "hidden_size": 2304,
@@ -50,8 +50,8 @@ ROPE_PARAMETERS = {
         "partial_rotary_factor": 0.25,
     },
 }
-# Fields of which one value is implemented. The E2B and E4B have per-layer inputs, and shared keys
-# and values; the 26B-A4B has experts.
+# Fields for which only one value is implemented. The E2B and E4B have per-layer inputs, and shared
+# keys and values. The 26B-A4B has experts.
 ONLY = {
     "attention_bias": False,
     "hidden_size_per_layer_input": 0,
@@ -65,7 +65,7 @@ ONLY = {
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The attention of one kind of layer; `keys_are_values`: there is no v_proj."""
+    """The attention of one kind of layer. There is no v_proj where `keys_are_values`."""
 
     head_dim: int
     num_key_value_heads: int
@@ -75,7 +75,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class Gemma4Config:
-    """The shape of one Gemma 4 text model; `from_dict` reads a Hugging Face config."""
+    """The shape of one Gemma 4 text model. `from_dict` reads a Hugging Face config."""
 
     vocab_size: int
     hidden_size: int
@@ -134,8 +134,8 @@ def _attention(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str
 def _head_shapes(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str, dict[str, int]]:
     """head_dim and num_key_value_heads of each kind of layer that there is.
 
-    A published config.json has what full layers have of their own as global_head_dim and
-    num_global_key_value_heads; transformers 5.24 writes each layer that differs in
+    A published config.json has full layers' own values as global_head_dim and
+    num_global_key_value_heads. transformers 5.24 writes each layer that differs in
     per_layer_config.
     """
     own = config.get("per_layer_config")
@@ -166,7 +166,7 @@ def _rope(config: dict[str, Any], kind: str) -> layers.RopeConfig:
 
 
 def checkpoint_name(name: str) -> str | None:
-    """A checkpoint's tensor name as this model's parameter name; None for what is left out."""
+    """A checkpoint's tensor name as this model's parameter name. None for what is left out."""
     return text_name(name, ("vision_tower", "embed_vision", "audio_tower", "embed_audio"))
 
 

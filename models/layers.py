@@ -17,10 +17,10 @@ from tokenloop.models.cache import FullCache, KVCache, SlidingCache
 
 
 class Shard(NamedTuple):
-    """A shard of the parameter `name`: where a tensor goes that is not the whole of it.
+    """A shard of the parameter `name`, for a tensor that is not the whole of the parameter.
 
     The parameter's last axis but one has `parts` equal parts, and the shard is number `part`. It
-    is of entry `entry` of the first axis, or of all entries where `entry` is None.
+    belongs to entry `entry` of the first axis, or to all entries where `entry` is None.
     """
 
     name: str
@@ -41,8 +41,8 @@ class Llama3Scaling:
     """Llama 3.1's scaling of rotary frequencies, by a Hugging Face config's names.
 
     The source is transformers' modeling_rope_utils.py. Wavelengths above
-    original_max_position_embeddings / low_freq_factor are `factor` times as long, those below
-    original_max_position_embeddings / high_freq_factor stay, and between the two a line leads.
+    original_max_position_embeddings / low_freq_factor are `factor` times as long. Those below
+    original_max_position_embeddings / high_freq_factor stay. A line leads from one to the other.
     """
 
     factor: float
@@ -68,7 +68,7 @@ class RopeConfig:
     """Rotary embedding of one type of layer.
 
     `factor` divides positions (linear scaling). Only the share `partial` of the pairs rotates.
-    `llama3` scales frequencies by their wavelength; `factors` divide them one by one.
+    `llama3` scales frequencies by their wavelength. `factors` divide them one by one.
     """
 
     theta: float
@@ -102,7 +102,7 @@ class RotaryEmbedding(nn.Module):
 
 def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs (i, i + R/2) of the first R elements of each head of x [B, T, H, D] by the
-    angles whose cos and sin [..., R] are given; the other elements stay (partial rotary)."""
+    angles whose cos and sin [..., R] are given. The other elements stay (partial rotary)."""
     cos, sin = rope
     size = cos.shape[-1]
     if size < x.shape[-1]:
@@ -142,8 +142,8 @@ class ValueNorm(nn.Module):
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
-    """`value` (positive) as `dtype` holds it: by Python's arithmetic, so that a traced graph gets
-    a number."""
+    """`value` (positive) as `dtype` holds it. Python's arithmetic rounds it, so that a traced graph
+    gets a number."""
     mantissa, exponent = math.frexp(value)
     steps = 2.0 / torch.finfo(dtype).eps
     return math.ldexp(round(mantissa * steps) / steps, exponent)
@@ -165,12 +165,13 @@ def kv_cache(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over a KV cache, whose shape tells K and head_dim: a Mixer.
+    """A Mixer: grouped-query attention over a KV cache, whose shape tells K and head_dim.
 
-    It declares beside what a Mixer does: `heads`, `kv_heads`, `head_dim` and `scale`; `q_norm`,
-    `k_norm` and `v_norm`, modules or None; `keys_are_values`, where there is no v_proj and a value
-    is the key before norm and rotation; `output_gate`, where q_proj gives each head's query and
-    then its gate, whose sigmoid multiplies what the head gives.
+    It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `keys_are_values`,
+    `output_gate`, and `q_norm`, `k_norm` and `v_norm`, which are modules or None. With
+    `keys_are_values` there is no v_proj, and a value is the key before norm and rotation. With
+    `output_gate` q_proj gives each head's query, then its gate, whose sigmoid multiplies the
+    result.
     """
 
     name, output = "self_attn", "o_proj"
@@ -181,8 +182,8 @@ class Attention(nn.Module):
         keys_are_values: bool = False, output_gate: bool = False, bias: bool = False,
         output_bias: bool = False,
     ):  # fmt: skip
-        """`norm` makes the norms of queries and keys, given head_dim. `bias`: queries, keys and
-        values have one; `output_bias`: o_proj has one."""
+        """`norm` makes the norms of queries and keys, given head_dim. `bias` is for queries, keys
+        and values, and `output_bias` for o_proj."""
         super().__init__()
         kv_heads, head_dim = cache.k.shape[2:]
         self.layer_type, self.scale = layer_type, scale
@@ -202,7 +203,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """(queries [B, T, H, head_dim], keys and values [B, T, K, head_dim]), and gates like the
-        queries or None, of x [B, T, D]."""
+        queries or None, for x [B, T, D]."""
         gate = None
         if self.output_gate:
             q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
@@ -219,11 +220,11 @@ class Attention(nn.Module):
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None
     ) -> Tensor:
-        """What the heads give of a chunk of one row: [1, T, H, head_dim]."""
+        """The heads' results [1, T, H, head_dim] for a chunk of one row."""
         return self.cache.prefill(q, k, v, positions, self.scale, row)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        """What the heads give of a step of all rows: [B, 1, H, head_dim]."""
+        """The heads' results [B, 1, H, head_dim] for a step of all rows."""
         return self.cache.decode(q, k, v, position, self.scale)
 
     def combine(self, attended: Tensor, gate: Tensor | None) -> Tensor:
@@ -237,15 +238,15 @@ class Attention(nn.Module):
         return projected.view(projected.shape[0], -1, count, self.head_dim)
 
 
-# By the names that kernels know them by.
+# Activations by the names that kernels use for them.
 ACTIVATIONS = {"gelu_tanh": partial(nn.GELU, approximate="tanh"), "silu": nn.SiLU}
 
 
 class MLP(nn.Module):
     """Gated feed-forward (arXiv:2002.05202): down(act(gate(x)) * up(x)).
 
-    As a block's feed-forward it declares `moe`, the config of its routed experts, which it has
-    none of, and `dense`, the feed-forward that every token has: itself.
+    As a block's feed-forward it declares `moe` and `dense`. `moe` is None, because it has no routed
+    experts. `dense` is the feed-forward that every token has, which is itself.
     """
 
     moe = None

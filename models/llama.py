@@ -12,20 +12,20 @@ from tokenloop.models.layers import MLP, Attention, RMSNorm, RopeConfig, RotaryE
 
 MODEL_TYPES = ("llama",)
 FULL = "full_attention"
-# transformers' LlamaConfig; key/value heads and head_dim follow from the others.
+# The defaults of transformers' LlamaConfig. Key/value heads and head_dim follow from the others.
 DEFAULTS = {
     "vocab_size": 32_000, "num_attention_heads": 32, "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "tie_word_embeddings": False,
     "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-# Fields of which one value is implemented.
+# Fields for which only one value is implemented.
 ONLY = {"hidden_act": "silu"}
 ROPE_TYPES = "default", "linear", "llama3", "factors"
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of one Llama text model; `from_dict` reads a Hugging Face config."""
+    """The shape of one Llama text model. `from_dict` reads a Hugging Face config."""
 
     vocab_size: int
     hidden_size: int
@@ -54,8 +54,8 @@ class LlamaConfig:
 
 
 def checkpoint_name(name: str) -> str | None:
-    """A checkpoint's tensor name as this model's parameter name; None for what is left out: the
-    rotary frequencies that old checkpoints hold, which follow from the config."""
+    """A checkpoint's tensor name as this model's parameter name. None for the rotary frequencies
+    that old checkpoints hold, which follow from the config."""
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 

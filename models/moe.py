@@ -15,8 +15,8 @@ from tokenloop.models.layers import MLP
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """`num_experts` of `moe_intermediate_size`, `num_experts_per_tok` for each token; with
-    `norm_topk_prob` the weights of those chosen add up to one."""
+    """`num_experts` of `moe_intermediate_size`, `num_experts_per_tok` for each token. The weights
+    of those chosen add up to one with `norm_topk_prob`."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -25,10 +25,10 @@ class MoeConfig:
 
 
 class Experts(nn.Module):
-    """SiLU-gated feed-forwards: x [N, D], of each token the experts chosen int64 [N, k] and their
+    """SiLU-gated feed-forwards: x [N, D], each token's chosen experts int64 [N, k] and their
     weights [N, k] -> [N, D].
 
-    Both ways of computing it are exact. `forward` is the one for few tokens, `all` for many.
+    `forward` and `all` are both exact. `forward` is for few tokens, and `all` is for many.
     """
 
     def __init__(self, hidden_size: int, config: MoeConfig):
@@ -47,7 +47,7 @@ class Experts(nn.Module):
         return (out.view(tokens, count, -1) * weights[..., None]).sum(1)
 
     def all(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Reads every expert once, and computes all of them for every token: a chunk's tokens
+        """Reads every expert once, and computes all of them for every token. A chunk's tokens
         together choose nearly all of them."""
         dense = weights.new_zeros(x.shape[0], self.gate_up_proj.shape[0])
         dense = dense.scatter(1, chosen, weights)
@@ -65,10 +65,10 @@ def _gated(gate_up: Tensor) -> Tensor:
 class SparseMoe(nn.Module):
     """A feed-forward whose tokens choose their experts: x [B, T, D] -> [B, T, D].
 
-    With `shared_size` there is one more expert, of that size, which every token has by a weight of
-    its own. As a block's feed-forward it declares `moe`, its routed experts' config, and `dense`,
-    that one expert or None. Its `routers` stay floating point where other layers do not: their
-    scores decide more than they weigh.
+    With `shared_size` there is one more expert, of that size. Every token has it, with a weight of
+    the token's own. As a block's feed-forward it declares `moe`, the config of its routed experts,
+    and `dense`, the shared expert or None. `routers` stay floating point where other layers do not:
+    their scores decide more than they weigh.
     """
 
     routers = ("gate", "shared_expert_gate")
@@ -98,7 +98,7 @@ class SparseMoe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         routed = self.route(self.gate(tokens))
-        # Decided by sizes that are known when a method is traced: a step has one token in each row.
+        # Sizes that are known when a method is traced decide. A step has one token in each row.
         few = x.shape[1] == 1 and x.shape[0] * self.moe.num_experts_per_tok < self.moe.num_experts
         run = self.experts if few else self.experts.all
         out = run(tokens, *routed).view(x.shape)

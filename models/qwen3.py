@@ -1,8 +1,8 @@
 """Qwen text models, named as in transformers: Qwen2 and 2.5 (arXiv:2407.10671, 2412.15115), Qwen3
 and its mixtures of experts (arXiv:2505.09388).
 
-They differ in little: Qwen2's queries, keys and values have biases, Qwen3's queries and keys norms
-instead, and a mixture has routed experts for its feed-forward. Shapes: B rows, T tokens, D hidden
+They differ in little. Qwen2's queries, keys and values have biases. Qwen3's queries and keys have
+norms instead. A mixture has routed experts for its feed-forward. Shapes: B rows, T tokens, D hidden
 size.
 """
 
@@ -28,8 +28,8 @@ _SHARED_DEFAULTS = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
 }
-# transformers' Qwen2Config, Qwen3Config and Qwen3MoeConfig; a head_dim that is nowhere is what the
-# hidden size leaves to each head.
+# The defaults of transformers' Qwen2Config, Qwen3Config and Qwen3MoeConfig. A head_dim that is
+# nowhere is what the hidden size leaves to each head.
 DEFAULTS = {
     "qwen2": _SHARED_DEFAULTS,
     "qwen3": _SHARED_DEFAULTS | {"head_dim": 128},
@@ -43,7 +43,7 @@ DEFAULTS = {
     },
 }
 MODEL_TYPES = tuple(DEFAULTS)
-# Fields of which one value is implemented.
+# Fields for which only one value is implemented.
 ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -56,9 +56,9 @@ EXPERT = re.compile(r"(.*\.mlp\.experts)\.(?:(\d+)\.)?(gate|up|down)_proj\.weigh
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """The shape of one Qwen text model; `from_dict` reads a Hugging Face config.
+    """The shape of one Qwen text model. `from_dict` reads a Hugging Face config.
 
-    `moe` is None where the feed-forward is one for all tokens.
+    `moe` is None where all tokens have one feed-forward.
     """
 
     model_type: str
@@ -94,7 +94,7 @@ class Qwen3Config:
 
 def moe_config(config: dict) -> MoeConfig:
     """The experts that a config's keys describe. Raises ValueError for more chosen than exist."""
-    # transformers 5 writes another name than the published configs have, for the same field.
+    # transformers 5 and the published configs have different names for the same field.
     config = config | {"num_experts": config.get("num_local_experts") or config["num_experts"]}
     moe = MoeConfig(**{field.name: config[field.name] for field in fields(MoeConfig)})
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
@@ -108,8 +108,8 @@ def moe_config(config: dict) -> MoeConfig:
 def checkpoint_name(name: str) -> str | layers.Shard:
     """A checkpoint's tensor name as this model's parameter name, or as a shard of one.
 
-    Published mixtures have a tensor for each expert and projection, GGUF files one for each
-    projection of all experts; here, as in transformers, gate and up are one parameter.
+    Published mixtures have a tensor for each expert and projection. GGUF files have one for each
+    projection of all experts. Gate and up are one parameter here, as in transformers.
     """
     match = EXPERT.fullmatch(name)
     if match is None:

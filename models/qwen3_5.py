@@ -1,7 +1,7 @@
 """Hybrid text models, named as in transformers: Qwen3.5's, dense or with routed experts, and
 Qwen3-Next's layout of them.
 
-Most layers are gated delta nets, which remember the same amount whatever the context; every fourth
+Most layers are gated delta nets, which remember the same amount whatever the context. Every fourth
 is attention with an output gate over a KV cache. Shapes: B rows, T tokens, D hidden size, H heads.
 """
 
@@ -29,7 +29,7 @@ _EXPERTS = {
     "num_key_value_heads": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
     "norm_topk_prob": True, "decoder_sparse_step": 1,
 }  # fmt: skip
-# transformers' Qwen3_5TextConfig, Qwen3_5MoeTextConfig and Qwen3NextConfig.
+# The defaults of transformers' Qwen3_5TextConfig, Qwen3_5MoeTextConfig and Qwen3NextConfig.
 DEFAULTS = {
     "qwen3_5_text": _SHARED_DEFAULTS | {"vocab_size": 248_320, "num_key_value_heads": 4},
     "qwen3_5_moe_text": _SHARED_DEFAULTS
@@ -40,16 +40,16 @@ DEFAULTS = {
     | {"vocab_size": 151_936, "num_experts": 512, "num_experts_per_tok": 10},
 }
 MODEL_TYPES = tuple(DEFAULTS)
-# Fields of which one value is implemented.
+# Fields for which only one value is implemented.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
 
 
 @dataclass(frozen=True)
 class Qwen3_5Config:
-    """The shape of one hybrid text model; `from_dict` reads a Hugging Face config.
+    """The shape of one hybrid text model. `from_dict` reads a Hugging Face config.
 
     A layer that is `sparse` has the experts of `moe`, and one of shared_expert_intermediate_size
-    that all tokens share; the others have a feed-forward of intermediate_size.
+    that all tokens share. The other layers have a feed-forward of intermediate_size.
     """
 
     vocab_size: int
@@ -94,7 +94,7 @@ class Qwen3_5Config:
             raise ValueError(
                 f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"
             )
-        # Of text the three axes of Qwen3.5's positions (mrope_section) are one.
+        # The three axes of Qwen3.5's positions (mrope_section) are one for text.
         rope = configs.rope_entry(config)
         return cls(
             **{key: config[key] for key in plain},
@@ -114,7 +114,7 @@ class Qwen3_5Config:
 
 
 def _sparse(config: dict) -> tuple[bool, ...]:
-    """Which layers have routed experts: of a model that is dense none, and it has no step."""
+    """Which layers have routed experts. A dense model has none, and its config has no step."""
     step, dense = config.get("decoder_sparse_step"), config.get("mlp_only_layers") or ()
     some = step is not None and bool(config.get("num_experts"))
     layers = range(config["num_hidden_layers"])
@@ -129,8 +129,8 @@ def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
 
 
 def checkpoint_name(name: str) -> str | layers.Shard | None:
-    """A checkpoint's tensor name as this model's parameter name, or as a shard of one; None for
-    what is left out: the vision tower, and the layers that predict several tokens at once."""
+    """A checkpoint's tensor name as this model's parameter name, or as a shard of one. None for the
+    vision tower, and for the layers that predict several tokens at once."""
     if name.startswith(("mtp.", "model.visual.")):
         return None
     return qwen3.checkpoint_name(name.replace("model.language_model.", "model.", 1))
@@ -139,7 +139,7 @@ def checkpoint_name(name: str) -> str | layers.Shard | None:
 class Qwen3_5(CausalLM):
     """A hybrid text model of `batch` rows whose KV caches, of `dtype`, reach max_seq_len positions.
 
-    Where it is exported a prefill costs what one of `max_chunk` tokens does in its delta nets.
+    An exported prefill costs as much in its delta nets as one of `max_chunk` tokens.
     """
 
     def __init__(

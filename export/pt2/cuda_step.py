@@ -1,6 +1,6 @@
-"""A decode step on CUDA by models/kernels: five launches a layer where its mixer is attention,
-seven where it is a gated delta net; three more with routed experts, or five where one of them is
-every token's; and one for the end."""
+"""A decode step on CUDA by models/kernels. A layer takes five launches where its mixer is
+attention, and seven where it is a gated delta net. Routed experts take three more, or five more
+where one of them is every token's. The end takes one."""
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ class CudaStep(nn.Module):
     """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
     decode_embedded.
 
-    `bits` of the layers' weights are 4 or 8, and the head's then 8, or 0 for those that the network
-    has; the embedding stays as it is. Nothing of the network that only prefill reads is in here:
-    what is compiled may not take two tensors of one memory where it writes to any.
+    `bits` of the layers' weights are 4 or 8, and the head's are then 8. With 0 both stay as the
+    network has them. The embedding stays as it is. Nothing that only prefill reads is in here,
+    because compiled code may not take two tensors of one memory where it writes to any.
 
     Raises ExportError for heads that the kernels cannot take.
     """
@@ -62,7 +62,7 @@ class CudaStep(nn.Module):
         return self._after(before, x, branch, self.norm, self.head, **options)[1]
 
     def _feed_forward(self, layer: PackedBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual after the mixer, whose branch is given, and the feed-forward's own."""
+        """The residual after the mixer, whose branch is given, and the feed-forward's branch."""
         norm = layer.mlp_norm
         residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
         options = {"eps": norm.eps, "offset": norm.offset}
@@ -87,7 +87,7 @@ class CudaStep(nn.Module):
         self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module,
         linear: nn.Module, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The residual after the layer `before`, and the linear layer of its norm."""
+        """The residual after the layer `before`, and what `linear` gives for its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
         tensors = *_tensors(linear), self.kernel_semaphores
         if before is None:
@@ -118,7 +118,7 @@ class CudaStep(nn.Module):
         return attended if gates is None else attended * gates.sigmoid()
 
     def _recur(self, layer: PackedDeltaNet, projected: Tensor, position: Tensor) -> Tensor:
-        """As `_attend`, of a gated delta net."""
+        """As `_attend`, for a gated delta net."""
         # A row begins anew at position 0, and nowhere else.
         cache, started = layer.cache, position
         qkv, z, b, a = projected.split(layer.sizes, 1)
@@ -139,14 +139,14 @@ MIX = {PackedAttention: CudaStep._attend, PackedDeltaNet: CudaStep._recur}
 
 
 def check_head_dim(size: int) -> None:
-    """Raise ExportError for a head_dim whose half is too small for a product of matrices, which
-    takes at least 16 inputs, or no power of two."""
+    """Raise ExportError for a head_dim that is no power of two, or whose half is too small for a
+    product of matrices, which takes at least 16 inputs."""
     if size < 32 or size & (size - 1):
         raise ExportError(f"head_dim is {size}; with --device cuda it must be 32, 64, 128, ...")
 
 
 def weight_of(norm: nn.Module | None) -> Tensor | None:
-    """A norm's weight; None for none."""
+    """A norm's weight, or None for no norm."""
     return None if norm is None else norm.weight
 
 

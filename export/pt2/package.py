@@ -1,4 +1,4 @@
-"""The AOTInductor package: every method compiled for one device; weights and state lie outside."""
+"""The AOTInductor package: every method compiled for one device, without weights and state."""
 
 import hashlib
 from collections.abc import Callable
@@ -25,15 +25,15 @@ OPTIONS = {
     "aot_inductor.package": True,
     # The runner loads weights and state once for all methods.
     "aot_inductor.package_constants_in_so": False,
-    # The wrapper only launches what is compiled apart from it; optimizing it takes a third of the
-    # whole time.
+    # The wrapper only launches code that is compiled apart from it. Optimizing the wrapper takes a
+    # third of the whole time.
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
 
 
 class Select(nn.Module):
     """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
-    float32 [B], seed and position int64 [B]; and next_id int64 [B, 1], which is written."""
+    float32 [B], seed and position int64 [B], and next_id int64 [B, 1]. Writes next_id."""
 
     def __init__(self, function: Callable[..., Tensor]):
         super().__init__()
@@ -45,8 +45,8 @@ class Select(nn.Module):
 
 
 class SelectEmbed(Embed):
-    """What Select takes, and then hidden [B, 1, D], which is written as well: the embedding of
-    next_id. By an operator of sampler/kernels, whose last launch looks it up."""
+    """What Select takes, and then hidden [B, 1, D], which is written as well. `hidden` is the
+    embedding of next_id. The last launch of an operator of sampler/kernels looks it up."""
 
     def __init__(self, backbone: Backbone, function: Callable[..., None]):
         super().__init__(backbone)
@@ -60,7 +60,7 @@ class SelectEmbed(Embed):
 
 
 class NextPositions(nn.Module):
-    """lines int64 [N, B], next_line int64 [1] and position int64 [B], both of which are written."""
+    """lines int64 [N, B], next_line int64 [1] and position int64 [B]. The last two are written."""
 
     def forward(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
         torch.ops.tokenloop.next_positions(lines, next_line, position)
@@ -70,12 +70,12 @@ def write_package(
     model: nn.Module, decode: nn.Module, selection: Background, path: Path,
     progress: Callable[[str], None],
 ) -> list[str]:  # fmt: skip
-    """Compile the methods for the device that the model is on, into a .pt2 file; their names.
+    """Compile the methods for the model's device into a .pt2 file, and return their names.
 
-    `decode` is DecodeEmbedded(model), or does the same. There is no method "decode": it would be
+    `decode` is DecodeEmbedded(model), or does the same. There is no method "decode". It would be
     compiled once more, and round otherwise where an embedding is not rounded between two methods.
-    Constants have the names that they have in the method, and those of prefill begin with
-    "network". `selection` computes compile_selection.
+    Constants have their names in the method, and those of prefill begin with "network". `selection`
+    computes compile_selection.
     """
     weight = model.model.embed_tokens.weight
     with weight.device:
@@ -92,8 +92,8 @@ def write_package(
     with TemporaryDirectory() as directory:
         paths = {}
         for method, contents in files.items():
-            # The loader of torch 2.11 takes all files whose path begins with a method's name, those
-            # of greedy_embed for greedy's too: no name begins as another does with its end marked.
+            # The loader of torch 2.11 takes all files whose path begins with a method's name, so
+            # greedy would get those of greedy_embed. No name with its end marked begins another.
             folder = Path(directory, f"{method}-")
             folder.mkdir()
             paths[folder.name] = [str(folder / name) for name in contents]
@@ -107,11 +107,11 @@ def compile_selection(
     batch: int, vocab_size: int, max_seq_len: int, hidden_size: int, embed_scale: float,
     dtype: torch.dtype, device: str,
 ) -> dict[str, dict[str, bytes]]:  # fmt: skip
-    """The compiled files, by method and name, of what is between a step's logits and the next step:
-    the lookup, selection, and selection of one row of several; with CUDA next_positions, and
-    selection that looks up as well. (A CPU would gain nothing by that, and compiles for long.)
+    """The compiled files, by method and name, of what is between a step's logits and the next step.
 
-    The table of embeddings is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
+    These are the lookup, selection, and selection of one row of several. CUDA also has
+    next_positions and selection with the lookup. A CPU would gain nothing by that, and compiles for
+    long. The table is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
     """
     functions, fused = {"greedy": greedy, "sample": sample}, {}
     files = {}
@@ -120,7 +120,7 @@ def compile_selection(
             from tokenloop.models.kernels import cuda  # noqa: F401  (registers next_positions)
             from tokenloop.sampler.kernels import operator
 
-            # Where no row has a top_k or a top_p, 2 launches do what takes 7 otherwise.
+            # 2 launches do what otherwise takes 7, where no row has a top_k or a top_p.
             functions = {
                 "greedy": operator.greedy,
                 "sample": operator.sample,
@@ -133,7 +133,7 @@ def compile_selection(
             }
             example = integers(max_seq_len, batch), integers(1), integers(batch)
             files["next_positions"] = compile_method(NextPositions(), example)
-        # Compiled code is given its weights when it is loaded: these are never looked at.
+        # Compiled code is given its weights when it is loaded. These are never looked at.
         table = torch.empty(vocab_size, hidden_size, dtype=dtype)
         table = nn.Embedding.from_pretrained(table)
         backbone = Backbone(table, [], nn.Identity(), {}, embed_scale)
@@ -162,11 +162,11 @@ def compile_method(
 def compile_graph(graph: GraphModule, example: tuple[Tensor, ...]) -> dict[str, bytes]:
     """`compile_method` of what `trace` gives.
 
-    Sources are left empty: they say where they were compiled, so that no two exports would be the
+    Sources are left empty. They say where they were compiled, so that no two exports would be the
     same. Nobody reads them, but the loader finds the metadata by the source's name.
     """
-    # Two exports compile the same code in the same place, and a compiler writes in place: one of
-    # them at a time, until its files are read. Another place would give the files other names.
+    # Two exports compile the same code in the same place, where a compiler writes. One works at a
+    # time, until its files are read. Another place would give the files other names.
     directory = Path(cache_dir(), hashlib.sha256(graph.code.encode()).hexdigest())
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / "lock"):
@@ -179,7 +179,7 @@ def trace(
     method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None
 ) -> GraphModule:
     """The method as torch.export sees it."""
-    # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
+    # Conditions of attention's strides on T, which torch 2.11 cannot decide, are checked later.
     program = torch.export.export(
         method, example, dynamic_shapes=dynamic_shapes,
         prefer_deferred_runtime_asserts_over_guards=True,

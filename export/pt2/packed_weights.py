@@ -1,9 +1,9 @@
-"""What a decode step reads of a network, packed: weights that are read together lie together.
+"""The weights that a decode step reads, packed: those that are read together lie together.
 
-Packed are queries', keys' and values' rows, gate's and up's, as floating point or as integers in
-the words that the kernels read. The network's own layers, which prefill uses, become views of them.
-Everything is found in what blocks declare (models/decoder.py).
-Shapes: B rows of a batch, D hidden size, H heads, N outputs and K inputs of a linear layer.
+The rows of queries, keys and values are packed, and those of gate and up. They are floating point,
+or integers in the words that the kernels read. The network's own layers, which prefill uses, become
+views of them. Everything is found in what blocks declare (models/decoder.py). Shapes: B rows of a
+batch, D hidden size, H heads, N outputs and K inputs of a linear layer.
 """
 
 from collections.abc import Sequence
@@ -65,8 +65,8 @@ class LinearView(nn.Module):
 
 
 class IntegerHead(nn.Module):
-    """An output head whose weights are int8: hidden [B, 1, D] -> logits float32 [B, 1, V]. The
-    embedding that it may have shared its weights with keeps its own."""
+    """An output head whose weights are int8: hidden [B, 1, D] -> logits float32 [B, 1, V]. An
+    embedding that was tied to it keeps the weights as they were."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -85,7 +85,7 @@ class IntegerHead(nn.Module):
 
 
 def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:
-    """The weights of the linear layers of those names in `parent`, which become views."""
+    """Pack the weights of the linear layers `names` of `parent`, which become views of them."""
     linears = [parent.get_submodule(name) for name in names]
     packed = PackedLinear(linears, bits)
     for name, view in zip(names, packed.views(linears)):
@@ -96,10 +96,10 @@ def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:
 class PackedBlock(nn.Module):
     """What a decode step reads of a block, whose linear layers become views.
 
-    `qkv` gives what the mixer takes, `o` its branch, `gate_up` and `down` the feed-forward that
-    every token has. Routed experts, whose config `moe` is, stay as they are, whatever the bits;
-    `scores` choose them, and where `moe` is not alone the last of their rows weighs `down`'s
-    result. Norms, `layer_scalar` and `cache` are the block's.
+    `qkv` gives what the mixer takes, and `o` gives its branch. `gate_up` and `down` are the
+    feed-forward that every token has. `moe` is the config of routed experts, which stay as they are
+    whatever the bits, and which `scores` choose. If `is_shared` the last row of `scores` weighs the
+    result of `down`. Norms, `layer_scalar` and `cache` are the block's.
     """
 
     def __init__(self, block: Block, bits: int):
@@ -124,8 +124,8 @@ class PackedBlock(nn.Module):
 
 
 class PackedAttention(PackedBlock):
-    """A block whose mixer is attention. Rows of `qkv` are queries, keys, values and, of a layer
-    with an output gate, gates."""
+    """A block whose mixer is attention. Rows of `qkv` are queries, keys and values, and gates where
+    the layer has an output gate."""
 
     def __init__(self, block: Block, bits: int):
         super().__init__(block, bits)
@@ -153,7 +153,7 @@ class PackedDeltaNet(PackedBlock):
 
 
 def pack_blocks(network: CausalLM, bits: int) -> list[PackedBlock]:
-    """All blocks, packed with so many bits, 0 for the dtype that they have. What the network
+    """All blocks, packed with `bits` bits, or in the dtype that they have for 0. What the network
     computes stays the same but for the bits."""
     arrange(network)
     return [
@@ -165,8 +165,8 @@ def pack_blocks(network: CausalLM, bits: int) -> list[PackedBlock]:
 
 
 class QueriesAndGates(nn.Module):
-    """A q_proj whose queries and gates are layers of their own: x [..., D] -> [..., 2 * H *
-    head_dim], of each head its query and then its gate."""
+    """A q_proj whose queries and gates are layers of their own: x [..., D] ->
+    [..., 2 * H * head_dim], each head's query and then its gate."""
 
     def __init__(self, queries: nn.Module, gates: nn.Module, head_dim: int):
         super().__init__()

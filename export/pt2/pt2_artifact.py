@@ -18,12 +18,12 @@ from tokenloop.models.decoder import CausalLM
 
 
 class Pt2Artifact:
-    """Compiles the methods for the device that the options name: those of selection from `begin`
-    on, in another process, the others in `write`."""
+    """Compiles the methods for the device that the options name. `begin` starts compiling those of
+    selection in another process, and `write` compiles the others."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.device = options, torch.device(options.device)
-        # Of the weights as they are read, of activations and of caches.
+        # The dtype of the weights as they are read, of activations and of caches.
         self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ExportError(
@@ -55,7 +55,7 @@ class Pt2Artifact:
         from tokenloop.export.pt2.package import write_package
 
         model.to(self.device)
-        # Modules with the tensors that those of the step are views of.
+        # Modules with the whole tensors, of which the step's tensors are views.
         whole = []
         if self.device.type == "cuda":
             from tokenloop.export.pt2.cuda_step import CudaStep
@@ -91,7 +91,7 @@ class Pt2Artifact:
 
 
 def _waiting_kernels() -> list[str]:
-    # Importing operators registers their kernels, here of all that there are.
+    # Importing operators registers their kernels. These imports register all that there are.
     from tokenloop.models.kernels import cuda  # noqa: F401
     from tokenloop.models.kernels.launch.dependent_launch import WAITING
     from tokenloop.sampler.kernels import operator  # noqa: F401
@@ -100,7 +100,7 @@ def _waiting_kernels() -> list[str]:
 
 
 def _compile_selection(*arguments) -> dict[str, dict[str, bytes]]:
-    # Imports of seconds, in the other process.
+    # The import takes seconds, so the other process does it.
     from tokenloop.export.pt2.package import compile_selection
 
     return compile_selection(*arguments)

@@ -1,9 +1,9 @@
 """Attention over a KV cache inside XNNPACK, reading only as many slots as the position asks for.
 
-A layer's cache is cut into blocks of 512, 1536, 6144, ... slots, each a tensor of its own (256,
-768, ... where there are several rows): a method attends to the first few of them, chosen by its
-position (ExecuTorch cannot pass a part of a tensor on without copying it). Shapes: B rows,
-K key-value heads, G query heads for each of them, T tokens of one row, D the size of a head.
+A layer's cache is cut into blocks of 512, 1536, 6144, ... slots, or of 256, 768, ... where there
+are several rows. The position decides how many of the first blocks a method attends to. Each block
+is a tensor of its own, because ExecuTorch cannot pass on a part of a tensor without a copy. Shapes:
+B rows, K key-value heads, G query heads for each of them, T tokens of one row, D a head's size.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +18,17 @@ from torch._higher_order_ops.cond import cond_op
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
 from tokenloop.models.cache import KVCache, SlidingCache
 
-# The first block's slots, of one row and of several: what is read in vain is read for each row.
+# The first block's slots with one row and with several. Each row reads some of them in vain.
 FIRST_BLOCK, FIRST_BLOCK_OF_ROWS = 512, 256
-# Masks are computed from positions in this unit: one position too far lowers a score by half of
-# it, which leaves nothing of the score's exponential. A power of two keeps positions exact.
+# Masks are computed from positions in this unit. One position too far lowers a score by half a
+# unit, which leaves nothing of the score's exponential. A power of two keeps positions exact.
 UNIT = 2.0**20
 # The position of a slot that nobody may see, below and above every query.
 NOWHERE = UNIT * UNIT
 
 
 def block_sizes(slots: int, first: int) -> list[int]:
-    """The sizes of a cache's blocks: each quadruples what there is, until there are `slots`."""
+    """The sizes of a cache's blocks. Each block quadruples the sum, until there are `slots`."""
     sizes = [min(first, slots)]
     while sum(sizes) < slots:
         sizes.append(min(3 * sum(sizes), slots - sum(sizes)))
@@ -41,19 +41,19 @@ def attention(
 ) -> GraphDelegate:  # fmt: skip
     """softmax(q k^T - mask) v as one delegate call.
 
-    Arguments: q [K, T, G D], already scaled; newest [T G, 1] or [1, 1], half a position after the
-    last one that a query sees; with `windowed` oldest, of the same shape, half a position after
-    the last one that it no longer sees, in all blocks but the last; then k [K, S, D], v [K, S, D]
-    and positions [1, S] of each block. Positions are float32 in UNITs. Result: [K, T, G D].
-    `blocks` are the sizes S; the last one's may vary if it is `growing`, as T may.
+    Arguments: q [K, T, G D], already scaled; newest [T G, 1] or [1, 1]; if `windowed` oldest, of
+    the same shape; then k [K, S, D], v [K, S, D] and positions [1, S] of each block. Positions are
+    float32 in UNITs. `newest` is half a position after the last one that a query sees. `oldest` is
+    half a position after the last one that it no longer sees, in all blocks but the last. Result:
+    [K, T, G D]. `blocks` are the sizes S. The last one may vary if it is `growing`, as T may.
 
-    With several `rows`, one token of each: q [K, B, G D], newest [K B, 1, 1], k, v [K B, S, D].
+    Several `rows` have one token each: q [K, B, G D], newest [K B, 1, 1], k, v [K B, S, D].
     """
     graph = GraphBuilder()
     products = kv_heads * rows
     q = graph.input(kv_heads, tokens if rows == 1 else rows, group * head_dim)
-    # Here and not around the call: ExecuTorch takes a view of a condition's result for one of the
-    # memory that was planned for it, where that result is not.
+    # The reshape is not around the call. ExecuTorch would take a view of a condition's result for
+    # one of the memory that was planned for it, but the result lies elsewhere.
     q = graph.reshape(q, products, -1, head_dim)
     newest = graph.input(tokens * group, 1) if rows == 1 else graph.input(products, 1, 1)
     oldest = graph.input(tokens * group, 1) if windowed else None
@@ -70,7 +70,7 @@ def attention(
     if growing:
         out = graph.matmul(weights, graph.concatenate(values, axis=1))
     else:
-        # Values are large and weights small: better to cut these than to join those.
+        # Values are large and weights small. So weights are cut, and values are not joined.
         out, begin = None, 0
         for v, size in zip(values, blocks):
             part = weights if len(blocks) == 1 else graph.slice(weights, begin, size)
@@ -90,7 +90,7 @@ class Slots(nn.Module):
         self.count = cache.slots
         first = FIRST_BLOCK if cache.k.shape[0] == 1 else FIRST_BLOCK_OF_ROWS
         filled = block_sizes(self.count, first)
-        # Of several blocks each has a spare slot, for what belongs into another one.
+        # Each of several blocks has a spare slot for what belongs into another one.
         self.spare = int(len(filled) > 1)
         self.sizes = [size + self.spare for size in filled]
         starts = [sum(filled[:i]) for i in range(len(filled))]
@@ -102,7 +102,7 @@ class Slots(nn.Module):
 
     @property
     def positions(self) -> list[Tensor]:
-        """For each block the slots' own positions [1, S], which decode may see up to its own."""
+        """Each block's positions [1, S] of its slots. Decode sees those up to its own position."""
         return [getattr(self, f"positions{i}") for i in range(len(self.sizes))]
 
     def limits(self) -> list[int]:
@@ -110,7 +110,7 @@ class Slots(nn.Module):
         return [start + size for start, size in self.spans]
 
     def indices(self, positions: Tensor) -> list[Tensor]:
-        """For each block the slots int64 [N] at which it stores `positions` int64 [N]."""
+        """The slots int64 [N] at which each block stores `positions` int64 [N]."""
         if self.ring:
             positions = positions % self.count
         if not self.spare:
@@ -121,12 +121,12 @@ class Slots(nn.Module):
         ]
 
     def held(self, positions: Tensor) -> list[Tensor]:
-        """For each block the positions [1, S] that it holds before a chunk at `positions`."""
+        """The positions [1, S] that each block holds before a chunk at `positions`."""
         begin = positions[:1]
         if not self.ring:
             bound = begin.float() * UNIT
             return [torch.where(block < bound, block, NOWHERE) for block in self.positions]
-        # The newest position before the chunk that is congruent to the slot; negative: unwritten.
+        # A slot has the newest congruent position before the chunk. Negative means unwritten.
         slots = torch.arange(self.count)
         newest = begin - 1 - (begin - 1 - slots + self.count) % self.count
         newest = torch.where(newest < 0, NOWHERE, newest.float() * UNIT)[None]
@@ -137,7 +137,7 @@ class Slots(nn.Module):
 
 
 class BlockCache(nn.Module):
-    """The keys and values of one layer: for each block float32 [K B S, D]."""
+    """The keys and values of one layer, float32 [K B S, D] for each block."""
 
     def __init__(self, cache: KVCache, slots: Slots):
         super().__init__()
@@ -160,8 +160,8 @@ class BlockCache(nn.Module):
         return blocks
 
     def places(self, indices: Sequence[Tensor], row: Tensor | None = None) -> list[Tensor]:
-        """For each block where in it `indices` (of Slots.indices) are: int64 [K N]. Those are
-        slots int64 [T] of `row` int64 [1], or without it one of each row, int64 [B]."""
+        """Where `indices` (of Slots.indices) lie in each block, int64 [K N]. Indices are slots
+        int64 [T] of `row` int64 [1], or without `row` one slot of each row, int64 [B]."""
         rows = torch.arange(self.rows) if row is None else row
         heads = torch.arange(self.kv_heads)[:, None] * self.rows
         return [
@@ -178,8 +178,8 @@ class BlockCache(nn.Module):
 def choose(
     value: Tensor, limits: Sequence[int], branches: Sequence[Callable], operands: Sequence[Tensor]
 ) -> Tensor:
-    """What the first branch returns whose limit is at least `value` int64 [], or the last branch:
-    each is called with `operands`."""
+    """The result of the first branch whose limit is at least `value` int64 [], or of the last
+    branch. Each branch is called with `operands`."""
     if len(branches) == 1:
         return branches[0](*operands)
 
@@ -194,11 +194,11 @@ def choose(
 
 @dataclass(frozen=True)
 class Chunk:
-    """What all layers of a kind share while a chunk is prefilled; positions float32 in UNITs.
+    """What all layers of a kind share while a chunk is prefilled. Positions are float32 in UNITs.
 
-    `begin` int64 [] is the first token's position, `positions` [1, T] are all of them, `newest` and
-    `oldest` [T G, 1] as in `attention`, and `held` what Slots.held says. `row` int64 [1] is whose
-    chunk it is; a cache of one row has None.
+    `begin` int64 [] is the first token's position, and `positions` [1, T] are all tokens'. `newest`
+    and `oldest` [T G, 1] are as in `attention`. `held` is what Slots.held gives. `row` int64 [1] is
+    the row of the chunk, None where a cache has one row.
     """
 
     begin: Tensor
@@ -251,7 +251,7 @@ class PrefillAttention(nn.Module):
 
 
 class DecodeAttention(nn.Module):
-    """One query of each row and head attends to its cache, which has its own key already."""
+    """One query of each row and head attends to the cache, which has the query's key already."""
 
     def __init__(self, slots: Slots, kv_heads: int, group: int, head_dim: int, rows: int = 1):
         super().__init__()
@@ -269,7 +269,7 @@ class DecodeAttention(nn.Module):
         ]
 
     def forward(self, q, cache: BlockCache, slots: Slots, furthest: Tensor, newest: Tensor):
-        """q [K, B, G D], newest float32 [1, 1] or [K B, 1, 1] in UNITs -> [K, B, G D]; all rows
+        """q [K, B, G D], newest float32 [1, 1] or [K B, 1, 1] in UNITs -> [K, B, G D]. All rows
         read as many blocks as the `furthest` position int64 [] asks for."""
 
         def branch(count: int) -> Callable:

@@ -1,11 +1,11 @@
 """What a short text shows of a model's activations, so that less is lost when it is quantized.
 
-Two things follow from it. Channels are evened out (SmoothQuant, arXiv:2211.10438): eight bits for a
-whole row of activations are few where some channels are forty times as large as others. Dividing a
-channel by s and multiplying the weights that read it by s changes nothing; every s is a power of
-two, and the divisions go into what produces the channels, so they cost nothing when the model runs.
-And the mean of what a linear layer reads is what its quantized weights' errors can be made up for
-with (bias correction, arXiv:1906.04721): export.quantize takes it.
+Calibration evens out channels (SmoothQuant, arXiv:2211.10438). Eight bits for a whole row of
+activations are few where some channels are forty times as large as others. Dividing a channel by s
+and multiplying the weights that read it by s changes nothing. Every s is a power of two. The
+divisions go into what produces the channels, so they cost nothing when the model runs. Calibration
+also gives the mean of what each linear layer reads. quantize.py makes up for the errors of
+quantized weights with that mean (bias correction, arXiv:1906.04721).
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ TINY = 1e-5
 
 
 def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
-    """Rescale, in place, the channels that the blocks' linear layers read, and return for every
-    linear layer the mean float32 [K] of what it then reads.
+    """Rescale, in place, the channels that the blocks' linear layers read. Returns the mean float32
+    [K] of what every linear layer then reads.
 
-    `ids` are a text's, beginning as the model's texts do; the first TOKENS are run in float32.
-    The means have no more digits than they are good for, so that another processor's come out
+    `ids` are a text's tokens and begin as the model's texts do. The first TOKENS are run in
+    float32. The means have no more digits than they are good for, so that another processor gives
     the same.
     """
     seen = observe(model, ids)
@@ -33,7 +33,7 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
         attention, mlp = layer.mixer, layer.mlp
         inputs = [attention.get_submodule(name) for name in attention.projections]
         _divide_norm(layer.norm("mixer"), _rescale(inputs, seen))
-        # Experts are read without their activations being quantized.
+        # Experts' activations are not quantized.
         if mlp.moe is None:
             inputs = [mlp.gate_proj, mlp.up_proj]
             _divide_norm(layer.norm("mlp"), _rescale(inputs, seen))
@@ -46,7 +46,7 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
 
 @dataclass
 class Moments:
-    """Of a linear layer's input over the tokens: the mean and the mean square, float32 [K]."""
+    """The mean and the mean square, float32 [K], of a linear layer's input over the tokens."""
 
     mean: Tensor
     square: Tensor
@@ -55,7 +55,7 @@ class Moments:
 def observe(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Moments]:
     """What every linear layer reads while the model sees the text.
 
-    Without the text's first token, whose activations are like no other's.
+    The text's first token is left out, because its activations are like no other's.
     """
     count = min(len(ids), TOKENS, model.max_seq_len)
     seen: dict[nn.Module, Moments] = {}
@@ -77,11 +77,11 @@ def observe(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Moments]:
     try:
         tokens, positions = torch.tensor([list(ids[:count])]), torch.arange(count)
         row = torch.zeros(1, dtype=torch.int64) if model.batch > 1 else None
-        # Whatever --max-prefill says: another division of the text rounds differently.
+        # --max-prefill does not count here: another division of the text rounds differently.
         for start in range(0, count, model.longest_chunk):
             chunk = slice(start, start + model.longest_chunk)
             hidden = model.model.prefill(tokens[:, chunk], positions[chunk], row)
-            # The head itself would make a row of the vocabulary's size of every token.
+            # The head itself would make a row of the vocabulary's size for every token.
             add(model.lm_head, model.model.norm(hidden))
     finally:
         for hook in hooks:
@@ -93,14 +93,14 @@ def _rescale(
     readers: Sequence[nn.Linear], seen: dict[nn.Module, Moments],
     shape: tuple[int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Multiply the columns of the readers' weights by s [K] and return it: it makes activations
-    and weights equally uneven (the paper's alpha of one half). With `shape` [A, B, C] for [K], s is
-    the same along B, and what is returned is [A C]."""
+    """Multiply the columns of the readers' weights by s [K] and return s. It makes activations and
+    weights equally uneven (the paper's alpha of one half). With `shape` [A, B, C] for [K], s is the
+    same along B and is returned as [A C]."""
     size = seen[readers[0]].square
     weight = torch.cat([reader.weight for reader in readers]).float().square().mean(0)
     if shape is not None:
         size, weight = (x.view(shape).mean(1).flatten() for x in (size, weight))
-    # Both are squares: halved once for their roots and once for alpha.
+    # Both are squares. The logarithm is halved once for their roots and once for alpha.
     ratio = (size.clamp(min=TINY**2) / weight.clamp(min=TINY**2)).log2() / 4
     scale = torch.exp2((ratio - ratio.mean()).round())
     columns = scale

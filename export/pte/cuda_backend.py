@@ -1,7 +1,7 @@
 """The ExecuTorch program for CUDA: one CudaBackend delegate a method, and everything on the GPU.
 
 Inputs and outputs are CUDA memory, so that nothing is copied to the host between the methods.
-Weights and state are CudaBackend's, once for all methods, by their names; they lie in a .ptd file.
+CudaBackend has weights and state once for all methods, by their names. They lie in a .ptd file.
 """
 
 from collections.abc import Callable
@@ -36,8 +36,8 @@ class Greedy(nn.Module):
 
 
 class OwnConstants(ExportedProgramPassBase):
-    """Names the tensors that ExecuTorch makes of numbers after the method: it counts them anew in
-    each one, and CudaBackend takes what has one name in two methods for one tensor."""
+    """Names the tensors that ExecuTorch makes of numbers after the method. ExecuTorch counts them
+    anew in each method, and CudaBackend takes two methods' tensors of one name for one tensor."""
 
     PREFIX = "_lifted_tensor_constant"
 
@@ -59,14 +59,14 @@ def trace(model: nn.Module) -> dict[str, ExportedProgram]:
     batch, vocab_size = model.batch, model.config.vocab_size
     chunk, shapes = prompt_chunk(batch, model.max_chunk)
     step = integers(batch, 1), integers(batch)
-    # Conditions on T that torch 2.11 cannot decide, of attention's strides, are checked later.
+    # Conditions of attention's strides on T, which torch 2.11 cannot decide, are checked later.
     later = {"prefer_deferred_runtime_asserts_over_guards": True}
     methods = {
         "prefill": torch.export.export(Prefill(model), chunk, dynamic_shapes=shapes, **later),
         "decode": torch.export.export(Decode(model), step),
     }
-    # No `sample`: Inductor of torch 2.11 gives no valid code for Philox's products of an index, nor
-    # for sums along a large vocabulary; and the sampler's own kernels are no ATen operators.
+    # There is no `sample`. Inductor of torch 2.11 gives no valid code for Philox's products of an
+    # index, nor for sums along a large vocabulary. The sampler's own kernels are no ATen operators.
     for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
         logits = torch.zeros(rows, vocab_size)
         methods["greedy" + suffix] = torch.export.export(Greedy(), (logits,))
@@ -78,7 +78,7 @@ def build_program(
     progress: Callable[[str], None],
 ) -> tuple[ExecutorchProgramManager, list[str]]:  # fmt: skip
     """The multi-method program of a model on the CPU whose weights are loaded, and its methods'
-    names. `constants` become metadata methods; `progress` is called with what begins."""
+    names. `constants` become metadata methods. `progress` is called with what begins."""
     progress("tracing the methods")
     methods = trace(model)
     # ExecuTorch's own attention kernel is for bfloat16 alone.
@@ -105,11 +105,11 @@ def build_program(
     progress("planning memory")
     program = edge.to_executorch(
         ExecutorchBackendConfig(
-            # What goes in and out stays where the caller and the delegates have it, on the GPU.
+            # Inputs and outputs stay on the GPU, where the caller and the delegates have them.
             propagate_device_config=PropagateDeviceConfig(
                 skip_h2d_for_method_inputs=True, skip_d2h_for_method_outputs=True
             ),
-            # Outputs are planned: for those that are not, Python gives memory of the host.
+            # Outputs are planned, because Python gives host memory to those that are not.
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
         )
     )
@@ -117,8 +117,8 @@ def build_program(
 
 
 def write_program(program: ExecutorchProgramManager, path: Path) -> Path:
-    """Write the program to `path`, a .pte, and beside it its weights, to the .ptd that is given
-    back."""
+    """Write the program to `path`, a .pte, and its weights to the .ptd beside it that is
+    returned."""
     with path.open("wb") as file:
         program.write_to_file(SmallWrites(file))
     program.write_tensor_data_to_file(str(path.parent))

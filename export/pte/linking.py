@@ -1,8 +1,8 @@
 """Methods of an ExecuTorch program made of its other methods, without tracing anything again.
 
-`decode` is the embedding lookup and then `decode_embedded`; `greedy_embed` is `greedy` and then the
-lookup: their instructions one after the other, on the same constants, delegates and state.
-(ExecuTorch has no way of its own to put emitted programs together.)
+`decode` is the embedding lookup and then `decode_embedded`. `greedy_embed` is `greedy` and then the
+lookup. Their instructions run one after the other, on the same constants, delegates and state.
+ExecuTorch has no way of its own to put emitted programs together.
 """
 
 import copy
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
     from executorch.exir._serialize._cord import Cord
 
-# Of activations; ExecuTorch's own planning aligns to as much.
+# The activations' memory. ExecuTorch's own planning aligns to as much.
 ARENA, ALIGNMENT = 1, 16
 FLOAT32_BYTES = 4
-# Where instructions name values.
+# The fields in which instructions name values.
 VALUE_FIELDS = "args", "move_from", "move_to", "cond_value_index", "value_index"
 
 
@@ -77,10 +77,10 @@ def merge(program: Program, other: Program) -> Program:
 def chained(
     name: str, first: ExecutionPlan, second: ExecutionPlan, keep: bool = False
 ) -> ExecutionPlan:
-    """A method that runs `first`, of one output, and then `second`, whose first input that is.
+    """A method that runs `first` and then `second`, whose first input is the one output of `first`.
 
-    It takes what `first` takes, and then what else `second` takes; it gives what `second` gives,
-    and if `keep` before it the output of `first`, which otherwise is float32.
+    The method takes the inputs of `first` and then the other inputs of `second`. It gives the
+    outputs of `second`, after that of `first` if `keep`. That one is float32 without `keep`.
     """
     first, second = copy.deepcopy(first), copy.deepcopy(second)
     (passed,), (taken, *others) = first.outputs, second.inputs
@@ -109,7 +109,7 @@ def chained(
                 index += len(before.instructions)
             setattr(call, field.name, index)
 
-    # 2. What is passed lies behind all that either method plans, unless the caller has it.
+    # 2. The passed value lies behind all that either method plans, unless the caller has it.
     both = first.non_const_buffer_sizes, second.non_const_buffer_sizes
     sizes = [max(pair) for pair in zip_longest(*both, fillvalue=0)]
     if not keep:

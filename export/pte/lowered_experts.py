@@ -1,8 +1,8 @@
 """Routed experts around an XNNPACK call whose weights are its arguments.
 
-Of a step the chosen experts' weights are gathered, so that no others are read; of a chunk all are
-computed, for its tokens together choose nearly all. Shapes: N tokens, E experts, k chosen for each
-token, D hidden size, I an expert's own size.
+A step gathers the chosen experts' weights, so that no others are read. A chunk computes all
+experts, because its tokens together choose nearly all. Shapes: N tokens, E experts, k chosen for
+each token, D hidden size, I an expert's own size.
 """
 
 import functools
@@ -20,8 +20,8 @@ def expert_call(count: int, tokens: int, hidden_size: int, size: int, int8: bool
     """The weighted results [count, N, D] of `count` experts.
 
     Arguments: x [count, N, D], weights [count, N, 1], gate_up [count, 2 I, D] and down
-    [count, D, I]; with `int8` each of the two as codes, and a scale for each of its rows after it,
-    [count, 1, 2 I] and [count, 1, D]. N may vary.
+    [count, D, I]. With `int8` gate_up and down are codes, each followed by a scale for each of its
+    rows, [count, 1, 2 I] and [count, 1, D]. N may vary.
     """
     graph = GraphBuilder()
     weight = graph.int8_input if int8 else graph.input
@@ -39,15 +39,15 @@ def expert_call(count: int, tokens: int, hidden_size: int, size: int, int8: bool
 
 
 class LoweredExperts(nn.Module):
-    """hidden [1, N, D], scores [1, N, E] -> what the experts add, [1, N, D]; to be traced into the
-    program around it."""
+    """hidden [1, N, D], scores [1, N, E] -> what the experts add, [1, N, D]. The module is traced
+    into the program around it."""
 
     def __init__(self, moe: SparseMoe):
         super().__init__()
         self.route, self.config = moe.route, moe.moe
         self.int8 = isinstance(moe.experts, QuantizedExperts)
         stored = moe.experts.named_buffers() if self.int8 else moe.experts.named_parameters()
-        # In the order of the call's arguments.
+        # Buffers are in the order of the call's arguments.
         for name, tensor in stored:
             self.register_buffer(name, tensor[:, None] if tensor.ndim == 2 else tensor.detach())
 
@@ -55,7 +55,7 @@ class LoweredExperts(nn.Module):
         chosen, weights = self.route(scores[0])
         count, size = hidden.shape[1:]
         stored = list(self.buffers())
-        # As in SparseMoe, decided by a size that is known when the method is traced.
+        # As in SparseMoe, a size that is known when the method is traced decides.
         if isinstance(count, int) and chosen.numel() < self.config.num_experts:
             stored = [tensor.index_select(0, chosen.flatten()) for tensor in stored]
             x = hidden[0, :, None].expand(-1, chosen.shape[1], -1).reshape(-1, 1, size)
@@ -67,6 +67,6 @@ class LoweredExperts(nn.Module):
         return self._call(*x.shape)(x, dense.t()[..., None].contiguous(), *stored)[0].sum(0)[None]
 
     def _call(self, count: int, tokens: int, hidden_size: int) -> GraphDelegate:
-        # Of a number that varies any example will do.
+        # Any example will do for a number that varies.
         tokens = tokens if isinstance(tokens, int) else 3
         return expert_call(count, tokens, hidden_size, self.config.moe_intermediate_size, self.int8)

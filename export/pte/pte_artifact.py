@@ -1,5 +1,5 @@
-"""Artifacts for ExecuTorch: model.pte, of the network calibrated and quantized for a CPU; or, for
-CUDA, of the network as it is, with model.ptd beside it."""
+"""Artifacts for ExecuTorch. For a CPU, model.pte holds the network calibrated and quantized. For
+CUDA, it holds the network as it is, with model.ptd beside it."""
 
 import argparse
 from collections.abc import Callable
@@ -41,9 +41,9 @@ def _export_selection(batch: int, vocab_size: int, backend: str) -> "Program":
 
 
 class PteArtifact:
-    """Exports the selection methods from `begin` on, in another process; the rest in `write`."""
+    """`begin` starts exporting the selection methods in another process. `write` does the rest."""
 
-    # Of the weights as they are read, and of the caches.
+    # The dtype of the weights as they are read, and of the caches.
     dtype = torch.float32
 
     def __init__(self, options: argparse.Namespace):
@@ -59,8 +59,8 @@ class PteArtifact:
     ) -> dict:
         """Write model.pte and return the manifest's entries about it.
 
-        The model's weights are loaded; it is changed in place. Errors: ExportError for a recipe
-        that does not fit.
+        The model's weights are loaded, and the model is changed in place. Errors: ExportError for a
+        recipe that does not fit.
         """
         progress("importing executorch")
         from tokenloop.export.pte.calibrate import TEXT, calibrate
@@ -103,8 +103,8 @@ class PteArtifact:
 
 
 class CudaPteArtifact:
-    """Compiles the network's methods for the GPU that is here, by ExecuTorch's CudaBackend:
-    model.pte, and model.ptd with the weights and the state."""
+    """Compiles the network's methods for the GPU that is here, with ExecuTorch's CudaBackend. It
+    writes model.pte, and model.ptd with the weights and the state."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options

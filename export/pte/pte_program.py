@@ -51,15 +51,14 @@ class DelegatedMethod(nn.Module):
         self.caches = nn.ModuleList(lowered.caches)
         self.slots = nn.ModuleDict(lowered.slots)
         self.shortlist, self.rescore = lowered.shortlist, lowered.rescore
-        # All layers have the same: export/support.py sees to it.
+        # All layers have the same shape: export/support.py sees to it.
         self.kv_heads, self.head_dim = mixers[0].kv_heads, mixers[0].head_dim
         self.group = mixers[0].heads // self.kv_heads
         self.rows = model.batch
 
     def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, D]; attend(name, cache, q, k, v) is the attention of
-        a layer type, and last(x) picks from [1, T, ...] the N positions whose logits are
-        wanted."""
+        """Logits [N, V] of embeddings x [1, T, D]. attend(name, cache, q, k, v) is the attention of
+        a layer type. last(x) picks the N positions whose logits are wanted from [1, T, ...]."""
         rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.layer_types)}
         for i, (name, cache) in enumerate(zip(self.layer_types, self.caches)):
             attended = attend(name, cache, *self.before[i](x, *rope[name]))
@@ -141,7 +140,7 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
             cache.store(k, v, places[name])
             return self.attention[name](q, cache, self.slots[name], furthest, newest)
 
-        # To the regions rows are what tokens are to a chunk.
+        # Regions take a step's rows in place of a chunk's tokens.
         return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
 
 
@@ -152,8 +151,8 @@ def build_program(
     """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
     and its methods' names.
 
-    `backend` is "xnnpack" (which changes modules of `model` in place) or "portable"; `constants`
-    become metadata methods; `progress` is called with what begins.
+    `backend` is "xnnpack" (which changes modules of `model` in place) or "portable". `constants`
+    become metadata methods. `progress` is called with what begins.
     """
     if backend == "xnnpack":
         length, traced = prompt_length(model.max_chunk)
@@ -182,8 +181,8 @@ def to_program(
     methods: dict[str, ExportedProgram], constants: dict[str, int | bool | list[int]],
     in_place: bool, progress: Callable[[str], None],
 ) -> ExecutorchProgramManager:  # fmt: skip
-    """One program of `methods`, and of `constants` as metadata methods. (The kernel that writes a
-    cache `in_place` takes one index at most, and the network's own caches need two.)"""
+    """One program of `methods`, with `constants` as metadata methods. The kernel that writes a
+    cache `in_place` takes one index at most, and the network's own caches need two."""
     progress("converting the methods")
     edge = to_edge(methods, constant_methods=constants, compile_config=xnnpack.COMPILE_CONFIG)
     progress("planning memory")
@@ -191,7 +190,7 @@ def to_program(
         ExecutorchBackendConfig(
             # Caches are written where they are.
             run_reinplace_pass=in_place,
-            # Outputs of their own outlive the next method's run; inputs are the caller's memory.
+            # Unplanned outputs outlive the next method's run. Inputs are the caller's memory.
             memory_planning_pass=MemoryPlanningPass(
                 alloc_graph_input=False, alloc_graph_output=False, share_mutable_buffers=True
             ),
@@ -209,8 +208,8 @@ class Regions:
 
 @dataclass(frozen=True)
 class Lowered:
-    """What both methods of a model are made of; `slots` by layer type; `shortlist`, if there is
-    one, and what it scores with, by the number of rows."""
+    """What both methods of a model are made of. `slots` are by layer type. `rescore` has what the
+    `shortlist`, if there is one, scores with, by the number of rows."""
 
     prefill: Regions
     decode: Regions
@@ -224,8 +223,8 @@ class Lowered:
 def lower(
     model: nn.Module, traced: int, length: Dim | None, progress: Callable[[str], None]
 ) -> Lowered:
-    """The model's regions as delegate calls, traced with `traced` tokens: for 1 to `length` at
-    once, or without it for just as many; and the caches between them."""
+    """The model's regions as delegate calls, and the caches between them. Regions are traced with
+    `traced` tokens. They take 1 to `length` tokens at once, or just `traced` without `length`."""
     backbone, batch = model.model, model.batch
     prefill = lower_layers(model, backbone.layers, traced, length, progress)
     decode = prefill
@@ -236,7 +235,7 @@ def lower(
     linear = model.lm_head
     shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
     head = xnnpack.Head(backbone.norm, linear.approximate if shortlist else linear)
-    # The last of a prompt's tokens, or one of each row.
+    # The head reads the last of a prompt's tokens, or one token of each row.
     rows = ({1: Dim("N", min=1, max=batch)},) if batch > 1 else None
     head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
 
@@ -262,7 +261,7 @@ def lower_layers(
     kv_heads, heads, size = mixer.kv_heads, mixer.heads, mixer.head_dim
     x = torch.zeros(1, traced, model.config.hidden_size)
     attended = torch.zeros(kv_heads, traced, heads // kv_heads * size)
-    # Two tensors: torch.export takes one that is passed twice for one argument.
+    # Two tensors, because torch.export takes one that is passed twice for one argument.
     cos, sin = (torch.zeros(traced, 1, size) for _ in range(2))
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
 
@@ -280,7 +279,7 @@ def lower_layers(
 
 
 def rescore(shortlist: Shortlist, rows: int) -> GraphDelegate:
-    """quantize.dot_products for so many rows as one delegate call."""
+    """quantize.dot_products for `rows` rows as one delegate call."""
     count, (_, size) = shortlist.SIZE, shortlist.embedding.weight.shape
     groups = shortlist.embedding.scales.shape[1]
     graph = GraphBuilder()

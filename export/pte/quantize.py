@@ -1,8 +1,8 @@
 """Weights in 8 or 4 bits, written so that XNNPACK's partitioner recognizes the pattern.
 
-Linear layers multiply in integers: activations are quantized per token when the method runs
-(int8, asymmetric), weights when the artifact is made (symmetric). The embedding is a table of int8
-rows with a scale for each group of values.
+Linear layers multiply in integers. Activations are quantized per token when the method runs (int8,
+asymmetric). Weights are quantized when the artifact is made (symmetric). The embedding is a table
+of int8 rows with a scale for each group of values.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """Symmetric quantization of weight float [N, K] -> int8 [N, K], scales float32 [N, K / G].
 
-    With `half` the scales are float16's, and the codes made for them. Raises ValueError when K is
-    not a multiple of the group size G.
+    With `half` the scales have float16 values, and the codes are made for those. Raises ValueError
+    when K is not a multiple of the group size G.
     """
     if weight.shape[1] % group_size:
         raise ValueError(f"rows of {weight.shape[1]} values are not whole groups of {group_size}")
@@ -45,8 +45,8 @@ def quantize_rows(
         else:
             # With so few codes, half a step lost at either end costs less than a wider step.
             scale = torch.maximum(block.amax(-1) / (high + 0.5), block.amin(-1) / (low - 0.5))
-            # XNNPACK keeps the scales of groups as bfloat16, so codes are made for such a scale:
-            # the next one up (half a unit of its last place is at most 2^-8 of it).
+            # XNNPACK keeps the scales of groups as bfloat16, so codes are made for the next
+            # bfloat16 up. Half a unit of the last place is at most 2^-8 of a scale.
             scale = (scale * (1 + 2**-8)).bfloat16().float()
         if half:
             scale = scale.clamp(min=torch.finfo(torch.float16).smallest_normal).half().float()
@@ -66,8 +66,8 @@ def restore(codes: Tensor, scales: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """y = dequantize(quantize(x)) @ dequantize(weight)^T + bias for x float32 [B, T, K].
 
-    To the layer's own bias, if it has one, is added what makes up for the rounding of the weights
-    where x is `mean`, float32 [K], so that the error left is that of the deviations from it.
+    The bias makes up for the rounding of the weights where x is `mean`, float32 [K]. That is added
+    to the layer's own bias, if it has one. The error left is that of the deviations from the mean.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def _error(self, weight: Tensor, mean: Tensor) -> Tensor:
-        """What is missing of weight [N, K] @ mean [K]: float32 [N]."""
+        """What rounding takes from weight [N, K] @ mean [K], float32 [N]."""
         missing = []
         for start in range(0, len(weight), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
@@ -139,7 +139,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 class QuantizedExperts(Experts):
-    """Routed experts of int8 rows with a scale for each; activations stay float32."""
+    """Routed experts of int8 rows with a scale for each row. Activations stay float32."""
 
     def __init__(self, experts: Experts):
         nn.Module.__init__(self)
@@ -160,14 +160,14 @@ class QuantizedExperts(Experts):
 
 
 class ShortlistHead(nn.Module):
-    """The output head in two passes: logits of all tokens from 4-bit weights, then those of the
-    best of them once more from int8 rows: the embedding's own, where the head is tied to it.
+    """The output head in two passes. The first gives logits of all tokens from 4-bit weights. The
+    second scores the best tokens again from int8 rows, the embedding's own where the head is tied.
 
-    Half of the vocabulary's bytes are read; the tokens that matter keep the logits of the 8-bit
+    Half of the vocabulary's bytes are read. The tokens that matter keep the logits of the 8-bit
     weights, without even the activations' rounding.
     """
 
-    # Larger groups are read faster; the tokens that matter are scored again anyway.
+    # Larger groups are read faster. The tokens that matter are scored again anyway.
     GROUP_SIZES = (128, 64, 32)
 
     def __init__(
@@ -206,7 +206,7 @@ class Shortlist(nn.Module):
     def forward(
         self, logits: Tensor, hidden: Tensor, score: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
-        """`logits` float32 [N, V] with the exact ones of hidden [N, 1, D] among them.
+        """`logits` float32 [N, V], the largest replaced by the exact ones of hidden [N, 1, D].
 
         `score` is dot_products or its equal.
         """
@@ -214,10 +214,10 @@ class Shortlist(nn.Module):
         return logits.scatter(1, ids, score(*self.embedding.lookup(ids), hidden))
 
     def largest(self, logits: Tensor) -> Tensor:
-        """int64 [N, SIZE]: the ids of the largest of `logits` [N, V].
+        """The ids int64 [N, SIZE] of the largest of `logits` [N, V].
 
-        In two steps, because a top-k of all is slow: they lie in the groups whose own largest are
-        the largest.
+        A top-k of all is slow, so there are two steps. The largest logits lie in the groups whose
+        own largest are the largest.
         """
         rows, count = logits.shape[0], logits.shape[1] // self.TOKENS_PER_GROUP
         groups = logits.view(rows, count, self.TOKENS_PER_GROUP)
@@ -231,8 +231,8 @@ class Shortlist(nn.Module):
 
 
 def dot_products(codes: Tensor, scales: Tensor, hidden: Tensor) -> Tensor:
-    """[N, M] of each hidden float32 [N, 1, D] with M quantized rows of its own: codes int8
-    [N, M, D], scales float32 [N, M, D / G]."""
+    """Products [N, M] of each hidden float32 [N, 1, D] with M quantized rows of its own, which are
+    codes int8 [N, M, D] with scales float32 [N, M, D / G]."""
     return (hidden @ restore(codes, scales).transpose(1, 2))[:, 0]
 
 
@@ -241,7 +241,7 @@ def quantize(
 ) -> None:
     """Replace, in place, the linear layers and the embedding of `model` as `recipe` says.
 
-    `means` is what export.calibrate.calibrate returned, if that is known; it is used up. Raises
+    `means` is what calibrate.calibrate returned, if that is known. Its entries are used up. Raises
     ValueError for a layer whose rows are not whole groups.
     """
     if recipe is None:
@@ -260,7 +260,7 @@ def quantize(
         for name, child in list(module.named_children()):
             if isinstance(child, Experts):
                 setattr(module, name, QuantizedExperts(child))
-            # A router's scores decide more than they weigh.
+            # Routers stay floating point: their scores decide more than they weigh.
             elif isinstance(child, nn.Linear) and not isinstance(module, SparseMoe):
                 quantized = QuantizedLinear(child, *recipe.of(name), means.pop(child, None))
                 setattr(module, name, quantized)

@@ -1,9 +1,9 @@
 """Selection as ExecuTorch methods on the CPU: sampler's functions, at the cost of what a row asks.
 
-A top-k or sort over a whole vocabulary is slow there, and so are int64 operators. So a row takes
-the first of these that its parameters and logits allow: an argmax; the largest logits only, found
-by groups; noise for the whole vocabulary, with or without a sort of it. All give the token of
-sampler.sample.
+A top-k or sort of a whole vocabulary is slow there, and so are int64 operators. A row takes the
+first way that its parameters and logits allow. The first is an argmax. The second takes only the
+largest logits, found by groups. The third adds noise to the whole vocabulary, with or without a
+sort of it. All give the token of sampler.sample.
 """
 
 import torch
@@ -24,22 +24,22 @@ TOKENS_PER_GROUP = 64
 
 
 class Greedy(nn.Module):
-    """logits float32 [B, V] -> token int64 [B, 1]: sampler.greedy, at the cost of one argmax
-    unless there is a NaN, which argmax takes for the greatest."""
+    """logits float32 [B, V] -> token int64 [B, 1], as sampler.greedy. It costs one argmax unless
+    there is a NaN, which argmax takes for the greatest."""
 
     def forward(self, logits: Tensor) -> Tensor:
         token = torch.argmax(logits, dim=-1, keepdim=True)
         nans = torch.isnan(torch.gather(logits, 1, token)).long().sum()
         token = cond_op(nans > 0, lambda logits, _: greedy(logits), taken, (logits, token))
-        # A branch's result lies in planned memory, which the next method overwrites; an operator's
-        # result outside the branches does not.
+        # A branch's result lies in planned memory, which the next method overwrites. The result of
+        # an operator outside the branches does not.
         return token.clamp(min=0)
 
 
 def selection_methods(
     batch: int, vocab_size: int, delegates: bool = True
 ) -> dict[str, ExportedProgram]:
-    """`greedy` and `sample` of all rows; where they are several, also of one that was prefilled."""
+    """`greedy` and `sample` of all rows. Several rows also have them of one that was prefilled."""
     methods = methods_of_rows(batch, vocab_size, delegates)
     if batch > 1:
         row = methods_of_rows(1, vocab_size, delegates)
@@ -50,10 +50,10 @@ def selection_methods(
 def methods_of_rows(
     rows: int, vocab_size: int, delegates: bool = True
 ) -> dict[str, ExportedProgram]:
-    """`greedy` and `sample` of so many rows."""
+    """`greedy` and `sample` of `rows` rows."""
     logits = torch.zeros(rows, vocab_size)
-    # temperature, top_k, top_p, seed, position: each a tensor of its own, for torch.export takes
-    # one that is passed twice for one argument.
+    # temperature, top_k, top_p, seed and position are each a tensor of its own, because
+    # torch.export takes one that is passed twice for one argument.
     dtypes = torch.float32, torch.int64, torch.float32, torch.int64, torch.int64
     parameters = [torch.ones(rows, dtype=dtype) for dtype in dtypes]
     sample = Sample(vocab_size, delegates)
@@ -70,7 +70,7 @@ def taken(logits: Tensor, token: Tensor, *_) -> Tensor:
 class Sample(nn.Module):
     """sampler.sample.sample of logits float32 [B, V], with the same arguments and tokens.
 
-    Without `delegates` no part of it is XNNPACK's, and all rows that are not greedy are sorted.
+    Without `delegates` XNNPACK runs no part of it, and all rows that are not greedy are sorted.
     """
 
     def __init__(self, vocab_size: int, delegates: bool = True, candidates: int = CANDIDATES):
@@ -91,14 +91,14 @@ class Sample(nn.Module):
         if logits.shape[0] == 1:
             (token,) = self.row(torch.zeros((), dtype=torch.int64), logits, *rows)
             return token[None].clamp(min=0)
-        # One row's instructions, run for each.
+        # The same instructions run for each row.
         (tokens,) = map_impl(self.row, [torch.arange(logits.shape[0])], [logits, *rows])
-        # Out of the branches, as in Greedy.
+        # The clamp is outside the branches, as in Greedy.
         return tokens.clamp(min=0)
 
     def row(self, i: Tensor, logits: Tensor, *rows: Tensor) -> tuple[Tensor]:
-        """The token int64 [1] of row i int64 [], out of the arguments of all rows: `rows` are the
-        ids of the largest logits, these logits, temperature, top_k, top_p, seed and position."""
+        """The token int64 [1] of row i int64 [], from the arguments of all rows. `rows` are the ids
+        of the largest logits, these logits, temperature, top_k, top_p, seed and position."""
         token, largest, *settings = [x.index_select(0, i[None]) for x in rows]
         random = settings[0][0] != 0
         has_nan = ~random & torch.isnan(largest[0, 0])
@@ -109,13 +109,13 @@ class Sample(nn.Module):
             last, operands = self.drawn, (largest, *settings)
         token = cond_op(has_nan, greedy_with_nan, taken, (logits, token, i)).clamp(min=0)
         token = cond_op(random, branch(last), taken, (logits, token, i, *operands))
-        # A copy: a view of a condition's result would be one of other memory.
+        # The result is a copy: a view of a condition's result would be one of other memory.
         return (token[0],)
 
-    # One condition after the other where they could be nested, for an export takes twice as long
-    # for each level. Their results lie where the next one's branches work, hence the clamps.
+    # Conditions follow one another where they could be nested: an export takes twice as long for
+    # each level. Their results lie where the next one's branches work, hence the clamps.
     def competitors(self, random, logits, i, largest, temperature, top_k, top_p, seed, position):
-        """Scaled logits and ids, [1, N] each, as noisiest takes them; any, unless `random`."""
+        """Scaled logits and ids, [1, N] each, for noisiest. Any will do unless `random`."""
         some = ((top_k > 0) & (top_k < self.candidates)) | ((top_k == 0) & (top_p < 1))
         few = random & (some & (largest[:, 0].abs() < torch.inf))[0]
         scaling = logits, i, largest, temperature
@@ -133,15 +133,15 @@ class Sample(nn.Module):
         return self.mass(row_of(logits, i), largest, temperature).long().sum(-1, keepdim=True)
 
     def none(self, mass, logits, *_) -> tuple[Tensor, Tensor]:
-        """What `few` gives when others stay."""
+        """What `few` gives where other tokens may stay as well."""
         shape = 1, self.candidates
         return torch.full(shape, 0.0), torch.full(shape, -1, dtype=torch.int64)
 
     def few(self, mass, logits, i, largest, temperature, top_k, top_p) -> tuple[Tensor, Tensor]:
-        """Scaled logits and ids of the largest logits; ids of -1 if others may stay as well."""
+        """Scaled logits and ids of the largest logits. Ids are -1 if others may stay as well."""
         descending, ids = best(row_of(logits, i), self.candidates)
         cut = threshold(descending, largest, temperature, top_k, top_p, mass)
-        # What is equal to the last one might not be here.
+        # Logits equal to the last one might not be here.
         last = descending[:, -1:]
         kth = torch.gather(descending, 1, (top_k[:, None] - 1).clamp(min=0))
         whole = (cut[0] > last) & (kth > last)
@@ -153,7 +153,7 @@ class Sample(nn.Module):
         return noisiest(scaled, ids, seed, position)
 
     def drawn(self, logits, token, i, *row) -> Tensor:
-        """The token, by noise for all of a vocabulary that is not in groups."""
+        """The token, drawn with noise for the whole of a vocabulary that is not in groups."""
         scores = scaled_logits(logits, i, *row[:-2]) + vocabulary_gumbel(*row[-2:], logits.shape[1])
         return torch.argmax(scores, dim=-1, keepdim=True)
 
@@ -164,7 +164,7 @@ class Sample(nn.Module):
         scaled = scaled_logits(logits, i, largest, temperature, top_k, top_p)
         blocks = torch.arange(scaled.shape[1] // WORDS)
         noise = [steps(word) for word in words(seed, position, blocks)]
-        # XNNPACK's logarithms err by less than what lies between the first and the last of these.
+        # XNNPACK's logarithms err by less than the first and the last of these differ.
         ids, _ = ascending(best(self.scores(scaled, *noise), self.candidates)[1])
         scaled = torch.gather(scaled, 1, ids)
         # A row of nothing but -inf gives id 0.
@@ -180,7 +180,7 @@ def greedy_with_nan(logits: Tensor, token: Tensor, i: Tensor, *_) -> Tensor:
 
 
 def row_of(logits: Tensor, i: Tensor) -> Tensor:
-    """Row i of logits [B, V], as [1, V]; not copied where it is the only one."""
+    """Row i of logits [B, V], as [1, V]. It is not copied where it is the only row."""
     return logits if logits.shape[0] == 1 else logits.index_select(0, i[None])
 
 
@@ -189,8 +189,8 @@ def no_mass(*_) -> Tensor:
 
 
 def branch(method):
-    """The bound method as a function, for the operands of a condition are counted by the code's
-    parameters, `self` among them."""
+    """The bound method as a function. A condition's operands are counted by the code's parameters,
+    which include `self` for a bound method."""
     return lambda *operands: method(*operands)
 
 
@@ -208,7 +208,7 @@ def scaled_uncut(logits, largest, temperature, top_k, top_p) -> Tensor:
 
 
 def scaled_cut(logits, largest, temperature, top_k, top_p) -> Tensor:
-    """Scaled logits [1, V], -inf where they are cut, by a sort of all of them."""
+    """Scaled logits [1, V], -inf where they are cut, found by a sort of all of them."""
     x, largest = numbers(logits)
     descending = torch.topk(x, x.shape[1]).values
     cut = threshold(descending, largest, temperature, top_k, top_p)
@@ -218,7 +218,7 @@ def scaled_cut(logits, largest, temperature, top_k, top_p) -> Tensor:
 def best(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest of x [1, V], descending, and their ids: float32 and int64 [1, count].
 
-    In two steps: they lie in the groups whose own largest are the largest.
+    There are two steps: the largest lie in the groups whose own largest are the largest.
     """
     groups = x.view(-1, TOKENS_PER_GROUP)
     chosen = torch.topk(groups.amax(1), count).indices

@@ -1,5 +1,5 @@
-"""XNNPACK graphs out of Python's own arithmetic, so that a formula need be written but once: for
-tensors and for a delegate."""
+"""XNNPACK graphs recorded from Python's own arithmetic. A formula is written once for tensors and
+for a delegate."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate, Valu
 
 
 class Recorder(GraphBuilder):
-    """A graph out of Python's own arithmetic on Recorded values."""
+    """A graph recorded from Python's own arithmetic on Recorded values."""
 
     def __init__(self):
         super().__init__()
         self._constants: dict[float, Value] = {}
 
     def argument(self, *shape: int) -> "Recorded":
-        """As GraphBuilder.input; all of them before any operation."""
+        """As GraphBuilder.input. All arguments come before any operation."""
         return Recorded(self, self.input(*shape))
 
     def unary(self, kind: type, x: Value) -> "Recorded":
         return Recorded(self, self._node(kind, x.shape, x))
 
     def binary(self, kind: type, a: Value, b) -> "Recorded":
-        """With b Recorded or a number."""
+        """`b` is Recorded or a number."""
         if isinstance(b, Recorded):
             b = b.value
         else:

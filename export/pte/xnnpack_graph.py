@@ -1,8 +1,8 @@
 """XNNPACK graphs written node by node, where no traced operator says what is wanted.
 
 Every method of GraphBuilder adds one node (xnnpack.h names them xnn_define_*) and returns its
-result. Sizes are those of an example: a method's inputs may later have other sizes on every axis
-that no slice cuts, and XNNPACK works the rest out from them.
+result. Sizes are those of an example. A method's inputs may later have other sizes on every axis
+that no slice cuts. XNNPACK works the rest out from them.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +30,8 @@ CONCATENATIONS = {
 
 
 class LoweredBackendModule(exir_lowered.LoweredBackendModule):
-    """A delegate that costs nothing to trace: its outputs' shapes are known, so no pass of the
-    outer program has to run a graph again. (ExecuTorch goes by the class's name.)"""
+    """A delegate that costs nothing to trace. Its outputs' shapes are known, so no pass of the
+    outer program has to run a graph again. ExecuTorch goes by the class's name."""
 
     def __deepcopy__(self, memo) -> "LoweredBackendModule":
         return self
@@ -39,7 +39,7 @@ class LoweredBackendModule(exir_lowered.LoweredBackendModule):
 
 @dataclass(frozen=True)
 class ShapesOnly:
-    """Stands where ExecuTorch looks for a delegate's original program: `run` makes tensors of the
+    """Stands where ExecuTorch looks for a delegate's original program. `run` makes tensors of the
     outputs' shapes from the inputs."""
 
     run: Callable[..., list[Tensor]]
@@ -67,7 +67,7 @@ def delegate(binary: bytes, run: Callable[..., list[Tensor]], outputs: int, name
 class GraphDelegate:
     """A graph without weights as a delegate call: tensors in, tensors out.
 
-    No nn.Module, which torch.export would look for in the branches of a condition.
+    It is no nn.Module, because torch.export would look for one in the branches of a condition.
     """
 
     def __init__(self, binary: bytes, run: Callable[..., list[Tensor]], outputs: int = 1):
@@ -86,7 +86,7 @@ class Value:
 
 
 class GraphBuilder:
-    """Collects float32 nodes; inputs and outputs are numbered in the order of their definition."""
+    """Collects float32 nodes. Inputs and outputs are numbered in the order of their definition."""
 
     def __init__(self):
         self._nodes: list[schema.XNode] = []
@@ -136,7 +136,7 @@ class GraphBuilder:
         return self._node(schema.XNNBatchMatrixMultiply, shape, a, b, flags=flags)
 
     def reshape(self, x: Value, *shape: int) -> Value:
-        """x with another shape; one size may be -1."""
+        """x with another shape. One size may be -1."""
         example = tuple(torch.empty(x.shape, device="meta").view(shape).shape)
         sizes = [0 if size == -1 else size for size in shape]  # 0 is XNNPACK's -1
         return self._shaped(

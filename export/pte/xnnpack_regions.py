@@ -1,9 +1,9 @@
 """What runs inside XNNPACK: a network's regions between two attentions, each one delegate call.
 
 Every layer is two regions, one before and one after its attention, and the head is a third kind.
-Regions of a kind are equal but for their weights, so one of each kind is traced and partitioned
-and the others are serialized from it with their own weights. That, and nothing left outside for
-the partitioner to cut at, is what makes the export fast.
+Regions of a kind differ only in their weights. One of each kind is traced and partitioned, and the
+others are serialized from it with their own weights. That makes the export fast, and so does
+leaving nothing outside for the partitioner to cut at.
 """
 
 import copy
@@ -77,8 +77,8 @@ class DelegatedScale(nn.Module):
 
 
 class DelegatedGELU(nn.Module):
-    """GELU's tanh approximation as x * sigmoid(2u): the partitioner would silently take
-    aten.gelu for the exact one, whatever its `approximate` says."""
+    """GELU's tanh approximation as x * sigmoid(2u). The partitioner would silently take aten.gelu
+    for the exact one, whatever its `approximate` says."""
 
     def __init__(self):
         super().__init__()
@@ -91,8 +91,8 @@ class DelegatedGELU(nn.Module):
 
 
 def prepare(model: nn.Module) -> None:
-    """Replace, in place, the modules that XNNPACK does not take as they are, and scale queries
-    where they are normalised, or would be, so that attention need not."""
+    """Replace, in place, the modules that XNNPACK does not take as they are. Queries are scaled
+    where they are normalised, or would be, so that attention need not scale them."""
     for layer in model.model.layers:
         attention = layer.mixer
         if attention.q_norm is None:
@@ -110,8 +110,8 @@ def prepare(model: nn.Module) -> None:
 class InParts(nn.Module):
     """A linear layer of x [1, B, K] that takes a few rows at a time, one part after the other.
 
-    XNNPACK's int8 kernels multiply at most 5 rows at once, and take more of them in passes over all
-    of the weight; cut here, the second pass finds its weight in the processor's cache.
+    XNNPACK's int8 kernels multiply at most 5 rows at once, and take more rows in passes over the
+    whole weight. With rows cut here, the second pass finds its weight in the processor's cache.
     """
 
     ROWS_AT_ONCE = 5
@@ -160,7 +160,7 @@ class BeforeAttention(nn.Module):
 
 
 class AfterAttention(nn.Module):
-    """x [1, T, D], attended [K, T, G head_dim] -> (x after the layer,); where the layer has experts
+    """x [1, T, D], attended [K, T, G head_dim] -> (x after the layer,). A layer with experts gives
     x before them, what they read [1, T, D], and the router's scores of them [1, T, E]."""
 
     def __init__(self, layer: nn.Module):
@@ -192,9 +192,9 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class RegionKind:
-    """One kind of region, traced and partitioned: the delegate's program, where its arguments come
-    from (a position among the region's, or the name of a buffer of it), and the order of its
-    results."""
+    """One kind of region, traced and partitioned. `program` is the delegate's. `arguments` says
+    where each of its arguments comes from: a position among the region's, or the name of a buffer
+    of the region. `results` is the order of its results."""
 
     program: ExportedProgram
     arguments: tuple[int | str, ...]
@@ -221,7 +221,7 @@ class RegionKind:
         return LoweredRegion(lowered, self, constants)
 
     def _shapes(self):
-        """Makes tensors like the program's results from tensors like its arguments."""
+        """The function from tensors like the program's arguments to tensors like its results."""
         values = [node.meta["val"] for node in self.program.graph.find_nodes(op="placeholder")]
         names = [node.name for node in self.program.graph.find_nodes(op="placeholder")]
         users = set(self.program.graph_signature.user_inputs)
@@ -242,7 +242,7 @@ class RegionKind:
 def serialize(program: ExportedProgram) -> tuple[bytes, NamedDataStoreOutput]:
     """The delegate's bytes for a partitioned program, and its weights.
 
-    XnnpackBackend.preprocess without its graph passes, which would run again for every region.
+    This is XnnpackBackend.preprocess without its graph passes, which would run for every region.
     """
     data = NamedDataStore()
     external = generate_node_to_external_map(program, program.graph_module)
@@ -266,9 +266,9 @@ def serialize(program: ExportedProgram) -> tuple[bytes, NamedDataStoreOutput]:
 
 
 def rename(graph: XNNGraph, weights: NamedDataStoreOutput) -> None:
-    """Name linear layers' weights by all that is packed with them: ExecuTorch names data by a hash
-    of its bytes, and XNNPACK's cache would take layers of equal bytes for one, whatever their
-    shapes, scales and biases."""
+    """Name linear layers' weights by all that is packed with them. ExecuTorch names data by a hash
+    of its bytes. By such names XNNPACK's cache would take layers of equal bytes for one, whatever
+    their shapes, scales and biases."""
     values = [value.xvalue_union for value in graph.xvalues]
     tensors = [getattr(value, "tensor_value", value) for value in values]
     by_id = {tensor.id_out: (tensor, value) for tensor, value in zip(tensors, values)}
@@ -294,9 +294,9 @@ def rename(graph: XNNGraph, weights: NamedDataStoreOutput) -> None:
 class LoweredRegion(nn.Module):
     """A region as a delegate call, to be traced into the program around it.
 
-    Constants of elementwise operators are arguments of the delegate: XNNPACK packs the weights of
-    linear layers into its cache, where all methods share them, and then lets go of everything that
-    the delegate brought along.
+    Constants of elementwise operators are arguments of the delegate. XNNPACK packs the weights of
+    linear layers into its cache, where all methods share them. It then lets go of everything else
+    that the delegate brought along.
     """
 
     def __init__(self, lowered, kind: RegionKind, constants: dict[str, Tensor]):
@@ -318,7 +318,7 @@ class LoweredRegion(nn.Module):
 def trace(
     region: nn.Module, examples: Sequence[Tensor], shapes: Sequence[dict[int, Dim]] | None
 ) -> RegionKind:
-    """Trace and partition one region; `shapes` are the dynamic axes of its arguments, if any.
+    """Trace and partition one region. `shapes` are the dynamic axes of its arguments, if any.
 
     Raises RuntimeError when XNNPACK does not take the whole region.
     """
@@ -363,8 +363,8 @@ _SliceCopyVisitor = node_visitor._node_visitor_dict["aten.slice_copy.Tensor"]
 
 @node_visitor.register_node_visitor
 class DynamicSlice(_SliceCopyVisitor):
-    """A slice that leaves the other axes whole, whatever their size: for xnn_define_static_slice
-    the size 0 means the whole axis."""
+    """A slice that leaves the other axes whole, whatever their size. A size of 0 means the whole
+    axis to xnn_define_static_slice."""
 
     def define_node(self, node, xnn_graph, vals_to_ids, debug_handle) -> None:
         super().define_node(node, xnn_graph, vals_to_ids, debug_handle)
@@ -382,6 +382,6 @@ class RegionPartitioner(XnnpackPartitioner):
         self.delegation_spec = DelegationSpec(XnnpackBackend.__name__, COMPILE_SPECS)
 
     def ops_to_not_decompose(self, program: ExportedProgram):
-        """Without the filter, which would have the region traced twice more."""
+        """The operators without the filter, for which the region would be traced twice more."""
         operators, _ = super().ops_to_not_decompose(program)
         return operators, None
