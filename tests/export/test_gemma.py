@@ -103,7 +103,7 @@ def test_a_directory_of_another_architecture(refuses, checkpoint):
 
 
 def test_a_gemma_4_with_the_backend_that_does_not_take_it(refuses, checkpoint):
-    change_config(checkpoint, model_type="gemma4_text")
+    change_config(checkpoint, model_type="gemma4_text", hidden_size_per_layer_input=0)
     arguments = ("--model", "tiny", "--backend", "xnnpack")
     refuses(
         "tiny is a gemma4_text model; --backend xnnpack does not take layers of several shapes, "

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.conftest import AUSTEN
 from tokenloop import runner
 from tokenloop.runner import LoopOptions, Request
 
@@ -81,7 +82,11 @@ def test_the_manifest_has_every_state_with_its_shape(exported, model):
     assert len({state["name"] for state in states}) == len(states)
 
 
-def test_a_backend_that_does_not_know_hybrids_is_refused_in_one_line(run_script, tmp_path):
-    done = run_script("export/qwen3_5.py", "--backend", "xnnpack", cwd=tmp_path)
+@pytest.mark.parametrize("backend", ["xnnpack", "cuda"])
+def test_a_backend_that_does_not_take_hybrids_is_refused_in_one_line(run_script, tmp_path, backend):
+    done = run_script("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend, cwd=tmp_path)
     assert done.returncode == 2
-    assert "invalid choice: 'xnnpack' (choose from " in done.stderr.splitlines()[-1]
+    assert done.stderr == (
+        f"export/qwen3_5.py: error: {AUSTEN} is a qwen3_5_text model; --backend {backend} does not "
+        "take gated delta nets: inductor, portable do\n"
+    )
