@@ -229,7 +229,8 @@ def find_backend(
         model = network(config, 1)
     names = supporting(model)
     if options.backend is None:
-        if fault := choose_backend(options, names[0]):
+        fitting = [name for name in names if options.quant in (None, *FOR_BACKEND[name])]
+        if fault := choose_backend(options, (fitting or names)[0]):
             raise ExportError(fault)
     elif what := unsupported(model, options.backend):
         raise ExportError(

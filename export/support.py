@@ -15,7 +15,7 @@ def unsupported(network: CausalLM, backend: str) -> str | None:
     found = {
         "layers of several shapes": len({(m.kv_heads, m.heads, m.head_dim) for m in mixers}) > 1,
         "norms of values": any(m.v_norm is not None for m in mixers),
-        "values that are keys": any(m.keys_are_values for m in mixers),
+        "values that are keys": any(m.values_are_keys for m in mixers),
         "output gates": any(m.output_gate for m in mixers),
         "scaled layers": any(block.layer_scalar is not None for block in blocks),
         "an expert of all tokens": any(b.mlp.moe and b.mlp.dense for b in blocks),

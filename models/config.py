@@ -75,12 +75,18 @@ def rope_entry(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding's fields of a model with one: those of transformers 4 (rope_theta,
     rope_scaling) and those of transformers 5 (rope_parameters). Raises ValueError as `merged`."""
     entry = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
-    return entry | merged(config.get("rope_scaling"), config.get("rope_parameters"))
+    entry |= merged(config.get("rope_scaling"), config.get("rope_parameters"))
+    name = "original_max_position_embeddings"
+    if name in entry and config.get(name) not in (None, entry[name]):
+        raise ValueError(f"{name} = {config[name]} and the rotary embedding's {entry[name]} differ")
+    return entry
 
 
 def merged(scaling: Mapping[str, Any] | None, parameters: Mapping[str, Any] | None) -> dict:
     """The fields of rope_scaling and of an entry of rope_parameters. Raises ValueError where a
     field of the first is another in the second: transformers would take one of them."""
+    if not all(isinstance(given or {}, Mapping) for given in (scaling, parameters)):
+        raise ValueError(f"rope_scaling {scaling!r}, rope_parameters {parameters!r}: no objects")
     scaling, parameters = dict(scaling or {}), dict(parameters or {})
     if "type" in scaling:
         scaling = {"rope_type": scaling.pop("type")} | scaling
@@ -103,7 +109,8 @@ def rope(
     kind = entry.get("rope_type", entry.get("type", "default"))
     if kind not in supported:
         raise ValueError(f"rope_type = {kind!r} is not supported: {' or '.join(sorted(supported))}")
-    share = entry.get("partial_rotary_factor", 1.0)
+    share = entry.get("partial_rotary_factor")
+    share = 1.0 if share is None else share
     if share != 1.0 and not partial and kind != "proportional":
         raise ValueError(f"partial_rotary_factor = {share} is not supported: only 1.0")
     scaling = tuple(field.name for field in fields(Llama3Scaling))

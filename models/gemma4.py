@@ -65,11 +65,11 @@ ONLY = {
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """The attention of one kind of layer. There is no v_proj where `keys_are_values`."""
+    """The attention of one type of layer. There is no v_proj where `values_are_keys`."""
 
     head_dim: int
     num_key_value_heads: int
-    keys_are_values: bool
+    values_are_keys: bool
     rope: layers.RopeConfig
 
 
@@ -117,22 +117,22 @@ class Gemma4Config:
 def _attention(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str, AttentionConfig]:
     shapes = _head_shapes(config, layer_types)
     attention = {}
-    for kind, shape in shapes.items():
+    for layer_type, shape in shapes.items():
         heads = shape["num_key_value_heads"]
         if config["num_attention_heads"] % heads:
             raise ValueError(
                 f"num_attention_heads = {config['num_attention_heads']} is not a multiple of the "
-                f"{heads} key/value heads of {kind}"
+                f"{heads} key/value heads of {layer_type}"
             )
-        keys_are_values = config["attention_k_eq_v"] and kind == "full_attention"
-        attention[kind] = AttentionConfig(
-            **shape, keys_are_values=keys_are_values, rope=_rope(config, kind)
+        values_are_keys = config["attention_k_eq_v"] and layer_type == "full_attention"
+        attention[layer_type] = AttentionConfig(
+            **shape, values_are_keys=values_are_keys, rope=_rope(config, layer_type)
         )
     return attention
 
 
 def _head_shapes(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str, dict[str, int]]:
-    """head_dim and num_key_value_heads of each kind of layer that there is.
+    """head_dim and num_key_value_heads of each type of layer that there is.
 
     A published config.json has full layers' own values as global_head_dim and
     num_global_key_value_heads. transformers 5.24 writes each layer that differs in
@@ -143,26 +143,27 @@ def _head_shapes(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[s
         full = {"head_dim": config["global_head_dim"]}
         if config["attention_k_eq_v"] and config["num_global_key_value_heads"]:
             full["num_key_value_heads"] = config["num_global_key_value_heads"]
-        own = {i: full for i, kind in enumerate(layer_types) if kind == "full_attention"}
+        own = {i: full for i, layer_type in enumerate(layer_types) if layer_type == FULL}
     common = {key: config[key] for key in ("head_dim", "num_key_value_heads")}
     own = {int(i): shape for i, shape in own.items()}
     shapes: dict[str, dict[str, int]] = {}
-    for i, kind in enumerate(layer_types):
+    for i, layer_type in enumerate(layer_types):
         shape = common | own.get(i, {})
         if unknown := shape.keys() - common.keys():
             raise ValueError(f"per_layer_config sets {', '.join(sorted(unknown))} of layer {i}")
-        if shapes.setdefault(kind, shape) != shape:
+        if shapes.setdefault(layer_type, shape) != shape:
             raise ValueError(
-                f"per_layer_config gives layer {i} {shape} and another of {kind} {shapes[kind]}"
+                f"per_layer_config gives layer {i} {shape} and another of {layer_type} "
+                f"{shapes[layer_type]}"
             )
     return shapes
 
 
-def _rope(config: dict[str, Any], kind: str) -> layers.RopeConfig:
+def _rope(config: dict[str, Any], layer_type: str) -> layers.RopeConfig:
     parameters = config["rope_parameters"] or ROPE_PARAMETERS
-    if "rope_theta" not in (parameters.get(kind) or {}):
-        raise ValueError(f"rope_parameters lacks rope_theta of {kind}")
-    return configs.rope(parameters[kind], ("default", "proportional"), kind)
+    if "rope_theta" not in (parameters.get(layer_type) or {}):
+        raise ValueError(f"rope_parameters lacks rope_theta of {layer_type}")
+    return configs.rope(parameters[layer_type], ("default", "proportional"), layer_type)
 
 
 def checkpoint_name(name: str) -> str | None:
@@ -191,7 +192,7 @@ class Gemma4(CausalLM):
             sizes = c.hidden_size, c.num_attention_heads, cache, 1.0
             norms = {"norm": norm, "v_norm": layers.ValueNorm(c.rms_norm_eps)}
             attention = layers.Attention(
-                layer_type, *sizes, **norms, keys_are_values=own.keys_are_values
+                layer_type, *sizes, **norms, values_are_keys=own.values_are_keys
             )
             mlp = layers.MLP(c.hidden_size, c.intermediate_size, "gelu_tanh")
             return Block(attention, mlp, partial(norm, c.hidden_size), SANDWICH_NORMS, scaled=True)

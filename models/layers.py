@@ -114,8 +114,8 @@ def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def normalize(x: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last axis (arXiv:1910.07467), float32 whatever x is."""
-    wide = x.float()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class RMSNorm(nn.Module):
@@ -167,9 +167,9 @@ def kv_cache(
 class Attention(nn.Module):
     """A Mixer: grouped-query attention over a KV cache, whose shape tells K and head_dim.
 
-    It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `keys_are_values`,
+    It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `values_are_keys`,
     `output_gate`, and `q_norm`, `k_norm` and `v_norm`, which are modules or None. With
-    `keys_are_values` there is no v_proj, and a value is the key before norm and rotation. With
+    `values_are_keys` there is no v_proj, and a value is the key before norm and rotation. With
     `output_gate` q_proj gives each head's query, then its gate, whose sigmoid multiplies the
     result.
     """
@@ -179,7 +179,7 @@ class Attention(nn.Module):
     def __init__(
         self, layer_type: str, hidden_size: int, heads: int, cache: KVCache, scale: float, *,
         norm: Callable[[int], nn.Module] | None = None, v_norm: nn.Module | None = None,
-        keys_are_values: bool = False, output_gate: bool = False, bias: bool = False,
+        values_are_keys: bool = False, output_gate: bool = False, bias: bool = False,
         output_bias: bool = False,
     ):  # fmt: skip
         """`norm` makes the norms of queries and keys, given head_dim. `bias` is for queries, keys
@@ -188,12 +188,12 @@ class Attention(nn.Module):
         kv_heads, head_dim = cache.k.shape[2:]
         self.layer_type, self.scale = layer_type, scale
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.keys_are_values, self.output_gate = keys_are_values, output_gate
+        self.values_are_keys, self.output_gate = values_are_keys, output_gate
         size, kv_size = heads * head_dim, kv_heads * head_dim
-        self.projections = ("q_proj", "k_proj") + ("v_proj",) * (not keys_are_values)
+        self.projections = ("q_proj", "k_proj") + ("v_proj",) * (not values_are_keys)
         self.q_proj = nn.Linear(hidden_size, size * (2 if output_gate else 1), bias=bias)
         self.k_proj = nn.Linear(hidden_size, kv_size, bias=bias)
-        if not keys_are_values:
+        if not values_are_keys:
             self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(size, hidden_size, bias=output_bias)
         self.q_norm = None if norm is None else norm(head_dim)
@@ -210,7 +210,7 @@ class Attention(nn.Module):
         else:
             q = self._by_head(self.q_proj(x))
         k = self._by_head(self.k_proj(x))
-        v = k if self.keys_are_values else self._by_head(self.v_proj(x))
+        v = k if self.values_are_keys else self._by_head(self.v_proj(x))
         q = q if self.q_norm is None else self.q_norm(q)
         q = apply_rotary(q, rope[self.layer_type])
         k = k if self.k_norm is None else self.k_norm(k)

@@ -71,8 +71,6 @@ class SparseMoe(nn.Module):
     their scores decide more than they weigh.
     """
 
-    routers = ("gate", "shared_expert_gate")
-
     def __init__(self, hidden_size: int, config: MoeConfig, shared_size: int | None = None):
         super().__init__()
         self.moe = config
@@ -82,6 +80,7 @@ class SparseMoe(nn.Module):
             self.shared_expert = MLP(hidden_size, shared_size, "silu")
             self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
         self.is_shared = shared_size is not None
+        self.routers = ("gate",) + ("shared_expert_gate",) * self.is_shared
 
     @property
     def dense(self) -> MLP | None:

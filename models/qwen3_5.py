@@ -17,6 +17,8 @@ from tokenloop.models.delta_net import DeltaNetCache, DeltaNetConfig, GatedDelta
 from tokenloop.models.kernels.causal_conv1d.reference import WIDTHS
 from tokenloop.models.moe import MoeConfig, SparseMoe
 
+# The most tokens of a prefill chunk: exports unroll the delta nets' chunks.
+MAX_CHUNK = 512
 FULL, LINEAR = "full_attention", "linear_attention"
 _SHARED_DEFAULTS = {
     "num_attention_heads": 16, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6,
@@ -144,7 +146,7 @@ class Qwen3_5(CausalLM):
 
     def __init__(
         self, config: Qwen3_5Config, max_seq_len: int, batch: int = 1,
-        dtype: torch.dtype = torch.float32, max_chunk: int = 512,
+        dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         c = config
         norm = partial(layers.RMSNorm, eps=c.rms_norm_eps, offset=1.0)
@@ -170,7 +172,7 @@ class Qwen3_5(CausalLM):
             for layer_type, sparse in zip(c.layer_types, c.sparse)
         ]
         rope = {FULL: layers.RotaryEmbedding(c.rope, c.rotary_dim)}
-        cache, norm = (max_seq_len, batch, min(max_chunk, max_seq_len)), norm(c.hidden_size)
+        cache, norm = (max_seq_len, batch, min(MAX_CHUNK, max_seq_len)), norm(c.hidden_size)
         super().__init__(c, blocks, norm, rope, *cache, tied=c.tie_word_embeddings)
 
 

@@ -25,5 +25,5 @@ def __getattr__(name: str):
     if name == "load":
         name = "Model"
     if name not in HOMES:
-        raise AttributeError(f"module 'runner' has no attribute {name!r}")
+        raise AttributeError(f"module 'tokenloop.runner' has no attribute {name!r}")
     return getattr(import_module(f"tokenloop.runner.{HOMES[name]}"), name)

@@ -143,7 +143,7 @@ class Model:
         request.check()
         ids = self._prompt_ids(request)
         if not ids:
-            raise RunnerError("the prompt is empty and this model has no bos token: give some text")
+            raise RunnerError("the prompt is empty, and no bos is put before it: give some text")
         if len(ids) >= self.max_seq_len:
             raise RunnerError(
                 f"the prompt has {len(ids)} tokens and the cache {self.max_seq_len} positions, one "

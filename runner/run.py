@@ -71,7 +71,7 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     output.add_argument("--stats", action="store_true", help="speed and copies, on standard error")
     loop = parser.add_argument_group("the loop, for comparison (the text is always the same)")
     loop.add_argument(
-        "--feed", choices=("embed", "alias", "host"), default="auto",
+        "--feed", choices=("auto", "embed", "alias", "host"), default="auto",
         help="hand the token's embedding on in place, or the token, or read the token and upload "
         "it again; auto takes the first that the artifact has the methods for",
     )  # fmt: skip

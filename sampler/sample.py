@@ -10,14 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from tokenloop.sampler import philox
 from tokenloop.sampler.greedy import greedy
-from tokenloop.sampler.philox import (
-    LN2_HIGH,
-    LN2_LOW,
-    gumbel,
-    nearest_power_of_two,
-    vocabulary_gumbel,
-)
 
 # A weight is a probability times 2^38, relative to the most likely token's: sums of 2^24 of them
 # fit int64.
@@ -46,7 +40,7 @@ def sample(
     descending = torch.sort(x, dim=-1, descending=True).values
     cut = threshold(descending, largest, temperature, top_k, top_p)
     scaled = restrict(x, largest, temperature, *cut)
-    scores = scaled + vocabulary_gumbel(seed, position, x.shape[1])
+    scores = scaled + philox.vocabulary_gumbel(seed, position, x.shape[1])
     token = torch.argmax(scores, dim=-1, keepdim=True)
     return torch.where(temperature[:, None] == 0, greedy(logits), token)
 
@@ -110,7 +104,7 @@ def restrict(
 def noisiest(scaled: Tensor, ids: Tensor, seed: Tensor, position: Tensor) -> Tensor:
     """The token with the largest score, int64 [B, 1]: scaled logits [B, N] plus noise, of tokens
     ids int64 [B, N], ascending; seed and position int64 [B]."""
-    best = torch.argmax(scaled + gumbel(seed, position, ids), dim=-1, keepdim=True)
+    best = torch.argmax(scaled + philox.gumbel(seed, position, ids), dim=-1, keepdim=True)
     return torch.gather(ids, 1, best)
 
 
@@ -127,9 +121,9 @@ def exp2_38(scaled):
     """
     scaled = scaled.clamp(min=LOWEST)
     exponent = (scaled * (1 / math.log(2)) + 0.5).floor()
-    r = scaled - exponent * LN2_HIGH - exponent * LN2_LOW
+    r = scaled - exponent * philox.LN2_HIGH - exponent * philox.LN2_LOW
     y = r * EXP_COEFFICIENTS[0] + EXP_COEFFICIENTS[1]
     for coefficient in EXP_COEFFICIENTS[2:]:
         y = y * r + coefficient
     y = y * (r * r) + r + 1.0
-    return y * nearest_power_of_two(((exponent + WEIGHT_BITS) * math.log(2)).exp())
+    return y * philox.nearest_power_of_two(((exponent + WEIGHT_BITS) * math.log(2)).exp())

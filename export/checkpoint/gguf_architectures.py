@@ -48,7 +48,7 @@ class Keys(NamedTuple):
         return value
 
     def head_dim(self, default: int) -> int:
-        """The size of a head's queries, keys and values, all of which the rotary embedding turns.
+        """The size of a head's queries, keys and values, all of which the rotary embedding rotates.
 
         Errors: ExportError for a key that asks for another size.
         """
@@ -119,7 +119,7 @@ class Architecture(NamedTuple):
     """How one `general.architecture` reads in Hugging Face's terms.
 
     llama.cpp's converter adds `norm_offset` to the weights of norms. Where it is `permuted`, it
-    puts the rows of queries and keys that turn together next to each other; Hugging Face has them
+    puts the rows of queries and keys that rotate together next to each other; Hugging Face has them
     half a head apart.
     """
 

@@ -6,17 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenloop.export.errors import ExportError
-from tokenloop.export.pt2.packed_weights import (
-    LINEAR_ATTENTION,
-    IntegerHead,
-    PackedAttention,
-    PackedBlock,
-    PackedDeltaNet,
-    PackedLinear,
-    pack_blocks,
-)
+from tokenloop.export.pt2 import packed_weights as packed
+from tokenloop.export.pt2.packed_weights import PackedBlock
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
+
+# Half a head is multiplied as a matrix, of at least 16 inputs.
+HEAD_DIMS = 32, 64, 128, 256, 512
 
 
 class CudaStep(nn.Module):
@@ -33,16 +29,17 @@ class CudaStep(nn.Module):
     def __init__(self, network: CausalLM, bits: int = 0):
         super().__init__()
         backbone = network.model
-        for block in backbone.layers:
-            if block.mixer.layer_type != LINEAR_ATTENTION:
-                check_head_dim(block.mixer.head_dim)
+        for mixer in (block.mixer for block in backbone.layers):
+            if mixer.layer_type != packed.LINEAR_ATTENTION and mixer.head_dim not in HEAD_DIMS:
+                size = mixer.head_dim
+                raise ExportError(f"head_dim is {size}; with --device cuda it must be {HEAD_DIMS}")
         self.rope, self.norm = backbone.rope, backbone.norm
-        self.layers = nn.ModuleList(pack_blocks(network, bits))
+        self.layers = nn.ModuleList(packed.pack_blocks(network, bits))
         if bits:
-            network.lm_head = IntegerHead(network.lm_head)
+            network.lm_head = packed.IntegerHead(network.lm_head)
         self.head: nn.Module = network.lm_head.rows if bits else network.lm_head
         self.soft_cap = network.soft_cap or 0.0
-        linears = [part for part in self.layers.modules() if isinstance(part, PackedLinear)]
+        linears = [part for part in self.layers.modules() if isinstance(part, packed.PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
         kv_heads = max(layer.kv_heads for layer in self.layers)
         size = cuda.semaphores_size(network.batch, widest, kv_heads)
@@ -100,7 +97,7 @@ class CudaStep(nn.Module):
     def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
         return cuda.linear(x, *_tensors(linear), self.kernel_semaphores, **options)
 
-    def _attend(self, layer: PackedAttention, projected: Tensor, position: Tensor) -> Tensor:
+    def _attend(self, layer: packed.PackedAttention, projected: Tensor, position: Tensor) -> Tensor:
         """What the layer's `o` takes after `qkv` gave projected [B, N]."""
         gates = None
         if layer.output_gate:
@@ -117,7 +114,7 @@ class CudaStep(nn.Module):
         )  # fmt: skip
         return attended if gates is None else attended * gates.sigmoid()
 
-    def _recur(self, layer: PackedDeltaNet, projected: Tensor, position: Tensor) -> Tensor:
+    def _recur(self, layer: packed.PackedDeltaNet, projected: Tensor, position: Tensor) -> Tensor:
         """As `_attend`, for a gated delta net."""
         # A row begins anew at position 0, and nowhere else.
         cache, started = layer.cache, position
@@ -135,14 +132,7 @@ class CudaStep(nn.Module):
         return cuda.gated_rms_norm(out, z, norm.weight, norm.eps).flatten(1)
 
 
-MIX = {PackedAttention: CudaStep._attend, PackedDeltaNet: CudaStep._recur}
-
-
-def check_head_dim(size: int) -> None:
-    """Raise ExportError for a head_dim that is no power of two, or whose half is too small for a
-    product of matrices, which takes at least 16 inputs."""
-    if size < 32 or size & (size - 1):
-        raise ExportError(f"head_dim is {size}; with --device cuda it must be 32, 64, 128, ...")
+MIX = {packed.PackedAttention: CudaStep._attend, packed.PackedDeltaNet: CudaStep._recur}
 
 
 def weight_of(norm: nn.Module | None) -> Tensor | None:
@@ -152,5 +142,5 @@ def weight_of(norm: nn.Module | None) -> Tensor | None:
 
 def _tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weight, scale and bias. The network's own head has no scale."""
-    scale = linear.scale if isinstance(linear, PackedLinear) else None
+    scale = linear.scale if isinstance(linear, packed.PackedLinear) else None
     return linear.weight, scale, linear.bias

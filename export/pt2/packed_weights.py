@@ -18,7 +18,6 @@ from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 from tokenloop.models.kernels.linear.reference import dequantize
 
-QUANTIZERS = {4: quantize_int4, 8: quantize_int8}
 LINEAR_ATTENTION = "linear_attention"
 
 
@@ -30,7 +29,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight = torch.cat([linear.weight for linear in linears])
         self.inputs = weight.shape[1]
-        weight, scale = QUANTIZERS[bits](weight) if bits else (weight, None)
+        weight, scale = quantized(weight, bits) if bits else (weight, None)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -84,6 +83,21 @@ class IntegerHead(nn.Module):
         return cuda.linear(*arguments, out_float32=True)[:, None]
 
 
+def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Words and scales of weight [N, K], in 4 bits by groups of 128 inputs, or of 64 where 128 do
+    not divide K. Errors: ExportError where neither does."""
+    if bits == 8:
+        return quantize_int8(weight)
+    inputs = weight.shape[1]
+    group_size = next((size for size in (128, 64) if inputs % size == 0 and inputs > 128), None)
+    if group_size is None:
+        raise ExportError(
+            f"--quant int4 does not fit a linear layer of {inputs} inputs: they must be more than "
+            "128 and whole groups of 64; int8 and bf16 take any"
+        )
+    return quantize_int4(weight, group_size)
+
+
 def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:
     """Pack the weights of the linear layers `names` of `parent`, which become views of them."""
     linears = [parent.get_submodule(name) for name in names]
@@ -108,7 +122,7 @@ class PackedBlock(nn.Module):
         self.moe, self.is_shared = mlp.moe, mlp.moe is not None and dense is not None
         if self.moe is not None:
             self.experts = mlp.experts
-            self.scores = pack(mlp, mlp.routers[: 2 if self.is_shared else 1], 0)
+            self.scores = pack(mlp, mlp.routers, 0)
         if dense is not None:
             self.gate_up = pack(dense, ["gate_proj", "up_proj"], bits)
             self.down = pack(dense, ["down_proj"], bits)
@@ -134,7 +148,7 @@ class PackedAttention(PackedBlock):
         self.layer_type, self.scale = attention.layer_type, attention.scale
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
         self.value_norm = attention.v_norm is not None
-        self.values_are_keys = attention.keys_are_values
+        self.values_are_keys = attention.values_are_keys
         self.output_gate = attention.output_gate
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.cond import cond_op
 
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
-from tokenloop.models.cache import KVCache, SlidingCache
+from tokenloop.models.cache import KVCache
 
 # The first block's slots with one row and with several. Each row reads some of them in vain.
 FIRST_BLOCK, FIRST_BLOCK_OF_ROWS = 512, 256
@@ -81,12 +81,12 @@ def attention(
     return GraphDelegate(graph.serialize(out), lambda q, *_: [torch.empty_like(q)])
 
 
-class Slots(nn.Module):
+class SlotLayout(nn.Module):
     """Where one kind of layer keeps its positions: in a ring, or each in a slot of its own."""
 
     def __init__(self, cache: KVCache):
         super().__init__()
-        self.ring = isinstance(cache, SlidingCache)
+        self.ring = cache.is_ring
         self.count = cache.slots
         first = FIRST_BLOCK if cache.k.shape[0] == 1 else FIRST_BLOCK_OF_ROWS
         filled = block_sizes(self.count, first)
@@ -139,7 +139,7 @@ class Slots(nn.Module):
 class BlockCache(nn.Module):
     """The keys and values of one layer, float32 [K B S, D] for each block."""
 
-    def __init__(self, cache: KVCache, slots: Slots):
+    def __init__(self, cache: KVCache, slots: SlotLayout):
         super().__init__()
         self.rows, _, self.kv_heads, self.head_dim = cache.k.shape
         self.sizes = slots.sizes
@@ -160,7 +160,7 @@ class BlockCache(nn.Module):
         return blocks
 
     def places(self, indices: Sequence[Tensor], row: Tensor | None = None) -> list[Tensor]:
-        """Where `indices` (of Slots.indices) lie in each block, int64 [K N]. Indices are slots
+        """Where `indices` (of SlotLayout.indices) lie in each block, int64 [K N]. Indices are slots
         int64 [T] of `row` int64 [1], or without `row` one slot of each row, int64 [B]."""
         rows = torch.arange(self.rows) if row is None else row
         heads = torch.arange(self.kv_heads)[:, None] * self.rows
@@ -197,8 +197,8 @@ class Chunk:
     """What all layers of a kind share while a chunk is prefilled. Positions are float32 in UNITs.
 
     `begin` int64 [] is the first token's position, and `positions` [1, T] are all tokens'. `newest`
-    and `oldest` [T G, 1] are as in `attention`. `held` is what Slots.held gives. `row` int64 [1] is
-    the row of the chunk, None where a cache has one row.
+    and `oldest` [T G, 1] are as in `attention`. `held` is what SlotLayout.held gives. `row` int64
+    [1] is the row of the chunk, None where a cache has one row.
     """
 
     begin: Tensor
@@ -212,7 +212,7 @@ class Chunk:
 class PrefillAttention(nn.Module):
     """A chunk's queries attend to what its row of the layer's cache holds, and to the chunk."""
 
-    def __init__(self, slots: Slots, kv_heads: int, group: int, head_dim: int, traced: int):
+    def __init__(self, slots: SlotLayout, kv_heads: int, group: int, head_dim: int, traced: int):
         super().__init__()
         self.ring = slots.ring
         self.limits = [0, *slots.limits()]
@@ -253,7 +253,7 @@ class PrefillAttention(nn.Module):
 class DecodeAttention(nn.Module):
     """One query of each row and head attends to the cache, which has the query's key already."""
 
-    def __init__(self, slots: Slots, kv_heads: int, group: int, head_dim: int, rows: int = 1):
+    def __init__(self, slots: SlotLayout, kv_heads: int, group: int, head_dim: int, rows: int = 1):
         super().__init__()
         # A position p is among the first p + 1.
         self.limits = [limit - 1 for limit in slots.limits()]
@@ -268,7 +268,7 @@ class DecodeAttention(nn.Module):
             for count in range(1, len(slots.sizes) + 1)
         ]
 
-    def forward(self, q, cache: BlockCache, slots: Slots, furthest: Tensor, newest: Tensor):
+    def forward(self, q, cache: BlockCache, slots: SlotLayout, furthest: Tensor, newest: Tensor):
         """q [K, B, G D], newest float32 [1, 1] or [K B, 1, 1] in UNITs -> [K, B, G D]. All rows
         read as many blocks as the `furthest` position int64 [] asks for."""
 

@@ -11,18 +11,8 @@ from dataclasses import fields, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from executorch.exir import schema
 from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
-from executorch.exir.schema import (
-    DataLocation,
-    ExecutionPlan,
-    IntList,
-    JumpFalseCall,
-    Null,
-    OptionalTensorList,
-    Program,
-    Tensor,
-    TensorList,
-)
 from executorch.exir.tensor import make_allocation_info
 
 if TYPE_CHECKING:
@@ -36,7 +26,9 @@ FLOAT32_BYTES = 4
 VALUE_FIELDS = "args", "move_from", "move_to", "cond_value_index", "value_index"
 
 
-def link(manager: "ExecutorchProgramManager", selection: Program) -> tuple["Cord", list[str]]:
+def link(
+    manager: "ExecutorchProgramManager", selection: schema.Program
+) -> tuple["Cord", list[str]]:
     """The bytes of a .pte, and its methods' names.
 
     `manager` has prefill, embed, decode_embedded and constants. `selection` has greedy and sample,
@@ -54,17 +46,17 @@ def link(manager: "ExecutorchProgramManager", selection: Program) -> tuple["Cord
     return serialize_pte_binary(file, extract_delegate_segments=True), sorted(names)
 
 
-def merge(program: Program, other: Program) -> Program:
+def merge(program: schema.Program, other: schema.Program) -> schema.Program:
     """`program` with the methods of both."""
     # Buffer 0 stands for "no constant" in both.
     constants = len(program.constant_buffer) - 1
     delegates = len(program.backend_delegate_data)
     for plan in other.execution_plan:
         for value in plan.values:
-            if isinstance(value.val, Tensor) and value.val.data_buffer_idx > 0:
+            if isinstance(value.val, schema.Tensor) and value.val.data_buffer_idx > 0:
                 value.val.data_buffer_idx += constants
         for delegate in plan.delegates:
-            assert delegate.processed.location == DataLocation.INLINE
+            assert delegate.processed.location == schema.DataLocation.INLINE
             delegate.processed.index += delegates
     return replace(
         program,
@@ -75,8 +67,8 @@ def merge(program: Program, other: Program) -> Program:
 
 
 def chained(
-    name: str, first: ExecutionPlan, second: ExecutionPlan, keep: bool = False
-) -> ExecutionPlan:
+    name: str, first: schema.ExecutionPlan, second: schema.ExecutionPlan, keep: bool = False
+) -> schema.ExecutionPlan:
     """A method that runs `first` and then `second`, whose first input is the one output of `first`.
 
     The method takes the inputs of `first` and then the other inputs of `second`. It gives the
@@ -91,9 +83,9 @@ def chained(
         return passed if index == taken else index + offset if index >= 0 else index
 
     # 1. The second method's values come after the first one's, but for the one that is passed.
-    second.values[taken].val = Null()
+    second.values[taken].val = schema.Null()
     for value in second.values:
-        if isinstance(value.val, (IntList, TensorList, OptionalTensorList)):
+        if isinstance(value.val, (schema.IntList, schema.TensorList, schema.OptionalTensorList)):
             value.val.items = [moved(index) for index in value.val.items]
     (chain,), (before,) = second.chains, first.chains
     for call in (instruction.instr_args for instruction in chain.instructions):
@@ -105,7 +97,7 @@ def chained(
                 index += len(first.operators)
             elif field.name == "delegate_index":
                 index += len(first.delegates)
-            elif isinstance(call, JumpFalseCall):
+            elif isinstance(call, schema.JumpFalseCall):
                 index += len(before.instructions)
             setattr(call, field.name, index)
 

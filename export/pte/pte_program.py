@@ -25,7 +25,7 @@ from tokenloop.export.methods import (
 )
 from tokenloop.export.pte import block_cache as attention
 from tokenloop.export.pte import xnnpack_regions as xnnpack
-from tokenloop.export.pte.block_cache import UNIT, BlockCache, Slots
+from tokenloop.export.pte.block_cache import UNIT, BlockCache, SlotLayout
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
@@ -215,7 +215,7 @@ class Lowered:
     decode: Regions
     head: nn.Module
     caches: list[BlockCache]
-    slots: dict[str, Slots]
+    slots: dict[str, SlotLayout]
     shortlist: Shortlist | None
     rescore: dict[int, GraphDelegate]
 
@@ -240,7 +240,7 @@ def lower(
     head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
 
     mixers = [layer.mixer for layer in backbone.layers]
-    slots = {mixer.layer_type: Slots(mixer.cache) for mixer in mixers}
+    slots = {mixer.layer_type: SlotLayout(mixer.cache) for mixer in mixers}
     return Lowered(
         prefill,
         decode,

@@ -13,7 +13,7 @@ import torchao  # noqa: F401  (registers torch.ops.torchao)
 from torch import Tensor, nn
 
 from tokenloop.export.recipes import Recipe
-from tokenloop.models.moe import Experts, SparseMoe
+from tokenloop.models.moe import Experts
 
 torchao_ops = torch.ops.torchao
 decomposed = torch.ops.quantized_decomposed
@@ -256,11 +256,13 @@ def quantize(
         model.lm_head = ShortlistHead(head, rows, means.pop(head, None))
     else:
         model.lm_head = QuantizedLinear(head, 8, None, means.pop(head, None))
+    # Routers stay floating point: a small error in a score can choose another expert.
+    routers = set()
+    for mlp in (layer.mlp for layer in model.model.layers if layer.mlp.moe is not None):
+        mlp.experts = QuantizedExperts(mlp.experts)
+        routers |= {mlp.get_submodule(name) for name in mlp.routers}
     for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Experts):
-                setattr(module, name, QuantizedExperts(child))
-            # Routers stay floating point: their scores decide more than they weigh.
-            elif isinstance(child, nn.Linear) and not isinstance(module, SparseMoe):
+            if isinstance(child, nn.Linear) and child not in routers:
                 quantized = QuantizedLinear(child, *recipe.of(name), means.pop(child, None))
                 setattr(module, name, quantized)

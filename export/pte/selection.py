@@ -73,11 +73,10 @@ class Sample(nn.Module):
     Without `delegates` XNNPACK runs no part of it, and all rows that are not greedy are sorted.
     """
 
-    def __init__(self, vocab_size: int, delegates: bool = True, candidates: int = CANDIDATES):
+    def __init__(self, vocab_size: int, delegates: bool = True):
         super().__init__()
-        self.candidates = candidates
         groups, rest = divmod(vocab_size, TOKENS_PER_GROUP)
-        self.grouped = delegates and rest == 0 and groups >= candidates
+        self.grouped = delegates and rest == 0 and groups >= CANDIDATES
         if self.grouped:
             self.mass, self.scores = mass_delegate(vocab_size), scores_delegate(vocab_size)
 
@@ -116,7 +115,7 @@ class Sample(nn.Module):
     # each level. Their results lie where the next one's branches work, hence the clamps.
     def competitors(self, random, logits, i, largest, temperature, top_k, top_p, seed, position):
         """Scaled logits and ids, [1, N] each, for noisiest. Any will do unless `random`."""
-        some = ((top_k > 0) & (top_k < self.candidates)) | ((top_k == 0) & (top_p < 1))
+        some = ((top_k > 0) & (top_k < CANDIDATES)) | ((top_k == 0) & (top_p < 1))
         few = random & (some & (largest[:, 0].abs() < torch.inf))[0]
         scaling = logits, i, largest, temperature
         mass = cond_op(few & (top_k[0] == 0), branch(self.total), no_mass, scaling).clamp(min=0)
@@ -134,12 +133,12 @@ class Sample(nn.Module):
 
     def none(self, mass, logits, *_) -> tuple[Tensor, Tensor]:
         """What `few` gives where other tokens may stay as well."""
-        shape = 1, self.candidates
+        shape = 1, CANDIDATES
         return torch.full(shape, 0.0), torch.full(shape, -1, dtype=torch.int64)
 
     def few(self, mass, logits, i, largest, temperature, top_k, top_p) -> tuple[Tensor, Tensor]:
         """Scaled logits and ids of the largest logits. Ids are -1 if others may stay as well."""
-        descending, ids = best(row_of(logits, i), self.candidates)
+        descending, ids = best(row_of(logits, i), CANDIDATES)
         cut = threshold(descending, largest, temperature, top_k, top_p, mass)
         # Logits equal to the last one might not be here.
         last = descending[:, -1:]
@@ -165,7 +164,7 @@ class Sample(nn.Module):
         blocks = torch.arange(scaled.shape[1] // WORDS)
         noise = [steps(word) for word in words(seed, position, blocks)]
         # XNNPACK's logarithms err by less than the first and the last of these differ.
-        ids, _ = ascending(best(self.scores(scaled, *noise), self.candidates)[1])
+        ids, _ = ascending(best(self.scores(scaled, *noise), CANDIDATES)[1])
         scaled = torch.gather(scaled, 1, ids)
         # A row of nothing but -inf gives id 0.
         return scaled, torch.where(scaled > -torch.inf, ids, 0)

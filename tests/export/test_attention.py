@@ -19,7 +19,7 @@ from tokenloop.export.pte.block_cache import (
     Chunk,
     DecodeAttention,
     PrefillAttention,
-    Slots,
+    SlotLayout,
     attention,
     block_sizes,
     choose,
@@ -270,19 +270,19 @@ def test_blocks_beyond_a_rows_position_change_no_bit(attention_of, rows, cached,
 # The slots
 
 
-def slots_of(kind: type, count: int, first_block: int, rows: int = 1) -> Slots:
+def slots_of(kind: type, count: int, first_block: int, rows: int = 1) -> SlotLayout:
     with pytest.MonkeyPatch.context() as patch:
         name = "FIRST_BLOCK" if rows == 1 else "FIRST_BLOCK_OF_ROWS"
         patch.setattr(block_cache, name, first_block)
-        return Slots(kind(rows, count, 1, 1))
+        return SlotLayout(kind(rows, count, 1, 1))
 
 
-def filled(slots: Slots) -> list[int]:
+def filled(slots: SlotLayout) -> list[int]:
     """The sizes of the blocks without their spare slots."""
     return [size - slots.spare for size in slots.sizes]
 
 
-def place(slots: Slots, position: int) -> tuple[int, int]:
+def place(slots: SlotLayout, position: int) -> tuple[int, int]:
     """The block that keeps a position, and the slot in it."""
     if slots.ring:
         position %= slots.count
@@ -318,7 +318,7 @@ def test_every_block_quadruples_the_cache(slots, first, sizes):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows, limits", [(1, [512, 1000]), (2, [256, 1000]), (8, [256, 1000])])
 def test_the_first_block_of_several_rows_is_smaller(kind, rows, limits):
-    assert Slots(kind(rows, 1000, 1, 1)).limits() == limits
+    assert SlotLayout(kind(rows, 1000, 1, 1)).limits() == limits
 
 
 @settings(deadline=None)
@@ -484,8 +484,10 @@ def plain_attention(monkeypatch):
     return called
 
 
-def attend_to_chunk(slots: Slots, cache: BlockCache, q, k, v, start: int, row: int) -> torch.Tensor:
-    """What export/pte.py's prefill does for one layer with q [K, T, G D] and k, v [K, T, D]."""
+def attend_to_chunk(
+    slots: SlotLayout, cache: BlockCache, q, k, v, start: int, row: int
+) -> torch.Tensor:
+    """What pte_program.py's prefill does for one layer with q [K, T, G D] and k, v [K, T, D]."""
     kv_heads, length, head_dim = k.shape
     group = q.shape[2] // head_dim
     positions = torch.arange(start, start + length)
@@ -504,7 +506,7 @@ def attend_to_chunk(slots: Slots, cache: BlockCache, q, k, v, start: int, row: i
     return out
 
 
-def attend_in_steps(slots: Slots, cache: BlockCache, q, k, v, ends: list[int]) -> torch.Tensor:
+def attend_in_steps(slots: SlotLayout, cache: BlockCache, q, k, v, ends: list[int]) -> torch.Tensor:
     """What its decode does, with q [K, B, G D] and k, v [K, B, D]."""
     kv_heads, rows, head_dim = k.shape
     positions = torch.tensor(ends)

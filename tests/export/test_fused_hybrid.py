@@ -11,9 +11,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.models.eager import assert_near, prompt  # noqa: E402
 from tokenloop.export.checkpoint import load_weights, open_checkpoint  # noqa: E402
+from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.pt2.cuda_step import CudaStep  # noqa: E402
-from tokenloop.export.pt2.packed_weights import pack_blocks  # noqa: E402
+from tokenloop.export.pt2.packed_weights import pack_blocks, quantized  # noqa: E402
 from tokenloop.models import qwen3_5  # noqa: E402
+from tokenloop.models.kernels.linear.reference import dequantize  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 LAYOUTS = ["qwen3_5_text", "qwen3_next"]
@@ -87,3 +89,19 @@ def test_no_two_tensors_of_a_fused_step_share_memory(networks, layout):
     tensors = [*decode.parameters(), *decode.buffers()]
     addresses = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     assert len(addresses) == len(tensors) > 20
+
+
+@pytest.mark.parametrize(("inputs", "group_size"), [(256, 128), (576, 64)])
+def test_groups_of_4_bits_are_128_inputs_or_64(inputs, group_size):
+    weight = torch.randn(8, inputs, generator=torch.Generator().manual_seed(0))
+    words, scale = quantized(weight, 4)
+    assert scale.shape == (inputs // group_size, 8)
+    error = (dequantize(words, scale, inputs).float() - weight).abs()
+    groups = scale.T.float().repeat_interleave(group_size, 1)
+    assert (error <= 0.51 * groups).all()
+
+
+@pytest.mark.parametrize("inputs", [128, 200])
+def test_inputs_that_are_no_whole_groups_of_4_bits_are_refused(inputs):
+    with pytest.raises(ExportError, match=f"--quant int4 does not fit a linear layer of {inputs}"):
+        quantized(torch.zeros(8, inputs), 4)

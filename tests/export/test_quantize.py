@@ -445,6 +445,7 @@ class TiedModel(nn.Module):
         self.model.embed_tokens = nn.Embedding(vocabulary, 64)
         self.model.up_proj = linear(96, 64, 1)
         self.model.mlp = nn.ModuleDict({"down_proj": linear(64, 96, 2)})
+        self.model.layers = nn.ModuleList()
         self.lm_head = nn.Linear(64, vocabulary, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -534,7 +535,9 @@ class Mixture(nn.Module):
         super().__init__()
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(vocabulary, 32)
-        self.model.mlp = SparseMoe(32, MoeConfig(5, 2, 16, norm_topk_prob=True))
+        layer = nn.Module()
+        layer.mlp = SparseMoe(32, MoeConfig(5, 2, 16, norm_topk_prob=True))
+        self.model.layers = nn.ModuleList([layer])
         self.lm_head = nn.Linear(32, vocabulary, bias=False)
         for i, parameter in enumerate(self.parameters()):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(i))
@@ -543,7 +546,7 @@ class Mixture(nn.Module):
 
 def test_experts_keep_their_rows_in_8_bits_and_the_router_its_weights():
     network = Mixture(64)
-    moe = network.model.mlp
+    moe = network.model.layers[0].mlp
     router, gate_up, down = moe.gate.weight, moe.experts.gate_up_proj, moe.experts.down_proj
     quantize(network, RECIPES["8da4w"])
     assert moe.gate.weight is router

@@ -363,7 +363,7 @@ def test_a_gpu_is_needed_to_export_for_one(run_script, tiny_checkpoint, tmp_path
     ("arguments", "message"),
     [
         (["--backend", "xnnpack", "--device", "cuda"], "--device cuda needs --backend inductor"),
-        (["--quant", "int4"], "--quant int4 is not for --backend xnnpack"),
+        (["--backend", "xnnpack", "--quant", "int4"], "--quant int4 is not for --backend xnnpack"),
         (["--backend", "inductor", "--quant", "8da4w"], "--quant 8da4w is not for --backend ind"),
         (["--backend", "xnnpack", "--random-weights", "x"], "--random-weights needs --backend"),
     ],
