@@ -89,13 +89,13 @@ def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 8:
         return quantize_int8(weight)
     inputs = weight.shape[1]
-    group_size = next((size for size in (128, 64) if inputs % size == 0 and inputs > 128), None)
-    if group_size is None:
+    try:
+        return quantize_int4(weight, 64 if inputs % 128 else 128)
+    except ValueError as error:
         raise ExportError(
-            f"--quant int4 does not fit a linear layer of {inputs} inputs: they must be more than "
-            "128 and whole groups of 64; int8 and bf16 take any"
-        )
-    return quantize_int4(weight, group_size)
+            f"--quant int4 does not fit a linear layer of {inputs} inputs: {error}; int8 and bf16 "
+            "take any"
+        ) from None
 
 
 def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:
