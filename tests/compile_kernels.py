@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tokenloop.models.kernels.launch.dependent_launch import WAITING
+from tokenloop.models.kernels.launch.launches import Launch, kept_launches
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -31,44 +32,37 @@ OPTIONS = "num_warps", "num_stages"
 compiled = set()
 
 
-class Compiled:
-    """What torch.library.wrap_triton gives, but a launch only compiles the kernel, with what is a
-    constant for torch's compiler, any 1 among them, and multiples of 16."""
-
-    def __init__(self, kernel: triton.JITFunction):
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple):
-        assert all(0 < size < 2**31 for size in grid)
-        return self.launch
-
-    def launch(self, *arguments, **named) -> None:
-        options = {name: named.pop(name) for name in OPTIONS if name in named}
-        values = dict(zip(self.kernel.arg_names, arguments)) | named
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(self.kernel.params):
-            value = values[parameter.name]
-            if isinstance(value, torch.Tensor):
-                signature[parameter.name] = "*" + TYPES[value.dtype]
-                aligned = True
-            elif parameter.is_constexpr or value is None or value == 1:
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-                continue
-            else:
-                # Python's floats may come as float64 from torch's compiler: there are none.
-                assert isinstance(value, int), parameter.name
-                signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-                aligned = value % 16 == 0 and not parameter.do_not_specialize
-            if aligned:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        key = self.kernel.__name__, *map(str, (signature, constants, attributes, options))
-        if key not in compiled:
-            compiled.add(key)
-            source = ASTSource(self.kernel, signature, constants, attributes)
-            code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
-            assert ("griddepcontrol.wait" in code) == (self.kernel.__name__ in WAITING)
-            if len(sys.argv) > 2:
-                write_ptx(Path(sys.argv[2]), self.kernel.__name__, code)
+def compile_launch(launch: Launch) -> None:
+    """Compile a launch's kernel, with what is a constant for torch's compiler, any 1 among them,
+    and multiples of 16."""
+    assert all(0 < size < 2**31 for size in launch.grid)
+    kernel, named = launch.kernel, dict(launch.named)
+    options = {name: named.pop(name) for name in OPTIONS if name in named}
+    values = dict(zip(kernel.arg_names, launch.arguments)) | named
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            aligned = True
+        elif parameter.is_constexpr or value is None or value == 1:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        else:
+            # Python's floats may come as float64 from torch's compiler: there are none.
+            assert isinstance(value, int), parameter.name
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    key = kernel.__name__, *map(str, (signature, constants, attributes, options))
+    if key not in compiled:
+        compiled.add(key)
+        source = ASTSource(kernel, signature, constants, attributes)
+        code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
+        assert ("griddepcontrol.wait" in code) == (kernel.__name__ in WAITING)
+        if len(sys.argv) > 2:
+            write_ptx(Path(sys.argv[2]), kernel.__name__, code)
 
 
 def write_ptx(directory: Path, name: str, code: str) -> None:
@@ -82,19 +76,15 @@ def write_ptx(directory: Path, name: str, code: str) -> None:
     (directory / f"{name}-{hashed}.ptx").write_text(text)
 
 
-def operators(*modules: str):
-    """The last of these modules; operators that are defined in any of them compile what they would
-    launch."""
-    for name in modules:
-        module = importlib.import_module(f"tokenloop.{name}")
-        module.wrap_triton = Compiled
-    return module
+def operators(name: str):
+    """The module of operators tokenloop.`name`."""
+    return importlib.import_module(f"tokenloop.{name}")
 
 
 def linear() -> None:
     from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 
-    module = operators("models.kernels.rms_norm.operator", "models.kernels.linear.operator")
+    module = operators("models.kernels.linear.operator")
     semaphores = empty(100_000, dtype=int32)
     # Small layers and large ones, and one that fills no tiles.
     for (outputs, inputs), rows in itertools.product(((512, 640), (2048, 4096)), (1, 32)):
@@ -148,8 +138,6 @@ def positions() -> None:
 
 
 def hybrids() -> None:
-    kernels = "causal_conv1d", "gated_delta_rule", "gated_rms_norm"
-    operators(*(f"models.kernels.{name}.operator" for name in kernels))
     from tokenloop.models.kernels import cuda
 
     dim, width, tokens, rows = 4096, 4, 2048, 4
@@ -190,6 +178,8 @@ def sampler() -> None:
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
+    with torch.no_grad(), kept_launches() as launches:
         globals()[sys.argv[1]]()
+    for launch in launches:
+        compile_launch(launch)
     print(len(compiled))

@@ -12,8 +12,8 @@ Launches depend on shapes alone and nothing is read back, so they can be capture
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
+from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.sampler.kernels.triton_bins import PLAN, bins_kernel, list_kernel, plan_kernel
 from tokenloop.sampler.kernels.triton_cutoff import cutoff_kernel
 from tokenloop.sampler.kernels.triton_maxima import bounds_kernel, tile_maxima_kernel
@@ -48,7 +48,7 @@ def _tile_maxima(
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
     count = 0 if bins is None else bins.shape[2]
     maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
-    wrap_triton(tile_maxima_kernel)[(splits, batch)](
+    launch(tile_maxima_kernel, (splits, batch))(
         logits, maxima, bins, *sampling, bounds,
         logits.shape[1], logits.stride(0), logits.stride(1), splits,
         SAMPLED=bounds is not None, **_cut(tile, logits.shape[1]),
@@ -85,14 +85,12 @@ def _cutoffs(
     splits = maxima.shape[1]
     padded = triton.next_power_of_2(splits)
     tiles = {"TILE": tile, "SPLITS": padded, "BINS": BINS}
-    wrap_triton(bins_kernel)[(splits, batch)](logits, maxima, *filters, bins, *layout, **tiles)
-    wrap_triton(plan_kernel)[(batch,)](
-        *filters, bins, plan, vocab_size, BINS=BINS, num_warps=PLAN_WARPS
-    )
-    wrap_triton(list_kernel)[(splits, batch)](
+    launch(bins_kernel, (splits, batch))(logits, maxima, *filters, bins, *layout, **tiles)
+    launch(plan_kernel, (batch,))(*filters, bins, plan, vocab_size, BINS=BINS, num_warps=PLAN_WARPS)
+    launch(list_kernel, (splits, batch))(
         logits, maxima, temperature, plan, listed, *layout, **tiles
     )
-    wrap_triton(cutoff_kernel)[(batch,)](
+    launch(cutoff_kernel, (batch,))(
         logits, maxima, *filters, plan, listed, cutoff, *layout, splits,
         FEW=FEW, CHUNK=CHUNK, SPLITS=padded, ID_DIGITS=triton.cdiv(vocab_size.bit_length(), 4),
         num_warps=CUTOFF_WARPS,
@@ -111,7 +109,7 @@ def _tokens(
     token, width = out, 0 if table is None else table.shape[1]
     if token is None:
         token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
-    wrap_triton(token_kernel)[(batch,)](
+    launch(token_kernel, (batch,))(
         logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
         logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
         SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
@@ -121,7 +119,7 @@ def _tokens(
     return token
 
 
-@triton_op("tokenloop::greedy", mutates_args={})
+@operator("greedy")
 def greedy(logits: Tensor, *, tile: int | None = None) -> Tensor:
     """The most likely token of each row: logits float [B, V] -> token int64 [B, 1].
 
@@ -132,7 +130,7 @@ def greedy(logits: Tensor, *, tile: int | None = None) -> Tensor:
     return _tokens(logits, _tile_maxima(logits, tile), tile)
 
 
-@triton_op("tokenloop::sample", mutates_args={})
+@operator("sample")
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
     position: Tensor, *, restricted: bool = True, tile: int | None = None,
@@ -148,7 +146,7 @@ def sample(
     return _sampled(*arguments, restricted, tile)
 
 
-@triton_op("tokenloop::greedy_embed", mutates_args={"next_id", "hidden"})
+@operator("greedy_embed", mutates_args={"next_id", "hidden"})
 def greedy_embed(
     logits: Tensor, table: Tensor, next_id: Tensor, hidden: Tensor, *, scale: float = 1.0,
     tile: int | None = None,
@@ -160,7 +158,7 @@ def greedy_embed(
     _tokens(logits, maxima, tile, out=next_id, table=table, hidden=hidden, scale=scale)
 
 
-@triton_op("tokenloop::sample_embed", mutates_args={"next_id", "hidden"})
+@operator("sample_embed", mutates_args={"next_id", "hidden"})
 def sample_embed(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
     position: Tensor, table: Tensor, next_id: Tensor, hidden: Tensor, *, scale: float = 1.0,
@@ -183,7 +181,7 @@ def _sampled(
     bounds = torch.empty(batch, splits * cut["PARTS"], dtype=torch.int32, device=logits.device)
     if restricted:
         maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
-        wrap_triton(bounds_kernel)[(splits, batch)](
+        launch(bounds_kernel, (splits, batch))(
             logits, maxima, cutoff, *sampling, bounds,
             logits.shape[1], logits.stride(0), logits.stride(1),
             **cut, SPLITS=triton.next_power_of_2(splits), num_warps=WARPS,

@@ -2,11 +2,11 @@
 
 import triton
 from torch import Tensor, empty, float32
-from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.attention.attend_tiles import PROGRAMS, AttendTiles, attend_tiles
 from tokenloop.models.kernels.attention.triton_attend import attend_kernel
 from tokenloop.models.kernels.launch import check_contiguous
+from tokenloop.models.kernels.launch.launches import launch, operator
 
 
 def launch_attend(
@@ -39,7 +39,7 @@ def launch_attend(
     total = empty(rows, kv_heads, splits, stored, **new)
     # Most programs of many short rows would have nothing to do.
     programs = min(splits, max(1, PROGRAMS // (kv_heads * rows)))
-    wrap_triton(attend_kernel)[(kv_heads, rows, programs)](
+    launch(attend_kernel, (kv_heads, rows, programs))(
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
         out, acc, largest, total, semaphores, slots, scale, eps, offset,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
@@ -53,7 +53,7 @@ def launch_attend(
     return out
 
 
-@triton_op("tokenloop::attend_step", mutates_args={"k_cache", "v_cache", "semaphores"})
+@operator("attend_step", mutates_args={"k_cache", "v_cache", "semaphores"})
 def attend_step(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,

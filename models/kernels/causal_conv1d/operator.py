@@ -6,11 +6,11 @@
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.causal_conv1d.reference import check
 from tokenloop.models.kernels.causal_conv1d.triton_rolling import causal_conv1d_rolling_kernel
 from tokenloop.models.kernels.causal_conv1d.triton_update import causal_conv1d_update_kernel
+from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
 # A program keeps tokens in registers: the most tokens of a program, those loaded together (at least
@@ -36,7 +36,7 @@ def packed_taps(weight: Tensor) -> bool:
     return weight.shape[1] == 4 and weight.element_size() == 2 and aligned
 
 
-@triton_op("tokenloop::causal_conv1d", mutates_args={"conv_state"})
+@operator("causal_conv1d", mutates_args={"conv_state"})
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, query_start_loc: Tensor, conv_state: Tensor,
     cache_indices: Tensor | None, has_initial_state: Tensor, activation: str | None = None,
@@ -65,7 +65,7 @@ def causal_conv1d(
     least = triton.cdiv(tokens, block * MOST_PROGRAMS)
     span = block * torch.sym_max(torch.sym_max(1, least), blocks)
     spans = triton.cdiv(tokens, span)
-    wrap_triton(causal_conv1d_rolling_kernel)[(columns, spans) if token_axis else (spans, columns)](
+    launch(causal_conv1d_rolling_kernel, (columns, spans) if token_axis else (spans, columns))(
         *given, *sizes, span, *strides, X_STRIDE=x.stride(1), OUT_STRIDE=dim,
         PAIRS=pairs(x), PACKED_TAPS=packed_taps(weight), EVEN=dim % block_dim == 0, **flags,
         TOKEN_AXIS=token_axis, HALF=half, BLOCK_DIM=block_dim, num_warps=warps,
@@ -73,7 +73,7 @@ def causal_conv1d(
     return out
 
 
-@triton_op("tokenloop::causal_conv1d_update", mutates_args={"conv_state"})
+@operator("causal_conv1d_update", mutates_args={"conv_state"})
 def causal_conv1d_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor,
     cache_indices: Tensor | None, has_initial_state: Tensor, activation: str | None = None,
@@ -83,7 +83,7 @@ def causal_conv1d_update(
     check(weight, activation)
     batch, dim = x.shape
     out = torch.empty(batch, dim, dtype=x.dtype, device=x.device)
-    wrap_triton(causal_conv1d_update_kernel)[(batch, triton.cdiv(dim, UPDATE_DIM))](
+    launch(causal_conv1d_update_kernel, (batch, triton.cdiv(dim, UPDATE_DIM)))(
         x, weight, bias, conv_state, cache_indices, has_initial_state, out, dim, pad_slot_id,
         *x.stride(), *weight.stride(), *conv_state.stride(),
         WIDTH=weight.shape[1], HAS_BIAS=bias is not None, HAS_INDICES=cache_indices is not None,

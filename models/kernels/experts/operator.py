@@ -7,21 +7,21 @@ experts   2: gate and up with the activation, then down with the weighted sum
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.experts.triton import down_kernel, gate_up_kernel, route_kernel
 from tokenloop.models.kernels.launch import check_contiguous
+from tokenloop.models.kernels.launch.launches import launch, operator
 
 BLOCK_N = 8
 
 
-@triton_op("tokenloop::route", mutates_args={})
+@operator("route")
 def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
     """See reference.route. The scores are contiguous."""
     rows, width = scores.shape
     chosen = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
     weights = torch.empty(rows, count, dtype=scores.dtype, device=scores.device)
-    wrap_triton(route_kernel)[(rows,)](
+    launch(route_kernel, (rows,))(
         scores, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
         BLOCK_E=triton.next_power_of_2(experts), BLOCK_C=triton.next_power_of_2(count),
         num_warps=1,
@@ -29,7 +29,7 @@ def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[T
     return chosen, weights
 
 
-@triton_op("tokenloop::experts", mutates_args={})
+@operator("experts")
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
@@ -39,12 +39,12 @@ def experts(
     rows, count = chosen.shape
     _, size, inner = down.shape
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
-    wrap_triton(gate_up_kernel)[(triton.cdiv(inner, BLOCK_N), rows * count)](
+    launch(gate_up_kernel, (triton.cdiv(inner, BLOCK_N), rows * count))(
         x, chosen, gate_up, h, inner, size,
         C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(size), num_warps=4,
     )  # fmt: skip
     y = torch.empty_like(x)
-    wrap_triton(down_kernel)[(triton.cdiv(size, BLOCK_N), rows)](
+    launch(down_kernel, (triton.cdiv(size, BLOCK_N), rows))(
         h, chosen, weights, down, shared, scores, y, size, inner,
         0 if scores is None else scores.shape[1],
         C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(inner), num_warps=4,

@@ -6,17 +6,17 @@
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.gated_delta_rule.reference import check
 from tokenloop.models.kernels.gated_delta_rule.triton import gated_delta_rule_update_kernel
+from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
 # A program's columns of a state, 32 KiB where it has 128 rows, and its warps.
 COLUMNS = 64, 4
 
 
-@triton_op("tokenloop::gated_delta_rule_update", mutates_args={"state"})
+@operator("gated_delta_rule_update", mutates_args={"state"})
 def gated_delta_rule_update(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
     state: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor,
@@ -34,7 +34,7 @@ def gated_delta_rule_update(
     key_size = q.shape[2]
     out = torch.empty(batch, heads, value_size, dtype=v.dtype, device=v.device)
     columns, warps = COLUMNS
-    wrap_triton(gated_delta_rule_update_kernel)[(batch * heads, triton.cdiv(value_size, columns))](
+    launch(gated_delta_rule_update_kernel, (batch * heads, triton.cdiv(value_size, columns)))(
         q, k, v, a, b, A_log, dt_bias, state, cache_indices, has_initial_state, out,
         heads, heads // q.shape[1], pad_slot_id, key_size, value_size, key_size**-0.5,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *a.stride(), *b.stride(),

@@ -2,12 +2,12 @@
 
 import triton
 from torch import Tensor, empty_like
-from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.gated_rms_norm.triton import gated_rms_norm_kernel
+from tokenloop.models.kernels.launch.launches import launch, operator
 
 
-@triton_op("tokenloop::gated_rms_norm", mutates_args={})
+@operator("gated_rms_norm")
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See reference.gated_rms_norm. Raises ValueError where x or a head of the gate is not
     contiguous."""
@@ -18,7 +18,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
             "gate must be contiguous"
         )
     out = empty_like(x)
-    wrap_triton(gated_rms_norm_kernel)[(batch * heads,)](
+    launch(gated_rms_norm_kernel, (batch * heads,))(
         x, gate, weight, out, heads, size, *gate.stride()[:2], eps,
         BLOCK=triton.next_power_of_2(size), num_warps=1,
     )  # fmt: skip

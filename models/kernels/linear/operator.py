@@ -6,9 +6,9 @@ norm_linear, add_norm_linear   1 where rows are short and few, else 2
 
 import triton
 from torch import Tensor, bfloat16, empty, empty_like, float32
-from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.launch import check_contiguous
+from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.linear.linear_tiles import (
     AHEAD,
     FEW_ROWS,
@@ -60,7 +60,7 @@ def launch_linear(
             total = None if norm.branch is None else empty_like(x)
             tensors, numbers = (*norm[3:], norm.weight), (norm.eps, norm.offset)
         grid = (rows * triton.cdiv(outputs, tiles.block_n),)
-        wrap_triton(rows_kernel)[grid](
+        launch(rows_kernel, grid)(
             x, *tensors, weight, bias, total, y, rows, outputs, inputs, *numbers, soft_cap,
             NORM=norm is not None, ADD=total is not None and norm is not None,
             ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
@@ -78,7 +78,7 @@ def launch_linear(
     if tiles.splits > 1:
         halves = 1 if activation is None else 2
         partial = empty(tiles.splits, halves, rows, outputs, dtype=float32, device=x.device)
-    wrap_triton(dot_kernel)[grid](
+    launch(dot_kernel, grid)(
         x, weight, scale, bias, partial, semaphores, y,
         rows, outputs, inputs, weight.shape[1], steps, soft_cap, BITS=bits, GROUP=group,
         ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
@@ -103,7 +103,7 @@ def _group_size(scale: Tensor | None, weight: Tensor, inputs: int, bits: int) ->
     return inputs // shape[0] if bits == 4 else 0
 
 
-@triton_op("tokenloop::linear", mutates_args={"semaphores"})
+@operator("linear", mutates_args={"semaphores"})
 def linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, semaphores: Tensor, *,
     activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
@@ -113,7 +113,7 @@ def linear(
     return launch_linear(x, weight, scale, bias, semaphores, **options)[1]
 
 
-@triton_op("tokenloop::norm_linear", mutates_args={"semaphores"})
+@operator("norm_linear", mutates_args={"semaphores"})
 def norm_linear(
     x: Tensor, norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
     semaphores: Tensor, *, eps: float, offset: float = 0.0, activation: str | None = None,
@@ -125,7 +125,7 @@ def norm_linear(
     return launch_linear(x, weight, scale, bias, semaphores, **options, norm=norm)[1]
 
 
-@triton_op("tokenloop::add_norm_linear", mutates_args={"semaphores"})
+@operator("add_norm_linear", mutates_args={"semaphores"})
 def add_norm_linear(
     x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
     norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,

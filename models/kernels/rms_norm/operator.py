@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import triton
 from torch import Tensor, empty_like
-from torch.library import triton_op, wrap_triton
 
 from tokenloop.models.kernels.launch import check_contiguous
+from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.rms_norm.triton import norm_kernel
 
 
@@ -27,14 +27,14 @@ def launch_norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
     rows, size = x.shape
     total = None if norm.branch is None else empty_like(x)
     h = empty_like(x)
-    wrap_triton(norm_kernel)[(rows,)](
+    launch(norm_kernel, (rows,))(
         x, *norm[3:], norm.weight, total, h, size, norm.eps, norm.offset,
         ADD=total is not None, BLOCK_K=triton.next_power_of_2(size), num_warps=8,
     )  # fmt: skip
     return total, h
 
 
-@triton_op("tokenloop::add_norm", mutates_args={})
+@operator("add_norm")
 def add_norm(
     x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
     norm_weight: Tensor, *, eps: float, offset: float = 0.0,
