@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, profiled, save
-from tokenloop.export.pt2.cuda_step import CudaStep
+from tokenloop.export.launches.cuda_step import CudaStep
 from tokenloop.export.random_weights import make_parameters
 from tokenloop.models import by_model_type
 from tokenloop.models.kernels.launch.dependent_launch import WAITING

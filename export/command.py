@@ -22,6 +22,8 @@ from tokenloop.models import ARCHITECTURES, by_model_type
 
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
+# Prompt tokens at once: what CPUs compute well, and what fills a GPU.
+DEFAULT_MAX_PREFILL = {"cpu": 128, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,14 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     parser.add_argument(
         "--backend",
         choices=tuple(FOR_BACKEND),
-        help="ExecuTorch's XNNPACK, its plain kernels or its CUDA backend (a .pte), or AOTInductor "
-        "(a .pt2); by default xnnpack, or inductor for what xnnpack does not take",
+        help="ExecuTorch's XNNPACK, its plain kernels or its CUDA backend (a .pte), AOTInductor "
+        "for a CPU (a .pt2), or our kernels for a GPU (a .launches); by default xnnpack, inductor "
+        "for what xnnpack does not take, or launches with --device cuda",
     )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="of --backend inductor (default: cpu); the others have one device each",
+        help="each backend has one device; with cuda alone the backend is launches",
     )
     parser.add_argument(
         "--quant",
@@ -80,7 +83,17 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         metavar="CONFIG",
         help="a config.json to measure the speed of: weights are made up when they are loaded",
     )
-    parser.add_argument("--max-prefill", type=int, default=128, help="prompt tokens at once")
+    parser.add_argument(
+        "--max-prefill",
+        type=int,
+        help=f"prompt tokens at once (default: {DEFAULT_MAX_PREFILL['cpu']}, or "
+        f"{DEFAULT_MAX_PREFILL['cuda']} with --backend launches)",
+    )
+    parser.add_argument(
+        "--gpu-arch",
+        default="sm_90",
+        help="what --backend launches compiles kernels for; the GPU need not be there",
+    )
     parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
     parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
@@ -89,11 +102,13 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     if options.random_weights is not None:
         if options.model is not None:
             parser.error("--random-weights and --model are two sources of one network")
-        options.backend = options.backend or "inductor"
-        if options.backend != "inductor":
-            parser.error("--random-weights needs --backend inductor")
+        options.backend = options.backend or (
+            "launches" if options.device == "cuda" else "inductor"
+        )
+        if options.backend not in ("inductor", "launches"):
+            parser.error("--random-weights needs --backend inductor or launches")
     if options.device == "cuda":
-        options.backend = options.backend or "inductor"
+        options.backend = options.backend or "launches"
     # The shortest sequence is a token of the prompt and one of the output.
     for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
         value = getattr(options, name)
@@ -109,12 +124,12 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
     """Set the backend, and the device and recipe that follow from it where they are not given.
     Returns what is wrong with those that are given, or None."""
     options.backend = backend
-    if options.device is None:
-        options.device = "cuda" if backend == "cuda" else "cpu"
-    if options.device == "cuda" and backend not in ("inductor", "cuda"):
-        return "--device cuda needs --backend inductor or cuda"
-    if options.device == "cpu" and backend == "cuda":
-        return "--device cpu is not for --backend cuda"
+    device = "cuda" if backend in ("cuda", "launches") else "cpu"
+    if options.device not in (None, device):
+        return f"--device {options.device} is not for --backend {backend}, which is for {device}"
+    options.device = device
+    if options.max_prefill is None:
+        options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[backend][0]
     if options.quant not in FOR_BACKEND[backend]:
@@ -166,7 +181,9 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     if options.output is None:
         name = architecture.__name__.rpartition(".")[2]
         options.output = Path(DEFAULT_OUTPUT.format(architecture=name, backend=options.backend))
-    if options.backend == "inductor":
+    if options.backend == "launches":
+        from tokenloop.export.launches.launch_artifact import LaunchArtifact as Artifact
+    elif options.backend == "inductor":
         from tokenloop.export.pt2.pt2_artifact import Pt2Artifact as Artifact
     elif options.backend == "cuda":
         from tokenloop.export.pte.pte_artifact import CudaPteArtifact as Artifact
@@ -201,11 +218,11 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         write_manifest(
             directory,
             {
-                **entries,
                 "model_type": model_type,
                 "batch": options.batch,
                 "max_seq_len": max_seq_len,
                 "max_prefill": model.max_chunk,
+                **entries,
                 "vocab_size": config.vocab_size,
                 "hidden_size": config.hidden_size,
                 "quant": options.quant,

@@ -32,8 +32,9 @@ RECIPES: dict[str, Recipe | None] = {
 FOR_BACKEND = {
     "xnnpack": ("8da8w", "8da4w", "fp32"),
     "inductor": ("fp32", "bf16", "int8", "int4"),
+    "launches": ("bf16", "fp32", "int8", "int4"),
     "portable": ("fp32",),
     "cuda": ("bf16", "fp32"),
 }
-# The bits of the layers' weights with --backend inductor, 0 where they are not integers.
+# Bits of the layers' weights with --backend inductor or launches, 0 where they are no integers.
 INTEGER_BITS = {"fp32": 0, "bf16": 0, "int8": 8, "int4": 4}

@@ -1,5 +1,8 @@
 """The tensors that an artifact's methods need, by name: weights, views of them, and state."""
 
+from pathlib import Path
+
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
@@ -47,3 +50,12 @@ def entries(tensors: dict[str, Tensor]) -> list[dict]:
         }
         for name, tensor in tensors.items()
     ]
+
+
+def write_weights(tensors: dict[str, Tensor], directory: Path, random: bool) -> dict:
+    """Write model.safetensors, unless the weights are `random`, and return the manifest's entry."""
+    if random:
+        return {"random": entries(tensors)}
+    path = directory / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return {"file": path.name, "bytes": path.stat().st_size}

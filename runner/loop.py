@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill
 from tokenloop.runner.program import Program, Selected
 from tokenloop.runner.slots import Sequence, Slots
 
@@ -57,15 +58,16 @@ class Loop:
     def __init__(self, program: Program):
         self.program, self.transfers = program, program.transfers
         self.batch: int = program.manifest["batch"]
-        self.max_prefill: int = program.manifest["max_prefill"]
         # Since the program was loaded: decode steps, and seconds until first tokens were computed.
         self.steps, self.prefill_s = 0, 0.0
         # Whoever began the newest run. The program's state is theirs.
         self.owner: Any = None
-        # `_prefill` takes the rows' numbers from it as well.
+        # Prefill takes the rows' numbers from it as well.
         count = max(program.manifest["max_seq_len"], self.batch)
         self._table = self.transfers.upload(range(count))
         program.capture(self._table)
+        chunked = program.packing is None
+        self._prefill = ChunkedPrefill(program, self._table) if chunked else PackedPrefill(program)
 
     def variant(self, options: LoopOptions | None) -> LoopOptions:
         """The variant that `options` mean here, with its feed decided. Errors: RunnerError for one
@@ -96,12 +98,14 @@ class Loop:
         steps = Steps(self.program, slots, options)
         while True:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
-            joined = set()
-            for row, sequence in slots.join(waiting):
-                start, read[row] = time.perf_counter(), 0
-                steps.begin(row, self._prefill(row, sequence.prompt_ids, options))
+            start = time.perf_counter()
+            prompts = [(row, sequence.prompt_ids) for row, sequence in slots.join(waiting)]
+            for row, logits in self._prefill.logits(prompts, options.positions == "host"):
+                steps.begin(row, logits)
+                read[row] = 0
+            if prompts:
                 self.prefill_s += time.perf_counter() - start
-                joined.add(row)
+            joined = {row for row, _ in prompts}
             if not slots.occupied():
                 return
             # 2. The next steps are submitted, and then the tokens before them are read.
@@ -122,19 +126,6 @@ class Loop:
                         slots.leave(row)
             if not ahead:
                 self.steps += steps.submit(ids if options.feed == "host" else None)
-
-    def _prefill(self, row: int, prompt_ids: list[int], options: LoopOptions) -> Any:
-        """Logits float32 [1, V] after the prompt."""
-        # The prompt goes up once; chunks are views of it.
-        ids = self.transfers.upload([prompt_ids])
-        where = (self._table[row : row + 1],) if self.batch > 1 else ()
-        for start in range(0, ids.shape[1], self.max_prefill):
-            chunk = ids[:, start : start + self.max_prefill]
-            positions = self._table[start : start + chunk.shape[1]]
-            if options.positions == "host":
-                positions = self.transfers.upload(range(start, start + chunk.shape[1]))
-            logits = self.program.prefill(chunk, positions, *where)
-        return logits
 
 
 class Steps:

@@ -18,6 +18,13 @@ KEYS = {
 # What only some engines need.
 ENGINE_KEYS = {
     "inductor": {"processor": str, "weights": dict, "state": list, "versions": dict},
+    "launches": {
+        "processor": str,
+        "weights": dict,
+        "state": list,
+        "waiting_kernels": list,
+        "chunk_multiple": int,
+    },
 }
 
 
@@ -43,7 +50,7 @@ class Artifact:
             raise RunnerError(
                 f"{self.directory} has no method {' or '.join(sorted(missing))}, and so only "
                 "temperature 0 is possible: export it "
-                + ("with --backend inductor" if cuda else "again")
+                + ("with --backend launches" if cuda else "again")
             )
         return names
 

@@ -15,7 +15,7 @@ from tokenloop.runner.request import Request
 from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
 
-ENGINES = ("executorch", "inductor")
+ENGINES = ("executorch", "inductor", "launches")
 
 
 def load_program(artifact: Artifact, threads: int | None = None) -> Program:
@@ -31,10 +31,14 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Program:
                 from tokenloop.runner.engines.executorch_cuda import (
                     ExecuTorchCudaProgram as Engine,
                 )
-            else:
+            elif engine == "inductor":
                 from tokenloop.runner.engines.inductor import InductorProgram as Engine
+            else:
+                from tokenloop.runner.engines.launches import LaunchProgram as Engine
         except ImportError as error:
-            others = "executorch" if engine == "executorch" else "safetensors"
+            others = {"executorch": "executorch", "inductor": "safetensors"}.get(
+                engine, "safetensors, built for CUDA,"
+            )
             raise RunnerError(
                 f"{artifact.directory} needs torch and {others} ({error}): install them"
             ) from None

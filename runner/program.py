@@ -49,6 +49,15 @@ class Selected(NamedTuple):
     fed: Any
 
 
+class Packing(NamedTuple):
+    """What prefill_packed takes: up to `capacity` tokens of up to `parts` prompts, each of which is
+    cut at positions that `multiple` divides."""
+
+    capacity: int
+    parts: int
+    multiple: int
+
+
 class Program(Protocol):
     """The loaded methods of one artifact.
 
@@ -66,6 +75,8 @@ class Program(Protocol):
     transfers: Transfers
     embeds: bool = False
     has_graphs: bool = False
+    # How prompts are packed, or None where each is prefilled by itself.
+    packing: Packing | None = None
     step_inputs: dict[str, Any] = {}
     # Whether steps are fed embeddings, as the newest run has it. Before any run it is tokens.
     embedding: bool = False
@@ -87,6 +98,10 @@ class Program(Protocol):
     def prefill(self, tokens: Any, positions: Any, *row: Any) -> Any:
         """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], and in a batch of
         several in the row int64 [1]."""
+
+    def prefill_packed(self, chunk: list[Any]) -> Any:
+        """Logits float32 [B, V] of whose rows the first ones are those after each of the chunk's
+        Parts (prefill.py), where there is `packing`."""
 
     def step(self, fed: Any, step: Step, buffer: int) -> Selected:
         """One more token of each row, in the next_id buffer 0 or 1: `decode`, then `select`."""

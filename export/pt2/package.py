@@ -1,8 +1,7 @@
-"""The AOTInductor package: every method compiled for one device, without weights and state."""
+"""The AOTInductor package: every method compiled for the CPU, without weights and state."""
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +16,6 @@ from torch.fx import GraphModule
 from tokenloop.export.background import Background
 from tokenloop.export.methods import Embed, Prefill, integers, prompt_chunk
 from tokenloop.models.decoder import Backbone
-from tokenloop.models.layers import rounded
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
 
@@ -44,33 +42,11 @@ class Select(nn.Module):
         next_id.copy_(self.function(logits, *sampling))
 
 
-class SelectEmbed(Embed):
-    """What Select takes, and then hidden [B, 1, D], which is written as well. `hidden` is the
-    embedding of next_id. The last launch of an operator of sampler/kernels looks it up."""
-
-    def __init__(self, backbone: Backbone, function: Callable[..., None]):
-        super().__init__(backbone)
-        self.function = function
-        self.scale = rounded(backbone.embed_scale, self.embed_tokens.weight.dtype)
-
-    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
-        *sampling, next_id, hidden = sampling_and_outputs
-        table = self.embed_tokens.weight
-        self.function(logits, *sampling, table, next_id, hidden, scale=self.scale)
-
-
-class NextPositions(nn.Module):
-    """lines int64 [N, B], next_line int64 [1] and position int64 [B]. The last two are written."""
-
-    def forward(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
-        torch.ops.tokenloop.next_positions(lines, next_line, position)
-
-
 def write_package(
     model: nn.Module, decode: nn.Module, selection: Background, path: Path,
     progress: Callable[[str], None],
 ) -> list[str]:  # fmt: skip
-    """Compile the methods for the model's device into a .pt2 file, and return their names.
+    """Compile the methods into a .pt2 file, and return their names.
 
     `decode` is DecodeEmbedded(model), or does the same. There is no method "decode". It would be
     compiled once more, and round otherwise where an embedding is not rounded between two methods.
@@ -78,10 +54,9 @@ def write_package(
     computes compile_selection.
     """
     weight = model.model.embed_tokens.weight
-    with weight.device:
-        hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
-        position = integers(model.batch)
-        chunk, shapes = prompt_chunk(model.batch, model.max_chunk)
+    hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
+    position = integers(model.batch)
+    chunk, shapes = prompt_chunk(model.batch, model.max_chunk)
     progress("compiling prefill")
     files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
     progress("compiling decode")
@@ -104,35 +79,15 @@ def write_package(
 
 
 def compile_selection(
-    batch: int, vocab_size: int, max_seq_len: int, hidden_size: int, embed_scale: float,
-    dtype: torch.dtype, device: str,
-) -> dict[str, dict[str, bytes]]:  # fmt: skip
+    batch: int, vocab_size: int, hidden_size: int, embed_scale: float, dtype: torch.dtype
+) -> dict[str, dict[str, bytes]]:
     """The compiled files, by method and name, of what is between a step's logits and the next step.
 
-    These are the lookup, selection, and selection of one row of several. CUDA also has
-    next_positions and selection with the lookup. A CPU would gain nothing by that, and compiles for
-    long. The table is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight".
+    These are the lookup, selection, and selection of one row of several. The table is [vocab_size,
+    hidden_size] of `dtype`, "embed_tokens.weight".
     """
-    functions, fused = {"greedy": greedy, "sample": sample}, {}
     files = {}
-    with torch.device(device), torch.no_grad():
-        if device == "cuda":
-            from tokenloop.models.kernels import cuda  # noqa: F401  (registers next_positions)
-            from tokenloop.sampler.kernels import operator
-
-            # 2 launches do what otherwise takes 7, where no row has a top_k or a top_p.
-            functions = {
-                "greedy": operator.greedy,
-                "sample": operator.sample,
-                "sample_unfiltered": partial(operator.sample, restricted=False),
-            }
-            fused = {
-                "greedy": operator.greedy_embed,
-                "sample": operator.sample_embed,
-                "sample_unfiltered": partial(operator.sample_embed, restricted=False),
-            }
-            example = integers(max_seq_len, batch), integers(1), integers(batch)
-            files["next_positions"] = compile_method(NextPositions(), example)
+    with torch.no_grad():
         # Compiled code is given its weights when it is loaded. These are never looked at.
         table = torch.empty(vocab_size, hidden_size, dtype=dtype)
         table = nn.Embedding.from_pretrained(table)
@@ -142,13 +97,9 @@ def compile_selection(
             logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
             numbers, counts = torch.ones(rows), integers(rows)
             sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
-            for name, function in functions.items():
+            for name, function in {"greedy": greedy, "sample": sample}.items():
                 example = logits, *(() if name == "greedy" else sampling), next_id
                 files[name + suffix] = compile_method(Select(function), example)
-                if name in fused and not suffix:
-                    hidden = torch.zeros(rows, 1, hidden_size, dtype=dtype)
-                    method = SelectEmbed(backbone, fused[name])
-                    files[f"{name}_embed"] = compile_method(method, (*example, hidden))
     return files
 
 

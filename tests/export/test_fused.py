@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tokenloop.export.errors import ExportError  # noqa: E402
-from tokenloop.export.pt2.cuda_step import CudaStep  # noqa: E402
+from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

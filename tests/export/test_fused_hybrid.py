@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from tests.models.eager import assert_near, prompt  # noqa: E402
 from tokenloop.export.checkpoint import load_weights, open_checkpoint  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
-from tokenloop.export.pt2.cuda_step import CudaStep  # noqa: E402
-from tokenloop.export.pt2.packed_weights import pack_blocks, quantized  # noqa: E402
+from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
+from tokenloop.export.packed_weights import pack_blocks, quantized  # noqa: E402
 from tokenloop.models import qwen3_5  # noqa: E402
 from tokenloop.models.kernels.linear.reference import dequantize  # noqa: E402
 

@@ -5,9 +5,9 @@ where one of them is every token's. The end takes one."""
 import torch
 from torch import Tensor, nn
 
+from tokenloop.export import packed_weights as packed
 from tokenloop.export.errors import ExportError
-from tokenloop.export.pt2 import packed_weights as packed
-from tokenloop.export.pt2.packed_weights import PackedBlock
+from tokenloop.export.packed_weights import PackedBlock
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloop.export.errors import ExportError
+from tokenloop.export.recipes import INTEGER_BITS
 from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
@@ -73,14 +74,13 @@ class IntegerHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight, scale = self.rows.weight, self.rows.scale
-        if not hidden.is_cuda:
-            return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
-        from tokenloop.models.kernels import cuda
+        return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
 
-        size = cuda.semaphores_size(len(hidden), len(weight), 1)
-        semaphores = torch.zeros(size, dtype=torch.int32, device=hidden.device)
-        arguments = hidden[:, 0], weight, scale, None, semaphores
-        return cuda.linear(*arguments, out_float32=True)[:, None]
+
+def check_recipe(network: CausalLM, quant: str) -> None:
+    """Errors: ExportError for experts that would have to be integers."""
+    if INTEGER_BITS[quant] and any(block.mlp.moe is not None for block in network.model.layers):
+        raise ExportError(f"--quant {quant} is not for experts; bf16 and fp32 are")
 
 
 def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

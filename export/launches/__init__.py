@@ -1,0 +1,1 @@
+"""Artifacts for CUDA: compiled kernels, and for each method the list of their launches."""

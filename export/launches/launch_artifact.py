@@ -1,0 +1,115 @@
+"""An artifact for CUDA: model.launches for one kind of GPU, and model.safetensors beside it. No GPU
+need be there, and none is used."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tokenloop.export.errors import ExportError
+from tokenloop.export.launches.cubins import ARCHITECTURES
+from tokenloop.export.packed_weights import check_recipe
+from tokenloop.export.recipes import INTEGER_BITS
+from tokenloop.export.tensors import entries, tensors_of, write_weights
+from tokenloop.models.decoder import CausalLM
+
+# Tokens that chunks of prompts are rounded up to. Each has launches, and a graph, of its own.
+CHUNKS = 64, 128, 256, 512, 1024, 2048, 4096, 8192
+# Where a prompt may be cut: the delta rule's blocks begin there.
+CHUNK_MULTIPLE = 64
+
+
+class LaunchArtifact:
+    """Makes lists of launches of the methods, and compiles the kernels."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        # Weights that are made up when they are loaded need no memory before.
+        self.device = torch.device("meta" if options.random_weights else "cpu")
+        # The dtype of the weights as they are read, of activations and of caches.
+        self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
+        if options.gpu_arch not in ARCHITECTURES:
+            raise ExportError(
+                f"--gpu-arch is {options.gpu_arch}; kernels are for {', '.join(ARCHITECTURES)}, "
+                "an H100 or H200"
+            )
+        if options.max_prefill % CHUNK_MULTIPLE:
+            raise ExportError(
+                f"--max-prefill is {options.max_prefill}; with --device cuda it must be a multiple "
+                f"of {CHUNK_MULTIPLE}"
+            )
+        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+            raise ExportError("TRITON_INTERPRET is 1, so no kernel would be compiled: unset it")
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            raise ExportError(
+                "--device cuda needs Triton, which is not installed: pip install triton"
+            ) from None
+
+    def begin(self, model: CausalLM) -> None:
+        """There is nothing to begin with."""
+
+    def write(
+        self, model: CausalLM, tokenizer: dict, directory: Path, progress: Callable[[str], None]
+    ) -> dict:
+        """Write model.launches and model.safetensors, and return the manifest's entries about them.
+
+        Errors: ExportError for experts that would have to be integers, for heads that the kernels
+        cannot take, and for a kernel that cannot be compiled.
+        """
+        bits = INTEGER_BITS[self.options.quant]
+        check_recipe(model, self.options.quant)
+        progress("importing Triton")
+        from tokenloop.export.launches.cuda_prefill import CudaPrefill
+        from tokenloop.export.launches.cuda_step import CudaStep
+        from tokenloop.export.launches.launch_file import write_launches
+        from tokenloop.export.launches.lowering import lower, names_of
+        from tokenloop.export.launches.methods import prefill_inputs, selection_methods
+        from tokenloop.models.kernels.launch.dependent_launch import WAITING
+
+        progress("packing weights")
+        backbone, batch, config = model.model, model.batch, model.config
+        step = CudaStep(model, bits)
+        prefill = CudaPrefill(step, model)
+        with self.device:
+            hidden = torch.zeros(batch, 1, config.hidden_size, dtype=self.dtype)
+            position = torch.zeros(batch, dtype=torch.int64)
+        methods = {"decode_embedded": (step, {"hidden": hidden, "position": position})}
+        sizes = batch, config.vocab_size, config.hidden_size, model.max_seq_len
+        methods |= selection_methods(backbone, *sizes)
+        # A chunk need not hold more than all rows together can.
+        rows = -(-model.max_seq_len // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        largest = min(self.options.max_prefill, batch * rows)
+        chunks = [size for size in CHUNKS if size < largest] + [largest]
+        progress("tracing")
+        tensors, views, state = tensors_of(prefill, *(method for method, _ in methods.values()))
+        names = names_of(tensors | state)
+        lowered = {
+            name: (lower(method, [tuple(inputs.values())], names)[0], list(inputs))
+            for name, (method, inputs) in methods.items()
+        }
+        inputs = [prefill_inputs(size, batch) for size in chunks]
+        lists = lower(prefill, [tuple(given.values()) for given in inputs], names)
+        for size, low, given in zip(chunks, lists, inputs):
+            lowered[f"prefill_{size}"] = low, list(given)
+        program = directory / "model.launches"
+        kernels = write_launches(program, lowered, self.options.gpu_arch, progress)
+        progress("writing")
+        return {
+            "program": {"file": program.name, "bytes": program.stat().st_size},
+            "weights": write_weights(tensors, directory, self.options.random_weights)
+            | {"views": views},
+            "engine": "launches",
+            "backend": "launches",
+            "device": "cuda",
+            "processor": self.options.gpu_arch,
+            "methods": sorted(lowered),
+            "waiting_kernels": sorted(WAITING & set(kernels)),
+            "chunk_multiple": CHUNK_MULTIPLE,
+            "max_prefill": largest,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "state": entries(state),
+        }

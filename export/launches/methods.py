@@ -1,0 +1,124 @@
+"""The methods of an artifact for CUDA, each with its example inputs by name.
+
+Shapes: B rows, T tokens of a packed chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from tokenloop.export.methods import integers
+from tokenloop.models.decoder import Backbone
+from tokenloop.models.kernels import cuda
+from tokenloop.models.layers import rounded
+from tokenloop.sampler.kernels import operator
+
+Method = tuple[nn.Module, dict[str, Tensor]]
+
+FUNCTIONS = {
+    "greedy": operator.greedy,
+    "sample": operator.sample,
+    # 2 launches do what otherwise takes 7, where no row has a top_k or a top_p.
+    "sample_unfiltered": partial(operator.sample, restricted=False),
+}
+EMBEDDING = {
+    "greedy": operator.greedy_embed,
+    "sample": operator.sample_embed,
+    "sample_unfiltered": partial(operator.sample_embed, restricted=False),
+}
+
+
+class Select(nn.Module):
+    """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
+    float32 [B], seed and position int64 [B], and next_id int64 [B, 1]. Writes next_id."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
+        *sampling, next_id = sampling_and_next_id
+        next_id.copy_(self.function(logits, *sampling))
+
+
+class Table(nn.Module):
+    """The table of embeddings [V, D] and their scale."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.embed_tokens = backbone.embed_tokens
+        self.scale = rounded(backbone.embed_scale, self.embed_tokens.weight.dtype)
+
+
+class SelectEmbed(Table):
+    """What Select takes, and then hidden [B, 1, D], which is written as well. `hidden` is the
+    embedding of next_id."""
+
+    def __init__(self, backbone: Backbone, function: Callable[..., None]):
+        super().__init__(backbone)
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
+        *sampling, next_id, hidden = sampling_and_outputs
+        table = self.embed_tokens.weight
+        self.function(logits, *sampling, table, next_id, hidden, scale=self.scale)
+
+
+class Lookup(Table):
+    """token int64 [B, 1] -> hidden [B, 1, D], which decode_embedded takes."""
+
+    def forward(self, token: Tensor) -> Tensor:
+        table = self.embed_tokens.weight
+        return cuda.embed_chunk(token[:, 0], table, None, scale=self.scale)[:, None]
+
+
+class NextPositions(nn.Module):
+    """lines int64 [N, B], next_line int64 [1] and position int64 [B]. The last two are written."""
+
+    def forward(self, lines: Tensor, next_line: Tensor, position: Tensor) -> None:
+        cuda.next_positions(lines, next_line, position)
+
+
+def selection_methods(
+    backbone: Backbone, batch: int, vocab_size: int, hidden_size: int, max_seq_len: int
+) -> dict[str, Method]:
+    """What is between a step's logits and the next step: the lookup, the positions, and selection,
+    with the lookup, without it, and of one row of several."""
+    dtype = backbone.embed_tokens.weight.dtype
+    positions = integers(max_seq_len, batch), integers(1), integers(batch)
+    methods: dict[str, Method] = {
+        "embed": (Lookup(backbone), {"token": integers(batch, 1)}),
+        "next_positions": (
+            NextPositions(),
+            dict(zip(("lines", "next_line", "position"), positions)),
+        ),
+    }
+    for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
+        numbers, counts = torch.ones(rows), integers(rows)
+        given = {"logits": torch.zeros(rows, vocab_size)}
+        sampling = {
+            "temperature": numbers, "top_k": counts, "top_p": numbers.clone(),
+            "seed": counts.clone(), "position": counts.clone(),
+        }  # fmt: skip
+        written = {"next_id": integers(rows, 1)}
+        hidden = {"hidden": torch.zeros(rows, 1, hidden_size, dtype=dtype)}
+        for name, function in FUNCTIONS.items():
+            inputs = given | ({} if name == "greedy" else sampling) | written
+            methods[name + suffix] = Select(function), inputs
+            if not suffix:
+                method = SelectEmbed(backbone, EMBEDDING[name])
+                methods[f"{name}_embed"] = method, inputs | hidden
+    return methods
+
+
+def prefill_inputs(tokens: int, batch: int) -> dict[str, Tensor]:
+    """What CudaPrefill takes for a packed chunk of up to `tokens` tokens."""
+    sizes = {
+        "starts": batch + 1, "rows": batch, "first": batch,
+        "last_starts": batch + 1, "last_first": batch,
+    }  # fmt: skip
+    return {"tokens": integers(tokens)} | {
+        name: torch.zeros(size, dtype=torch.int32) for name, size in sizes.items()
+    }

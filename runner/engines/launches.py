@@ -1,0 +1,189 @@
+"""Launch lists on a CUDA GPU: a step is one launch of a graph, and so is a chunk of prompts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenloop.runner.engines.launch_list import LaunchList, Method
+from tokenloop.runner.engines.step_graphs import StepGraphs
+from tokenloop.runner.engines.tensors import explained, find_device, load_tensors
+from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
+from tokenloop.runner.manifest import Artifact
+from tokenloop.runner.prefill import Part, layout
+from tokenloop.runner.program import (
+    GREEDY,
+    PARAMETERS,
+    Choice,
+    Packing,
+    Program,
+    Selected,
+    Step,
+)
+from tokenloop.runner.transfers import Transfers
+
+PREFILL = "prefill_"
+
+
+class LaunchProgram(Program):
+    """The methods of a launch list. Weights and state are there once, for all. A step finds its
+    positions by itself, and selection looks the embedding up."""
+
+    embeds = has_graphs = True
+
+    def __init__(self, artifact: Artifact, threads: int | None = None):
+        """Load weights and kernels. `threads` changes nothing: a GPU computes.
+
+        Errors: RunnerError for a package of another device or processor, weights that do not fit
+        it, and a device without enough memory.
+        """
+        self._artifact, self.manifest = artifact, artifact.manifest
+        self._device = find_device(artifact)
+        memory = TorchMemory(self._device)
+        self.transfers, self._stream = Transfers(memory), memory.stream
+        self._aligned = Aligned(self.transfers, True)
+        batch = self.manifest["batch"]
+        with self._on_stream(), explained(artifact):
+            tensors = load_tensors(artifact, self._device)
+            self._list = LaunchList(artifact.program_file, tensors, self._device)
+            self._methods: dict[str, Method] = {}
+            # The two buffers: next_id, and hidden beside it. Rows without a sequence are fed what
+            # is there, which must be a token.
+            shape, dtype = (batch, 1, self.manifest["hidden_size"]), self.manifest["dtype"]
+            hidden = torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+            self._buffers = [(self.empty(batch, 1).zero_(), hidden.clone()) for _ in range(2)]
+            self._row_id = self.empty(1, 1)
+            self.step_inputs = {
+                name: memory.new(np.zeros(batch, dtype)) for name, dtype in PARAMETERS.items()
+            }
+            if batch > 1:
+                lines = self.empty(self.manifest["max_seq_len"], batch).zero_()
+                self.step_inputs["lines"] = lines
+        sizes = (name.removeprefix(PREFILL) for name in self._list.names if PREFILL in name)
+        self._chunks = sorted(map(int, sizes))
+        self.packing = Packing(self._chunks[-1], batch, self.manifest["chunk_multiple"])
+
+    def capture(self, table: Tensor) -> None:
+        lines = self.step_inputs.get("lines", table[:, None])
+        with self._on_stream(), explained(self._artifact):
+            parameters = [self.step_inputs[name] for name in PARAMETERS]
+            self._graphs = StepGraphs(
+                self._run, partial(self._call, "next_positions"), lines, table, parameters,
+                self.transfers, self._stream, self.manifest["waiting_kernels"],
+            )  # fmt: skip
+            self.begin(embed=True)
+            # At position 0, which every sequence overwrites.
+            for buffer in (0, 1):
+                self.next_id(1 - buffer).zero_()
+                self.step(self._fed(1 - buffer), Step(lines[0], 0, GREEDY), buffer)
+            self.begin(embed=False)
+            self._capture_prefill()
+
+    def _capture_prefill(self) -> None:
+        """Capture a graph for each number of tokens that a chunk is rounded up to."""
+        # What a chunk is told lies in one memory, which goes up in one copy: numbers of 64 bits,
+        # the last of which are the tokens.
+        inputs = self._list.inputs(f"{PREFILL}{self._chunks[-1]}")
+        self._layout: dict[str, slice] = {}
+        size = 0
+        for name, (shape, _) in inputs.items():
+            if name != "tokens":
+                self._layout[name] = slice(2 * size, 2 * size + shape[0])
+                size += -(-shape[0] // 4) * 2  # each begins where 16 bytes do
+        self._told = size
+        self._prompt = torch.zeros(size + self._chunks[-1], dtype=torch.int64, device=self._device)
+        words = self._prompt.view(torch.int32)
+        given = {name: words[place] for name, place in self._layout.items()}
+        self._prefills: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for count in self._chunks:
+            tokens = self._prompt[size : size + count]
+            names = self._list.inputs(f"{PREFILL}{count}")
+            values = [(given | {"tokens": tokens})[name] for name in names]
+            method, graph = self._list.method(f"{PREFILL}{count}"), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                (logits,) = method(*values)
+            self._prefills[count] = graph, logits
+
+    def prefill_packed(self, chunk: list[Part]) -> Tensor:
+        told = np.zeros(2 * self._told, np.int32)
+        for name, values in layout(chunk, self.packing.parts).items():
+            if name in self._layout:
+                told[self._layout[name]] = values
+        tokens = np.concatenate([np.asarray(part.ids, np.int64) for part in chunk])
+        self.transfers.upload(np.concatenate([told.view(np.int64), tokens]), out=self._prompt)
+        count = next(size for size in self._chunks if size >= len(tokens))
+        graph, logits = self._prefills[count]
+        with self._on_stream():
+            graph.replay()
+        return logits
+
+    def load_sampling(self, method: str, embed: bool) -> None:
+        for name in self._artifact.sampling_methods(self.manifest["methods"], method, embed):
+            self._method(name)
+
+    def begin(self, embed: bool, graph: bool = True, overlap: bool = True) -> None:
+        self.embedding, self._graph, self._overlap = embed, graph, overlap
+
+    def step(self, fed: Tensor, step: Step, buffer: int) -> Selected:
+        if not self._graph:
+            return super().step(fed, step, buffer)
+        # A captured step reads the buffer itself. A token that the host fed is in it as well.
+        assert fed.data_ptr() == self._fed(1 - buffer).data_ptr()
+        self._graphs.submit(step, buffer, self.embedding, self._overlap)
+        return Selected(self.next_id(buffer), self._fed(buffer))
+
+    def _run(self, step: Step, buffer: int) -> None:
+        """A step as it is captured."""
+        super().step(self._fed(1 - buffer), step, buffer)
+
+    def decode(self, fed: Tensor, positions: Tensor) -> Tensor:
+        hidden = fed if self.embedding else self._call("embed", fed)
+        return self._call("decode_embedded", hidden, positions)
+
+    def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
+        out = self._buffers[buffer]
+        name = choice.method + "_embed" * self.embedding
+        self._call(name, logits, *choice.inputs, *out[: 1 + self.embedding])
+        return Selected(out[0], out[self.embedding])
+
+    def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        self._call(f"{choice.method}_row", logits, *choice.inputs, self._row_id)
+        return self._row_id
+
+    def feed(self, token: Tensor, buffer: int) -> Tensor:
+        if not self.embedding:
+            return token
+        self.transfers.copy(self._call("embed", token), self._buffers[buffer][1])
+        return self._buffers[buffer][1]
+
+    def next_id(self, buffer: int) -> Tensor:
+        return self._buffers[buffer][0]
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device=self._device)
+
+    def _fed(self, buffer: int) -> Tensor:
+        """What a step is fed that follows `select` into this buffer."""
+        return self._buffers[buffer][self.embedding]
+
+    def _method(self, name: str) -> Method:
+        if name not in self._methods:
+            self._methods[name] = self._list.method(name)
+        return self._methods[name]
+
+    def _call(self, name: str, *inputs: Tensor) -> Tensor | None:
+        method = self._method(name)
+        with self._on_stream():
+            outputs = method(*self._aligned(*inputs))
+        return outputs[0] if outputs else None
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            yield

@@ -1,0 +1,103 @@
+"""An artifact's tensors on a device, and the processor that its code needs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.manifest import Artifact
+
+
+def check_torch(artifact: Artifact) -> None:
+    """Errors: RunnerError for an artifact that another torch compiled."""
+    found, wanted = (
+        version.split("+")[0]
+        for version in (torch.__version__, artifact.manifest["versions"]["torch"])
+    )
+    if found.split(".")[:2] != wanted.split(".")[:2]:
+        raise RunnerError(
+            f"{artifact.directory} was compiled by torch {wanted}, and this is {found}: "
+            "export it again, or install that torch"
+        )
+
+
+def find_device(artifact: Artifact) -> torch.device:
+    """The artifact's device. Errors: RunnerError where this machine's is not what the artifact's
+    code was compiled for."""
+    manifest = artifact.manifest
+    device = torch.device(manifest["device"])
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RunnerError(
+            f"{artifact.directory} is for a CUDA GPU, and torch sees none here: export with "
+            "--device cpu"
+        )
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+        processor = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        processor = torch.backends.cpu.get_cpu_capability()
+    if processor != manifest["processor"]:
+        raise RunnerError(
+            f"{artifact.directory} was compiled for {manifest['processor']}, and this machine's "
+            f"{manifest['device']} is {processor}: export it for that"
+        )
+    return device
+
+
+def load_tensors(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
+    """The weights, the state, which is zero, and the views of both, by name."""
+    entry = artifact.manifest["weights"]
+    if "random" in entry:
+        tensors = _random(entry["random"], device)
+    else:
+        path = artifact.directory / entry["file"]
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise RunnerError(f"{path} is damaged ({error}): export it again") from None
+    for state in artifact.manifest["state"]:
+        dtype = getattr(torch, state["dtype"])
+        tensors[state["name"]] = torch.zeros(state["shape"], dtype=dtype, device=device)
+    for name, view in entry["views"].items():
+        layout = view["shape"], view["stride"], view["offset"]
+        tensors[name] = tensors[view["of"]].as_strided(*layout)
+    return tensors
+
+
+def _random(entries: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """Random weights, for measurements: always the same ones on a device."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for entry in entries:
+        tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device)
+        if not tensor.is_floating_point():
+            tensor.random_(generator=generator)
+        elif tensor.dim() == 1:
+            # Weights of norms, and frequencies.
+            tensor.uniform_(0.5, 1.0, generator=generator)
+        else:
+            tensor.normal_(0.0, 0.02, generator=generator)
+        tensors[entry["name"]] = tensor
+    return tensors
+
+
+@contextmanager
+def explained(artifact: Artifact) -> Iterator[None]:
+    """Make one line of torch's errors while an artifact is loaded."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise RunnerError(
+            f"{artifact.directory} does not fit the GPU's memory ({reason}): free some, or export "
+            "it with a smaller --max-seq-len or --batch"
+        ) from None
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunnerError(
+            f"{artifact.program_file} cannot be loaded ({reason}): export it again"
+        ) from None

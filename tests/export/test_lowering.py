@@ -1,0 +1,93 @@
+"""Methods lowered to launches give what their operators give, on memory that tensors share."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from tests.export.replay import replay  # noqa: E402
+from tests.export.test_fused import DEVICE, SHAPE  # noqa: E402
+from tokenloop.export.errors import ExportError  # noqa: E402
+from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
+from tokenloop.export.launches.lowering import Slot, lower, names_of, plan  # noqa: E402
+from tokenloop.export.launches.methods import selection_methods  # noqa: E402
+from tokenloop.export.tensors import tensors_of  # noqa: E402
+from tokenloop.models import qwen3  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
+
+
+def make_network(model_type: str = "qwen3", batch: int = 2):
+    config = qwen3.Config.from_dict(SHAPE | {"model_type": model_type})
+    torch.manual_seed(0)
+    network = qwen3.Network(config, 9, batch).requires_grad_(False)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network.to(DEVICE)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_lowered_step_gives_the_steps_logits_and_state(model_type):
+    network = make_network(model_type)
+    step = CudaStep(network)
+    weights, _, state = tensors_of(step)
+    tensors = {name: x.clone() for name, x in (weights | state).items()}
+    example = torch.zeros(2, 1, 24, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    (lowered,) = lower(step, [example], names_of(weights | state))
+    with torch.no_grad():
+        for position in range(3):
+            hidden = torch.randn(2, 1, 24, device=DEVICE)
+            where = torch.tensor([position, position + 2], device=DEVICE)
+            expected = step(hidden, where)
+            (logits,) = replay(lowered, [hidden, where], tensors)
+            assert torch.equal(logits, expected)
+    assert all(torch.equal(tensors[name], x) for name, x in state.items())
+    assert any(x.any() for x in state.values())
+
+
+def test_a_method_with_an_operation_that_no_kernel_does_is_refused():
+    class Doubled(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    with pytest.raises(ExportError, match="aten.mul.Tensor, which no kernel"):
+        lower(Doubled(), [(torch.zeros(3),)], {})
+
+
+def test_lowered_selection_writes_the_token_and_its_embedding():
+    network = make_network()
+    methods = selection_methods(network.model, 2, 37, 24, 9)
+    methods = {name: methods[name] for name in ("greedy", "greedy_embed", "greedy_row")}
+    tensors, _, _ = tensors_of(*(method for method, _ in methods.values()))
+    for name, (method, inputs) in methods.items():
+        (lowered,) = lower(method, [tuple(inputs.values())], names_of(tensors))
+        values = [torch.randn_like(x) if x.is_floating_point() else x for x in inputs.values()]
+        values = [x.to(DEVICE) for x in values]
+        assert replay(lowered, values, tensors) == []
+        token = values[1]
+        assert torch.equal(token[:, 0], values[0].argmax(-1)), name
+        if name == "greedy_embed":
+            assert torch.equal(values[2], network.embed(token))
+
+
+slots = st.lists(
+    st.builds(
+        lambda size, first, length: Slot(size, first, first + length),
+        st.integers(1, 5000), st.integers(0, 20), st.integers(0, 8),
+    ),
+    max_size=25,
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(slots)
+def test_tensors_that_are_needed_at_once_do_not_overlap(slots):
+    offsets, total = plan(slots)
+    for i, (a, x) in enumerate(zip(slots, offsets)):
+        assert x % 256 == 0 and x + a.size <= total
+        for b, y in list(zip(slots, offsets))[:i]:
+            together = a.first <= b.last and b.first <= a.last
+            assert not together or x + a.size <= y or y + b.size <= x
+    assert total <= sum(-(-slot.size // 256) * 256 for slot in slots)
