@@ -1,0 +1,71 @@
+"""How a linear layer over a chunk is cut into tiles, by shape: constants, so that an export repeats.
+
+None of it changes a result's bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+PROCESSORS = 132  # of an H100 or H200
+
+
+class ChunkTiles(NamedTuple):
+    """Tokens, outputs and inputs of a tile, warps, and stages of the pipeline.
+
+    block_n counts the outputs of a gated layer; its tile has as many rows of gates and of ups.
+    With `descriptors` a program stays for all its tiles, of which it stores `parts` one after the
+    other; `flatten` makes one loop of its tiles and their inputs, and with `specialize` some warps
+    only copy.
+    """
+
+    block_t: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    parts: int = 1
+    flatten: bool = True
+    specialize: bool = False
+    group: int = 8
+
+
+FLOAT32 = ChunkTiles(64, 64, 32, 4, 2)
+
+
+def chunk_tiles(
+    tokens: int, outputs: int, inputs: int, dtype: torch.dtype, gated: bool = False
+) -> ChunkTiles:
+    """For up to `tokens` tokens; a gated layer has twice `outputs` rows of weights."""
+    if dtype == torch.float32:
+        return FLOAT32
+    halves = 2 if gated else 1
+    # The copies by descriptors need rows of whole 16 bytes.
+    aligned = inputs % 8 == 0 and outputs % 8 == 0
+    if tokens <= 128:
+        # Weights are streamed once: every processor must have some. Small tiles of outputs read
+        # the activations often, but from L2.
+        block_t = 64 if tokens <= 64 else 128
+        block_n = 128 // halves
+        while block_n > 16 and -(-outputs // block_n) < PROCESSORS:
+            block_n //= 2
+        rows = block_t + block_n * halves
+        # Whole lines of 256 bytes, and as many of them in flight as shared memory has room for.
+        stages = max(3, min(8, 200 * 1024 // (rows * 256)))
+        return ChunkTiles(block_t, block_n, 128, 4, stages)
+    if not aligned:
+        return ChunkTiles(128, 128 // halves, 64, 8, 4)
+    # The large tile, unless it leaves more processors idle than the small one costs.
+    large = _rounds(tokens, outputs * halves, 128, 256) * 2.0
+    small = _rounds(tokens, outputs * halves, 128, 128) * 1.15
+    if large <= small:
+        if gated:
+            return ChunkTiles(128, 128, 64, 8, 4, True)
+        return ChunkTiles(128, 256, 64, 8, 4, True, parts=2)
+    return ChunkTiles(128, 128 // halves, 64, 8, 4, True)
+
+
+def _rounds(tokens: int, rows: int, block_t: int, block_n: int) -> int:
+    """Tiles that the busiest processor has."""
+    return -(-(-(-tokens // block_t) * -(-rows // block_n)) // PROCESSORS)
