@@ -1,4 +1,4 @@
-"""How a linear layer over a chunk is cut into tiles, by shape: constants, so that an export repeats.
+"""How a linear layer over a chunk is cut, by shape: constants, so that an export repeats.
 
 None of it changes a result's bits.
 """
