@@ -31,6 +31,18 @@ class ChunkTiles(NamedTuple):
     group: int = 8
 
 
+class WordTiles(NamedTuple):
+    """Tokens and outputs of a tile of integer weights, which goes by spans, warps, and stages."""
+
+    block_t: int
+    block_n: int
+    warps: int = 4
+    stages: int = 3
+
+
+# With so many tokens or fewer a layer makes bfloat16 of its integer weights itself.
+IN_TILE = 256
+
 FLOAT32 = ChunkTiles(64, 64, 32, 4, 2)
 
 
@@ -64,6 +76,13 @@ def chunk_tiles(
             return ChunkTiles(128, 128, 64, 8, 4, True)
         return ChunkTiles(128, 256, 64, 8, 4, True, parts=2)
     return ChunkTiles(128, 128 // halves, 64, 8, 4, True)
+
+
+def word_tiles(tokens: int, outputs: int, bits: int, gated: bool = False) -> WordTiles:
+    """For up to `tokens` tokens and words of 4 or 8 bits."""
+    block_t = 64 if tokens <= 64 else 128
+    # 64 outputs are the least that the tensor cores take.
+    return WordTiles(block_t, 64, 4, 3 if block_t == 64 or bits == 8 else 2)
 
 
 def _rounds(tokens: int, rows: int, block_t: int, block_n: int) -> int:

@@ -49,7 +49,7 @@ def descriptors_kernel(
         t = place_t * BLOCK_T
         n = place_n * BLOCK_N
         if PARTS == 1:
-            y = finished(y, up, bias_ptr, n + tl.arange(0, BLOCK_N), N, ACTIVATION)
+            y = finished(y, up, bias_ptr, (n + tl.arange(0, BLOCK_N))[None, :], N, ACTIVATION)
             y_desc.store([t, n], y.to(y_ptr.dtype.element_ty))
         else:
             HALF: tl.constexpr = BLOCK_N // 2
@@ -59,8 +59,12 @@ def descriptors_kernel(
             if GATED:
                 halves = tl.permute(tl.reshape(up, [BLOCK_T, 2, HALF]), [0, 2, 1])
                 left_up, right_up = tl.split(halves)
-            left = finished(left, left_up, bias_ptr, n + tl.arange(0, HALF), N, ACTIVATION)
+            left = finished(
+                left, left_up, bias_ptr, (n + tl.arange(0, HALF))[None, :], N, ACTIVATION
+            )
             y_desc.store([t, n], left.to(y_ptr.dtype.element_ty))
             n += HALF
-            right = finished(right, right_up, bias_ptr, n + tl.arange(0, HALF), N, ACTIVATION)
+            right = finished(
+                right, right_up, bias_ptr, (n + tl.arange(0, HALF))[None, :], N, ACTIVATION
+            )
             y_desc.store([t, n], right.to(y_ptr.dtype.element_ty))

@@ -48,7 +48,7 @@ def pointers_kernel(
         y = dot(x, load_tile(w_ptr, first, k, K, EVEN).T, y)
         if ACTIVATION is not None:
             up = dot(x, load_tile(w_ptr, second, k, K, EVEN).T, up)
-    y = finished(y, up, bias_ptr, n, N, ACTIVATION)
+    y = finished(y, up, bias_ptr, n[None, :], N, ACTIVATION)
     offsets = row[:, None] * N + n[None, :]
     mask = (t < count)[:, None] & (n < N)[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -22,5 +22,5 @@ def tile_place(tile, tiles_t, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def finished(y, up, bias_ptr, n, N, ACTIVATION: tl.constexpr):
-    """float32 results of sums y and `up` [t, n]."""
-    return finish(y, up, bias_ptr, n[None, :], N, 0.0, ACTIVATION, False)
+    """float32 results of sums y and `up`; n broadcasts with them."""
+    return finish(y, up, bias_ptr, n, N, 0.0, ACTIVATION, False)
