@@ -15,10 +15,10 @@ if "--dry" in sys.argv:
     # This is read when Triton defines a kernel.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from benchmarks import prefill_linear  # noqa: E402
+from benchmarks import prefill_linear, prefill_rest, prefill_words  # noqa: E402
 from benchmarks.cuda_common import origin  # noqa: E402
 
-SECTIONS = {"linear": prefill_linear}
+SECTIONS = {"linear": prefill_linear, "words": prefill_words, "rest": prefill_rest}
 
 
 def index_scalars() -> None:

@@ -72,6 +72,7 @@ def candidates(tokens: int, matrix: Matrix) -> list[ChunkTiles]:
             pointers(64, 16, 128, 4, 8), pointers(64, 32, 128, 4, 6), pointers(64, 64, 64, 4, 8),
             descriptors(64, 16, 128, 4, 8), descriptors(64, 32, 128, 4, 6),
             descriptors(64, 64, 64, 4, 8), descriptors(64, 128, 64, 4, 5),
+            pointers(64, 128, 64, 4, 5),
         ],
         (128, False): [
             pointers(128, 16, 128, 4, 5), pointers(128, 32, 128, 4, 5), pointers(128, 64, 64, 4, 8),

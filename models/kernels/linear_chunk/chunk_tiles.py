@@ -46,6 +46,20 @@ IN_TILE = 256
 FLOAT32 = ChunkTiles(64, 64, 32, 4, 2)
 
 
+# Tokens and rows of weights of a tile, inputs of a step, warps, and the share of the tensor cores'
+# speed that such tiles reach.
+SHAPES = (
+    (128, 256, 64, 8, 1.0), (128, 128, 64, 8, 0.85), (128, 64, 128, 4, 0.6),
+    (128, 32, 128, 4, 0.35), (64, 256, 64, 4, 0.7), (64, 128, 64, 4, 0.6), (64, 64, 128, 4, 0.5),
+    (64, 32, 128, 4, 0.3),
+)  # fmt: skip
+# What a processor multiplies and reads from L2 in a microsecond, and what all read from L2 and from
+# memory: of an H200, to choose by.
+FLOP, OWN_BYTES, L2_BYTES, BYTES = 5.98e6, 75e3, 5.5e6, 4.2e6
+# Shared memory of a pipeline; the rest is for the results and barriers.
+PIPELINE = 200 * 1024
+
+
 def chunk_tiles(
     tokens: int, outputs: int, inputs: int, dtype: torch.dtype, gated: bool = False
 ) -> ChunkTiles:
@@ -53,29 +67,30 @@ def chunk_tiles(
     if dtype == torch.float32:
         return FLOAT32
     halves = 2 if gated else 1
-    # The copies by descriptors need rows of whole 16 bytes.
-    aligned = inputs % 8 == 0 and outputs % 8 == 0
-    if tokens <= 128:
-        # Weights are streamed once: every processor must have some. Small tiles of outputs read
-        # the activations often, but from L2.
-        block_t = 64 if tokens <= 64 else 128
-        block_n = 128 // halves
-        while block_n > 16 and -(-outputs // block_n) < PROCESSORS:
-            block_n //= 2
-        rows = block_t + block_n * halves
-        # Whole lines of 256 bytes, and as many of them in flight as shared memory has room for.
-        stages = max(3, min(8, 200 * 1024 // (rows * 256)))
-        return ChunkTiles(block_t, block_n, 128, 4, stages)
-    if not aligned:
-        return ChunkTiles(128, 128 // halves, 64, 8, 4)
-    # The large tile, unless it leaves more processors idle than the small one costs.
-    large = _rounds(tokens, outputs * halves, 128, 256) * 2.0
-    small = _rounds(tokens, outputs * halves, 128, 128) * 1.15
-    if large <= small:
-        if gated:
-            return ChunkTiles(128, 128, 64, 8, 4, True)
-        return ChunkTiles(128, 256, 64, 8, 4, True, parts=2)
-    return ChunkTiles(128, 128 // halves, 64, 8, 4, True)
+    # Copies by descriptors need rows of whole 16 bytes, and begin later.
+    descriptors = inputs % 8 == 0 and outputs % 8 == 0 and tokens > 128
+
+    def microseconds(shape: tuple) -> float:
+        block_t, rows, _, _, share = shape
+        tiles = _tiles(tokens, outputs * halves, block_t, rows)
+        read = 2.0 * inputs * (block_t + rows)
+        own = max(2.0 * block_t * rows * inputs / (FLOP * share), read / OWN_BYTES) + 1.5
+        weights = 2.0 * inputs * outputs * halves
+        return max(-(-tiles // PROCESSORS) * own, tiles * read / L2_BYTES, weights / BYTES)
+
+    shape = min(SHAPES, key=microseconds)
+    block_t, rows, block_k, warps, _ = shape
+    stages = min(8, PIPELINE // ((block_t + rows) * block_k * 2))
+    several = _tiles(tokens, outputs * halves, block_t, rows) > PROCESSORS
+    if several and not descriptors and stages >= 6:
+        # Two programs of a processor share its memory.
+        stages //= 2
+    parts = 2 if descriptors and rows == 256 and not gated else 1
+    return ChunkTiles(block_t, rows // halves, block_k, warps, stages, descriptors, parts)
+
+
+def _tiles(tokens: int, rows: int, block_t: int, block_n: int) -> int:
+    return -(-tokens // block_t) * -(-rows // block_n)
 
 
 def word_tiles(tokens: int, outputs: int, bits: int, gated: bool = False) -> WordTiles:
@@ -83,8 +98,3 @@ def word_tiles(tokens: int, outputs: int, bits: int, gated: bool = False) -> Wor
     block_t = 64 if tokens <= 64 else 128
     # 64 outputs are the least that the tensor cores take.
     return WordTiles(block_t, 64, 4, 3 if block_t == 64 or bits == 8 else 2)
-
-
-def _rounds(tokens: int, rows: int, block_t: int, block_n: int) -> int:
-    """Tiles that the busiest processor has."""
-    return -(-(-(-tokens // block_t) * -(-rows // block_n)) // PROCESSORS)
