@@ -187,7 +187,14 @@ def measure(rows: list[dict], deadline: float, repeats: int, dry: bool = False) 
             return y
 
         whole = torch.tensor([largest], dtype=torch.int32, device=device)
-        expected = product(x, weight, whole, candidates(largest, matrix)[0])
+        expected = None
+        for tiles in candidates(largest, matrix):
+            try:
+                expected = product(x, weight, whole, tiles)
+                break
+            # What fails here fails again below, and is reported there.
+            except Exception as failure:
+                print(f"{matrix.name} {described(tiles)}: {failure}"[:200], flush=True)
         for tokens in sizes:
             size = 2 * (weight.numel() + tokens * (matrix.inputs + matrix.outputs))
             flops = 2.0 * tokens * weight.numel()

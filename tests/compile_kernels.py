@@ -175,7 +175,10 @@ def chunks() -> None:
             rows = outputs * (1 if activation is None else 2)
             x, weight = empty(tokens, inputs, dtype=dtype), empty(rows, inputs, dtype=dtype)
             bias = empty(rows, dtype=dtype) if inputs == 1024 else None
-            cuda.linear_chunk(x, weight, None, bias, count, activation=activation)
+            options = {"activation": activation, "out_float32": tokens == 128}
+            cuda.linear_chunk(x, weight, None, bias, count, **options)
+    x, weight = empty(1024, 1024, dtype=bfloat16), empty(4096, 1024, dtype=bfloat16)
+    cuda.linear_chunk(x, weight, None, None, count, out_float32=True)
     dense = torch.zeros(512, 1024)
     for tokens, activation in itertools.product((64, 128, 1024), (None, "gelu_tanh")):
         x = empty(tokens, 1024, dtype=bfloat16)

@@ -55,14 +55,15 @@ SHAPES = (
 )  # fmt: skip
 # What a processor multiplies and reads from L2 in a microsecond, and what all read from L2 and from
 # memory: of an H200, to choose by.
-FLOP, OWN_BYTES, L2_BYTES, BYTES = 5.98e6, 75e3, 5.5e6, 4.2e6
-# Shared memory of a pipeline; the rest is for the results and barriers.
-PIPELINE = 200 * 1024
+FLOP, OWN_BYTES, L2_BYTES, BYTES = 5.98e6, 75e3, 6.5e6, 4.2e6
+# Shared memory of a program but for barriers; copies by descriptors keep some of it for results.
+SHARED = 226 * 1024
 
 
 def chunk_tiles(
-    tokens: int, outputs: int, inputs: int, dtype: torch.dtype, gated: bool = False
-) -> ChunkTiles:
+    tokens: int, outputs: int, inputs: int, dtype: torch.dtype, gated: bool = False,
+    out_float32: bool = False,
+) -> ChunkTiles:  # fmt: skip
     """For up to `tokens` tokens; a gated layer has twice `outputs` rows of weights."""
     if dtype == torch.float32:
         return FLOAT32
@@ -78,14 +79,15 @@ def chunk_tiles(
         weights = 2.0 * inputs * outputs * halves
         return max(-(-tiles // PROCESSORS) * own, tiles * read / L2_BYTES, weights / BYTES)
 
-    shape = min(SHAPES, key=microseconds)
+    shape = min((s for s in SHAPES if s[0] <= max(tokens, 64)), key=microseconds)
     block_t, rows, block_k, warps, _ = shape
-    stages = min(8, PIPELINE // ((block_t + rows) * block_k * 2))
+    parts = 2 if descriptors and rows == 256 and not gated else 1
+    kept = block_t * rows // halves // parts * (4 if out_float32 else 2) if descriptors else 0
+    stages = min(8, (SHARED - kept) // ((block_t + rows) * block_k * 2))
     several = _tiles(tokens, outputs * halves, block_t, rows) > PROCESSORS
     if several and not descriptors and stages >= 6:
         # Two programs of a processor share its memory.
         stages //= 2
-    parts = 2 if descriptors and rows == 256 and not gated else 1
     return ChunkTiles(block_t, rows // halves, block_k, warps, stages, descriptors, parts)
 
 

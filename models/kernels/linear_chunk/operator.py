@@ -46,7 +46,7 @@ def launch_linear_chunk(
         raise ValueError(f"a weight of {weight.shape[1]} inputs was given {inputs}")
     gated = activation is not None
     outputs = weight.shape[0] // (2 if gated else 1)
-    tiles = tiles or chunk_tiles(tokens, outputs, inputs, x.dtype, gated)
+    tiles = tiles or chunk_tiles(tokens, outputs, inputs, x.dtype, gated, out_float32)
     if triton.knobs.runtime.interpret:
         # Its sums are those of blocks of inputs, which tensor cores' are not.
         tiles = tiles._replace(block_k=SPAN_WORDS)
