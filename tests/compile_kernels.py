@@ -164,6 +164,34 @@ def hybrids() -> None:
     cuda.gated_rms_norm(v, v, empty(128, dtype=bfloat16), 1e-6)
 
 
+def chunks() -> None:
+    from tokenloop.models.kernels import cuda
+    from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+
+    count = empty(1, dtype=int32)
+    shapes = (512, 1024), (6144, 2560), (76, 1002)
+    for (outputs, inputs), tokens in itertools.product(shapes, (64, 128, 1024, 8192)):
+        for activation, dtype in itertools.product((None, "silu"), (bfloat16, float32)):
+            rows = outputs * (1 if activation is None else 2)
+            x, weight = empty(tokens, inputs, dtype=dtype), empty(rows, inputs, dtype=dtype)
+            bias = empty(rows, dtype=dtype) if inputs == 1024 else None
+            options = {"activation": activation, "out_float32": tokens == 128}
+            cuda.linear_chunk(x, weight, None, bias, count, **options)
+    x, weight = empty(1024, 1024, dtype=bfloat16), empty(4096, 1024, dtype=bfloat16)
+    cuda.linear_chunk(x, weight, None, None, count, out_float32=True)
+    dense = torch.zeros(512, 1024)
+    for tokens, activation in itertools.product((64, 128, 1024), (None, "gelu_tanh")):
+        x = empty(tokens, 1024, dtype=bfloat16)
+        for weight, scale in (quantize_int8(dense), quantize_int4(dense)):
+            cuda.linear_chunk(x, weight, scale, None, count, activation=activation)
+    x, norm = empty(8192, 2560, dtype=bfloat16), empty(2560, dtype=bfloat16)
+    cuda.add_norm(x, x, norm, norm[:1], norm, count, eps=1e-6)
+    cuda.norm(x, norm, count, eps=1e-6)
+    cuda.sigmoid_gate(x, empty(8192, 5120, dtype=bfloat16)[:, :2560], count)
+    cuda.embed_chunk(empty(8192, dtype=int64), x, count, scale=25.25)
+    cuda.last_tokens(x, empty(5, dtype=int32))
+
+
 def sampler() -> None:
     module = operators("sampler.kernels.operator")
     for rows in (1, 32):

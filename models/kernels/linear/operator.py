@@ -43,7 +43,7 @@ def launch_linear(
     bits = weight_bits(weight, inputs)
     if x.dtype != (bfloat16 if bits else weight.dtype):
         raise ValueError(f"activations are {x.dtype}, the weight {weight.dtype}")
-    group = _group_size(scale, weight, inputs, bits)
+    group = group_size(scale, weight, inputs, bits)
     outputs = weight.shape[0] // (1 if activation is None else 2)
     gated = activation is not None
     tiles = tiles or linear_tiles(rows, outputs, inputs, bits, x.dtype, gated)
@@ -89,7 +89,7 @@ def launch_linear(
     return total, y
 
 
-def _group_size(scale: Tensor | None, weight: Tensor, inputs: int, bits: int) -> int:
+def group_size(scale: Tensor | None, weight: Tensor, inputs: int, bits: int) -> int:
     """Inputs that share a scale of 4 bits; else 0."""
     if not bits:
         return 0

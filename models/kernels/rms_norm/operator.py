@@ -21,7 +21,7 @@ class Norm(NamedTuple):
     layer_scalar: Tensor | None = None
 
 
-def launch_norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
+def launch_norm(x: Tensor, norm: Norm, count: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
     """The new residual, None where no branch is added, and its norm."""
     check_contiguous(x=x, branch=norm.branch)
     rows, size = x.shape
@@ -29,7 +29,7 @@ def launch_norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
     h = empty_like(x)
     launch(norm_kernel, (rows,))(
         x, *norm[3:], norm.weight, total, h, size, norm.eps, norm.offset,
-        ADD=total is not None, BLOCK_K=triton.next_power_of_2(size), num_warps=8,
+        ADD=total is not None, BLOCK_K=triton.next_power_of_2(size), count_ptr=count, num_warps=8,
     )  # fmt: skip
     return total, h
 
@@ -37,7 +37,16 @@ def launch_norm(x: Tensor, norm: Norm) -> tuple[Tensor | None, Tensor]:
 @operator("add_norm")
 def add_norm(
     x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
-    norm_weight: Tensor, *, eps: float, offset: float = 0.0,
+    norm_weight: Tensor, count: Tensor | None = None, *, eps: float, offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.add_norm."""
-    return launch_norm(x, Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar))
+    norm = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar)
+    return launch_norm(x, norm, count)
+
+
+@operator("norm")
+def norm(
+    x: Tensor, norm_weight: Tensor, count: Tensor | None = None, *, eps: float, offset: float = 0.0
+) -> Tensor:
+    """See reference.norm."""
+    return launch_norm(x, Norm(norm_weight, eps, offset), count)[1]

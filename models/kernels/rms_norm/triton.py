@@ -50,10 +50,16 @@ def norm_row(
 def norm_kernel(
     x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K,
     eps: tl.constexpr, offset: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_K: tl.constexpr, count_ptr=None,
 ):  # fmt: skip
-    """Norm a row, to which a branch is added first if ADD."""
+    """Norm a row, to which a branch is added first if ADD. Rows from `count` on are left out."""
     b = tl.program_id(0)
+    # One of the two conditions is of constants.
+    if count_ptr is not None:  # noqa: SIM102
+        # It waits first: else no program might, and the kernel after it would not wait for those
+        # ahead.
+        if b >= tl.load(count_ptr + wait(0)):
+            return
     k = tl.arange(0, BLOCK_K)
     total, h = norm_row(
         x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset, ADD

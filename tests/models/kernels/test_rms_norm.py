@@ -28,3 +28,20 @@ def test_norms_are_the_reference_s(
     identity = torch.eye(size, dtype=dtype, device=DEVICE)
     got = linear.norm_linear(x, weight, identity, None, None, semaphores, **options)
     assert_close(got, reference.rms_norm(x, weight, EPS, offset).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [None, 3])
+def test_rows_beyond_the_count_change_no_others(normal, dtype, count):
+    x, branch, weight = normal(5, 40, dtype=dtype), normal(5, 40, dtype=dtype), normal(40)
+    weight = weight.to(dtype)
+    options, size = {"eps": EPS, "offset": 1.0}, None
+    whole = operator.add_norm(x, branch, None, None, weight, **options)
+    h = operator.norm(x, weight, **options)
+    assert_close(h, reference.norm(x, weight, **options), dtype)
+    if count is not None:
+        x[count:] = branch[count:] = float("nan")
+        size = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    for got, right in zip(operator.add_norm(x, branch, None, None, weight, size, **options), whole):
+        assert torch.equal(got[:count], right[:count])
+    assert torch.equal(operator.norm(x, weight, size, **options)[:count], h[:count])

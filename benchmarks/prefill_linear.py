@@ -1,0 +1,266 @@
+"""Linear layers over a packed chunk of prompts, beside cuBLAS: see benchmarks/prefill_kernels.py.
+
+Times are medians of CUDA graphs of several calls between events; small chunks go over copies of the
+weights that no L2 holds. The floor is the larger of what the products and the bytes take. Bits are
+those of the operator's own tiles for the largest chunk, of which smaller chunks are the beginning.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cuda_common import median_us
+from tokenloop.models.kernels.linear_chunk.chunk_tiles import ChunkTiles, chunk_tiles
+from tokenloop.models.kernels.linear_chunk.operator import launch_linear_chunk
+
+BYTES_S, FLOP_S = 4.2e12, 790e12  # what an H200 reaches
+COLD_BYTES = 150e6  # several times the largest L2
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [outputs, inputs], or where gated [2 * outputs, inputs]."""
+
+    name: str
+    outputs: int
+    inputs: int
+    gated: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.outputs * (2 if self.gated else 1)
+
+
+TOKENS = 64, 128, 1024, 8192
+MATRICES = (
+    Matrix("qwen3-4b qkv", 6144, 2560), Matrix("qwen3-4b o", 2560, 4096),
+    Matrix("qwen3-4b gate up", 9728, 2560, True), Matrix("qwen3-4b down", 2560, 9728),
+    Matrix("gemma4-31b qkv", 16_384, 5376), Matrix("gemma4-31b o", 5376, 8192),
+    Matrix("gemma4-31b gate up", 21_504, 5376, True), Matrix("gemma4-31b down", 5376, 21_504),
+    Matrix("hybrid-9b qkv", 12_352, 4096), Matrix("hybrid-9b o", 4096, 4096),
+    Matrix("hybrid-9b gate up", 12_288, 4096, True), Matrix("hybrid-9b down", 4096, 12_288),
+)  # fmt: skip
+DRY_TOKENS = 16, 40
+DRY_MATRICES = Matrix("plain", 48, 40), Matrix("gated", 24, 72, True)
+
+
+def pointers(*shape: int, **named) -> ChunkTiles:
+    return ChunkTiles(*shape, **named)
+
+
+def descriptors(*shape: int, **named) -> ChunkTiles:
+    return ChunkTiles(*shape, descriptors=True, **named)
+
+
+def candidates(tokens: int, matrix: Matrix) -> list[ChunkTiles]:
+    """Ways to cut a product, the operator's own first."""
+    own = chunk_tiles(tokens, matrix.outputs, matrix.inputs, torch.bfloat16, matrix.gated)
+    ways = {
+        # Tokens, outputs, inputs, warps, stages.
+        (64, False): [
+            pointers(64, 16, 128, 4, 8), pointers(64, 32, 128, 4, 7), pointers(64, 64, 128, 4, 6),
+            pointers(64, 128, 64, 4, 8), descriptors(64, 16, 128, 4, 8),
+            descriptors(64, 32, 128, 4, 7), descriptors(64, 64, 128, 4, 6),
+            descriptors(64, 128, 64, 4, 7),
+        ],
+        (64, True): [
+            pointers(64, 16, 128, 4, 8), pointers(64, 32, 128, 4, 6), pointers(64, 64, 64, 4, 8),
+            descriptors(64, 16, 128, 4, 8), descriptors(64, 32, 128, 4, 6),
+            descriptors(64, 64, 64, 4, 8), descriptors(64, 128, 64, 4, 5),
+            pointers(64, 128, 64, 4, 5),
+        ],
+        (128, False): [
+            pointers(128, 16, 128, 4, 5), pointers(128, 32, 128, 4, 5), pointers(128, 64, 64, 4, 8),
+            pointers(64, 32, 128, 4, 7), descriptors(128, 32, 128, 4, 5),
+            descriptors(128, 64, 128, 4, 4), descriptors(128, 128, 64, 8, 6),
+            pointers(128, 128, 64, 8, 6),
+        ],
+        (128, True): [
+            pointers(128, 16, 128, 4, 5), pointers(128, 32, 64, 4, 8), pointers(128, 64, 64, 8, 6),
+            descriptors(128, 16, 128, 4, 5), descriptors(128, 32, 128, 8, 4),
+            descriptors(128, 64, 64, 8, 6), descriptors(128, 128, 64, 8, 4),
+        ],
+        (1024, False): [
+            descriptors(128, 256, 64, 8, 4, parts=2), descriptors(128, 256, 64, 8, 3, parts=2),
+            descriptors(128, 256, 64, 4, 3, flatten=False, specialize=True),
+            descriptors(128, 128, 64, 8, 5), descriptors(128, 128, 64, 4, 5),
+            descriptors(256, 128, 64, 8, 4, parts=2),
+            descriptors(128, 256, 64, 8, 4, parts=2, flatten=False), pointers(128, 256, 64, 8, 4),
+        ],
+        (1024, True): [
+            descriptors(128, 128, 64, 8, 4), descriptors(128, 128, 64, 8, 3),
+            descriptors(128, 128, 64, 4, 4, flatten=False, specialize=True),
+            descriptors(128, 64, 64, 8, 5), descriptors(128, 128, 64, 8, 4, parts=2, group=16),
+            descriptors(128, 128, 64, 8, 4, flatten=False), pointers(128, 128, 64, 8, 4),
+        ],
+    }  # fmt: skip
+    bound = min((size for size, _ in ways if tokens <= size), default=1024)
+    return list(dict.fromkeys([own, *ways[bound, matrix.gated]]))
+
+
+def described(tiles: ChunkTiles) -> str:
+    kind = "pointers"
+    if tiles.descriptors:
+        kind = "warps" if tiles.specialize else "flat" if tiles.flatten else "nested"
+    shape = f"{tiles.block_t}x{tiles.block_n}x{tiles.block_k}"
+    return f"{kind} {shape} w{tiles.warps} s{tiles.stages} p{tiles.parts} g{tiles.group}"
+
+
+def build(calls: list[Callable[[], object]], begin: Callable[[], None]) -> None:
+    """Compile what the calls need side by side; failures are reported where they are measured."""
+    with ThreadPoolExecutor(16, initializer=begin) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.exception()
+
+
+def allocate() -> None:
+    """Give kernels the memory where they write their descriptors; a thread has its own way."""
+    import triton
+
+    triton.set_allocator(
+        lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+    )
+
+
+def time_us(calls: list[Callable[[], object]], repeats: int, dry: bool) -> float:
+    if not dry:
+        return median_us(calls, repeats)
+    start = time.perf_counter()
+    calls[0]()
+    return (time.perf_counter() - start) * 1e6
+
+
+def equal(got: Tensor, expected: Tensor) -> str:
+    """ "same", or how many of the elements differ."""
+    unequal = int((got != expected).sum())
+    return "same" if not unequal else f"{unequal / got.numel():.1e}"
+
+
+def measure(rows: list[dict], deadline: float, repeats: int, dry: bool = False) -> None:
+    """Add a row of figures for each matrix, number of tokens and way."""
+    device = "cpu" if dry else "cuda"
+    matrices, sizes = (DRY_MATRICES, DRY_TOKENS) if dry else (MATRICES, TOKENS)
+    largest = max(sizes)
+    new = {"device": device, "dtype": torch.bfloat16}
+    if not dry:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        allocate()
+        torch.manual_seed(0)
+        calls = []
+        for matrix in (MATRICES[0], MATRICES[2]):
+            weight = torch.randn(matrix.rows, matrix.inputs, **new)
+            x = torch.randn(largest, matrix.inputs, **new)
+            for tokens in sizes:
+                count = torch.tensor([tokens], dtype=torch.int32, device=device)
+                options = {"activation": "silu" if matrix.gated else None}
+                for tiles in candidates(tokens, matrix):
+                    arguments = x[:tokens], weight, None, count
+                    calls.append(
+                        lambda a=arguments, o=options, t=tiles: launch_linear_chunk(
+                            *a, **o, tiles=t
+                        )
+                    )
+        start = time.monotonic()
+        build(calls, allocate)
+        torch.cuda.synchronize()
+        print(f"{len(calls)} kernels in {time.monotonic() - start:.0f} s", flush=True)
+    for matrix in matrices:
+        weight = torch.randn(matrix.rows, matrix.inputs, **new) * matrix.inputs**-0.5
+        x = torch.randn(largest, matrix.inputs, **new)
+        count_copies = 1 if dry else max(1, min(20, int(COLD_BYTES // weight.nbytes) + 1))
+        copies = [weight] + [weight.clone() for _ in range(count_copies - 1)]
+        activation = "silu" if matrix.gated else None
+
+        def product(x, weight, count, tiles, activation=activation):
+            return launch_linear_chunk(x, weight, None, count, activation=activation, tiles=tiles)
+
+        def torch_s(x, weight, gated=matrix.gated):
+            y = F.linear(x, weight)
+            if gated:
+                gate, up = y.chunk(2, -1)
+                y = F.silu(gate) * up
+            return y
+
+        whole = torch.tensor([largest], dtype=torch.int32, device=device)
+        expected = None
+        for tiles in candidates(largest, matrix):
+            try:
+                expected = product(x, weight, whole, tiles)
+                break
+            # What fails here fails again below, and is reported there.
+            except Exception as failure:
+                print(f"{matrix.name} {described(tiles)}: {failure}"[:200], flush=True)
+        for tokens in sizes:
+            size = 2 * (weight.numel() + tokens * (matrix.inputs + matrix.outputs))
+            flops = 2.0 * tokens * weight.numel()
+            floor = max(size / BYTES_S, flops / FLOP_S) * 1e6
+            part = x[:tokens]
+            count = torch.tensor([tokens], dtype=torch.int32, device=device)
+            # A graph that is long enough for events to time.
+            used = [copies[i % len(copies)] for i in range(max(2, min(20, int(400 // floor))))]
+            used = used[:1] if dry else used
+            for tiles in [*candidates(tokens, matrix), None]:
+                way = "cuBLAS" if tiles is None else described(tiles)
+                row = {"name": matrix.name, "tokens": tokens, "way": way, "floor_us": floor}
+                row["own"] = tiles == candidates(tokens, matrix)[0]
+                rows.append(row)
+                if time.monotonic() > deadline:
+                    row["failure"] = "no time left"
+                    continue
+                try:
+                    if tiles is None:
+                        row["bits"] = equal(torch_s(part, weight), expected[:tokens])
+                        calls = [lambda w=w, part=part: torch_s(part, w) for w in used]
+                    else:
+                        row["bits"] = equal(product(part, weight, count, tiles), expected[:tokens])
+                        calls = [
+                            lambda w=w, a=(part, count, tiles): product(a[0], w, *a[1:])
+                            for w in used
+                        ]
+                    row["us"] = time_us(calls, repeats, dry)
+                    row["tflops"] = flops / row["us"] / 1e6
+                    row["tb_s"] = size / row["us"] / 1e6
+                # Triton's and CUDA's failures have no common type; the next way may work.
+                except Exception as failure:
+                    row["failure"] = f"{type(failure).__name__}: {failure}".split("\n")[0][:90]
+            # Rows beyond the count leave those before it as they are.
+            if tokens > 37:
+                few = torch.tensor([tokens - 37], dtype=torch.int32, device=device)
+                dirty = part.clone()
+                dirty[tokens - 37 :] = float("nan")
+                got = product(dirty, weight, few, candidates(tokens, matrix)[0])[: tokens - 37]
+                verdict = equal(got, expected[: tokens - 37])
+                if verdict != "same":
+                    print(f"{matrix.name} {tokens}: {verdict} of a chunk that is not full differs")
+        print(f"{matrix.name} done, {deadline - time.monotonic():.0f} s left", flush=True)
+        del copies, weight, x, expected
+
+
+def table(rows: list[dict]) -> str:
+    """The figures, the fastest way of each product first; * is the operator's own."""
+    lines = [
+        f"{'what':<20}{'T':>5}{'floor us':>10}{'us':>10}{'floor/us':>9}{'TFLOP/s':>9}{'TB/s':>6}"
+        f"{'bits':>9}  way"
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["tokens"]), []).append(row)
+    for group in groups.values():
+        for row in sorted(group, key=lambda row: row.get("us", 1e9)):
+            head = f"{row['name']:<20}{row['tokens']:>5}{row['floor_us']:>10.2f}"
+            way = row["way"] + (" *" if row["own"] else "")
+            if "failure" in row:
+                lines.append(
+                    f"{head}{'-':>10}{'':>24}{row.get('bits', '-'):>9}  {way}: {row['failure']}"
+                )
+                continue
+            lines.append(
+                f"{head}{row['us']:>10.2f}{row['floor_us'] / row['us']:>9.1%}{row['tflops']:>9.1f}"
+                f"{row['tb_s']:>6.2f}{row['bits']:>9}  {way}"
+            )
+    return "\n".join(lines)

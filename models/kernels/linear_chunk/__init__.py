@@ -1,0 +1,1 @@
+"""Linear layers over a packed chunk of prompts."""

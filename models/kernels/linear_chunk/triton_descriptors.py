@@ -1,0 +1,70 @@
+"""The Triton kernel of linear layers over a chunk that copies tiles by tensor descriptors.
+
+A program stays and takes one tile after the other. Each output is summed over the inputs in order,
+16 at a time, in one float32 accumulator, whatever the tile's shape.
+"""
+
+import triton
+import triton.language as tl
+
+from tokenloop.models.kernels.launch.dot import dot
+from tokenloop.models.kernels.linear_chunk.triton_tiles import finished, tile_place
+
+
+@triton.jit
+def descriptors_kernel(
+    x_ptr, w_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
+    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Outputs are stored in PARTS parts, 1 or 2, so that less shared memory is kept for them. K and
+    N are multiples of 16 bytes."""
+    # Rows beyond `count` give rows that nobody reads. The copies fill with zeros beyond K.
+    tiles_t = tl.cdiv(tl.minimum(tl.load(count_ptr), T), BLOCK_T)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    step = tl.num_programs(0)
+    GATED: tl.constexpr = ACTIVATION is not None
+    x_desc = tl.make_tensor_descriptor(x_ptr, [T, K], [K, 1], [BLOCK_T, BLOCK_K])
+    rows = N * 2 if GATED else N
+    w_desc = tl.make_tensor_descriptor(w_ptr, [rows, K], [K, 1], [BLOCK_N, BLOCK_K])
+    y_desc = tl.make_tensor_descriptor(y_ptr, [T, N], [N, 1], [BLOCK_T, BLOCK_N // PARTS])
+    # The tile that is stored is counted apart: loads of the next need not wait for it.
+    stored = tl.program_id(0) - step
+    for tile in tl.range(
+        tl.program_id(0), tiles_t * tiles_n, step, flatten=FLATTEN, warp_specialize=SPECIALIZE
+    ):
+        place_t, place_n = tile_place(tile, tiles_t, tiles_n, GROUP)
+        t = place_t * BLOCK_T
+        n = place_n * BLOCK_N
+        y = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            x = x_desc.load([t, k])
+            y = dot(x, w_desc.load([n, k]).T, y)
+            if GATED:
+                up = dot(x, w_desc.load([N + n, k]).T, up)
+        stored += step
+        place_t, place_n = tile_place(stored, tiles_t, tiles_n, GROUP)
+        t = place_t * BLOCK_T
+        n = place_n * BLOCK_N
+        if PARTS == 1:
+            y = finished(y, up, bias_ptr, (n + tl.arange(0, BLOCK_N))[None, :], N, ACTIVATION)
+            y_desc.store([t, n], y.to(y_ptr.dtype.element_ty))
+        else:
+            HALF: tl.constexpr = BLOCK_N // 2
+            halves = tl.permute(tl.reshape(y, [BLOCK_T, 2, HALF]), [0, 2, 1])
+            left, right = tl.split(halves)
+            left_up, right_up = up, up
+            if GATED:
+                halves = tl.permute(tl.reshape(up, [BLOCK_T, 2, HALF]), [0, 2, 1])
+                left_up, right_up = tl.split(halves)
+            left = finished(
+                left, left_up, bias_ptr, (n + tl.arange(0, HALF))[None, :], N, ACTIVATION
+            )
+            y_desc.store([t, n], left.to(y_ptr.dtype.element_ty))
+            n += HALF
+            right = finished(
+                right, right_up, bias_ptr, (n + tl.arange(0, HALF))[None, :], N, ACTIVATION
+            )
+            y_desc.store([t, n], right.to(y_ptr.dtype.element_ty))

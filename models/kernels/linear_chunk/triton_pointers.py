@@ -1,0 +1,54 @@
+"""The Triton kernel of linear layers over a chunk that loads by pointers: one tile a program.
+
+It serves any shape, and float32. Each output is summed over the inputs in order, 16 at a time
+(bfloat16) or one at a time (float32), in one float32 accumulator, whatever the tile's shape.
+"""
+
+import triton
+import triton.language as tl
+
+from tokenloop.models.kernels.launch.dot import dot
+from tokenloop.models.kernels.linear_chunk.triton_tiles import finished, tile_place
+
+
+@triton.jit
+def load_tile(ptr, rows, k, K, EVEN: tl.constexpr):
+    """[rows, k] of a matrix with K columns, zero beyond them."""
+    offsets = rows[:, None] * K + k[None, :]
+    if EVEN:
+        return tl.load(ptr + offsets)
+    return tl.load(ptr + offsets, mask=(k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def pointers_kernel(
+    x_ptr, w_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
+    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """EVEN: K is a multiple of BLOCK_K."""
+    count = tl.minimum(tl.load(count_ptr), T)
+    tiles_t = tl.cdiv(count, BLOCK_T)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    if tile >= tiles_t * tiles_n:
+        return
+    place_t, place_n = tile_place(tile, tiles_t, tiles_n, GROUP)
+    t = place_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = place_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows beyond the last are the last: loads need no masks, and the results are not stored.
+    row = tl.minimum(t, count - 1).to(tl.int64)
+    first = tl.minimum(n, N - 1).to(tl.int64)
+    second = first + N
+    y = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, row, k, K, EVEN)
+        y = dot(x, load_tile(w_ptr, first, k, K, EVEN).T, y)
+        if ACTIVATION is not None:
+            up = dot(x, load_tile(w_ptr, second, k, K, EVEN).T, up)
+    y = finished(y, up, bias_ptr, n[None, :], N, ACTIVATION)
+    offsets = row[:, None] * N + n[None, :]
+    mask = (t < count)[:, None] & (n < N)[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,147 @@
+"""Linear layers over a packed chunk give what their reference gives, and a token's result has the
+same bits in any chunk."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, assert_close
+from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.linear_chunk import operator, reference
+from tokenloop.models.kernels.linear_chunk.chunk_tiles import ChunkTiles, WordTiles, chunk_tiles
+
+TILES = {
+    "pointers": ChunkTiles(128, 64, 64, 8, 3),
+    "narrow": ChunkTiles(64, 16, 128, 4, 4),
+    "descriptors": ChunkTiles(128, 128, 64, 8, 3, descriptors=True),
+    "halves": ChunkTiles(128, 128, 64, 8, 3, descriptors=True, parts=2),
+    "nested": ChunkTiles(64, 64, 64, 4, 3, descriptors=True, flatten=False),
+    "specialized": ChunkTiles(128, 128, 64, 4, 3, True, flatten=False, specialize=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def memory_of_descriptors():
+    if ON_GPU:
+        import triton
+
+        triton.set_allocator(
+            lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+        )
+
+
+def counted(value: int) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("outputs, inputs", [(48, 72), (37, 50)])
+def test_results_are_the_reference_s(normal, dtype, activation, outputs, inputs):
+    rows = outputs * (1 if activation is None else 2)
+    x = normal(70, inputs, dtype=dtype)
+    weight = normal(rows, inputs, dtype=dtype, scale=inputs**-0.5)
+    for bias, out_float32 in ((None, False), (normal(rows, dtype=dtype), True)):
+        options = {"activation": activation, "out_float32": out_float32}
+        arguments = x, weight, None, bias, counted(70)
+        got = operator.linear_chunk(*arguments, **options)
+        assert_close(got, reference.linear_chunk(*arguments, **options), dtype)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("form", TILES)
+def test_bits_do_not_depend_on_the_tiles(normal, form, activation):
+    outputs, inputs = (512, 1536) if ON_GPU else (136, 136)
+    weight = normal(outputs * (1 if activation is None else 2), inputs, dtype=torch.bfloat16)
+    x, options = normal(200, inputs, dtype=torch.bfloat16), {"activation": activation}
+    expected = operator.launch_linear_chunk(x, weight, None, counted(200), **options)
+    got = operator.launch_linear_chunk(
+        x, weight, None, counted(200), **options, tiles=TILES[form]
+    )  # fmt: skip
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_bits_do_not_depend_on_the_chunk(normal, monkeypatch, dtype, bits):
+    if bits and dtype == torch.float32:
+        pytest.skip("integer weights take bfloat16")
+    weight, scale = normal(64, 256, dtype=dtype), None
+    if bits:
+        weight, scale = (quantize_int8 if bits == 8 else quantize_int4)(weight)
+        # Chunks of 300 and 200 tokens make bfloat16 weights first, the others in their tiles.
+        monkeypatch.setattr(operator, "IN_TILE", 128)
+    x = normal(300, 256, dtype=dtype)
+    whole = operator.linear_chunk(x, weight, scale, None, counted(300))
+    # Tokens that are beyond the count may be anything.
+    for begin, tokens, count in ((0, 64, 64), (64, 128, 128), (128, 128, 70), (64, 200, 191)):
+        part = x[begin : begin + tokens].clone()
+        part[count:] = float("nan")
+        got = operator.linear_chunk(part, weight, scale, None, counted(count))
+        assert torch.equal(got[:count], whole[begin : begin + count])
+
+
+@pytest.mark.parametrize("form", ["pointers", "descriptors", "words"])
+def test_a_chunk_without_tokens_is_left_alone(normal, form):
+    x = normal(64, 256, dtype=torch.bfloat16)
+    weight = normal(32, 256, dtype=torch.bfloat16)
+    if form == "words":
+        operator.launch_words(x, *quantize_int4(weight), None, counted(0))
+    else:
+        operator.launch_linear_chunk(x, weight, None, counted(0), tiles=TILES[form])
+
+
+@pytest.mark.parametrize("bits, outputs, inputs", [(4, 70, 256), (4, 33, 448), (8, 70, 200)])
+def test_dequantized_weights_are_the_reference_s(normal, bits, outputs, inputs):
+    weight = normal(outputs, inputs)
+    weight, scale = quantize_int8(weight) if bits == 8 else quantize_int4(weight, 64)
+    got = operator.dequantize(weight, scale, inputs)
+    assert torch.equal(got, reference.dequantize(weight, scale, inputs))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("bits, inputs", [(4, 256), (4, 448), (8, 200)])
+def test_weights_dequantized_in_the_tile_give_the_same_bits(normal, bits, inputs, activation):
+    weight = normal(128 if activation else 64, inputs)
+    weight, scale = quantize_int8(weight) if bits == 8 else quantize_int4(weight, 64)
+    x, options = normal(70, inputs, dtype=torch.bfloat16), {"activation": activation}
+    bias = normal(len(weight), dtype=torch.bfloat16)
+    dense = operator.dequantize(weight, scale, inputs)
+    expected = operator.launch_linear_chunk(x, dense, bias, counted(70), **options)
+    for tiles in (None, WordTiles(64, 64), WordTiles(16, 64)):
+        got = operator.launch_words(x, weight, scale, bias, counted(70), **options, tiles=tiles)
+        if ON_GPU:
+            assert torch.equal(got, expected)
+        # The interpreter's sums are those of its blocks of inputs.
+        assert_close(got, expected, torch.bfloat16)
+
+
+def test_weights_may_be_rows_of_a_larger_matrix(normal):
+    x, weight = normal(64, 128, dtype=torch.bfloat16), normal(96, 128, dtype=torch.bfloat16)
+    whole = operator.linear_chunk(x, weight, None, None, counted(64))
+    part = operator.linear_chunk(x, weight[32:64], None, None, counted(64))
+    assert torch.equal(part, whole[:, 32:64])
+
+
+def test_what_does_not_fit_is_refused(normal):
+    x, weight = normal(64, 128, dtype=torch.bfloat16), normal(96, 128, dtype=torch.bfloat16)
+    for arguments in ((x, weight.float(), None), (x[:, :64].contiguous(), weight, None)):
+        with pytest.raises(ValueError):
+            operator.linear_chunk(*arguments, None, counted(64))
+    with pytest.raises(ValueError):
+        operator.linear_chunk(x, weight.T, None, None, counted(64))
+    with pytest.raises(ValueError):
+        operator.linear_chunk(x.float(), *quantize_int8(weight), None, counted(64))
+
+
+def test_tiles_fit_shared_memory_and_descriptors_have_rows_of_whole_16_bytes():
+    sizes = (2560, 2564, 6144), (2560, 2562), (64, 192, 512, 1024, 8192), (False, True)
+    for outputs, inputs, tokens, gated, wide in itertools.product(*sizes, (False, True)):
+        tiles = chunk_tiles(tokens, outputs, inputs, torch.bfloat16, gated, wide)
+        assert not tiles.descriptors or (outputs % 8 == 0 and inputs % 8 == 0)
+        rows = tiles.block_t + tiles.block_n * (2 if gated else 1)
+        size = tiles.stages * rows * tiles.block_k * 2
+        if tiles.descriptors:
+            size += tiles.block_t * tiles.block_n // tiles.parts * (4 if wide else 2)
+        assert tiles.stages >= 3 and size <= 226 * 1024
