@@ -169,9 +169,9 @@ def measure(work: Work, tokens: int, repeats: int, sweep: bool, rows: list[dict]
     pairs = tokens * shape.chosen
     own = chunk_tiles(pairs, shape.experts, shape.size, shape.inner, torch.bfloat16)
     add("experts_chunk", lambda: operator.experts_chunk(**given))
-    operator.WAITING_DTYPE, kept = torch.bfloat16, operator.WAITING_DTYPE
+    operator.PARTIAL_DTYPE, kept = torch.bfloat16, operator.PARTIAL_DTYPE
     add("  bfloat16 before the weighted sum", lambda: operator.experts_chunk(**given))
-    operator.WAITING_DTYPE = kept
+    operator.PARTIAL_DTYPE = kept
     add("torch's", lambda: peer(**given))
     route = given.get("scores"), shape.experts, shape.chosen, True, given["count"]
     if shape.is_shared:

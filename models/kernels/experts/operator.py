@@ -27,8 +27,8 @@ BLOCK_N = 8
 
 # Pairs of a token and a choice that one program counts, and that one places.
 COUNTED, PLACED = 1024, 256
-# What an expert gives for a token waits in this dtype for the others' to be added.
-WAITING_DTYPE = torch.float32
+# Of what each expert gives for a token, until it is weighed and added to the others'.
+PARTIAL_DTYPE = torch.float32
 
 
 @operator("route")
@@ -114,7 +114,7 @@ def launch_experts_chunk(
     launch(place_pairs_kernel, (triton.cdiv(pairs, PLACED),))(
         chosen, count, begins, slots, C=choices, BLOCK_P=PLACED, num_warps=4
     )
-    h, given = empty(pairs, inner, dtype=x.dtype), empty(pairs, size, dtype=WAITING_DTYPE)
+    h, given = empty(pairs, inner, dtype=x.dtype), empty(pairs, size, dtype=PARTIAL_DTYPE)
     sorted_pairs = slots, blocks, used
     cut = tiles.gate_up
     launch(gate_up_chunk_kernel, (triton.cdiv(inner, cut.block_n) * most_blocks,))(
