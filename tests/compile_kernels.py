@@ -128,6 +128,14 @@ def experts() -> None:
         tables = empty(128, 1536, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
         module.experts(x, chosen, weights, *tables)
         module.experts(x, chosen, weights, *tables, x, scores)
+        count = empty(1, dtype=int32)
+        for tokens in (128, 512, 1024, 8192) if dtype == bfloat16 else (1024,):
+            scores, x = empty(tokens, 129, dtype=dtype), empty(tokens, 2048, dtype=dtype)
+            routed = module.route(scores, 128, 8, True, count)
+            module.experts_chunk(x, *routed, *tables, count, x, scores)
+        uneven = empty(128, 2 * 77, 1000, dtype=dtype), empty(128, 1000, 77, dtype=dtype)
+        x = empty(tokens, 1000, dtype=dtype)
+        module.experts_chunk(x, *routed, *uneven, count)
 
 
 def positions() -> None:

@@ -55,8 +55,12 @@ class CudaStep(nn.Module):
             branch = self._linear(mixed, layer.o)
             x, branch = self._feed_forward(layer, x, branch)
             before = layer
+        return self.logits(x, branch)
+
+    def logits(self, x: Tensor, branch: Tensor) -> Tensor:
+        """float32 [B, V] of the residual [B, D] in the last layer and its feed-forward's branch."""
         options = {"out_float32": True, "soft_cap": self.soft_cap}
-        return self._after(before, x, branch, self.norm, self.head, **options)[1]
+        return self._after(self.layers[-1], x, branch, self.norm, self.head, **options)[1]
 
     def _feed_forward(self, layer: PackedBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """The residual after the mixer, whose branch is given, and the feed-forward's branch."""
@@ -64,7 +68,7 @@ class CudaStep(nn.Module):
         residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
         options = {"eps": norm.eps, "offset": norm.offset}
         if layer.moe is None:
-            tensors = *_tensors(layer.gate_up), self.kernel_semaphores
+            tensors = *linear_tensors(layer.gate_up), self.kernel_semaphores
             options["activation"] = layer.activation
             x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
             return x, self._linear(gated, layer.down)
@@ -86,7 +90,7 @@ class CudaStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The residual after the layer `before`, and what `linear` gives for its norm."""
         options = {"eps": norm.eps, "offset": norm.offset} | options
-        tensors = *_tensors(linear), self.kernel_semaphores
+        tensors = *linear_tensors(linear), self.kernel_semaphores
         if before is None:
             return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
         post = weight_of(before.post_mlp_norm)
@@ -95,7 +99,7 @@ class CudaStep(nn.Module):
         )
 
     def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
-        return cuda.linear(x, *_tensors(linear), self.kernel_semaphores, **options)
+        return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, **options)
 
     def _attend(self, layer: packed.PackedAttention, projected: Tensor, position: Tensor) -> Tensor:
         """What the layer's `o` takes after `qkv` gave projected [B, N]."""
@@ -140,7 +144,7 @@ def weight_of(norm: nn.Module | None) -> Tensor | None:
     return None if norm is None else norm.weight
 
 
-def _tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def linear_tensors(linear: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weight, scale and bias. The network's own head has no scale."""
     scale = linear.scale if isinstance(linear, packed.PackedLinear) else None
     return linear.weight, scale, linear.bias

@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import causal_conv1d, gated_delta  # noqa: E402
+from benchmarks import causal_conv1d, experts_chunk, gated_delta  # noqa: E402
 from tokenloop.models.kernels.causal_conv1d import reference as conv1d  # noqa: E402
 from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule  # noqa: E402
 
@@ -73,7 +73,18 @@ def test_the_step_and_its_convolution_give_the_reference_s_outputs_and_states():
     assert work.error(work.convolve, conv1d, work.convs[0]) < ERROR
 
 
-@pytest.mark.parametrize("benchmark", [causal_conv1d, gated_delta])
+def test_experts_over_a_chunk_and_their_peer_give_the_reference_s_output(monkeypatch):
+    given = experts_chunk.Work(experts_chunk.DRY, DEVICE).chunk(9)
+    errors = dict(experts_chunk.check(given, []))
+    assert errors["reference"] < ERROR and errors["alone"] == errors["with room"] == 0
+    expected = experts_chunk.reference.experts_chunk(**given)
+    torch.testing.assert_close(experts_chunk.peer(**given), expected, rtol=0.05, atol=0.05)
+    right = experts_chunk.operator.experts_chunk
+    monkeypatch.setattr(experts_chunk.operator, "experts_chunk", lambda **x: right(**x) * 1.1)
+    assert dict(experts_chunk.check(given, []))["reference"] > ERROR
+
+
+@pytest.mark.parametrize("benchmark", [causal_conv1d, experts_chunk, gated_delta])
 def test_what_cannot_be_measured_is_one_line_and_status_2(benchmark, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, message in ((["--repeats", "0"], "--repeats is 0"), ([], "no CUDA GPU")):

@@ -1,28 +1,46 @@
-"""Routed experts of a decode step on CUDA: only those that are chosen are read.
+"""Routed experts on CUDA: only those that are chosen are read.
 
-route     1 launch
-experts   2: gate and up with the activation, then down with the weighted sum
+route           1 launch
+experts         2: gate and up with the activation, then down with the weighted sum
+experts_chunk   6: count, cut and place the tokens' choices by expert; gate and up; down; the
+                weighted sum
 """
 
 import torch
 import triton
 from torch import Tensor
 
+from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, chunk_tiles
 from tokenloop.models.kernels.experts.triton import down_kernel, gate_up_kernel, route_kernel
+from tokenloop.models.kernels.experts.triton_chunk import (
+    count_pairs_kernel,
+    cut_blocks_kernel,
+    down_chunk_kernel,
+    gate_up_chunk_kernel,
+    place_pairs_kernel,
+    weigh_kernel,
+)
 from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.launches import launch, operator
 
 BLOCK_N = 8
 
+# Pairs of a token and a choice that one program counts, and that one places.
+COUNTED, PLACED = 1024, 256
+# Of what each expert gives for a token, until it is weighed and added to the others'.
+PARTIAL_DTYPE = torch.float32
+
 
 @operator("route")
-def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
+def route(
+    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See reference.route. The scores are contiguous."""
     rows, width = scores.shape
     chosen = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
     weights = torch.empty(rows, count, dtype=scores.dtype, device=scores.device)
     launch(route_kernel, (rows,))(
-        scores, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
+        scores, tokens, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
         BLOCK_E=triton.next_power_of_2(experts), BLOCK_C=triton.next_power_of_2(count),
         num_warps=1,
     )  # fmt: skip
@@ -54,3 +72,66 @@ def experts(
 
 def _block_k(inputs: int) -> int:
     return min(512, triton.next_power_of_2(inputs))
+
+
+@operator("experts_chunk")
+def experts_chunk(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
+    shared: Tensor | None = None, scores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See reference.experts_chunk. Raises ValueError for a tensor that is not contiguous."""
+    return launch_experts_chunk(x, chosen, weights, gate_up, down, count, shared, scores)
+
+
+def launch_experts_chunk(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
+    shared: Tensor | None = None, scores: Tensor | None = None, tiles: ChunkTiles | None = None,
+) -> Tensor:  # fmt: skip
+    """experts_chunk, cut as `tiles` say."""
+    check_contiguous(
+        x=x, chosen=chosen, weights=weights, gate_up=gate_up, down=down, shared=shared,
+        scores=scores,
+    )  # fmt: skip
+    experts, size, inner = down.shape
+    tokens, choices = chosen.shape
+    pairs = tokens * choices
+    tiles = tiles or chunk_tiles(pairs, experts, size, inner, x.dtype)
+    most_blocks = triton.cdiv(pairs, tiles.block_m) + experts
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    parts, begins = empty(triton.cdiv(pairs, COUNTED), experts), empty(experts)
+    slots, blocks, used = empty(pairs), empty(most_blocks, 3), empty(1)
+    block_e = triton.next_power_of_2(experts)
+    launch(count_pairs_kernel, (parts.shape[0],))(
+        chosen, count, parts, experts, C=choices, BLOCK_P=COUNTED, BLOCK_E=block_e, num_warps=8
+    )
+    launch(cut_blocks_kernel, (1,))(
+        parts, count, begins, blocks, used, experts,
+        C=choices, BLOCK_M=tiles.block_m, BLOCK_P=COUNTED, BLOCK_E=block_e, PARTS=16, num_warps=8,
+    )  # fmt: skip
+    launch(place_pairs_kernel, (triton.cdiv(pairs, PLACED),))(
+        chosen, count, begins, slots, C=choices, BLOCK_P=PLACED, num_warps=4
+    )
+    h, given = empty(pairs, inner, dtype=x.dtype), empty(pairs, size, dtype=PARTIAL_DTYPE)
+    sorted_pairs = slots, blocks, used
+    cut = tiles.gate_up
+    launch(gate_up_chunk_kernel, (triton.cdiv(inner, cut.block_n) * most_blocks,))(
+        x, *sorted_pairs, gate_up, h, inner, size,
+        C=choices, BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        EVEN=size % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
+    )  # fmt: skip
+    cut = tiles.down
+    launch(down_chunk_kernel, (triton.cdiv(size, cut.block_n) * most_blocks,))(
+        h, *sorted_pairs, down, given, size, inner,
+        BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        EVEN=inner % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
+    )  # fmt: skip
+    y = torch.empty_like(x)
+    block_n = min(1024, triton.next_power_of_2(size))
+    launch(weigh_kernel, (tokens, triton.cdiv(size, block_n)))(
+        given, weights, count, shared, scores, y, size, 0 if scores is None else scores.shape[1],
+        C=choices, BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
+    return y

@@ -1,16 +1,19 @@
-"""Routed experts in plain torch. Shapes: B rows, E experts, C of them chosen for each row, K the
-hidden size, I an expert's own size."""
+"""Routed experts in plain torch. Shapes: B rows or tokens, E experts, C of them chosen for each
+row, K the hidden size, I an expert's own size."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def route(scores: Tensor, experts: int, count: int, normalized: bool) -> tuple[Tensor, Tensor]:
+def route(
+    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The `count` experts with the largest scores, int64 [B, count], the first of equal ones first;
     and their probabilities, of the scores' dtype, which add up to 1 if `normalized`.
 
-    scores is [B, E or more]; the first E = `experts` of a row are the experts'.
+    scores is [B, E or more]; the first E = `experts` of a row are the experts'. Only the first
+    `tokens`, int32 [1], rows of the results mean anything, or all without it.
     """
     probabilities = F.softmax(scores[:, :experts].float(), dim=-1)
     weights, chosen = torch.sort(probabilities, dim=-1, descending=True, stable=True)
@@ -38,3 +41,26 @@ def experts(
     if shared is not None:
         out = out + scores[:, -1:].float().sigmoid() * shared.float()
     return out.to(x.dtype)
+
+
+def experts_chunk(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
+    shared: Tensor | None = None, scores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`experts` of many rows, of which the first `count`, int32 [1], exist. No other is read, and
+    the result's others are zero here, and anything in the kernels' result.
+
+    A row's result does not depend on the number of rows, nor on where it is, nor on the others.
+    """
+    tokens = int(count)
+    x32, weights32 = x[:tokens].float(), weights[:tokens].float()
+    given = x32.new_zeros(*weights32.shape, x.shape[1])
+    for expert in range(len(down)):
+        rows, choices = torch.where(chosen[:tokens] == expert)
+        gate, up = F.linear(x32[rows], gate_up[expert].float()).chunk(2, dim=-1)
+        hidden = (F.silu(gate) * up).to(x.dtype).float()
+        given[rows, choices] = F.linear(hidden, down[expert].float())
+    out = (given * weights32[..., None]).sum(1)
+    if shared is not None:
+        out = out + scores[:tokens, -1:].float().sigmoid() * shared[:tokens].float()
+    return F.pad(out, (0, 0, 0, len(x) - tokens)).to(x.dtype)

@@ -14,13 +14,18 @@ from tokenloop.models.kernels.linear.triton_epilogue import activate
 @waits  # at once
 @triton.jit
 def route_kernel(
-    scores_ptr, chosen_ptr, weights_ptr, E, width,
+    scores_ptr, count_ptr, chosen_ptr, weights_ptr, E, width,
     C: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The largest of a row's first E scores, one after the other, and their probabilities."""
+    """The largest of a row's first E scores, one after the other, and their probabilities; for the
+    first count rows."""
     b = tl.program_id(0)
     e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
-    scores_ptr += wait(0)
+    zero = wait(0)
+    if count_ptr is not None:  # noqa: SIM102 - Triton decides this one, the GPU the other
+        if b >= tl.load(count_ptr + zero):
+            return
+    scores_ptr += zero
     scores = tl.load(scores_ptr + b * width + e, mask=e < E, other=float("-inf")).to(tl.float32)
     left = tl.exp(scores - tl.max(scores, 0))
     left = tl.where(e < E, left / tl.sum(left, 0), -1.0)

@@ -1,0 +1,181 @@
+"""Prefill of a packed chunk of prompts on CUDA, by models/kernels and the decode step's weights.
+
+Shapes: T tokens of up to B sequences, one after the other, of which the chunk says how many there
+are; D hidden size, H query heads of size Dh, N outputs of a linear layer, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tokenloop.export.pt2.cuda_step import CudaStep, linear_tensors, weight_of
+from tokenloop.export.pt2.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
+from tokenloop.models.decoder import CausalLM
+from tokenloop.models.kernels import cuda
+from tokenloop.models.layers import rounded
+
+
+class Chunk(NamedTuple):
+    """Sequence i has the tokens from starts[i] to starts[i + 1], the caches' row rows[i], or -1
+    where there is no such sequence, and positions from first[i] on. int32 [B + 1], [B] and [B]."""
+
+    starts: Tensor
+    rows: Tensor
+    first: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """How many tokens there are, int32 [1]. What is beyond them is anything."""
+        return self.starts[-1:]
+
+
+class CudaPrefill(nn.Module):
+    """A chunk's tokens int64 [T] -> logits float32 [B, V] after the last token of each sequence. A
+    sequence without tokens has any logits.
+
+    `last_starts` and `last_first` are starts and first of the chunk of those last tokens alone. All
+    weights and caches are those of `step`, but for the network's embedding. No bit of a sequence's
+    logits depends on T, B, the other sequences, or the chunks that its prompt comes in.
+    """
+
+    def __init__(self, step: CudaStep, network: CausalLM):
+        super().__init__()
+        self.step, self.embed_tokens = step, network.model.embed_tokens
+        self.embed_scale = rounded(network.model.embed_scale, self.embed_tokens.weight.dtype)
+
+    def forward(
+        self, tokens: Tensor, starts: Tensor, rows: Tensor, first: Tensor, last_starts: Tensor,
+        last_first: Tensor,
+    ) -> Tensor:  # fmt: skip
+        chunk, last = Chunk(starts, rows, first), Chunk(last_starts, rows, last_first)
+        table = self.embed_tokens.weight
+        x, branch, before = (
+            cuda.embed_chunk(tokens, table, chunk.count, self.embed_scale),
+            None,
+            None,
+        )
+        *layers, final = self.step.layers
+        for layer in layers:
+            x, normed = self._norm(before, x, branch, layer.input_norm, chunk.count)
+            x, branch = self._finish(layer, x, self._mix(layer, normed, chunk), chunk.count)
+            before = layer
+        x, normed = self._norm(before, x, branch, final.input_norm, chunk.count)
+        if isinstance(final, PackedAttention) and not final.cache.is_ring:
+            mixed = self._attend_last(final, normed, chunk, last)
+            x, branch = self._finish(final, cuda.last_tokens(x, starts), mixed, last.count)
+        else:
+            x, branch = self._finish(final, x, self._mix(final, normed, chunk), chunk.count)
+            x, branch = cuda.last_tokens(x, starts), cuda.last_tokens(branch, starts)
+        return self.step.logits(x, branch)
+
+    def _norm(
+        self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module,
+        count: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The residual after the layer `before`, and its norm."""
+        options = {"eps": norm.eps, "offset": norm.offset}
+        if before is None:
+            return x, cuda.norm(x, norm.weight, count, **options)
+        scales = weight_of(before.post_mlp_norm), before.layer_scalar
+        return cuda.add_norm(x, branch, *scales, norm.weight, **options, count=count)
+
+    def _finish(
+        self, layer: PackedBlock, x: Tensor, mixed: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual after the mixer, whose heads gave `mixed`, and the feed-forward's branch."""
+        branch = self._linear(mixed, layer.o, count)
+        norm, post = layer.mlp_norm, weight_of(layer.post_attention_norm)
+        options = {"eps": norm.eps, "offset": norm.offset, "count": count}
+        x, normed = cuda.add_norm(x, branch, post, None, norm.weight, **options)
+        if layer.moe is None:
+            return x, self._dense(layer, normed, count)
+        config, weights = layer.moe, layer.experts
+        scores = self._linear(normed, layer.scores, count)
+        counts = config.num_experts, config.num_experts_per_tok
+        routed = cuda.route(scores, *counts, config.norm_topk_prob, count)
+        shared = (self._dense(layer, normed, count), scores) if layer.is_shared else ()
+        tables = weights.gate_up_proj, weights.down_proj
+        return x, cuda.experts_chunk(normed, *routed, *tables, count, *shared)
+
+    def _dense(self, layer: PackedBlock, normed: Tensor, count: Tensor) -> Tensor:
+        """What the feed-forward that every token has gives."""
+        gated = self._linear(normed, layer.gate_up, count, activation=layer.activation)
+        return self._linear(gated, layer.down, count)
+
+    def _linear(self, x: Tensor, linear: nn.Module, count: Tensor, **options) -> Tensor:
+        return cuda.linear_chunk(x, *linear_tensors(linear), count, **options)
+
+    def _mix(self, layer: PackedBlock, normed: Tensor, chunk: Chunk) -> Tensor:
+        """What the layer's `o` takes."""
+        projected = self._linear(normed, layer.qkv, chunk.count)
+        if isinstance(layer, PackedDeltaNet):
+            return self._recur(layer, projected, chunk)
+        # Views, whose rows lie as far apart as the projections'.
+        size = sum(layer.sizes[:-1]) if layer.output_gate else projected.shape[1]
+        q, kv = self._rotate(layer, projected[:, :size], chunk)
+        attended = self._attend(layer, q, kv, chunk)
+        if layer.cache.is_ring:
+            cuda.store_ring(kv, *chunk, layer.cache.k, layer.cache.v)
+        if not layer.output_gate:
+            return attended
+        return cuda.sigmoid_gate(attended, projected[:, size:], chunk.count)
+
+    def _rotate(
+        self, layer: PackedAttention, qkv: Tensor, chunk: Chunk, **parts: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Queries, normed and rotated, and keys and values for a ring. A cache that is no ring has
+        them now. `parts` say which of the two there are."""
+        q_norm, k_norm, cache = layer.q_norm, layer.k_norm, layer.cache
+        eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
+        return cuda.rotate_chunk(
+            qkv, *chunk, cache.k, cache.v, weight_of(q_norm), weight_of(k_norm),
+            self.step.rope[layer.layer_type].inv_freq, eps=eps, offset=offset,
+            value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
+            is_ring=cache.is_ring, **parts,
+        )  # fmt: skip
+
+    def _attend(self, layer: PackedAttention, q: Tensor, kv: Tensor, chunk: Chunk) -> Tensor:
+        cache = layer.cache
+        options = {"scale": layer.scale, "is_ring": cache.is_ring}
+        return cuda.attend_chunk(q, kv, *chunk, cache.k, cache.v, **options)
+
+    def _attend_last(
+        self, layer: PackedAttention, normed: Tensor, chunk: Chunk, last: Chunk
+    ) -> Tensor:
+        """As `_mix` of the last tokens [B, H * Dh]: nobody reads more of the last layer than their
+        results, and every token's keys and values."""
+        weight, scale, bias = linear_tensors(layer.qkv)
+        if scale is not None:
+            weight = cuda.dequantize(weight, scale, layer.qkv.inputs)
+
+        def project(x: Tensor, begin: int, end: int, count: Tensor) -> Tensor:
+            """Outputs from `begin` to `end`."""
+            part = None if bias is None else bias[begin:end]
+            return cuda.linear_chunk(x, weight[begin:end], None, part, count)
+
+        end = sum(layer.sizes)
+        queries, gates = layer.sizes[0], end - layer.sizes[-1] if layer.output_gate else end
+        self._rotate(layer, project(normed, queries, gates, chunk.count), chunk, queries=False)
+        normed = cuda.last_tokens(normed, chunk.starts)
+        q, kv = self._rotate(layer, project(normed, 0, queries, last.count), last, keys=False)
+        attended = self._attend(layer, q, kv, last)
+        if not layer.output_gate:
+            return attended
+        return cuda.sigmoid_gate(attended, project(normed, gates, end, last.count), last.count)
+
+    def _recur(self, layer: PackedDeltaNet, projected: Tensor, chunk: Chunk) -> Tensor:
+        """What the layer's `o` takes after `qkv` gave projected [T, N]."""
+        cache = layer.cache
+        qkv, z, b, a = projected.split(layer.sizes, 1)
+        mixed = cuda.causal_conv1d(
+            qkv.T, layer.conv1d.weight[:, 0], None, chunk.starts, cache.conv, chunk.rows,
+            chunk.first, "silu",
+        ).T  # fmt: skip
+        q, k, v = mixed.split(layer.parts, 1)
+        keys, values = (-1, layer.key_size), (-1, layer.value_size)
+        out = cuda.gated_delta_rule_chunk(
+            q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
+            a, b, layer.A_log, layer.dt_bias, cache.recurrent, *chunk,
+        )  # fmt: skip
+        norm, z = layer.norm, z.unflatten(1, values)
+        return cuda.gated_rms_norm(out, z, norm.weight, norm.eps, chunk.count).flatten(1)

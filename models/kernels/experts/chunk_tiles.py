@@ -1,0 +1,42 @@
+"""How products of routed experts over many tokens are cut, by shape. No result depends on it."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """Outputs of a program (of gate and of up as many each), inputs of one of its steps, stages of
+    the pipeline, and warps."""
+
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+
+
+class ChunkTiles(NamedTuple):
+    """The most pairs of a program, which are all of one expert, and the two products' tiles."""
+
+    block_m: int
+    gate_up: Tiles
+    down: Tiles
+
+
+def chunk_tiles(pairs: int, experts: int, size: int, inner: int, dtype: torch.dtype) -> ChunkTiles:
+    """For so many pairs of a token and a choice, and experts' matrices of size x inner."""
+    if dtype == torch.float32:
+        # Not by the tensor cores: a thread has all inputs of its outputs.
+        return ChunkTiles(32, Tiles(32, 32, 2, 4), Tiles(64, 32, 2, 4))
+    if size % 16 or inner % 16:
+        # Loads of single elements need the registers that larger tiles would.
+        return ChunkTiles(16, Tiles(64, 32, 2, 4), Tiles(64, 32, 2, 4))
+    # A block has room for more than an expert's share: where two are needed, both read the weights.
+    share = pairs / experts
+    few = Tiles(64, 64, 4, 4)
+    for block_m in (16, 32, 64):
+        if 1.4 * share <= block_m:
+            return ChunkTiles(block_m, few, few)
+    if size % 64 or inner % 64:
+        return ChunkTiles(64, few, few)
+    return ChunkTiles(128, Tiles(128, 64, 4, 8), Tiles(256, 64, 4, 8))

@@ -1,0 +1,169 @@
+"""Triton kernels of routed experts for many tokens: products by tiles, each of one expert.
+
+Pairs, which are a token and one of its choices, are sorted by expert: a pair's place among them is
+its slot. Weights are the left, large operand of every product. So all tiles, however few pairs they
+have, take the same instruction, and each output is summed over the inputs in ascending order in one
+float32 number: a pair's result depends neither on its slot nor on the tile.
+
+Names: token t, choice j of C, pair p = t * C + j, expert e of E, output n of N, input k of K.
+"""
+
+import triton
+import triton.language as tl
+
+from tokenloop.models.kernels.launch.dot import dot
+from tokenloop.models.kernels.linear.triton_epilogue import activate
+
+
+@triton.jit
+def count_pairs_kernel(
+    chosen_ptr, count_ptr, parts_ptr, E,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """How many of BLOCK_P pairs each expert has: parts int32 [.., E]."""
+    part = tl.program_id(0)
+    pairs = tl.load(count_ptr) * C
+    if part * BLOCK_P >= pairs:
+        return
+    p, e = part * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_E)
+    exists = p < pairs
+    chosen = tl.load(chosen_ptr + p, mask=exists, other=0).to(tl.int32)
+    counts = tl.histogram(chosen, BLOCK_E, mask=exists)
+    tl.store(parts_ptr + part * E + e, counts, mask=e < E)
+
+
+@triton.jit
+def cut_blocks_kernel(
+    parts_ptr, count_ptr, next_ptr, blocks_ptr, used_ptr, E, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Each expert's first slot, `next` [E]; and the `used` blocks of at most BLOCK_M slots of one
+    expert, each with its expert, its first slot, and the slot after the expert's last, [.., 3]."""
+    e = tl.arange(0, BLOCK_E)
+    parts = tl.cdiv(tl.load(count_ptr) * C, BLOCK_P)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < parts)[:, None] & (e < E)[None, :]
+        found = tl.load(parts_ptr + part[:, None] * E + e[None, :], mask=mask, other=0)
+        counts += tl.sum(found, 0)
+    ends, blocks = tl.cumsum(counts, 0), tl.cdiv(counts, BLOCK_M)
+    begins, first = ends - counts, tl.cumsum(blocks, 0) - blocks
+    tl.store(next_ptr + e, begins, mask=e < E)
+    tl.store(used_ptr, tl.sum(blocks, 0))
+    for i in range(0, tl.max(blocks, 0)):
+        block_ptr, exists = blocks_ptr + (first + i) * 3, i < blocks
+        tl.store(block_ptr, e, mask=exists)
+        tl.store(block_ptr + 1, begins + i * BLOCK_M, mask=exists)
+        tl.store(block_ptr + 2, ends, mask=exists)
+
+
+@triton.jit
+def place_pairs_kernel(
+    chosen_ptr, count_ptr, next_ptr, slots_ptr, C: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """The pair of each slot, int32. In which order an expert's pairs take its slots is left to
+    chance: no result depends on it, because each pair's products are its own."""
+    start, pairs = tl.program_id(0) * BLOCK_P, tl.load(count_ptr) * C
+    if start >= pairs:
+        return
+    p = start + tl.arange(0, BLOCK_P)
+    exists = p < pairs
+    chosen = tl.load(chosen_ptr + p, mask=exists, other=0)
+    slots = tl.atomic_add(next_ptr + chosen, 1, mask=exists, sem="relaxed")
+    tl.store(slots_ptr + slots, p, mask=exists)
+
+
+@triton.jit
+def load_block(blocks_ptr, block, BLOCK_M: tl.constexpr):
+    """A block's expert, int64, its slots [BLOCK_M], and the slot after the expert's last."""
+    expert = tl.load(blocks_ptr + block * 3).to(tl.int64)
+    slots = tl.load(blocks_ptr + block * 3 + 1) + tl.arange(0, BLOCK_M)
+    return expert, slots, tl.load(blocks_ptr + block * 3 + 2)
+
+
+@triton.jit
+def load_inputs(ptr, offsets, k, K, EVEN: tl.constexpr):
+    """Elements at `offsets`, whose inputs are k; zero beyond the last where K is not EVEN."""
+    if EVEN:
+        return tl.load(ptr + offsets)
+    return tl.load(ptr + offsets, mask=k < K, other=0.0)
+
+
+@triton.jit
+def gate_up_chunk_kernel(
+    x_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, h_ptr, N, K, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs silu(gate) * up of a block's slots: h [slots, N]."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if block >= tl.load(used_ptr):
+        return
+    expert, slots, end = load_block(blocks_ptr, block, BLOCK_M)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # What is beyond the last is the last: loads need no masks, and the results are not stored.
+    pairs = tl.load(slots_ptr + tl.minimum(slots, end - 1))
+    rows = (pairs // C).to(tl.int64)[None, :] * K
+    gates = (expert * 2 * N + tl.minimum(n, N - 1))[:, None] * K
+    ups = gates + tl.cast(N, tl.int64) * K
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        x = load_inputs(x_ptr, rows + k[:, None], k[:, None], K, EVEN)
+        gate = dot(load_inputs(w_ptr, gates + k[None, :], k[None, :], K, EVEN), x, gate)
+        up = dot(load_inputs(w_ptr, ups + k[None, :], k[None, :], K, EVEN), x, up)
+    h = activate(gate, "silu") * up
+    offsets = slots.to(tl.int64)[None, :] * N + n[:, None]
+    mask = (slots < end)[None, :] & (n < N)[:, None]
+    tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def down_chunk_kernel(
+    h_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, y_ptr, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of the pairs in a block's slots, of h [slots, K]: y [pairs, N]."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if block >= tl.load(used_ptr):
+        return
+    expert, slots, end = load_block(blocks_ptr, block, BLOCK_M)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    last = tl.minimum(slots, end - 1)
+    pairs = tl.load(slots_ptr + last).to(tl.int64)
+    rows = last.to(tl.int64)[None, :] * K
+    outputs = (expert * N + tl.minimum(n, N - 1))[:, None] * K
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        h = load_inputs(h_ptr, rows + k[:, None], k[:, None], K, EVEN)
+        y = dot(load_inputs(w_ptr, outputs + k[None, :], k[None, :], K, EVEN), h, y)
+    mask = (slots < end)[None, :] & (n < N)[:, None]
+    tl.store(y_ptr + pairs[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weigh_kernel(
+    pairs_ptr, weights_ptr, count_ptr, shared_ptr, scores_ptr, y_ptr, N, width,
+    C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of a token: the sum of what its pairs [.., N] give, in the order of its
+    choices, each with its weight; plus the shared expert's, which the last of the scores weighs."""
+    t = tl.program_id(0).to(tl.int64)
+    if t >= tl.load(count_ptr):
+        return
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = tl.zeros([BLOCK_N], tl.float32)
+    for j in tl.static_range(C):
+        given = tl.load(pairs_ptr + (t * C + j) * N + n, mask=n < N, other=0.0)
+        y += tl.load(weights_ptr + t * C + j).to(tl.float32) * given.to(tl.float32)
+    if shared_ptr is not None:
+        score = tl.load(scores_ptr + t * width + width - 1).to(tl.float32)
+        shared = tl.load(shared_ptr + t * N + n, mask=n < N, other=0.0).to(tl.float32)
+        y += shared / (1 + tl.exp(-score))
+    tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

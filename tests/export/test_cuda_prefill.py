@@ -1,0 +1,124 @@
+"""Prefill of a packed chunk gives the network's own logits, and leaves behind the states that the
+network's prefill does. The operators are their references here."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+attention = pytest.importorskip("tokenloop.models.kernels.attention_chunk.reference")
+
+from tests.models.eager import assert_near, even_ends, prefill, prompt  # noqa: E402
+from tests.models.tiny_models import ROW_OF, make_reference, network_of  # noqa: E402
+from tokenloop.export.pt2 import cuda_prefill, cuda_step  # noqa: E402
+from tokenloop.models.kernels.causal_conv1d.reference import causal_conv1d  # noqa: E402
+from tokenloop.models.kernels.experts import reference as experts  # noqa: E402
+from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule  # noqa: E402
+from tokenloop.models.kernels.gated_rms_norm.reference import gated_rms_norm  # noqa: E402
+from tokenloop.models.kernels.linear import reference as linear  # noqa: E402
+from tokenloop.models.kernels.rms_norm import reference as norms  # noqa: E402
+
+SLOTS, ROWS = 150, 4
+WIDE = {"head_dim": 32}
+HYBRID = WIDE | {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
+# The kernels' head sizes.
+NETWORKS = {
+    "qwen2": {"hidden_size": 128},
+    "qwen3": WIDE,
+    "qwen3_moe": WIDE,
+    "gemma3_text": WIDE,
+    "gemma4_text": WIDE | {"global_head_dim": 64},
+    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
+    "qwen3_next": HYBRID,
+}
+
+
+def last_tokens(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    return x[starts[1:].long() - 1]
+
+
+OPERATORS = SimpleNamespace(
+    add_norm=lambda *x, count, **options: norms.add_norm(*x, **options),
+    attend_chunk=attention.attend_chunk,
+    # The kernel takes integers for what its reference takes bool.
+    causal_conv1d=lambda *given: causal_conv1d(*given[:6], given[6] > 0, given[7]),
+    dequantize=linear.dequantize,
+    embed_chunk=lambda tokens, table, count, scale: table[tokens] * scale,
+    experts_chunk=experts.experts_chunk,
+    gated_delta_rule_chunk=getattr(delta_rule, "gated_delta_rule_chunk", None),
+    gated_rms_norm=lambda x, gate, weight, eps, count: gated_rms_norm(x, gate, weight, eps),
+    last_tokens=last_tokens,
+    linear_chunk=linear.linear,
+    norm=lambda x, weight, count, *, eps, offset: norms.rms_norm(x, weight, eps, offset).to(x),
+    rotate_chunk=attention.rotate_chunk,
+    route=experts.route,
+    sigmoid_gate=lambda x, gates, count: x * gates.sigmoid(),
+    store_ring=attention.store_ring,
+)
+STEP_OPERATORS = SimpleNamespace(
+    add_norm_linear=linear.add_norm_linear, semaphores_size=lambda *sizes: 1
+)
+
+
+def chunk_of(prompts: dict[int, torch.Tensor], begins: dict[int, int], end: int, room: int):
+    """The arguments of a chunk of up to ROWS sequences, each from where it begins up to `end` or
+    its end, with room for more tokens."""
+    tokens, starts, rows, first, last_first = [], [0], [], [], []
+    for row, ids in prompts.items():
+        part = ids[0, begins[row] : end]
+        if len(part):
+            tokens.append(part)
+            starts.append(starts[-1] + len(part))
+            rows.append(row)
+            first.append(begins[row])
+            last_first.append(begins[row] + len(part) - 1)
+    unused = ROWS - len(rows)
+    last_starts = [min(i, len(rows)) for i in range(ROWS + 1)]
+    tables = (
+        starts + [starts[-1]] * unused, rows + [-1] * unused, first + [0] * unused, last_starts,
+        last_first + [0] * unused,
+    )  # fmt: skip
+    given = torch.cat([*tokens, torch.zeros(room, dtype=torch.int64)])
+    return given, *(torch.tensor(table, dtype=torch.int32) for table in tables)
+
+
+@pytest.fixture
+def networks_of(monkeypatch):
+    """A function: model type, bits -> a network, and the prefill of an equal one."""
+    monkeypatch.setattr(cuda_step, "cuda", STEP_OPERATORS)
+    monkeypatch.setattr(cuda_prefill, "cuda", OPERATORS)
+
+    def networks(model_type: str, bits: int):
+        case = next(case for case in ROW_OF if case.split(",")[0] == model_type)
+        hf = make_reference(case, **NETWORKS[model_type])
+        network = network_of(ROW_OF[case], hf, SLOTS, ROWS)
+        packed = copy.deepcopy(network)
+        method = cuda_prefill.CudaPrefill(cuda_step.CudaStep(packed, bits), packed)
+        return (copy.deepcopy(packed) if bits else network), packed, method
+
+    return networks
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bits"), [*((name, 0) for name in NETWORKS), ("qwen3", 8), ("qwen3_5_text", 8)]
+)
+def test_a_packed_chunk_gives_each_prompt_s_logits_and_states(model_type, bits, networks_of):
+    plain, packed, method = networks_of(model_type, bits)
+    lengths = {2: 70, 0: 5, 3: 130}
+    prompts = {row: prompt(length, row) for row, length in lengths.items()}
+    actual, begins = {}, dict.fromkeys(prompts, 0)
+    with torch.no_grad():
+        for end in (64, 128, 192):
+            given = chunk_of(prompts, begins, end, 3)
+            for row, logits in zip(given[2].tolist(), method(*given)):
+                actual[row] = logits
+            begins = {row: min(end, length) for row, length in lengths.items()}
+        for row, ids in prompts.items():
+            ends = even_ends(lengths[row], plain.max_chunk)
+            assert_near(actual[row][None], prefill(plain, ids, ends, row)[-1])
+        # Row 1 was in no chunk.
+        token, position = torch.tensor([[5], [6], [7], [8]]), torch.tensor([5, 0, 70, 130])
+        assert_near(packed.decode(token, position), plain.decode(token, position))
