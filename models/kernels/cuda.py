@@ -12,7 +12,10 @@ from tokenloop.models.kernels.attention.attend_tiles import FAN, most_splits
 from tokenloop.models.kernels.attention.operator import attend_step
 from tokenloop.models.kernels.causal_conv1d.operator import causal_conv1d, causal_conv1d_update
 from tokenloop.models.kernels.experts.operator import experts, route
-from tokenloop.models.kernels.gated_delta_rule.operator import gated_delta_rule_update
+from tokenloop.models.kernels.gated_delta_rule.operator import (
+    gated_delta_rule_chunk,
+    gated_delta_rule_update,
+)
 from tokenloop.models.kernels.gated_rms_norm.operator import gated_rms_norm
 from tokenloop.models.kernels.linear.operator import add_norm_linear, linear, norm_linear
 from tokenloop.models.kernels.next_positions.operator import next_positions
@@ -20,8 +23,8 @@ from tokenloop.models.kernels.rms_norm.operator import add_norm
 
 __all__ = [
     "add_norm", "add_norm_linear", "attend_step", "causal_conv1d", "causal_conv1d_update",
-    "experts", "gated_delta_rule_update", "gated_rms_norm", "linear", "next_positions",
-    "norm_linear", "route", "semaphores_size",
+    "experts", "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "linear",
+    "next_positions", "norm_linear", "route", "semaphores_size",
 ]  # fmt: skip
 
 
