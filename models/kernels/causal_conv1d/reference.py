@@ -38,8 +38,9 @@ def causal_conv1d(
     its slot; in a shorter sequence they begin with what was there, or with zeros.
 
     A sequence without tokens leaves its slot as it was. A sequence whose index is `pad_slot_id`
-    begins with zeros and leaves nothing, and so do tokens after the last sequence. Sums are
-    float32; the result [D, T] has x's dtype. Raises ValueError for another width or activation.
+    begins with zeros and leaves nothing. Tokens after the last sequence reach no state and no other
+    token; their own results are anything. Sums are float32; the result [D, T] has x's dtype. Raises
+    ValueError for another width or activation.
     """
     check(weight, activation)
     count, keep = has_initial_state.shape[0], weight.shape[1] - 1

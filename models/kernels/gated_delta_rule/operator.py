@@ -19,11 +19,11 @@ from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
 # A program's columns of a state, 32 KiB where it has 128 rows, and its warps.
 COLUMNS = 64, 4
-# Of a packed chunk, in float32 and in 16 bits: the rows of a key that a product takes, and warps,
-# for the blocks; the same, columns, warps and stages, for the states. None of them may depend on
-# how many tokens or sequences there are.
-BLOCKS = {4: (16, 8), 2: (64, 4)}
-STATES = {4: (16, 16, 4, 1), 2: (64, 32, 4, 2)}
+# Of a packed chunk, by the bytes of an input: for the blocks the numbers of a key that a product
+# takes at once, and warps; for the states the same numbers, columns, warps and stages. None of them
+# may depend on how many tokens or sequences there are.
+BLOCKS = {4: (16, 8), 2: (128, 4)}
+STATES = {4: (16, 16, 8, 1), 2: (128, 32, 4, 2)}
 
 
 @operator("gated_delta_rule_update", mutates_args={"state"})
@@ -92,6 +92,8 @@ def gated_delta_rule_chunk(
         num_warps=warps,
     )  # fmt: skip
     block_keys, columns, warps, stages = STATES[q.element_size()]
+    if q.element_size() == 4 and key_size > 128:
+        columns //= 2  # or registers do not suffice
     columns = min(columns, value_size)
     launch(gated_delta_rule_states_kernel, (heads * (value_size // columns), sequences))(
         q, k, v, state, starts, rows, first, *made, out, heads, shared, key_size, value_size,

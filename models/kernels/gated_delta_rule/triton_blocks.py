@@ -111,8 +111,9 @@ def unit_inverse(lower):
 def gated_delta_rule_blocks_kernel(
     q_ptr, k_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, starts_ptr,
     inverse_ptr, attention_ptr, factors_ptr, kept_ptr,
-    sequences, heads_per_key, key_size: tl.constexpr, scale: tl.constexpr,
-    q_stride_row, q_stride_head, k_stride_row, k_stride_head,
+    sequences, heads_per_key: tl.constexpr, key_size: tl.constexpr, scale: tl.constexpr,
+    q_stride_row: tl.constexpr, q_stride_head: tl.constexpr,
+    k_stride_row: tl.constexpr, k_stride_head: tl.constexpr,
     a_stride_row, a_stride_head, b_stride_row, b_stride_head,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip

@@ -22,13 +22,18 @@ from tokenloop.models.kernels.launch.dot import dot
 def gated_delta_rule_states_kernel(
     q_ptr, k_ptr, v_ptr, state_ptr, starts_ptr, rows_ptr, first_ptr,
     inverse_ptr, attention_ptr, factors_ptr, kept_ptr, out_ptr,
-    heads, heads_per_key, key_size: tl.constexpr, value_size: tl.constexpr,
-    q_stride_row, q_stride_head, k_stride_row, k_stride_head, v_stride_row, v_stride_head,
+    heads: tl.constexpr, heads_per_key: tl.constexpr, key_size: tl.constexpr,
+    value_size: tl.constexpr,
+    q_stride_row: tl.constexpr, q_stride_head: tl.constexpr,
+    k_stride_row: tl.constexpr, k_stride_head: tl.constexpr,
+    v_stride_row: tl.constexpr, v_stride_head: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_VALUES columns of one head, over one sequence.
 
-    The state is held in parts of BLOCK_KEYS rows.
+    The state is held in parts of BLOCK_KEYS rows. Sizes and strides are constants, so that a row's
+    address within a block costs nothing. float32 has products without tensor cores, whose operands
+    are registers: keys are loaded twice there.
     """
     PARTS: tl.constexpr = key_size // BLOCK_KEYS
     column_head, sequence = tl.program_id(0), tl.program_id(1)
@@ -69,6 +74,7 @@ def gated_delta_rule_states_kernel(
     factor_ptrs = factors_ptr + number * FACTORS * BLOCK + token
     kept_ptrs = kept_ptr + number
     dtype: tl.constexpr = k_ptr.dtype.element_ty
+    AGAIN: tl.constexpr = dtype == tl.float32
 
     for block in tl.range(0, tl.cdiv(stop - start, BLOCK), num_stages=STAGES):
         exists = (token < stop - start - block * BLOCK)[:, None]
@@ -84,16 +90,19 @@ def gated_delta_rule_states_kernel(
         for part in tl.static_range(PARTS):
             k = tl.load(k_ptrs + part * BLOCK_KEYS, mask=exists, other=0.0)
             q = tl.load(q_ptrs + part * BLOCK_KEYS, mask=exists, other=0.0)
-            held = states[part].to(dtype)
-            seen_k = dot(k, held, seen_k)
-            seen_q = dot(q, held, seen_q)
+            rounded = states[part].to(dtype)
+            seen_k = dot(k, rounded, seen_k)
+            seen_q = dot(q, rounded, seen_q)
             keys = keys + (k,)
         delta = beta[:, None] * (v - k_begin[:, None] * seen_k)
         written = dot(inverse, delta.to(dtype), tl.zeros([BLOCK, BLOCK_VALUES], tl.float32))
         taken = (k_end[:, None] * written).to(dtype)
         new = ()
         for part in tl.static_range(PARTS):
-            new = new + (dot(tl.trans(keys[part]), taken, kept * states[part]),)
+            k = keys[part]
+            if AGAIN:
+                k = tl.load(k_ptrs + part * BLOCK_KEYS, mask=exists, other=0.0)
+            new = new + (dot(tl.trans(k), taken, kept * states[part]),)
         states = new
         out = dot(attention, written.to(dtype), q_begin[:, None] * seen_q)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=exists)
