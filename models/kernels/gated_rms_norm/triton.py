@@ -38,7 +38,8 @@ def gated_rms_norm_chunk_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_ROWS heads, each as the other kernel has one, of the first `count` rows."""
-    count = tl.load(count_ptr + wait(0))
+    zero = wait(0)
+    count = tl.load(count_ptr + zero)
     row_head = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     if tl.program_id(0) * BLOCK_ROWS >= count * heads:
         return
@@ -46,8 +47,8 @@ def gated_rms_norm_chunk_kernel(
     i = tl.arange(0, BLOCK)[None, :]
     mask = (i < size) & (row < count)[:, None]
     weight = tl.load(weight_ptr + i, mask=i < size, other=0.0)
-    x = tl.load(x_ptr + row_head[:, None] * size + i, mask=mask, other=0.0)
-    gate_ptrs = gate_ptr + (row * gate_stride_row + head * gate_stride_head)[:, None] + i
+    x = tl.load(x_ptr + zero + row_head[:, None] * size + i, mask=mask, other=0.0)
+    gate_ptrs = gate_ptr + zero + (row * gate_stride_row + head * gate_stride_head)[:, None] + i
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     x32 = x.to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(x32 * x32, 1) / size + eps)
