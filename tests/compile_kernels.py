@@ -170,6 +170,17 @@ def hybrids() -> None:
     given = q, q, v, gates, gates, constants, constants, table, None, positions
     cuda.gated_delta_rule_update(*given)
     cuda.gated_rms_norm(v, v, empty(128, dtype=bfloat16), 1e-6)
+    packed = ends, positions.int(), positions.int()
+    for dtype in (bfloat16, float32):
+        for groups, heads, keys, values in ((16, 32, 128, 128), (2, 6, 16, 256), (1, 1, 256, 16)):
+            widths = groups * keys, groups * keys, heads * values
+            q, k, v = empty(tokens, sum(widths), dtype=dtype).split(widths, 1)
+            q, k = (x.unflatten(1, (groups, keys)) for x in (q, k))
+            b, a = empty(tokens, 2 * heads, dtype=dtype).split(heads, 1)
+            given = q, k, v.unflatten(1, (heads, values)), a, b, empty(heads), empty(heads)
+            table = empty(rows, heads, keys, values)
+            out = cuda.gated_delta_rule_chunk(*given, table, *packed)
+            cuda.gated_rms_norm(out, out, empty(values, dtype=dtype), 1e-6, ends[-1:])
 
 
 def chunks() -> None:

@@ -11,8 +11,10 @@ PAD_SLOT_ID = -1
 def load(
     table: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor, pad_slot_id: int
 ) -> Tensor:
-    """The states [N, ...]; zeros without a slot, or where has_initial_state, bool [N], is False."""
+    """The states [N, ...]; zeros without a slot, or where has_initial_state [N] is False or 0."""
     states, seen = table, has_initial_state
+    if seen.dtype != torch.bool:
+        seen = seen != 0
     if cache_indices is not None:
         states = table.index_select(0, cache_indices.clamp(min=0))
         seen = seen & (cache_indices != pad_slot_id)

@@ -33,13 +33,14 @@ def causal_conv1d(
     x [D, T], of any strides, holds sequence n in columns query_start_loc[n] up to
     query_start_loc[n + 1], int32 [N + 1], ascending from 0. weight is [D, W] with W from 2 to 4,
     bias [D] or None. Sequence n begins with conv_state[cache_indices[n]], or with zeros where
-    has_initial_state, bool [N], is False. conv_state is [S, D, W - 1]; cache_indices, int32 [N],
+    has_initial_state [N] is False or 0. conv_state is [S, D, W - 1]; cache_indices, int32 [N],
     differ from one another (None: n itself, and S is N). The sequence's last W - 1 inputs replace
     its slot; in a shorter sequence they begin with what was there, or with zeros.
 
     A sequence without tokens leaves its slot as it was. A sequence whose index is `pad_slot_id`
-    begins with zeros and leaves nothing, and so do tokens after the last sequence. Sums are
-    float32; the result [D, T] has x's dtype. Raises ValueError for another width or activation.
+    begins with zeros and leaves nothing. Tokens after the last sequence reach no state and no other
+    token; their own results are anything. Sums are float32; the result [D, T] has x's dtype. Raises
+    ValueError for another width or activation.
     """
     check(weight, activation)
     count, keep = has_initial_state.shape[0], weight.shape[1] - 1

@@ -117,6 +117,9 @@ def causal_conv1d_rolling_kernel(
     # Short sequences are often packed at the ends, and take longest: the ends are not begun last.
     at = tl.program_id(TOKEN_AXIS) + tl.num_programs(TOKEN_AXIS) // 2
     begin = tl.where(at < tl.num_programs(TOKEN_AXIS), at, at - tl.num_programs(TOKEN_AXIS)) * span
+    # All programs read this number, so it is near. A chunk may have room for many more tokens.
+    if begin >= tl.load(query_start_loc_ptr + sequences):
+        return
     end = tl.minimum(begin + span, tokens)
     first = tl.program_id(1 - TOKEN_AXIS) * BLOCK_DIM
     channels = first + tl.arange(0, BLOCK_DIM)

@@ -21,6 +21,8 @@ from tokenloop.models.kernels import state_table
 from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
 CHUNK = 64
+HEAD_SIZES = 16, 32, 64, 128, 256  # of a packed chunk
+MOST_SEQUENCES = 256
 L2_EPS = 1e-6  # inside the root, added to the sum of squares
 
 
@@ -101,6 +103,52 @@ def gated_delta_rule(
     # depend on T, or T is asserted to be less than the whole.
     out = torch.cat([*outs, outs[0][:, :, :1]], 2)[:, :, :length]
     return out.transpose(1, 2).to(v.dtype)
+
+
+def check_chunk(q: Tensor, v: Tensor, starts: Tensor) -> None:
+    """Raise ValueError for sizes of heads or a number of sequences that a packed chunk cannot
+    have."""
+    sizes = q.shape[-1], v.shape[-1]
+    if any(size not in HEAD_SIZES for size in sizes):
+        raise ValueError(f"heads of {sizes[0]} and {sizes[1]}; each must be one of {HEAD_SIZES}")
+    if starts.shape[0] - 1 > MOST_SEQUENCES:
+        raise ValueError(
+            f"{starts.shape[0] - 1} sequences; at most {MOST_SEQUENCES} make up a packed chunk"
+        )
+
+
+def gated_delta_rule_chunk(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
+    state: Tensor, starts: Tensor, rows: Tensor, first: Tensor,
+) -> Tensor:  # fmt: skip
+    """`gated_delta_rule` of the sequences of a packed chunk: q, k [T, G, K] and v [T, H, V] with a,
+    b [T, H] -> o [T, H, V] of v's dtype.
+
+    Sequence i has tokens starts[i] up to starts[i + 1], int32 [B + 1]. It begins with
+    state[rows[i]], or with zeros where first[i] is 0, and its end state replaces that row. A
+    sequence whose row is -1 begins with zeros and leaves nothing, and one without tokens leaves its
+    row as it was. Tokens after the last sequence are never read, and their results are anything
+    (here zeros). rows, int32 [B], differ from one another apart from -1; first, int32 [B], are
+    multiples of CHUNK, so a prompt's blocks are the same however it is cut into chunks.
+
+    State and output differ from those of single steps by what float32 sums in another order do; on
+    CUDA, with inputs of 16 bits, also by roundings of the state in products. The tests have bounds.
+    K and V are powers of two from 16 to 256, and B is 256 at most. Raises ValueError for others,
+    and as `check` does.
+    """
+    check(q, v, state)
+    check_chunk(q, v, starts)
+    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    bounds = starts.tolist()
+    for i, row in enumerate(rows.tolist()):
+        tokens = slice(bounds[i], bounds[i + 1])
+        if bounds[i] == bounds[i + 1]:
+            continue
+        table = state[row : row + 1] if row >= 0 else torch.zeros_like(state[:1])
+        given = (x[None, tokens] for x in (q, k, v, a, b))
+        begun = (first[i : i + 1] > 0) & (row >= 0)
+        out[tokens] = gated_delta_rule(*given, A_log, dt_bias, table, None, begun)[0]
+    return out
 
 
 def _pairwise(decay: Tensor, diagonal: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernel of the norm and gate."""
+"""The Triton kernels of the norm and gate: of a step, and of a packed chunk."""
 
 import triton
 import triton.language as tl
@@ -28,3 +28,31 @@ def gated_rms_norm_kernel(
     normal = (normal * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
     gated = normal * (gate / (1.0 + tl.exp(-gate)))
     tl.store(out_ptr + row_head * size + i, gated.to(x.dtype), mask=mask)
+
+
+@waits
+@triton.jit
+def gated_rms_norm_chunk_kernel(
+    x_ptr, gate_ptr, weight_ptr, count_ptr, out_ptr, heads: tl.constexpr, size: tl.constexpr,
+    gate_stride_row: tl.constexpr, gate_stride_head: tl.constexpr, eps: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_ROWS heads, each as the other kernel has one, of the first `count` rows."""
+    zero = wait(0)
+    count = tl.load(count_ptr + zero)
+    row_head = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    if tl.program_id(0) * BLOCK_ROWS >= count * heads:
+        return
+    row, head = row_head // heads, row_head % heads
+    i = tl.arange(0, BLOCK)[None, :]
+    mask = (i < size) & (row < count)[:, None]
+    weight = tl.load(weight_ptr + i, mask=i < size, other=0.0)
+    x = tl.load(x_ptr + zero + row_head[:, None] * size + i, mask=mask, other=0.0)
+    gate_ptrs = gate_ptr + zero + (row * gate_stride_row + head * gate_stride_head)[:, None] + i
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x32 = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(x32 * x32, 1) / size + eps)
+    normal = (x32 * scale[:, None]).to(x.dtype).to(tl.float32)
+    normal = (normal * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
+    gated = normal * (gate / (1.0 + tl.exp(-gate)))
+    tl.store(out_ptr + row_head[:, None] * size + i, gated.to(x.dtype), mask=mask)

@@ -69,11 +69,11 @@ class Convolution:
         self.started = torch.arange(count) % 3 != 1
 
     def by_hand(self, activation=None):
-        """(output float64 [D, T], states [S, D, W - 1] afterwards)."""
+        """(output float64 [D, T] of the sequences, states [S, D, W - 1] afterwards)."""
         state, outs, keep = self.state.clone(), [], self.weight.shape[1] - 1
-        pieces = self.x.split([*self.lengths, self.x.shape[1] - sum(self.lengths)], 1)
+        pieces = self.x[:, : sum(self.lengths)].split(self.lengths, 1)
         for n, piece in enumerate(pieces):
-            slot = self.indices[n].item() if n < len(self.lengths) else PAD
+            slot = self.indices[n].item()
             known = slot != PAD and self.started[n]
             before = state[slot] if known else torch.zeros_like(state[0])
             whole = torch.cat([before, piece], 1)
@@ -83,7 +83,7 @@ class Convolution:
                 state[slot] = whole[:, -keep:]
             windows = whole.double().unfold(1, keep + 1, 1)  # [D, T, W]
             outs.append((windows * self.weight.double()[:, None]).sum(-1))
-        out = torch.cat(outs, 1) if outs else self.x.double()
+        out = torch.cat(outs, 1) if outs else self.x[:, :0].double()
         if self.bias is not None:
             out = out + self.bias.double()[:, None]
         return (F.silu(out) if activation else out), state
@@ -95,7 +95,8 @@ class Convolution:
             *given, state, *on_device(self.indices, self.started), activation
         )
         expected, expected_state = self.by_hand(activation)
-        torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+        out = out[:, : sum(self.lengths)].cpu().double()
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(state.cpu(), expected_state)
 
 
@@ -146,10 +147,49 @@ def test_a_state_reaches_no_further_than_its_sequence(operators, layout):
 
 @BOTH
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_a_sequence_without_a_slot_and_what_follows_the_last_begin_with_zeros(operators, layout):
+def test_a_sequence_without_a_slot_begins_with_zeros(operators, layout):
     case = Convolution([6, 2, 5, 1], 3, layout, rest=7)
     case.indices[0] = case.indices[3] = PAD
     case.check(operators)
+
+
+@BOTH
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("lengths", [[6, 13, 0, 0], [16, 0], [0]], ids=str)
+def test_unused_sequences_and_what_follows_the_last_change_nothing(operators, layout, lengths):
+    case = Convolution(lengths, 4, layout, rest=40)
+    case.x[:, sum(lengths) :] = torch.nan
+    case.indices[torch.tensor(lengths) == 0] = PAD
+    case.check(operators, "silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cuts", [[64, 64, 5], [128, 5], [64, 69]], ids=str)
+def test_a_token_does_not_know_its_chunk(dtype, cuts):
+    """Of a projection that has other outputs too, of which nothing is copied."""
+    dim, tokens = 6, sum(cuts)
+    case = Convolution([tokens, 29], 4, dim=dim)
+    weight, bias, table, case_x = (
+        y.to(DEVICE, dtype) for y in (case.weight, case.bias, case.state, case.x)
+    )
+    x = torch.full((tokens + 29 + 50, 2 * dim), torch.nan, device=DEVICE, dtype=dtype)
+    x[: tokens + 29, :dim] = case_x.T
+
+    def convolve(x, bounds, rows, first):
+        numbers = (torch.tensor(y, dtype=torch.int32) for y in (bounds, rows, first))
+        bounds, rows, first = on_device(*numbers)
+        given = x.T, weight, bias, bounds, table, rows, first, "silu"
+        return operator.causal_conv1d(*given).T
+
+    whole = convolve(x[:, :dim], [0, tokens, tokens + 29, tokens + 29], [3, 5, PAD], [0, 64, 0])
+    left, begin = table[3].clone(), 0
+    for cut in cuts:
+        # Behind another sequence, and before room that is not used.
+        chunk = torch.cat([x[-71:-50], x[begin : begin + cut], x[-50:]])
+        out = convolve(chunk[:, :dim], [0, 21, 21 + cut], [0, 3], [0, begin])
+        assert torch.equal(out[21 : 21 + cut], whole[begin : begin + cut])
+        begin += cut
+    assert torch.equal(table[3], left)
 
 
 @BOTH
