@@ -1,0 +1,38 @@
+"""How the work of a chunk's attention is cut, by shape: constants, so that an export repeats.
+
+No cut depends on the number of tokens or sequences: results would.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class ChunkTiles(NamedTuple):
+    """Queries and keys of a block, warps, stages of the pipeline, and whether keys and values come
+    through tensor descriptors."""
+
+    block_m: int
+    block_n: int
+    warps: int = 8
+    stages: int = 2
+    tma: bool = True
+
+
+def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:
+    """For caches of `slots` a row and heads of head_dim."""
+    if dtype == torch.float32:
+        return ChunkTiles(16, 16, warps=8, stages=1, tma=False)
+    if head_dim <= 128:
+        tiles = ChunkTiles(128, 64 if is_ring else 128, warps=8, stages=2)
+    elif head_dim <= 256:
+        tiles = ChunkTiles(128, 64, warps=8, stages=2)
+    else:
+        tiles = ChunkTiles(64, 32, warps=8, stages=2)
+    # A block of a ring must not wrap around.
+    return tiles._replace(tma=not (is_ring and slots % tiles.block_n))
+
+
+def rotated_tokens(head_dim: int) -> int:
+    """Tokens whose queries and keys one program rotates."""
+    return min(64, max(4, 2048 // head_dim))
