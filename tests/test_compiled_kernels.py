@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # And how many kernels each compiles at least.
 GROUPS = {
-    "linear": 30, "attention": 11, "attention_chunk": 20, "experts": 8, "positions": 2, "hybrids": 8, "sampler": 15,
+    "linear": 30, "attention": 11, "attention_chunk": 20, "experts": 8, "positions": 2,
+    "hybrids": 8, "sampler": 15,
 }  # fmt: skip
 
 

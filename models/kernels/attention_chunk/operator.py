@@ -2,7 +2,7 @@
 to attend, and one to put a chunk into a ring."""
 
 import triton
-from torch import Tensor, empty
+from torch import Tensor, empty, int8
 
 from tokenloop.models.kernels.attention_chunk.chunk_tiles import (
     ChunkTiles,
@@ -17,6 +17,11 @@ from tokenloop.models.kernels.launch.launches import launch, operator
 
 # Sequences of a chunk start at positions that this divides.
 GRANULE = 64
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for a launch's tensor descriptors; torch's is aligned to more than they need."""
+    return empty(size, dtype=int8, device="cuda")
 
 
 def _sequences(rows: Tensor) -> dict[str, int]:
@@ -87,6 +92,9 @@ def launch_attend_chunk(
     groups = width // (kv_heads * head_dim)
     out = empty(tokens, width, dtype=q.dtype, device=q.device)
     blocks = count_blocks(tokens, rows.shape[0], tiles.block_m)
+    if tiles.tma:
+        # Every thread has its own allocator.
+        triton.set_allocator(_scratch)
     launch(attend_chunk_kernel, (groups, blocks, kv_heads))(
         q, kv, starts, rows, first, k_cache, v_cache, out, slots, scale,
         KV=kv_heads, HEADS=groups, SIZE=head_dim, IS_RING=is_ring, **_sequences(rows),
@@ -116,9 +124,7 @@ def store_ring(
     kv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor, v_cache: Tensor,
 ) -> None:  # fmt: skip
     """See reference.store_ring. Tensors are contiguous."""
-    check_contiguous(
-        kv=kv, k_cache=k_cache, v_cache=v_cache, starts=starts, rows=rows, first=first
-    )
+    check_contiguous(kv=kv, k_cache=k_cache, v_cache=v_cache, starts=starts, rows=rows, first=first)
     _, slots, kv_heads, head_dim = k_cache.shape
     block_t = rotated_tokens(head_dim)
     blocks = count_blocks(kv.shape[0], rows.shape[0], block_t)

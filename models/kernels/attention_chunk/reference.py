@@ -104,5 +104,3 @@ def store_ring(
         last = positions[-slots:] % slots
         k_cache[row, last] = kv[tokens, 0][-slots:]
         v_cache[row, last] = kv[tokens, 1][-slots:]
-
-
