@@ -62,15 +62,18 @@ SHAPES = (
 # By head size.
 VARIANTS = {
     128: (
-        ChunkTiles(128, 128, 8, 2), ChunkTiles(128, 128, 8, 3), ChunkTiles(128, 64, 8, 3),
-        ChunkTiles(128, 64, 8, 3, False), ChunkTiles(64, 128, 4, 2), ChunkTiles(64, 64, 4, 3),
+        ChunkTiles(128, 128, 8, 3), ChunkTiles(128, 128, 8, 2), ChunkTiles(128, 64, 8, 4),
+        ChunkTiles(128, 64, 8, 3), ChunkTiles(128, 64, 8, 3, False), ChunkTiles(64, 128, 4, 2),
+        ChunkTiles(64, 64, 4, 3),
     ),
     256: (
-        ChunkTiles(128, 64, 8, 2), ChunkTiles(128, 64, 8, 2, False), ChunkTiles(128, 32, 8, 3),
-        ChunkTiles(64, 64, 4, 2), ChunkTiles(64, 32, 4, 2),
+        ChunkTiles(128, 64, 8, 2), ChunkTiles(128, 64, 8, 2, False), ChunkTiles(128, 32, 8, 4),
+        ChunkTiles(128, 32, 8, 3), ChunkTiles(64, 64, 4, 2), ChunkTiles(64, 32, 4, 2),
     ),
     512: (
-        ChunkTiles(64, 64, 8, 1), ChunkTiles(64, 32, 8, 2), ChunkTiles(64, 32, 8, 2, False),
+        ChunkTiles(128, 32, 8, 2, True, 2), ChunkTiles(128, 32, 8, 2, False, 2),
+        ChunkTiles(128, 64, 8, 1, True, 2), ChunkTiles(64, 32, 4, 2, True, 2),
+        ChunkTiles(64, 32, 8, 2),
     ),
 }  # fmt: skip
 # Tokens of a chunk, and positions before it.
@@ -221,7 +224,8 @@ def torch_s(layer: Layer, repeats: int) -> list[dict]:
 
 def described(tiles: ChunkTiles, chosen: ChunkTiles) -> str:
     text = f"{tiles.block_m}x{tiles.block_n} w{tiles.warps} s{tiles.stages} "
-    return text + ("tma" if tiles.tma else "ptr") + ("*" if tiles == chosen else "")
+    text += "tma" if tiles.tma else "ptr"
+    return text + (f" /{tiles.split}" if tiles.split > 1 else "") + "*" * (tiles == chosen)
 
 
 def measured(shape: Shape, repeats: int) -> list[dict]:

@@ -9,26 +9,27 @@ import torch
 
 
 class ChunkTiles(NamedTuple):
-    """Queries and keys of a block, warps, stages of the pipeline, and whether keys and values come
-    through tensor descriptors."""
+    """Queries and keys of a block, warps, stages of the pipeline, whether keys and values come
+    through tensor descriptors, and parts of a head's results that are programs of their own."""
 
     block_m: int
     block_n: int
     warps: int = 8
     stages: int = 2
     tma: bool = True
+    split: int = 1
 
 
 def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:
     """For caches of `slots` a row and heads of head_dim."""
     if dtype == torch.float32:
-        return ChunkTiles(16, 16, warps=8, stages=1, tma=False)
+        return ChunkTiles(16 if head_dim <= 256 else 8, 16, warps=8, stages=1, tma=False)
     if head_dim <= 128:
-        tiles = ChunkTiles(128, 64 if is_ring else 128, warps=8, stages=2)
+        tiles = ChunkTiles(128, 64 if is_ring else 128, warps=8, stages=3)
     elif head_dim <= 256:
         tiles = ChunkTiles(128, 64, warps=8, stages=2)
     else:
-        tiles = ChunkTiles(64, 32, warps=8, stages=2)
+        tiles = ChunkTiles(128, 32, warps=8, stages=2, split=head_dim // 256)
     # A block of a ring must not wrap around.
     return tiles._replace(tma=not (is_ring and slots % tiles.block_n))
 

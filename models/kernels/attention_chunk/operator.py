@@ -95,11 +95,11 @@ def launch_attend_chunk(
     if tiles.tma:
         # Every thread has its own allocator.
         triton.set_allocator(_scratch)
-    launch(attend_chunk_kernel, (groups, blocks, kv_heads))(
+    launch(attend_chunk_kernel, (groups * tiles.split, blocks, kv_heads))(
         q, kv, starts, rows, first, k_cache, v_cache, out, slots, scale,
-        KV=kv_heads, HEADS=groups, SIZE=head_dim, IS_RING=is_ring, **_sequences(rows),
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STAGES=tiles.stages, TMA=tiles.tma,
-        num_warps=tiles.warps,
+        KV=kv_heads, HEADS=groups, SIZE=head_dim, SPLIT=tiles.split, IS_RING=is_ring,
+        **_sequences(rows), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
+        TMA=tiles.tma, num_warps=tiles.warps,
     )  # fmt: skip
     return out
 

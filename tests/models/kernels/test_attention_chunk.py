@@ -169,10 +169,11 @@ def test_a_token_s_bits_do_not_depend_on_its_chunk(normal, layout, dtype, is_rin
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU takes descriptors anyway")
 @pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])
-def test_descriptors_and_pointers_give_the_same(normal, is_ring):
+def test_all_cuts_of_the_work_give_the_same(normal, is_ring):
     prompts = Prompts(normal, LAYOUTS[0], torch.float32, is_ring)
     expected, _ = prompts.run(operator, schedule(128), tiles=small_tiles())
-    for tiles in (small_tiles(tma=True), small_tiles(tma=True, block_m=32)):
+    cut = small_tiles(tma=True)
+    for tiles in (cut, cut._replace(block_m=32, split=2), cut._replace(tma=False, split=2)):
         got, _ = prompts.run(operator, schedule(128), tiles=tiles)
         for row in LENGTHS:
             assert_close(got[row], expected[row], torch.float32)
