@@ -7,6 +7,7 @@ from torch import Tensor, empty, int8
 from tokenloop.models.kernels.attention_chunk.chunk_tiles import (
     ChunkTiles,
     chunk_tiles,
+    heads_together,
     rotated_tokens,
 )
 from tokenloop.models.kernels.attention_chunk.triton_attend_chunk import attend_chunk_kernel
@@ -95,7 +96,9 @@ def launch_attend_chunk(
     if tiles.tma:
         # Every thread has its own allocator.
         triton.set_allocator(_scratch)
-    launch(attend_chunk_kernel, (groups * tiles.split, blocks, kv_heads))(
+    together = heads_together(tokens, kv_heads, head_dim, is_ring)
+    grid = together * groups * tiles.split, blocks, kv_heads // together
+    launch(attend_chunk_kernel, grid)(
         q, kv, starts, rows, first, k_cache, v_cache, out, slots, scale,
         KV=kv_heads, HEADS=groups, SIZE=head_dim, SPLIT=tiles.split, IS_RING=is_ring,
         **_sequences(rows), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STAGES=tiles.stages,

@@ -115,10 +115,11 @@ def attend_chunk_kernel(
         return
     # The last queries of a sequence see the most: they come first.
     block = tl.cdiv(count, BLOCK_M) - 1 - block
-    # Heads that share keys and values run beside one another.
-    kv = tl.program_id(2)
-    head = kv * HEADS + tl.program_id(0) // SPLIT
-    column = tl.program_id(0) % SPLIT * COLUMNS
+    # Heads that share keys and values run beside one another, as do some key/value heads.
+    part = tl.program_id(0) + tl.program_id(2) * tl.num_programs(0)
+    head = part // SPLIT
+    kv = head // HEADS
+    column = part % SPLIT * COLUMNS
     first = tl.load(first_ptr + sequence)
     past = first + count
 

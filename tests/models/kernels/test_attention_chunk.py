@@ -6,7 +6,7 @@ import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, EPS, ON_GPU, TOLERANCE, assert_close
 from tokenloop.models.cache import FullCache, SlidingCache
-from tokenloop.models.kernels.attention_chunk import operator, reference
+from tokenloop.models.kernels.attention_chunk import chunk_tiles, operator, reference
 from tokenloop.models.kernels.attention_chunk.chunk_tiles import ChunkTiles
 
 # Key/value heads, query heads of each, head size, slots of a ring.
@@ -169,9 +169,11 @@ def test_a_token_s_bits_do_not_depend_on_its_chunk(normal, layout, dtype, is_rin
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU takes descriptors anyway")
 @pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])
-def test_all_cuts_of_the_work_give_the_same(normal, is_ring):
+def test_all_cuts_of_the_work_give_the_same(normal, is_ring, monkeypatch):
     prompts = Prompts(normal, LAYOUTS[0], torch.float32, is_ring)
     expected, _ = prompts.run(operator, schedule(128), tiles=small_tiles())
+    # One key/value head after the other.
+    monkeypatch.setattr(chunk_tiles, "TOGETHER", 1)
     cut = small_tiles(tma=True)
     for tiles in (cut, cut._replace(block_m=32, split=2), cut._replace(tma=False, split=2)):
         got, _ = prompts.run(operator, schedule(128), tiles=tiles)
