@@ -120,6 +120,29 @@ def attention() -> None:
             )  # fmt: skip
 
 
+def attention_chunk() -> None:
+    module = operators("models.kernels.attention_chunk.operator")
+    starts, rows, first = (empty(count, dtype=int32) for count in (9, 8, 8))
+    # Qwen3 4B, both kinds of Gemma 4's layers, Qwen3.5 9B, Gemma 3 270M.
+    for kv_heads, groups, size, slots, is_ring in (
+        (8, 4, 128, 8448, False), (16, 2, 256, 1024, True), (4, 8, 512, 8448, False),
+        (4, 4, 256, 8448, False), (1, 4, 256, 512, True), (2, 1, 32, 100, True),
+    ):  # fmt: skip
+        for dtype in (bfloat16, float32):
+            shared = size == 512
+            width = kv_heads * size * (groups + (1 if shared else 2))
+            caches = [empty(4, slots, kv_heads, size, dtype=dtype) for _ in range(2)]
+            norms = [empty(size, dtype=dtype) for _ in range(2)]
+            where = starts, rows, first
+            q, kv = module.rotate_chunk(
+                empty(1024, width, dtype=dtype), *where, *caches, *norms, empty(size // 2),
+                eps=1e-6, value_norm=shared, values_are_keys=shared, is_ring=is_ring,
+            )  # fmt: skip
+            module.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=is_ring)
+            if is_ring:
+                module.store_ring(kv, *where, *caches)
+
+
 def experts() -> None:
     module = operators("models.kernels.experts.operator")
     for dtype in (bfloat16, float32):

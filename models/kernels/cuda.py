@@ -10,10 +10,14 @@ import triton
 
 from tokenloop.models.kernels.attention.attend_tiles import FAN, most_splits
 from tokenloop.models.kernels.attention.operator import attend_step
+from tokenloop.models.kernels.attention_chunk.operator import attend_chunk, rotate_chunk, store_ring
 from tokenloop.models.kernels.causal_conv1d.operator import causal_conv1d, causal_conv1d_update
 from tokenloop.models.kernels.embedding.operator import embed_chunk, last_tokens
 from tokenloop.models.kernels.experts.operator import experts, experts_chunk, route
-from tokenloop.models.kernels.gated_delta_rule.operator import gated_delta_rule_chunk, gated_delta_rule_update
+from tokenloop.models.kernels.gated_delta_rule.operator import (
+    gated_delta_rule_chunk,
+    gated_delta_rule_update,
+)
 from tokenloop.models.kernels.gated_rms_norm.operator import gated_rms_norm
 from tokenloop.models.kernels.linear.operator import add_norm_linear, linear, norm_linear
 from tokenloop.models.kernels.linear_chunk.operator import dequantize, linear_chunk
@@ -21,11 +25,19 @@ from tokenloop.models.kernels.next_positions.operator import next_positions
 from tokenloop.models.kernels.rms_norm.operator import add_norm, norm
 from tokenloop.models.kernels.sigmoid_gate.operator import sigmoid_gate
 
-__all__ = ["add_norm", "add_norm_linear", "attend_step", "causal_conv1d", "causal_conv1d_update", "dequantize", "embed_chunk", "experts", "experts_chunk", "gated_delta_rule_update", "gated_rms_norm", "last_tokens", "linear", "linear_chunk", "next_positions", "norm", "norm_linear", "route", "semaphores_size", "sigmoid_gate"]  # fmt: skip
+__all__ = [
+    "add_norm", "add_norm_linear", "attend_step", "causal_conv1d", "causal_conv1d_update",
+    "dequantize", "embed_chunk", "experts", "experts_chunk", "gated_delta_rule_update",
+    "gated_rms_norm", "last_tokens", "linear", "linear_chunk", "next_positions", "norm",
+    "norm_linear", "route", "semaphores_size", "sigmoid_gate",
+]  # fmt: skip
 __all__ = [
     "add_norm", "add_norm_linear", "attend_step", "causal_conv1d", "causal_conv1d_update",
     "experts", "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "linear",
     "next_positions", "norm_linear", "route", "semaphores_size",
+    "add_norm", "add_norm_linear", "attend_chunk", "attend_step", "causal_conv1d",
+    "causal_conv1d_update", "experts", "gated_delta_rule_update", "gated_rms_norm", "linear",
+    "next_positions", "norm_linear", "rotate_chunk", "route", "semaphores_size", "store_ring",
 ]  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Attention of a packed chunk of prompts to KV caches."""

@@ -1,0 +1,52 @@
+"""How the work of a chunk's attention is cut, by shape: constants, so that an export repeats.
+
+No cut depends on the number of tokens or sequences: results would.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# Elements of the keys that programs at work together read: with values 16 MB in bfloat16.
+TOGETHER = 2**22
+
+
+class ChunkTiles(NamedTuple):
+    """Queries and keys of a block, warps, stages of the pipeline, whether keys and values come
+    through tensor descriptors, and parts of a head's results that are programs of their own."""
+
+    block_m: int
+    block_n: int
+    warps: int = 8
+    stages: int = 2
+    tma: bool = True
+    split: int = 1
+
+
+def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:
+    """For caches of `slots` a row and heads of head_dim."""
+    if dtype == torch.float32:
+        return ChunkTiles(16 if head_dim <= 256 else 8, 16, warps=8, stages=1, tma=False)
+    if head_dim <= 128:
+        tiles = ChunkTiles(128, 64 if is_ring else 128, warps=8, stages=3)
+    elif head_dim <= 256:
+        tiles = ChunkTiles(128, 64, warps=8, stages=2)
+    else:
+        tiles = ChunkTiles(128, 32, warps=8, stages=2, split=head_dim // 256)
+    # A block of a ring must not wrap around.
+    return tiles._replace(tma=not (is_ring and slots % tiles.block_n))
+
+
+def heads_together(tokens: int, kv_heads: int, head_dim: int, is_ring: bool) -> int:
+    """Of how many key/value heads all blocks of queries run before those of others.
+
+    With all heads together the longest programs come first, which leaves the least to wait for in
+    the end. But a long chunk's keys and values of them all would not stay in L2. A ring's do.
+    """
+    most = kv_heads if is_ring else max(1, TOGETHER // (tokens * head_dim))
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= most)
+
+
+def rotated_tokens(head_dim: int) -> int:
+    """Tokens whose queries and keys one program rotates."""
+    return min(64, max(4, 2048 // head_dim))
