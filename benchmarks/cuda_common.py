@@ -32,7 +32,7 @@ def export_command(config: str, output: Path, *flags: object) -> list[str]:
     scripts = {"qwen3.5": "qwen3_5.py", "qwen3-": "qwen3.py", "gemma": "gemma.py"}
     script = next(script for name, script in scripts.items() if config.startswith(name))
     command = [
-        ROOT / "export" / script, "--backend", "inductor", "--device", "cuda",
+        ROOT / "export" / script, "--device", "cuda",
         "--random-weights", CONFIGS / f"{config}.json", "--output", output, *flags,
     ]  # fmt: skip
     return [str(part) for part in command]

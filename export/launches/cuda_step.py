@@ -20,8 +20,7 @@ class CudaStep(nn.Module):
     decode_embedded.
 
     `bits` of the layers' weights are 4 or 8, and the head's are then 8. With 0 both stay as the
-    network has them. The embedding stays as it is. Nothing that only prefill reads is in here,
-    because compiled code may not take two tensors of one memory where it writes to any.
+    network has them. The embedding stays as it is.
 
     Raises ExportError for heads that the kernels cannot take.
     """
@@ -44,7 +43,6 @@ class CudaStep(nn.Module):
         kv_heads = max(layer.kv_heads for layer in self.layers)
         size = cuda.semaphores_size(network.batch, widest, kv_heads)
         semaphores = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
-        # Inductor takes a name that begins with "semaphore" for one of its own.
         self.register_buffer("kernel_semaphores", semaphores, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
@@ -107,7 +105,6 @@ class CudaStep(nn.Module):
         if layer.output_gate:
             size = layer.o.inputs
             projected, gates = projected.split([projected.shape[1] - size, size], 1)
-            projected = projected.contiguous()
         q_norm, k_norm = layer.q_norm, layer.k_norm
         eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
         attended = cuda.attend_step(
@@ -116,7 +113,7 @@ class CudaStep(nn.Module):
             scale=layer.scale, eps=eps, offset=offset,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
         )  # fmt: skip
-        return attended if gates is None else attended * gates.sigmoid()
+        return attended if gates is None else cuda.sigmoid_gate(attended, gates)
 
     def _recur(self, layer: packed.PackedDeltaNet, projected: Tensor, position: Tensor) -> Tensor:
         """As `_attend`, for a gated delta net."""

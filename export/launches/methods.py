@@ -71,7 +71,7 @@ class Lookup(Table):
 
     def forward(self, token: Tensor) -> Tensor:
         table = self.embed_tokens.weight
-        return cuda.embed_chunk(token[:, 0], table, None, scale=self.scale)[:, None]
+        return cuda.embed_chunk(token[:, 0], table, scale=self.scale)[:, None]
 
 
 class NextPositions(nn.Module):

@@ -26,18 +26,11 @@ from tokenloop.models.kernels.rms_norm.operator import add_norm, norm
 from tokenloop.models.kernels.sigmoid_gate.operator import sigmoid_gate
 
 __all__ = [
-    "add_norm", "add_norm_linear", "attend_step", "causal_conv1d", "causal_conv1d_update",
-    "dequantize", "embed_chunk", "experts", "experts_chunk", "gated_delta_rule_update",
-    "gated_rms_norm", "last_tokens", "linear", "linear_chunk", "next_positions", "norm",
-    "norm_linear", "route", "semaphores_size", "sigmoid_gate",
-]  # fmt: skip
-__all__ = [
-    "add_norm", "add_norm_linear", "attend_step", "causal_conv1d", "causal_conv1d_update",
-    "experts", "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "linear",
-    "next_positions", "norm_linear", "route", "semaphores_size",
     "add_norm", "add_norm_linear", "attend_chunk", "attend_step", "causal_conv1d",
-    "causal_conv1d_update", "experts", "gated_delta_rule_update", "gated_rms_norm", "linear",
-    "next_positions", "norm_linear", "rotate_chunk", "route", "semaphores_size", "store_ring",
+    "causal_conv1d_update", "dequantize", "embed_chunk", "experts", "experts_chunk",
+    "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "last_tokens",
+    "linear", "linear_chunk", "next_positions", "norm", "norm_linear", "rotate_chunk", "route",
+    "semaphores_size", "sigmoid_gate", "store_ring",
 ]  # fmt: skip
 
 

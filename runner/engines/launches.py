@@ -47,8 +47,8 @@ class LaunchProgram(Program):
         self._aligned = Aligned(self.transfers, True)
         batch = self.manifest["batch"]
         with self._on_stream(), explained(artifact):
-            tensors = load_tensors(artifact, self._device)
-            self._list = LaunchList(artifact.program_file, tensors, self._device)
+            self.tensors = load_tensors(artifact, self._device)
+            self._list = LaunchList(artifact.program_file, self.tensors, self._device)
             self._methods: dict[str, Method] = {}
             # The two buffers: next_id, and hidden beside it. Rows without a sequence are fed what
             # is there, which must be a token.

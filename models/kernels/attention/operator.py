@@ -19,7 +19,9 @@ def launch_attend(
 
     Raises ValueError for projections that the caches do not fit.
     """
-    check_contiguous(qkv=qkv, k_cache=k_cache, v_cache=v_cache)
+    check_contiguous(k_cache=k_cache, v_cache=v_cache)
+    if qkv.stride(1) != 1:
+        raise ValueError(f"qkv of strides {qkv.stride()}: a row must be contiguous")
     rows, slots, kv_heads, head_dim = k_cache.shape
     groups = qkv.shape[1] // (kv_heads * head_dim) - (1 if values_are_keys else 2)
     if qkv.shape[1] % (kv_heads * head_dim) or groups < 1 or qkv.dtype != k_cache.dtype:
@@ -43,7 +45,7 @@ def launch_attend(
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
         out, acc, largest, total, semaphores, slots, scale, eps, offset,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
-        VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys,
+        VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys, WIDTH=qkv.stride(0),
         SPLITS=splits, FAN=fan, BLOCK_S=tiles.block_s, LEAST=tiles.least,
         ONE_PART=programs == splits,
         BLOCK_G=max(16, stored),
@@ -59,7 +61,7 @@ def attend_step(
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
     offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
 ) -> Tensor:  # fmt: skip
-    """See reference.attend_step. Tensors are contiguous."""
+    """See reference.attend_step. Tensors are contiguous, but rows of qkv may lie further apart."""
     return launch_attend(
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, semaphores,
         scale=scale, eps=eps, offset=offset,

@@ -127,20 +127,19 @@ def attend_kernel(
     out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
     slots, scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    VALUE_NORM: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr,
+    VALUE_NORM: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, FAN: tl.constexpr, BLOCK_S: tl.constexpr, LEAST: tl.constexpr,
     ONE_PART: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of the slots of a row and key/value head; unless ONE_PART, a program takes as many
-    as there are for each.
+    as there are for each. Rows of projections are WIDTH apart.
 
     A part has at least LEAST blocks of slots. BLOCK_G is HEADS padded for a matrix product, STORED
     is HEADS padded to a power of two. PARTS are added up at once.
     """
     SIZE: tl.constexpr = 2 * HALF
     LINES: tl.constexpr = SIZE // 64 if SIZE > 64 else 1
-    WIDTH: tl.constexpr = (HEADS + (1 if VALUES_ARE_KEYS else 2)) * KV * SIZE
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     # Programs that have nothing to do come last.
     kv, row, first = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -11,7 +11,9 @@ BLOCK_D = 1024
 
 
 @operator("embed_chunk")
-def embed_chunk(tokens: Tensor, table: Tensor, count: Tensor, *, scale: float = 1.0) -> Tensor:
+def embed_chunk(
+    tokens: Tensor, table: Tensor, count: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
     """See reference.embed_chunk."""
     check_contiguous(tokens=tokens, table=table)
     size = table.shape[1]

@@ -4,14 +4,17 @@ import torch
 from torch import Tensor
 
 
-def embed_chunk(tokens: Tensor, table: Tensor, count: Tensor, *, scale: float = 1.0) -> Tensor:
+def embed_chunk(
+    tokens: Tensor, table: Tensor, count: Tensor | None = None, *, scale: float = 1.0
+) -> Tensor:
     """Rows [T, D] of a table [V, D] of tokens int64 [T], times `scale`, rounded once. `scale` is a
     number that the table's dtype holds (models.layers.rounded).
 
     Rows from `count` int32 [1] on are anything, whatever their tokens are.
     """
-    there = torch.arange(len(tokens), device=tokens.device) < count
-    rows = table[torch.where(there, tokens, 0)]
+    if count is not None:
+        tokens = torch.where(torch.arange(len(tokens), device=tokens.device) < count, tokens, 0)
+    rows = table[tokens]
     return (rows.float() * scale).to(table.dtype)
 
 

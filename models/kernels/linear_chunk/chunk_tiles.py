@@ -49,7 +49,7 @@ FLOAT32 = ChunkTiles(64, 64, 32, 4, 2)
 # Tokens and rows of weights of a tile, inputs of a step, warps, and the share of the tensor cores'
 # speed that such tiles reach.
 SHAPES = (
-    (128, 256, 64, 8, 1.0), (128, 128, 64, 8, 0.85), (128, 64, 128, 4, 0.6),
+    (128, 256, 64, 8, 1.0), (128, 128, 64, 4, 0.95), (128, 64, 128, 4, 0.6),
     (128, 32, 128, 4, 0.35), (64, 256, 64, 4, 0.7), (64, 128, 64, 4, 0.6), (64, 64, 128, 4, 0.5),
     (64, 32, 128, 4, 0.3),
 )  # fmt: skip
@@ -83,12 +83,14 @@ def chunk_tiles(
     block_t, rows, block_k, warps, _ = shape
     parts = 2 if descriptors and rows == 256 and not gated else 1
     kept = block_t * rows // halves // parts * (4 if out_float32 else 2) if descriptors else 0
-    stages = min(8, (SHARED - kept) // ((block_t + rows) * block_k * 2))
+    stages = min(5 if descriptors else 8, (SHARED - kept) // ((block_t + rows) * block_k * 2))
     several = _tiles(tokens, outputs * halves, block_t, rows) > PROCESSORS
     if several and not descriptors and stages >= 6:
         # Two programs of a processor share its memory.
         stages //= 2
-    return ChunkTiles(block_t, rows // halves, block_k, warps, stages, descriptors, parts)
+    # One loop of tiles and inputs is slower where its end has an activation.
+    shape = block_t, rows // halves, block_k, warps, stages
+    return ChunkTiles(*shape, descriptors, parts, flatten=not gated)
 
 
 def _tiles(tokens: int, rows: int, block_t: int, block_n: int) -> int:

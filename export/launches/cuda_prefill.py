@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tokenloop.export.pt2.cuda_step import CudaStep, linear_tensors, weight_of
-from tokenloop.export.pt2.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
+from tokenloop.export.launches.cuda_step import CudaStep, linear_tensors, weight_of
+from tokenloop.export.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
 from tokenloop.models.layers import rounded
@@ -49,11 +49,8 @@ class CudaPrefill(nn.Module):
     ) -> Tensor:  # fmt: skip
         chunk, last = Chunk(starts, rows, first), Chunk(last_starts, rows, last_first)
         table = self.embed_tokens.weight
-        x, branch, before = (
-            cuda.embed_chunk(tokens, table, chunk.count, self.embed_scale),
-            None,
-            None,
-        )
+        x = cuda.embed_chunk(tokens, table, chunk.count, scale=self.embed_scale)
+        branch, before = None, None
         *layers, final = self.step.layers
         for layer in layers:
             x, normed = self._norm(before, x, branch, layer.input_norm, chunk.count)

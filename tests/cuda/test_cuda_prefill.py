@@ -1,0 +1,152 @@
+"""On a GPU no bit of a prompt's logits, or of the state that it leaves, depends on the chunks that
+it comes in, on what is packed beside it, or on the artifact's rows."""
+
+import json
+
+import pytest
+import torch
+
+from tokenloop import runner
+from tokenloop.runner.prefill import packed
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+QWEN = {
+    "model_type": "qwen3", "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1152,
+    "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+}  # fmt: skip
+GEMMA = {
+    "model_type": "gemma3_text", "vocab_size": 1000, "hidden_size": 640, "intermediate_size": 1024,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 512, "query_pre_attn_scalar": 256, "max_position_embeddings": 4096,
+    "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+GEMMA4 = GEMMA | {
+    "model_type": "gemma4_text", "num_key_value_heads": 2, "num_global_key_value_heads": 1,
+    "global_head_dim": 512, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+}  # fmt: skip
+HYBRID = {
+    "model_type": "qwen3_5_text", "vocab_size": 1000, "hidden_size": 512,
+    "intermediate_size": 768, "num_hidden_layers": 4, "full_attention_interval": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e4, "partial_rotary_factor": 0.25,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+NETWORKS = {
+    "qwen3": ("export/qwen3.py", QWEN),
+    "experts": ("export/qwen3.py", QWEN | EXPERTS | {"model_type": "qwen3_moe"}),
+    "gemma3": ("export/gemma.py", GEMMA),
+    "gemma4": ("export/gemma.py", GEMMA4),
+    "hybrid": ("export/qwen3_5.py", HYBRID),
+}
+CASES = [(name, "bf16") for name in NETWORKS]
+CASES += [("qwen3", "int8"), ("qwen3", "int4"), ("qwen3", "fp32"), ("gemma3", "fp32")]
+CASES += [("hybrid", "fp32"), ("experts", "fp32"), ("gemma4", "int4")]
+LENGTH, CAPACITY = 1500, 2048
+
+
+@pytest.fixture(scope="module")
+def load(export_artifact, tmp_path_factory):
+    """A function: network, recipe, rows -> the program of an artifact, always of the same random
+    weights."""
+
+    def make(network: str, quant: str, batch: int):
+        script, config = NETWORKS[network]
+        file = tmp_path_factory.mktemp("config") / "config.json"
+        file.write_text(json.dumps(config))
+        artifact = export_artifact(
+            f"prefill-{network}-{quant}-{batch}", "--random-weights", file, "--device", "cuda",
+            "--quant", quant, "--max-seq-len", 2048, "--max-prefill", CAPACITY, "--batch", batch,
+            script=script,
+        )  # fmt: skip
+        return runner.load(artifact).loop.program
+
+    return make
+
+
+def ids(seed: int, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1000, (count,), generator=generator).tolist()
+
+
+def prefill(program, prompts: list[tuple[int, list[int]]], capacity: int) -> dict:
+    """The logits [V] after each row's prompt, and copies of the rows' states."""
+    found = {}
+    for chunk in packed(prompts, capacity, program.packing.parts, 64):
+        logits = program.prefill_packed(chunk)
+        for i, part in enumerate(chunk):
+            if part.ends:
+                found[part.row] = logits[i].clone()
+    torch.cuda.synchronize()
+    return found
+
+
+def states(program, row: int) -> dict[str, torch.Tensor]:
+    """What a row remembers of LENGTH tokens."""
+    kept = {}
+    for name, tensor in program.tensors.items():
+        if ".cache." in name:
+            whole = tensor.shape[1] == 2048 and name.endswith((".k", ".v"))
+            kept[name] = tensor[row, :LENGTH].clone() if whole else tensor[row].clone()
+    return kept
+
+
+@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+def test_no_bit_depends_on_the_chunks(load, network, quant):
+    program, prompt = load(network, quant, 1), ids(0, LENGTH)
+    expected = prefill(program, [(0, prompt)], CAPACITY)[0]
+    state = states(program, 0)
+    assert expected.isfinite().all() and expected.std() > 0
+    for size in (64, 128, 1024):
+        prefill(program, [(0, ids(1, LENGTH + 100))], CAPACITY)
+        assert torch.equal(prefill(program, [(0, prompt)], size)[0], expected), size
+        for name, tensor in states(program, 0).items():
+            assert torch.equal(tensor, state[name]), (size, name)
+
+
+@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+def test_no_bit_depends_on_what_is_packed_beside_it(load, network, quant):
+    alone, several = load(network, quant, 1), load(network, quant, 5)
+    prompts = [(3, ids(0, 400)), (1, ids(1, 1)), (0, ids(2, LENGTH)), (4, ids(3, 129))]
+    expected = {row: prefill(alone, [(0, prompt)], CAPACITY)[0] for row, prompt in prompts}
+    for capacity in (CAPACITY, 512):
+        found = prefill(several, prompts, capacity)
+        assert all(torch.equal(found[row], expected[row]) for row, _ in prompts), capacity
+    prefill(alone, [(0, prompts[2][1])], CAPACITY)
+    state, theirs = states(alone, 0), states(several, 0)
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("network", ["qwen3", "hybrid"])
+def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network):
+    """The delta rule's chunks and steps differ in their sums: float32 by less than this."""
+    program, prompt = load(network, "fp32", 1), ids(0, 200)
+    logits = prefill(program, [(0, prompt)], CAPACITY)[0]
+    position = torch.zeros(1, dtype=torch.int64, device="cuda")
+    program.begin(embed=False)
+    for place, token in enumerate(prompt):
+        position.fill_(place)
+        stepped = program.decode(torch.tensor([[token]], device="cuda"), position)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(stepped[0], logits, rtol=2e-4, atol=2e-4 * logits.abs().max().item())
+    assert stepped[0].argmax() == logits.argmax()
+
+
+def test_prompts_that_join_together_go_up_in_one_copy(load):
+    program = load("qwen3", "bf16", 5)
+    before = program.transfers.snapshot()
+    prefill(program, [(row, ids(row, 100)) for row in range(5)], CAPACITY)
+    copies = program.transfers.since(before)
+    assert (copies.host_to_device.count, copies.device_to_device.count) == (1, 0)
