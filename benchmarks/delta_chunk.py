@@ -47,7 +47,7 @@ FEW = 1000  # tokens that are really there, in room for 8,192
 # Of the largest value. bfloat16 is rounded in products, and in the interpreter cut off.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 TARGET_US, BLOCK_US = 600.0, 2.5  # of 8,192 tokens, and of a block in the pass over the states
-BLOCKS = delta_operator.BLOCKS[2], (128, 8), (64, 4), (64, 8)
+BLOCKS = delta_operator.BLOCKS[2], (32, 4, 1), (64, 4, 2), (128, 4, 1), (32, 8, 3), (128, 8, 1)
 STATES = (
     delta_operator.STATES[2], (128, 32, 4, 3), (128, 32, 8, 2), (128, 32, 8, 3), (128, 32, 4, 1),
     (64, 32, 4, 2), (64, 32, 8, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 16, 4, 2),

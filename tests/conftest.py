@@ -41,8 +41,9 @@ SLOW_FILES = {
     *("export/test_gemma.py", "export/test_pte.py", "export/test_pte_cuda.py"),
     *("export/test_qwen3.py", "export/test_qwen3_5.py", "export/test_selection.py"),
     *("export/test_wheel.py", "export/test_xnnpack.py", "export/test_xnnpack_graph.py"),
-    *("models/kernels/test_causal_conv1d.py", "runner/test_inductor.py"),
+    *("models/kernels/test_causal_conv1d.py", "models/kernels/test_gated_delta_rule_chunk.py"),
     *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
+    "runner/test_inductor.py",
     "test_compiled_kernels.py",
 }
 

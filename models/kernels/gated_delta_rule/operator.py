@@ -19,10 +19,10 @@ from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
 # A program's columns of a state, 32 KiB where it has 128 rows, and its warps.
 COLUMNS = 64, 4
-# Of a packed chunk, by the bytes of an input: for the blocks the numbers of a key that a product
-# takes at once, and warps; for the states the same numbers, columns, warps and stages. None of them
-# may depend on how many tokens or sequences there are.
-BLOCKS = {4: (16, 8), 2: (128, 4)}
+# Of a packed chunk, by the bytes of an input. BLOCKS: the numbers of a key that a product takes at
+# once, warps, stages. STATES: the same numbers, columns, warps, stages. None of them may depend on
+# how many tokens or sequences there are.
+BLOCKS = {4: (16, 8, 1), 2: (32, 4, 3)}
 STATES = {4: (16, 16, 8, 1), 2: (128, 32, 4, 2)}
 
 
@@ -85,11 +85,11 @@ def gated_delta_rule_chunk(
     out = torch.empty(tokens, heads, value_size, dtype=v.dtype, device=v.device)
     shared, made = heads // q.shape[1], (inverse, attention, factors, kept)
     qk_strides = *q.stride()[:2], *k.stride()[:2]
-    block_keys, warps = BLOCKS[q.element_size()]
+    block_keys, warps, stages = BLOCKS[q.element_size()]
     launch(gated_delta_rule_blocks_kernel, (heads, places))(
         q, k, a, b, A_log, dt_bias, starts, *made, sequences, shared, key_size, key_size**-0.5,
         *qk_strides, *a.stride(), *b.stride(), BLOCK_KEYS=min(block_keys, key_size),
-        num_warps=warps,
+        STAGES=stages, num_warps=warps,
     )  # fmt: skip
     block_keys, columns, warps, stages = STATES[q.element_size()]
     if q.element_size() == 4 and key_size > 128:

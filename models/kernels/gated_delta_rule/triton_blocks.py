@@ -115,7 +115,7 @@ def gated_delta_rule_blocks_kernel(
     q_stride_row: tl.constexpr, q_stride_head: tl.constexpr,
     k_stride_row: tl.constexpr, k_stride_head: tl.constexpr,
     a_stride_row, a_stride_head, b_stride_row, b_stride_head,
-    BLOCK_KEYS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The block at a place, of one value head."""
     HALF: tl.constexpr = BLOCK // 2
@@ -128,16 +128,22 @@ def gated_delta_rule_blocks_kernel(
     token = tl.arange(0, BLOCK)
     exists = token < stop - begin
     key = tl.arange(0, BLOCK_KEYS)
-    begin = begin.to(tl.int64) + wait(0)
+    zero = wait(0)
+    begin = begin.to(tl.int64) + zero
     key_head = head // heads_per_key
 
-    # 1. Gates. What is not there neither changes a state nor lets it decay.
+    # 1. Gates. What is not there neither changes a state nor lets it decay. The decay's logarithm
+    # is float64, and two float32 in the matrices. A token may let a state decay by exp(-100) and
+    # the next one by hardly anything: a difference of float32 sums does not tell that well.
     a_ptrs = a_ptr + begin * a_stride_row + head * a_stride_head + token * a_stride_row
     b_ptrs = b_ptr + begin * b_stride_row + head * b_stride_head + token * b_stride_row
     a = tl.load(a_ptrs, mask=exists, other=0.0).to(tl.float32)
     b = tl.load(b_ptrs, mask=exists, other=0.0).to(tl.float32)
-    decay = tl.cumsum(tl.where(exists, -rate * softplus(a + bias), 0.0), 0)
+    decay = tl.cumsum(tl.where(exists, -rate * softplus(a + bias), 0.0).to(tl.float64), 0)
     end = tl.sum(tl.where(token == BLOCK - 1, decay, 0.0), 0)
+    after, before = tl.exp((end - decay).to(tl.float32)), tl.exp(decay.to(tl.float32))
+    high = decay.to(tl.float32)
+    low = (decay - high.to(tl.float64)).to(tl.float32)
     beta = 1.0 / (1.0 + tl.exp(-b))
 
     # 2. Products of keys and queries, and their lengths.
@@ -149,7 +155,7 @@ def gated_delta_rule_blocks_kernel(
     of_queries = tl.zeros([BLOCK, BLOCK], tl.float32)
     q_squares = tl.zeros([BLOCK], tl.float32)
     k_squares = tl.zeros([BLOCK], tl.float32)
-    for part in tl.static_range(key_size // BLOCK_KEYS):
+    for part in tl.range(0, key_size // BLOCK_KEYS, num_stages=STAGES):
         q = tl.load(q_ptrs + part * BLOCK_KEYS, mask=exists[:, None], other=0.0)
         k = tl.load(k_ptrs + part * BLOCK_KEYS, mask=exists[:, None], other=0.0)
         of_keys = dot(k, tl.trans(k), of_keys)
@@ -161,25 +167,24 @@ def gated_delta_rule_blocks_kernel(
     k_factor = 1.0 / tl.sqrt_rn(k_squares + L2_EPS)
 
     # 3. Both matrices.
-    factor = tl.exp(
-        tl.where(token[:, None] >= token[None, :], decay[:, None] - decay[None, :], float("-inf"))
-    )
+    between = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    factor = tl.exp(tl.where(token[:, None] >= token[None, :], between, float("-inf")))
     factor = factor * k_factor[None, :]
     attention = of_queries * factor * q_factor[:, None]
     lower = tl.where(
         token[:, None] > token[None, :], of_keys * factor * (beta * k_factor)[:, None], 0.0
     )
 
-    number = place.to(tl.int64) * tl.num_programs(0) + head + wait(0)
+    number = place.to(tl.int64) * tl.num_programs(0) + head + zero
     square = token[:, None] * BLOCK + token[None, :]
     attention_ptrs = attention_ptr + number * BLOCK * BLOCK + square
     tl.store(attention_ptrs, attention.to(attention_ptr.dtype.element_ty))
     factor_ptrs = factors_ptr + number * FACTORS * BLOCK + token
     tl.store(factor_ptrs, beta)
-    tl.store(factor_ptrs + BLOCK, tl.exp(decay) * k_factor)
-    tl.store(factor_ptrs + 2 * BLOCK, tl.exp(decay) * q_factor)
-    tl.store(factor_ptrs + 3 * BLOCK, tl.exp(end - decay) * k_factor)
-    tl.store(kept_ptr + number, tl.exp(end))
+    tl.store(factor_ptrs + BLOCK, before * k_factor)
+    tl.store(factor_ptrs + 2 * BLOCK, before * q_factor)
+    tl.store(factor_ptrs + 3 * BLOCK, after * k_factor)
+    tl.store(kept_ptr + number, tl.exp(end.to(tl.float32)))
 
     upper_left, lower_left, lower_right = unit_inverse(lower)
     i = tl.arange(0, HALF)

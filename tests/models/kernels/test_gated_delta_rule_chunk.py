@@ -96,6 +96,19 @@ def test_sequences_of_a_chunk_give_what_single_steps_give(operators, shape, dtyp
         assert_near(table[row], state, BOUND[dtype])
 
 
+def test_heads_may_forget_all_at_once_and_then_nothing():
+    """Where a difference of float32 sums of logarithms would be wrong by 1e-4."""
+    case = Tokens(150, (1, 2, 32, 32))
+    case.gates *= 15.0
+    case.A_log[:], case.dt_bias[:] = 2.7, 0.0
+    table = case.table.clone()
+    packed = integers(0, 150), integers(1), integers(64)
+    out = operator.gated_delta_rule_chunk(*case.given(slice(0, 150)), table, *packed)
+    expected, state = case.steps(slice(0, 150), 1, 64)
+    assert_near(out, expected, BOUND[torch.float32])
+    assert_near(table[1], state, BOUND[torch.float32])
+
+
 @BOTH
 def test_the_tokens_that_outputs_choose_are_those_of_single_steps(operators):
     """In float32, of 500 tokens."""
