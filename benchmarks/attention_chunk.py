@@ -81,7 +81,10 @@ VARIANTS = {
     ),
 }  # fmt: skip
 # Of full layers and of rings.
-GLUON = {(128, False): (GluonTiles(2), GluonTiles(1))}
+GLUON = {
+    (128, False): (GluonTiles(2), GluonTiles(1)),
+    (256, False): (GluonTiles(2, 64), GluonTiles(1, 64), GluonTiles(1, 64, 3)),
+}
 # Tokens of a chunk, and positions before it.
 CASES = (8192, 0), (1024, 0), (128, 0), (128, 8064)
 if DRY:

@@ -40,11 +40,11 @@ def gluon_tiles(
     That depends on the layer alone, since the two kernels' results differ in their last bits. The
     keys of a block do, too.
     """
-    if dtype != torch.bfloat16 or head_dim != 128 or is_ring:
+    if dtype != torch.bfloat16 or head_dim not in (128, 256) or is_ring:
         return None
     # One warpgroup a program, where else processors would idle, or where sequences have one token.
     alone = tokens <= sequences or heads * -(-tokens // 64) <= PROCESSORS
-    return GluonTiles(1 if alone else 2)
+    return GluonTiles(1 if alone else 2, 128 if head_dim == 128 else 64)
 
 
 def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:

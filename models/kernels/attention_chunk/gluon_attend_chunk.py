@@ -147,6 +147,14 @@ def matrix(bufs, stage):
     return bufs.index(stage).reshape([BLOCK_N, SIZE])
 
 
+@gluon.constexpr_function
+def product_layout(columns):
+    """Of a product of 64 rows: an instruction takes all its columns."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
+    )
+
+
 @gluon.jit
 def weigh(s, top, total, position, key, UNIT: gl.constexpr, MASK: gl.constexpr):
     """Exponents of a block's scores, the new maximum and sum, and the factor of what was before."""
@@ -173,7 +181,8 @@ def step(
     STAGES: gl.constexpr = k_bufs.type.shape[0]
     BLOCK_N: gl.constexpr = k_bufs.type.shape[2]
     LAYOUT: gl.constexpr = o.type.layout
-    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=LAYOUT)
+    SCORES: gl.constexpr = weights.type.layout
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=SCORES)
     at = before + j
     stage, phase = at % STAGES, (at // STAGES) & 1
     last, last_phase = (at - 1) % STAGES, ((at - 1) // STAGES) & 1
@@ -194,7 +203,7 @@ def step(
     mbarrier.wait(v_full.index(last), last_phase)
     o, weights = warpgroup_mma_wait(num_outstanding=0, deps=(o, weights))
     mbarrier.arrive(v_empty.index(last), count=1)
-    o = o * factor[:, None]
+    o = o * gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT))[:, None]
     return weights, o, top, total
 
 
@@ -209,13 +218,13 @@ def attend_tiles(
     STAGES: gl.constexpr = k_bufs.type.shape[0]
     BLOCK_N: gl.constexpr = k_bufs.type.shape[2]
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
-    )
+    SCORES: gl.constexpr = product_layout(BLOCK_N)
+    LAYOUT: gl.constexpr = product_layout(SIZE)
     DOT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
-    gl.static_assert(SIZE == 128)
-    gl.static_assert(BLOCK_N == 128)
-    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=LAYOUT)
+    gl.static_assert(SIZE <= 256)
+    # A wide head's queries, keys and values leave no room for its results.
+    STAGED: gl.constexpr = SIZE <= 128
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=SCORES)
     done = 0
     for i in range(rounds(tiles)):
         _, token, position, count, head = find_tile(
@@ -225,11 +234,11 @@ def attend_tiles(
         token += PART * ROWS
         count -= PART * ROWS
         start = position + PART * ROWS
-        query = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        query = start + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
         # Blocks that all queries see whole. Queries that are not there may lie past all blocks.
         unmasked = gl.minimum((start + 1) // BLOCK_N, blocks)
-        top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, LAYOUT))
-        total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, LAYOUT))
+        top = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, SCORES))
+        total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, SCORES))
 
         mbarrier.wait(q_full, i & 1)
         stage = done % STAGES
@@ -261,8 +270,9 @@ def attend_tiles(
         o = warpgroup_mma_wait(num_outstanding=0, deps=(o,))
         mbarrier.arrive(v_empty.index(stage), count=1)
 
-        o = (o * (1 / total)[:, None]).to(gl.bfloat16)
-        if count >= ROWS:
+        shrink = gl.convert_layout(1 / total, gl.SliceLayout(1, LAYOUT))
+        o = (o * shrink[:, None]).to(gl.bfloat16)
+        if STAGED and count >= ROWS:
             tma.store_wait(0)
             thread_barrier()
             o_buf.store(o)
@@ -270,12 +280,13 @@ def attend_tiles(
             thread_barrier()
             tma.async_copy_shared_to_global(o_desc, [token, head * SIZE], o_buf)
         elif count > 0:
-            # The next sequence's tokens lie behind these.
+            # The next sequence's tokens may lie behind these.
             t = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
             column = head * SIZE + gl.arange(0, SIZE, layout=gl.SliceLayout(0, LAYOUT))
             to = (token + t).to(gl.int64)[:, None] * (HEADS * SIZE) + column[None, :]
             gl.store(out_ptr + to, o, mask=(t < count)[:, None])
-    tma.store_wait(0)
+    if STAGED:
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -312,7 +323,10 @@ def gluon_attend_chunk_kernel(
     )  # fmt: skip
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_bufs = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, ROWS, SIZE], LAYOUT)
-    o_bufs = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, ROWS, SIZE], LAYOUT)
+    if SIZE <= 128:
+        o_bufs = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, ROWS, SIZE], LAYOUT)
+    else:
+        o_bufs = q_bufs
     k_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, BLOCK_N, SIZE], ROW_LAYOUT)
     v_bufs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, BLOCK_N, SIZE], ROW_LAYOUT)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BARRIER)

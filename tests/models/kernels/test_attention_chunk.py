@@ -214,47 +214,57 @@ def test_one_token_of_a_sequence_may_be_anywhere(normal, layout, dtype):
     assert_close(got, expected, dtype)
 
 
+def gluon_layers():
+    """Layers that the Gluon kernel takes, and its cuts of them that must give the same."""
+    cuts = [
+        (layout, [GluonTiles(consumers, block_n) for consumers in (1, 2)])
+        for layout, block_n in (((2, 3, 128, 0), 128), ((1, 4, 256, 0), 64))
+    ]
+    return pytest.mark.parametrize("layout, cuts", cuts, ids=["128", "256"])
+
+
 @needs_gpu
 @pytest.mark.parametrize("slots", [2100, 2176])
-def test_gluon_s_tiles_give_the_same(normal, slots):
-    prompts = Prompts(normal, LAYOUTS[0], torch.bfloat16, False, slots)
+@gluon_layers()
+def test_gluon_s_cuts_give_the_same(normal, layout, cuts, slots):
+    prompts = Prompts(normal, layout, torch.bfloat16, False, slots)
     expected, caches = prompts.run(operator, ALL_ROWS_WHOLE)
-    # What lies beyond a row's tokens is finite, and beyond its slots another row's.
-    for tiles in (GluonTiles(1), GluonTiles(2)):
+    for tiles in cuts:
         for size, together, spare in ((64, True, 64), (WHOLE, False, 130)):
             got, _ = prompts.run(operator, schedule(size, together), spare, tiles)
             for row in LENGTHS:
                 assert torch.equal(got[row], expected[row]), (tiles, size, row)
-    one, _ = last_tokens(prompts, caches, GluonTiles(1))
-    two, _ = last_tokens(prompts, caches, GluonTiles(2))
+    one, two = (last_tokens(prompts, caches, tiles)[0] for tiles in cuts)
     assert torch.equal(one, two)
 
 
 @needs_gpu
-def test_another_row_s_faults_stay_there(normal):
-    prompts = Prompts(normal, LAYOUTS[0], torch.bfloat16, False, 2100)
+@gluon_layers()
+def test_another_row_s_faults_stay_there(normal, layout, cuts):
+    prompts = Prompts(normal, layout, torch.bfloat16, False, 2100)
     caches, other = [[x.clone() for x in prompts.empty] for _ in range(2)]
     for x in other:
         x[1] = torch.nan
     # Its last block of keys ends beyond the row's slots.
     piece = [(0, 0, prompts.slots)]
     prompts.prompts[0] = prompts.prompts[2].repeat(2, 1)[: prompts.slots]
-    expected, got = (prompts.layer(operator, x, piece) for x in (caches, other))
-    assert torch.equal(got, expected)
+    for tiles in cuts:
+        expected, got = (prompts.layer(operator, x, piece, 0, tiles) for x in (caches, other))
+        assert torch.equal(got, expected)
 
 
 @needs_gpu
-def test_nothing_beyond_a_sequence_is_written(normal):
-    prompts = Prompts(normal, LAYOUTS[0], torch.bfloat16, False)
-    for tiles in (GluonTiles(1), GluonTiles(2)):
-        # A sequence without a row is not there.
-        pieces = [(0, 0, 100), (-1, 0, 64), (2, 0, 200), (1, 0, 64)]
-        prompts.prompts[-1] = prompts.prompts[2]
-        out = prompts.layer(operator, [x.clone() for x in prompts.empty], pieces, 70, tiles)
+@gluon_layers()
+def test_only_a_sequence_s_tokens_are_written(normal, layout, cuts):
+    prompts = Prompts(normal, layout, torch.bfloat16, False)
+    # A sequence without a row is not there.
+    pieces = [(0, 0, 100), (-1, 0, 64), (2, 0, 200), (1, 0, 64)]
+    prompts.prompts[-1] = prompts.prompts[2]
+    for tiles in cuts:
+        caches = [x.clone() for x in prompts.empty]
+        out = prompts.layer(operator, caches, pieces, 70, tiles)
         alone = [
-            prompts.layer(operator, [x.clone() for x in prompts.empty], [piece], 0, tiles)
-            for piece in pieces
-            if piece[0] >= 0
+            prompts.layer(operator, caches, [piece], 0, tiles) for piece in pieces if piece[0] >= 0
         ]
         assert torch.equal(torch.cat([out[:100], out[164:]]), torch.cat(alone))
 
