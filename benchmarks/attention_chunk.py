@@ -6,7 +6,7 @@ Times are medians of CUDA graphs between events. A floor is the time of the prod
 or of the bytes at 4.2 TB/s, whichever is longer. Errors are the largest difference from float32
 softmax of two heads. `same` says whether chunks of 64 and of 1024 tokens, and packing, give the
 same bits, and `like` which earlier cut with as many keys of a block gives the same bits. The cut
-that the operator uses is marked with *. `--dry` runs tiny shapes in Triton's interpreter.
+that the operator uses for a case is marked with *. `--dry` runs tiny shapes in the interpreter.
 """
 
 import argparse
@@ -29,9 +29,12 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.cuda_common import median_us, origin  # noqa: E402
 from tokenloop.models.kernels.attention_chunk.chunk_tiles import (  # noqa: E402
     ChunkTiles,
+    GluonTiles,
     chunk_tiles,
+    gluon_tiles,
 )
 from tokenloop.models.kernels.attention_chunk.operator import (  # noqa: E402
+    HAS_GLUON,
     launch_attend_chunk,
     rotate_chunk,
     store_ring,
@@ -59,6 +62,7 @@ SHAPES = (
     Shape("gemma4 31b full", 4, 8, 512, values_are_keys=True), Shape("qwen3.5 9b", 4, 4, 256),
     Shape("gemma3 270m sliding", 1, 4, 256, 512),
 )  # fmt: skip
+Tiles = ChunkTiles | GluonTiles
 # By head size.
 VARIANTS = {
     128: (
@@ -76,6 +80,11 @@ VARIANTS = {
         ChunkTiles(64, 32, 8, 2),
     ),
 }  # fmt: skip
+# Of full layers and of rings.
+GLUON = {
+    (128, False): (GluonTiles(2), GluonTiles(1)),
+    (256, False): (GluonTiles(2, 64), GluonTiles(1, 64), GluonTiles(1, 64, 3)),
+}
 # Tokens of a chunk, and positions before it.
 CASES = (8192, 0), (1024, 0), (128, 0), (128, 8064)
 if DRY:
@@ -121,12 +130,12 @@ class Layer:
             for cache, x in zip(self.caches, self.kv.unbind(1)):
                 cache[1, :LONGEST] = x
 
-    def attend(self, first: int, tokens: int, tiles: ChunkTiles | None = None) -> Tensor:
+    def attend(self, first: int, tokens: int, tiles: Tiles | None = None) -> Tensor:
         """A chunk's attention, of row 1."""
         chunk = slice(first, first + tokens)
         return self.call(chunk, places([(1, first, tokens)]), tiles)()
 
-    def call(self, chunk: slice, where: tuple[Tensor, ...], tiles: ChunkTiles | None):
+    def call(self, chunk: slice, where: tuple[Tensor, ...], tiles: Tiles | None):
         kv = self.kv[chunk] if self.is_ring else self.kv[0, 0, 0, :0]
         q, options = self.q[chunk], {"scale": self.scale, "is_ring": self.is_ring}
         return lambda: launch_attend_chunk(q, kv, *where, *self.caches, **options, tiles=tiles)
@@ -139,7 +148,7 @@ class Layer:
                 at = torch.arange(max(0, before - self.shape.window), before, device=DEVICE)
                 cache[1, at % self.shape.window] = x[at]
 
-    def in_chunks(self, size: int, until: int, tiles: ChunkTiles) -> Tensor:
+    def in_chunks(self, size: int, until: int, tiles: Tiles) -> Tensor:
         """The first tokens' attention, chunk after chunk."""
         self.fill(0)
         parts = []
@@ -152,7 +161,7 @@ class Layer:
                 )
         return torch.cat(parts)
 
-    def packed(self, tiles: ChunkTiles) -> Tensor:
+    def packed(self, tiles: Tiles) -> Tensor:
         """The last 64 tokens' attention, behind 64 of another row and before 64 of a third."""
         self.fill(LONGEST - 64)
         where = places([(0, 0, 64), (1, LONGEST - 64, 64), (2, 0, 64)])
@@ -222,10 +231,11 @@ def torch_s(layer: Layer, repeats: int) -> list[dict]:
     return found
 
 
-def described(tiles: ChunkTiles, chosen: ChunkTiles) -> str:
+def described(tiles: Tiles) -> str:
+    if isinstance(tiles, GluonTiles):
+        return f"gluon {64 * tiles.consumers}x{tiles.block_n} s{tiles.stages}"
     text = f"{tiles.block_m}x{tiles.block_n} w{tiles.warps} s{tiles.stages} "
-    text += "tma" if tiles.tma else "ptr"
-    return text + (f" /{tiles.split}" if tiles.split > 1 else "") + "*" * (tiles == chosen)
+    return text + ("tma" if tiles.tma else "ptr") + (f" /{tiles.split}" if tiles.split > 1 else "")
 
 
 def measured(shape: Shape, repeats: int) -> list[dict]:
@@ -233,11 +243,17 @@ def measured(shape: Shape, repeats: int) -> list[dict]:
     heads = 0, layer.heads - 1
     size = shape.head_dim
     exact = torch.cat([layer.exact(head) for head in heads], 1)
-    chosen = chunk_tiles(layer.caches[0].shape[1], size, torch.bfloat16, layer.is_ring)
-    variants = [x for x in VARIANTS[size] if not (layer.is_ring and x.block_n > 64)]
-    variants = [chosen] * (chosen not in variants and not DRY) + variants
 
-    def compiled(tiles: ChunkTiles) -> str | None:
+    def chosen(tokens: int) -> Tiles:
+        rest = size, torch.bfloat16, layer.is_ring
+        cut = gluon_tiles(tokens, SEQUENCES, layer.heads, *rest) if HAS_GLUON else None
+        return cut or chunk_tiles(layer.caches[0].shape[1], *rest)
+
+    variants = [x for x in VARIANTS[size] if not (layer.is_ring and x.block_n > 64)]
+    variants += GLUON.get((size, layer.is_ring), ()) if HAS_GLUON else ()
+    variants = [chosen(LONGEST)] * (chosen(LONGEST) not in variants and not DRY) + variants
+
+    def compiled(tiles: Tiles) -> str | None:
         try:
             layer.attend(0, 64, tiles)
         except Exception as error:  # a cut may not fit
@@ -248,7 +264,7 @@ def measured(shape: Shape, repeats: int) -> list[dict]:
         faults = [job.result() for job in jobs]
     found, whole_of = [], {}
     for tiles, fault in zip(variants, faults):
-        shared = {"shape": shape.name, "variant": described(tiles, chosen)}
+        shared = {"shape": shape.name, "variant": described(tiles)}
         if fault:
             found.append(shared | {"case": list(CASES[0]), "skipped": fault})
             continue
@@ -271,7 +287,7 @@ def measured(shape: Shape, repeats: int) -> list[dict]:
             us = microseconds(call, repeats)
             found.append(
                 shared | {"case": [tokens, first], "us": us, "floor_us": floor,
-                          "tflops": flops / us / 1e6}
+                          "tflops": flops / us / 1e6, "chosen": tiles == chosen(tokens)}
             )  # fmt: skip
     return found + torch_s(layer, repeats) + around(layer, repeats)
 
@@ -317,7 +333,8 @@ def table(rows: list[dict]) -> str:
         f"{'TFLOP/s':>8} {'error':>7} same like"
     ]
     for row in rows:
-        line = f"{row['shape']:<20} {row['variant']:<18} {row['case'][0]:>6} {row['case'][1]:>6} "
+        name = row["variant"] + "*" * row.get("chosen", False)
+        line = f"{row['shape']:<20} {name:<18} {row['case'][0]:>6} {row['case'][1]:>6} "
         if "skipped" in row:
             lines.append(line + row["skipped"])
             continue

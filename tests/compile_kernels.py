@@ -19,6 +19,7 @@ import triton
 from torch import bfloat16, empty, float16, float32, int32, int64
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from tokenloop.models.kernels.launch.dependent_launch import WAITING
 from tokenloop.models.kernels.launch.launches import Launch, kept_launches
@@ -28,7 +29,7 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.bool: "i1",
 }  # fmt: skip
-OPTIONS = "num_warps", "num_stages"
+OPTIONS = "num_warps", "num_stages", "maxnreg"
 compiled = set()
 
 
@@ -58,7 +59,8 @@ def compile_launch(launch: Launch) -> None:
     key = kernel.__name__, *map(str, (signature, constants, attributes, options))
     if key not in compiled:
         compiled.add(key)
-        source = ASTSource(kernel, signature, constants, attributes)
+        kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+        source = kind(kernel, signature, constants, attributes)
         code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
         assert ("griddepcontrol.wait" in code) == (kernel.__name__ in WAITING)
         if len(sys.argv) > 2:
@@ -139,6 +141,9 @@ def attention_chunk() -> None:
                 eps=1e-6, value_norm=shared, values_are_keys=shared, is_ring=is_ring,
             )  # fmt: skip
             module.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=is_ring)
+            # Few tokens may be cut otherwise.
+            few = q[:64], kv[:64], *where, *caches
+            module.attend_chunk(*few, scale=1.0, is_ring=is_ring)
             if is_ring:
                 module.store_ring(kv, *where, *caches)
 

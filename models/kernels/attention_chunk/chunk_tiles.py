@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+PROCESSORS = 132  # of an H100 or H200
 # Elements of the keys that programs at work together read: with values 16 MB in bfloat16.
 TOGETHER = 2**22
 
@@ -21,6 +22,29 @@ class ChunkTiles(NamedTuple):
     stages: int = 2
     tma: bool = True
     split: int = 1
+
+
+class GluonTiles(NamedTuple):
+    """Warpgroups that take 64 queries each, keys of a block, and stages of keys and of values."""
+
+    consumers: int = 2
+    block_n: int = 128
+    stages: int = 2
+
+
+def gluon_tiles(
+    tokens: int, sequences: int, heads: int, head_dim: int, dtype: torch.dtype, is_ring: bool
+) -> GluonTiles | None:
+    """How the Gluon kernel cuts a chunk; None where it is the Triton kernel's.
+
+    That depends on the layer alone, since the two kernels' results differ in their last bits. The
+    keys of a block do, too.
+    """
+    if dtype != torch.bfloat16 or head_dim not in (128, 256) or is_ring:
+        return None
+    # One warpgroup a program, where else processors would idle, or where sequences have one token.
+    alone = tokens <= sequences or heads * -(-tokens // 64) <= PROCESSORS
+    return GluonTiles(1 if alone else 2, 128 if head_dim == 128 else 64)
 
 
 def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:

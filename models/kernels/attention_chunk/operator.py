@@ -1,14 +1,22 @@
 """Attention of a packed chunk of prompts on CUDA: one launch to make queries, keys and values, one
 to attend, and one to put a chunk into a ring."""
 
+import torch
 import triton
 from torch import Tensor, empty, int8
 
+from tokenloop.models.kernels.attention.triton_attend import LOG2_E
 from tokenloop.models.kernels.attention_chunk.chunk_tiles import (
+    PROCESSORS,
     ChunkTiles,
+    GluonTiles,
     chunk_tiles,
+    gluon_tiles,
     heads_together,
     rotated_tokens,
+)
+from tokenloop.models.kernels.attention_chunk.gluon_attend_chunk import (
+    gluon_attend_chunk_kernel,
 )
 from tokenloop.models.kernels.attention_chunk.triton_attend_chunk import attend_chunk_kernel
 from tokenloop.models.kernels.attention_chunk.triton_rotate import rotate_kernel, store_ring_kernel
@@ -18,6 +26,11 @@ from tokenloop.models.kernels.launch.launches import launch, operator
 
 # Sequences of a chunk start at positions that this divides.
 GRANULE = 64
+
+# Gluon has no interpreter, and its kernel is for Hopper GPUs.
+HAS_GLUON = not triton.knobs.runtime.interpret and (
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
+)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -69,11 +82,33 @@ def rotate_chunk(
     return q, kv
 
 
+def _launch_gluon(
+    q: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor, v_cache: Tensor,
+    scale: float, tiles: GluonTiles,
+) -> Tensor:  # fmt: skip
+    tokens, width = q.shape
+    all_rows, slots, kv_heads, head_dim = k_cache.shape
+    sequences = rows.shape[0]
+    heads = width // head_dim
+    out = empty(tokens, width, dtype=q.dtype, device=q.device)
+    most = heads * count_blocks(tokens, sequences, 64 * tiles.consumers)
+    triton.set_allocator(_scratch)
+    launch(gluon_attend_chunk_kernel, (min(PROCESSORS, most),))(
+        q, starts, rows, first, k_cache, v_cache, out, tokens, all_rows, slots,
+        slots * kv_heads * head_dim,
+        UNIT=scale * LOG2_E.value, KV=kv_heads, GROUPS=heads // kv_heads, SIZE=head_dim,
+        SEQUENCES=sequences, PADDED=max(32, triton.next_power_of_2(sequences)),
+        CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
+        num_warps=4, maxnreg=168,
+    )  # fmt: skip
+    return out
+
+
 def launch_attend_chunk(
     q: Tensor, kv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor,
-    v_cache: Tensor, *, scale: float, is_ring: bool, tiles: ChunkTiles | None = None,
+    v_cache: Tensor, *, scale: float, is_ring: bool, tiles: ChunkTiles | GluonTiles | None = None,
 ) -> Tensor:  # fmt: skip
-    """`attend_chunk`, cut as `tiles` say.
+    """`attend_chunk`, cut as `tiles` say: by the kernel that they are for.
 
     Raises ValueError for queries that the caches do not fit, and for tiles that a ring does not.
     """
@@ -87,6 +122,11 @@ def launch_attend_chunk(
             f"queries {q.dtype} {tuple(q.shape)} do not fit caches {k_cache.dtype} "
             f"{tuple(k_cache.shape)}"
         )
+    heads = width // head_dim
+    if tiles is None and HAS_GLUON:
+        tiles = gluon_tiles(tokens, rows.shape[0], heads, head_dim, q.dtype, is_ring)
+    if isinstance(tiles, GluonTiles):
+        return _launch_gluon(q, starts, rows, first, k_cache, v_cache, scale, tiles)
     tiles = tiles or chunk_tiles(slots, head_dim, q.dtype, is_ring)
     if is_ring and (GRANULE % tiles.block_n or tiles.tma and slots % tiles.block_n):
         raise ValueError(f"{tiles} do not fit a ring of {slots} slots")

@@ -12,7 +12,10 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import triton_op, wrap_triton
+from triton.experimental.gluon._runtime import GluonJITFunction
 
 # Functions of the operators by name, "tokenloop::linear" and so on.
 FUNCTIONS: dict[str, Callable] = {}
@@ -42,15 +45,22 @@ def operator(name: str, mutates_args: set[str] | None = None) -> Callable[[Calla
     return register
 
 
+def _has_no_memory(x: Any) -> bool:
+    return isinstance(x, Tensor) and (isinstance(x, FakeTensor) or x.is_meta)
+
+
 def launch(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
     """A function that launches `kernel` with its arguments, which tensors may be, and options."""
 
     def with_arguments(*arguments: Any, **named: Any) -> None:
         launches = _kept.get()
-        if launches is None:
-            wrap_triton(kernel)[grid](*arguments, **named)
-        else:
+        if launches is not None:
             launches.append(Launch(kernel, grid, arguments, named))
+        elif not isinstance(kernel, GluonJITFunction):
+            wrap_triton(kernel)[grid](*arguments, **named)
+        # torch would analyse a kernel that it wraps, and knows none of Gluon's.
+        elif not any(map(_has_no_memory, (*arguments, *named.values()))):
+            kernel[grid](*arguments, **named)
 
     return with_arguments
 

@@ -4,10 +4,18 @@ and a token's bits do not depend on its chunk."""
 import pytest
 import torch
 
-from tests.models.kernels.checking import DEVICE, DTYPES, EPS, ON_GPU, TOLERANCE, assert_close
+from tests.models.kernels.checking import (
+    DEVICE,
+    DTYPES,
+    EPS,
+    ON_GPU,
+    TOLERANCE,
+    assert_close,
+    needs_gpu,
+)
 from tokenloop.models.cache import FullCache, SlidingCache
 from tokenloop.models.kernels.attention_chunk import chunk_tiles, operator, reference
-from tokenloop.models.kernels.attention_chunk.chunk_tiles import ChunkTiles
+from tokenloop.models.kernels.attention_chunk.chunk_tiles import ChunkTiles, GluonTiles
 
 # Key/value heads, query heads of each, head size, slots of a ring.
 LAYOUTS = [(2, 3, 128, 512), (1, 4, 256, 1024), (2, 2, 512, 100)] if ON_GPU else [(2, 3, 16, 64)]
@@ -179,6 +187,86 @@ def test_all_cuts_of_the_work_give_the_same(normal, is_ring, monkeypatch):
         got, _ = prompts.run(operator, schedule(128), tiles=tiles)
         for row in LENGTHS:
             assert_close(got[row], expected[row], torch.float32)
+
+
+def last_tokens(prompts, caches, tiles=None, count=256):
+    """Attention of the last token of each sequence, of which many have the same row."""
+    torch.manual_seed(0)
+    rows = torch.tensor([*LENGTHS] * count)[:count]
+    positions = torch.tensor([torch.randint(LENGTHS[int(row)], ()) for row in rows])
+    rows[3] = rows[-1] = -1
+    where = torch.arange(count + 1), rows, positions
+    where = [x.to(DEVICE, torch.int32) for x in where]
+    q = torch.randn(count, prompts.groups * prompts.kv_heads * prompts.head_dim)
+    q = q.to(DEVICE, prompts.dtype)
+    q[3] = torch.nan
+    options = {"scale": prompts.scale, "is_ring": False}
+    got = operator.launch_attend_chunk(q, q[:0], *where, *caches, **options, tiles=tiles)
+    return got[rows >= 0], reference.attend_chunk(q, q[:0], *where, *caches, **options)[rows >= 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@layers()
+def test_one_token_of_a_sequence_may_be_anywhere(normal, layout, dtype):
+    prompts = Prompts(normal, layout, dtype, False)
+    _, caches = prompts.run(operator, ALL_ROWS_WHOLE, tiles=small_tiles())
+    got, expected = last_tokens(prompts, caches, small_tiles(), count=256 if ON_GPU else 5)
+    assert_close(got, expected, dtype)
+
+
+def gluon_layers():
+    """Layers that the Gluon kernel takes, and its cuts of them that must give the same."""
+    cuts = [
+        (layout, [GluonTiles(consumers, block_n) for consumers in (1, 2)])
+        for layout, block_n in (((2, 3, 128, 0), 128), ((1, 4, 256, 0), 64))
+    ]
+    return pytest.mark.parametrize("layout, cuts", cuts, ids=["128", "256"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("slots", [2100, 2176])
+@gluon_layers()
+def test_gluon_s_cuts_give_the_same(normal, layout, cuts, slots):
+    prompts = Prompts(normal, layout, torch.bfloat16, False, slots)
+    expected, caches = prompts.run(operator, ALL_ROWS_WHOLE)
+    for tiles in cuts:
+        for size, together, spare in ((64, True, 64), (WHOLE, False, 130)):
+            got, _ = prompts.run(operator, schedule(size, together), spare, tiles)
+            for row in LENGTHS:
+                assert torch.equal(got[row], expected[row]), (tiles, size, row)
+    one, two = (last_tokens(prompts, caches, tiles)[0] for tiles in cuts)
+    assert torch.equal(one, two)
+
+
+@needs_gpu
+@gluon_layers()
+def test_another_row_s_faults_stay_there(normal, layout, cuts):
+    prompts = Prompts(normal, layout, torch.bfloat16, False, 2100)
+    caches, other = [[x.clone() for x in prompts.empty] for _ in range(2)]
+    for x in other:
+        x[1] = torch.nan
+    # Its last block of keys ends beyond the row's slots.
+    piece = [(0, 0, prompts.slots)]
+    prompts.prompts[0] = prompts.prompts[2].repeat(2, 1)[: prompts.slots]
+    for tiles in cuts:
+        expected, got = (prompts.layer(operator, x, piece, 0, tiles) for x in (caches, other))
+        assert torch.equal(got, expected)
+
+
+@needs_gpu
+@gluon_layers()
+def test_only_a_sequence_s_tokens_are_written(normal, layout, cuts):
+    prompts = Prompts(normal, layout, torch.bfloat16, False)
+    # A sequence without a row is not there.
+    pieces = [(0, 0, 100), (-1, 0, 64), (2, 0, 200), (1, 0, 64)]
+    prompts.prompts[-1] = prompts.prompts[2]
+    for tiles in cuts:
+        caches = [x.clone() for x in prompts.empty]
+        out = prompts.layer(operator, caches, pieces, 70, tiles)
+        alone = [
+            prompts.layer(operator, caches, [piece], 0, tiles) for piece in pieces if piece[0] >= 0
+        ]
+        assert torch.equal(torch.cat([out[:100], out[164:]]), torch.cat(alone))
 
 
 @pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])
