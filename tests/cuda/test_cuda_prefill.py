@@ -82,14 +82,15 @@ def ids(seed: int, count: int) -> list[int]:
 
 
 def prefill(program, prompts: list[tuple[int, list[int]]], capacity: int) -> dict:
-    """The logits [V] after each row's prompt, and copies of the rows' states."""
+    """The logits [V] after each row's prompt."""
     found = {}
     for chunk in packed(prompts, capacity, program.packing.parts, 64):
         logits = program.prefill_packed(chunk)
+        # The program has a stream of its own.
+        torch.cuda.synchronize()
         for i, part in enumerate(chunk):
             if part.ends:
                 found[part.row] = logits[i].clone()
-    torch.cuda.synchronize()
     return found
 
 
@@ -138,8 +139,10 @@ def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network):
     program.begin(embed=False)
     for place, token in enumerate(prompt):
         position.fill_(place)
-        stepped = program.decode(torch.tensor([[token]], device="cuda"), position)
-    torch.cuda.synchronize()
+        fed = torch.tensor([[token]], device="cuda")
+        torch.cuda.synchronize()
+        stepped = program.decode(fed, position)
+        torch.cuda.synchronize()
     torch.testing.assert_close(stepped[0], logits, rtol=2e-4, atol=2e-4 * logits.abs().max().item())
     assert stepped[0].argmax() == logits.argmax()
 
