@@ -1,24 +1,17 @@
 """Prefill of a packed chunk gives the network's own logits, and leaves behind the states that the
-network's prefill does. The operators are their references here."""
+network's prefill does."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-attention = pytest.importorskip("tokenloop.models.kernels.attention_chunk.reference")
 
 from tests.models.eager import assert_near, even_ends, prefill, prompt  # noqa: E402
 from tests.models.tiny_models import ROW_OF, make_reference, network_of  # noqa: E402
-from tokenloop.export.pt2 import cuda_prefill, cuda_step  # noqa: E402
-from tokenloop.models.kernels.causal_conv1d.reference import causal_conv1d  # noqa: E402
-from tokenloop.models.kernels.experts import reference as experts  # noqa: E402
-from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule  # noqa: E402
-from tokenloop.models.kernels.gated_rms_norm.reference import gated_rms_norm  # noqa: E402
-from tokenloop.models.kernels.linear import reference as linear  # noqa: E402
-from tokenloop.models.kernels.rms_norm import reference as norms  # noqa: E402
+from tokenloop.export.launches.cuda_prefill import CudaPrefill  # noqa: E402
+from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 
 SLOTS, ROWS = 150, 4
 WIDE = {"head_dim": 32}
@@ -34,33 +27,6 @@ NETWORKS = {
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,
 }
-
-
-def last_tokens(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    return x[starts[1:].long() - 1]
-
-
-OPERATORS = SimpleNamespace(
-    add_norm=lambda *x, count, **options: norms.add_norm(*x, **options),
-    attend_chunk=attention.attend_chunk,
-    # The kernel takes integers for what its reference takes bool.
-    causal_conv1d=lambda *given: causal_conv1d(*given[:6], given[6] > 0, given[7]),
-    dequantize=linear.dequantize,
-    embed_chunk=lambda tokens, table, count, scale: table[tokens] * scale,
-    experts_chunk=experts.experts_chunk,
-    gated_delta_rule_chunk=getattr(delta_rule, "gated_delta_rule_chunk", None),
-    gated_rms_norm=lambda x, gate, weight, eps, count: gated_rms_norm(x, gate, weight, eps),
-    last_tokens=last_tokens,
-    linear_chunk=linear.linear,
-    norm=lambda x, weight, count, *, eps, offset: norms.rms_norm(x, weight, eps, offset).to(x),
-    rotate_chunk=attention.rotate_chunk,
-    route=experts.route,
-    sigmoid_gate=lambda x, gates, count: x * gates.sigmoid(),
-    store_ring=attention.store_ring,
-)
-STEP_OPERATORS = SimpleNamespace(
-    add_norm_linear=linear.add_norm_linear, semaphores_size=lambda *sizes: 1
-)
 
 
 def chunk_of(prompts: dict[int, torch.Tensor], begins: dict[int, int], end: int, room: int):
@@ -85,18 +51,19 @@ def chunk_of(prompts: dict[int, torch.Tensor], begins: dict[int, int], end: int,
     return given, *(torch.tensor(table, dtype=torch.int32) for table in tables)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
+
+
 @pytest.fixture
-def networks_of(monkeypatch):
+def networks_of():
     """A function: model type, bits -> a network, and the prefill of an equal one."""
-    monkeypatch.setattr(cuda_step, "cuda", STEP_OPERATORS)
-    monkeypatch.setattr(cuda_prefill, "cuda", OPERATORS)
 
     def networks(model_type: str, bits: int):
         case = next(case for case in ROW_OF if case.split(",")[0] == model_type)
         hf = make_reference(case, **NETWORKS[model_type])
         network = network_of(ROW_OF[case], hf, SLOTS, ROWS)
         packed = copy.deepcopy(network)
-        method = cuda_prefill.CudaPrefill(cuda_step.CudaStep(packed, bits), packed)
+        method = CudaPrefill(CudaStep(packed, bits), packed)
         return (copy.deepcopy(packed) if bits else network), packed, method
 
     return networks

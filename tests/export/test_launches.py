@@ -1,0 +1,108 @@
+"""Artifacts for CUDA are made without a GPU: their files, what repeats, and what is refused."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+CUDA = ("--device", "cuda", "--max-seq-len", 200, "--max-prefill", 128)
+METHODS = {
+    "decode_embedded", "embed", "greedy", "greedy_embed", "next_positions", "prefill_128",
+    "prefill_64", "sample", "sample_embed", "sample_unfiltered", "sample_unfiltered_embed",
+}  # fmt: skip
+
+
+def read(artifact: Path) -> tuple[dict, dict, dict[str, bytes]]:
+    """The manifest, the program and the kernels' code."""
+    with zipfile.ZipFile(artifact / "model.launches") as archive:
+        program = json.loads(archive.read("program.json"))
+        codes = {entry["file"]: archive.read(entry["file"]) for entry in program["kernels"]}
+    return json.loads((artifact / "manifest.json").read_text()), program, codes
+
+
+@pytest.fixture(scope="module")
+def package_artifact(export_artifact, tiny_checkpoint):
+    return export_artifact("tiny-launches", "--model", tiny_checkpoint, *CUDA)
+
+
+def test_the_artifact_has_every_method_and_says_what_it_needs(package_artifact):
+    manifest, program, codes = read(package_artifact)
+    assert set(program["methods"]) == set(manifest["methods"]) == METHODS
+    expected = {
+        "engine": "launches", "device": "cuda", "processor": "sm_90", "chunk_multiple": 64,
+        "max_prefill": 128, "dtype": "bfloat16",
+    }  # fmt: skip
+    assert {key: manifest[key] for key in expected} == expected
+    symbols = {entry["symbol"] for entry in program["kernels"]}
+    assert set(manifest["waiting_kernels"]) <= symbols
+    # An ELF file for CUDA.
+    assert all(code[:4] == b"\x7fELF" for code in codes.values())
+    known = {entry["name"] for entry in manifest["state"]} | set(manifest["weights"]["views"])
+    from safetensors import safe_open
+
+    with safe_open(package_artifact / "model.safetensors", "pt") as file:
+        known |= set(file.keys())
+    for method in program["methods"].values():
+        assert set(method["tensors"]) <= known
+        assert method["launches"]
+
+
+def test_the_same_export_twice_gives_the_same_bytes(
+    package_artifact, tiny_checkpoint, run_script, tmp_path
+):
+    """The second one has no compiled kernels to find, and another directory to be in."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    arguments = "--model", tiny_checkpoint, *CUDA, "--output", tmp_path / "other"
+    done = run_script("export/gemma.py", *arguments, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in package_artifact.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "other").iterdir())
+    for name in files:
+        assert (package_artifact / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_layers_of_a_kind_share_their_kernels(export_artifact, make_qwen_checkpoint):
+    found = {}
+    for layers in (2, 5):
+        checkpoint = make_qwen_checkpoint("qwen3", num_hidden_layers=layers)
+        name = f"launches-{layers}-layers"
+        artifact = export_artifact(name, "--model", checkpoint, *CUDA, script="export/qwen3.py")
+        found[layers] = read(artifact)
+    assert found[2][2].keys() == found[5][2].keys()
+    counts = {
+        n: len(program["methods"]["prefill_64"]["launches"]) for n, (_, program, _) in found.items()
+    }
+    assert counts[5] > 2 * counts[2] - 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--gpu-arch", "sm_80"], "--gpu-arch is sm_80; kernels are for sm_90"),
+        (["--max-prefill", 100], "--max-prefill is 100; with --device cuda it must be a multiple"),
+        (["--backend", "inductor"], "--device cuda is not for --backend inductor, which is for"),
+    ],
+)  # fmt: skip
+def test_what_no_kernel_is_for_is_refused_in_one_line(
+    run_script, tiny_checkpoint, tmp_path, flags, line
+):
+    arguments = "--model", tiny_checkpoint, "--device", "cuda", *flags, "--output", tmp_path / "x"
+    done = run_script("export/gemma.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert line in done.stderr.splitlines()[-1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_interpreter_that_would_compile_nothing_is_refused(
+    run_script, tiny_checkpoint, tmp_path
+):
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    arguments = "--model", tiny_checkpoint, *CUDA, "--output", tmp_path / "x"
+    done = run_script("export/gemma.py", *arguments, cwd=tmp_path, env=environment)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "TRITON_INTERPRET is 1" in done.stderr
