@@ -16,7 +16,7 @@ class ChunkTiles(NamedTuple):
     block_n counts the outputs of a gated layer; its tile has as many rows of gates and of ups.
     With `descriptors` a program stays for all its tiles, of which it stores `parts` one after the
     other; `flatten` makes one loop of its tiles and their inputs, and with `specialize` some warps
-    only copy.
+    only copy. A tile by descriptors has `extra` outputs beside its block_n, unless it is gated.
     """
 
     block_t: int
@@ -29,6 +29,7 @@ class ChunkTiles(NamedTuple):
     flatten: bool = True
     specialize: bool = False
     group: int = 8
+    extra: int = 0
 
 
 class WordTiles(NamedTuple):
@@ -46,18 +47,36 @@ IN_TILE = 256
 FLOAT32 = ChunkTiles(64, 64, 32, 4, 2)
 
 
-# Tokens and rows of weights of a tile, inputs of a step, warps, and the share of the tensor cores'
-# speed that such tiles reach.
-SHAPES = (
-    (128, 256, 64, 8, 1.0), (128, 128, 64, 4, 0.95), (128, 64, 128, 4, 0.6),
-    (128, 32, 128, 4, 0.35), (64, 256, 64, 4, 0.7), (64, 128, 64, 4, 0.6), (64, 64, 128, 4, 0.5),
-    (64, 32, 128, 4, 0.3),
+class Shape(NamedTuple):
+    """Tokens and rows of weights of a tile, rows beside those, inputs of a step, warps, and the
+    share of the tensor cores' speed that such tiles reach."""
+
+    block_t: int
+    rows: int
+    extra: int
+    block_k: int
+    warps: int
+    share: float
+
+
+SHAPES = tuple(
+    Shape(*shape)
+    for shape in (
+        (128, 256, 0, 64, 8, 1.0), (128, 128, 64, 64, 8, 0.97), (128, 128, 32, 64, 4, 0.97),
+        (128, 128, 0, 64, 4, 0.967), (128, 64, 32, 64, 4, 0.9), (128, 64, 0, 64, 4, 0.9),
+        (128, 32, 0, 128, 4, 0.7), (64, 256, 0, 64, 4, 0.9), (64, 128, 64, 64, 4, 0.9),
+        (64, 128, 32, 64, 4, 0.9), (64, 128, 0, 64, 4, 0.9), (64, 64, 32, 128, 4, 0.8),
+        (64, 64, 0, 128, 4, 0.8), (64, 32, 0, 128, 4, 0.6),
+    )
 )  # fmt: skip
-# What a processor multiplies and reads from L2 in a microsecond, and what all read from L2 and from
-# memory: of an H200, to choose by.
-FLOP, OWN_BYTES, L2_BYTES, BYTES = 5.98e6, 75e3, 6.5e6, 4.2e6
+# What a processor multiplies and reads from L2 in a microsecond, and what all read from memory: of
+# an H200, to choose by. With these the choice was within 1% of the best on average, of the ways
+# that were measured for 64, 128, 1024 and 8192 tokens.
+FLOP, OWN_BYTES, BYTES = 5.95e6, 100e3, 4.0e6
+# Microseconds until a program multiplies, and between tiles, by how a kernel copies.
+POINTERS, FLAT, NESTED = (1.5, 2.0), (3.0, 0.5), (3.0, 1.5)
 # Shared memory of a program but for barriers; copies by descriptors keep some of it for results.
-SHARED = 226 * 1024
+SHARED, POINTERS_SHARED = 226 * 1024, 200 * 1024
 
 
 def chunk_tiles(
@@ -69,32 +88,41 @@ def chunk_tiles(
         return FLOAT32
     halves = 2 if gated else 1
     # Copies by descriptors need rows of whole 16 bytes, and begin later.
-    descriptors = inputs % 8 == 0 and outputs % 8 == 0 and tokens > 128
+    aligned = inputs % 8 == 0 and outputs % 8 == 0
 
-    def microseconds(shape: tuple) -> float:
-        block_t, rows, _, _, share = shape
-        tiles = _tiles(tokens, outputs * halves, block_t, rows)
-        read = 2.0 * inputs * (block_t + rows)
-        own = max(2.0 * block_t * rows * inputs / (FLOP * share), read / OWN_BYTES) + 1.5
-        weights = 2.0 * inputs * outputs * halves
-        return max(-(-tiles // PROCESSORS) * own, tiles * read / L2_BYTES, weights / BYTES)
+    def by_descriptors(shape: Shape) -> bool:
+        return aligned and (tokens > 128 or shape.extra > 0)
 
-    shape = min((s for s in SHAPES if s[0] <= max(tokens, 64)), key=microseconds)
-    block_t, rows, block_k, warps, _ = shape
-    parts = 2 if descriptors and rows == 256 and not gated else 1
-    kept = block_t * rows // halves // parts * (4 if out_float32 else 2) if descriptors else 0
-    stages = min(5 if descriptors else 8, (SHARED - kept) // ((block_t + rows) * block_k * 2))
-    several = _tiles(tokens, outputs * halves, block_t, rows) > PROCESSORS
-    if several and not descriptors and stages >= 6:
-        # Two programs of a processor share its memory.
-        stages //= 2
+    def microseconds(shape: Shape) -> float:
+        rows = shape.rows + shape.extra
+        tiles = -(-tokens // shape.block_t) * -(-outputs * halves // rows)
+        begin, between = POINTERS
+        if by_descriptors(shape):
+            begin, between = NESTED if gated else FLAT
+        multiply = 2.0 * shape.block_t * rows * inputs / (FLOP * shape.share)
+        read = 2.0 * inputs * (shape.block_t + rows) / OWN_BYTES
+        several = -(-tiles // PROCESSORS) * (max(multiply, read) + between)
+        return begin + max(several, 2.0 * inputs * outputs * halves / BYTES)
+
+    shape = min(
+        (
+            shape
+            for shape in SHAPES
+            if shape.block_t <= max(tokens, 64) and (not shape.extra or (aligned and not gated))
+        ),
+        key=microseconds,
+    )
+    block_t, rows, extra, block_k, warps, _ = shape
+    step = (block_t + rows + extra) * block_k * 2
+    block = block_t, rows // halves, block_k
+    if not by_descriptors(shape):
+        stages = min(7 if block_k == 128 else 8, POINTERS_SHARED // step)
+        return ChunkTiles(*block, 8 if block_t * rows >= 128 * 128 else warps, stages)
+    parts = 2 if rows == 256 and not gated else 1
+    kept = block_t * (rows // halves + extra) // parts * (4 if out_float32 else 2)
+    stages = min(5, (SHARED - kept) // step)
     # One loop of tiles and inputs is slower where its end has an activation.
-    shape = block_t, rows // halves, block_k, warps, stages
-    return ChunkTiles(*shape, descriptors, parts, flatten=not gated)
-
-
-def _tiles(tokens: int, rows: int, block_t: int, block_n: int) -> int:
-    return -(-tokens // block_t) * -(-rows // block_n)
+    return ChunkTiles(*block, warps, stages, True, parts, flatten=not gated, extra=extra)
 
 
 def word_tiles(tokens: int, outputs: int, bits: int, gated: bool = False) -> WordTiles:
