@@ -9,7 +9,6 @@ from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.rms_norm.triton import norm_kernel, norm_parts_kernel
 
-
 # Rows of prompts that are wider are normed in parts of so many elements.
 WHOLE, PART = 4096, 2048
 
@@ -34,7 +33,8 @@ def launch_norm(x: Tensor, norm: Norm, count: Tensor | None = None) -> tuple[Ten
     if count is not None and size > WHOLE:
         launch(norm_parts_kernel, (rows,))(
             x, *norm[3:], norm.weight, total, h, count, size, norm.eps, norm.offset,
-            ADD=total is not None, PARTS=triton.cdiv(size, PART), BLOCK_K=PART, num_warps=8,
+            ADD=total is not None, PARTS=triton.cdiv(size, PART), BLOCK_K=PART,
+            num_warps=max(1, PART // 256),
         )  # fmt: skip
         return total, h
     launch(norm_kernel, (rows,))(

@@ -18,12 +18,13 @@ def rms_norm(x, weight, size, eps):
     a program adds them. So rows are equal that are normed in different kernels.
     """
     x64 = x.to(tl.float64)
-    return x * inverse_rms(x64 * x64, size, eps) * weight
+    mean = tl.sum(x64 * x64, 0).to(tl.float32) / size
+    return x * (1 / tl.sqrt_rn(mean + eps)) * weight
 
 
 @triton.jit
 def inverse_rms(squares, size, eps):
-    """float32 1 / rms of a row, of float64 squares or sums of some."""
+    """float32 1 / rms of a row, as rms_norm has it, of sums of float64 squares."""
     mean = tl.sum(squares, 0).to(tl.float32) / size
     return 1 / tl.sqrt_rn(mean + eps)
 

@@ -152,5 +152,7 @@ def test_tiles_fit_shared_memory_and_descriptors_have_rows_of_whole_16_bytes():
         rows = tiles.block_t + tiles.block_n * (2 if gated else 1) + tiles.extra
         size = tiles.stages * rows * tiles.block_k * 2
         if tiles.descriptors:
-            size += tiles.block_t * (tiles.block_n + tiles.extra) // tiles.parts * (4 if wide else 2)
+            size += (
+                tiles.block_t * (tiles.block_n + tiles.extra) // tiles.parts * (4 if wide else 2)
+            )
         assert tiles.stages >= 3 and size <= 226 * 1024
