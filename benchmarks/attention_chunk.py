@@ -84,6 +84,7 @@ VARIANTS = {
 GLUON = {
     (128, False): (GluonTiles(2), GluonTiles(1)),
     (256, False): (GluonTiles(2, 64), GluonTiles(1, 64), GluonTiles(1, 64, 3)),
+    (512, False): (GluonTiles(2, 64, 1), GluonTiles(1, 64)),
 }
 # Tokens of a chunk, and positions before it.
 CASES = (8192, 0), (1024, 0), (128, 0), (128, 8064)

@@ -25,11 +25,18 @@ class ChunkTiles(NamedTuple):
 
 
 class GluonTiles(NamedTuple):
-    """Warpgroups that take 64 queries each, keys of a block, and stages of keys and of values."""
+    """Warpgroups that take 64 queries each, keys of a block, and stages of keys and of values. Of
+    a wide head's keys there is always one stage."""
 
     consumers: int = 2
     block_n: int = 128
     stages: int = 2
+
+
+def parts_of_head(head_dim: int) -> int:
+    """How many programs of the Gluon kernels share a head's results: a warpgroup's registers hold
+    64 x 256 of them."""
+    return max(1, head_dim // 256)
 
 
 def gluon_tiles(
@@ -40,11 +47,14 @@ def gluon_tiles(
     That depends on the layer alone, since the two kernels' results differ in their last bits. The
     keys of a block do, too.
     """
-    if dtype != torch.bfloat16 or head_dim not in (128, 256) or is_ring:
+    if dtype != torch.bfloat16 or head_dim not in (128, 256, 512) or is_ring:
         return None
     # One warpgroup a program, where else processors would idle, or where sequences have one token.
-    alone = tokens <= sequences or heads * -(-tokens // 64) <= PROCESSORS
-    return GluonTiles(1 if alone else 2, 128 if head_dim == 128 else 64)
+    programs = heads * parts_of_head(head_dim) * -(-tokens // 64)
+    alone = tokens <= sequences or programs <= PROCESSORS
+    return GluonTiles(
+        1 if alone else 2, 128 if head_dim == 128 else 64, 2 if alone or head_dim <= 256 else 1
+    )
 
 
 def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:

@@ -13,11 +13,13 @@ from tokenloop.models.kernels.attention_chunk.chunk_tiles import (
     chunk_tiles,
     gluon_tiles,
     heads_together,
+    parts_of_head,
     rotated_tokens,
 )
 from tokenloop.models.kernels.attention_chunk.gluon_attend_chunk import (
     gluon_attend_chunk_kernel,
 )
+from tokenloop.models.kernels.attention_chunk.gluon_attend_wide import gluon_attend_wide_kernel
 from tokenloop.models.kernels.attention_chunk.triton_attend_chunk import attend_chunk_kernel
 from tokenloop.models.kernels.attention_chunk.triton_rotate import rotate_kernel, store_ring_kernel
 from tokenloop.models.kernels.attention_chunk.triton_sequences import count_blocks
@@ -91,9 +93,11 @@ def _launch_gluon(
     sequences = rows.shape[0]
     heads = width // head_dim
     out = empty(tokens, width, dtype=q.dtype, device=q.device)
-    most = heads * count_blocks(tokens, sequences, 64 * tiles.consumers)
+    parts = parts_of_head(head_dim)
+    most = heads * parts * count_blocks(tokens, sequences, 64 * tiles.consumers)
     triton.set_allocator(_scratch)
-    launch(gluon_attend_chunk_kernel, (min(PROCESSORS, most),))(
+    kernel = gluon_attend_chunk_kernel if parts == 1 else gluon_attend_wide_kernel
+    launch(kernel, (min(PROCESSORS, most),))(
         q, starts, rows, first, k_cache, v_cache, out, tokens, all_rows, slots,
         slots * kv_heads * head_dim,
         UNIT=scale * LOG2_E.value, KV=kv_heads, GROUPS=heads // kv_heads, SIZE=head_dim,

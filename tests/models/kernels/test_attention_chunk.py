@@ -215,12 +215,13 @@ def test_one_token_of_a_sequence_may_be_anywhere(normal, layout, dtype):
 
 
 def gluon_layers():
-    """Layers that the Gluon kernel takes, and its cuts of them that must give the same."""
+    """Layers that the Gluon kernels take, and cuts of them that must give the same."""
     cuts = [
-        (layout, [GluonTiles(consumers, block_n) for consumers in (1, 2)])
-        for layout, block_n in (((2, 3, 128, 0), 128), ((1, 4, 256, 0), 64))
+        ((2, 3, 128, 0), [GluonTiles(1, 128), GluonTiles(2, 128)]),
+        ((1, 4, 256, 0), [GluonTiles(1, 64), GluonTiles(2, 64)]),
+        ((2, 2, 512, 0), [GluonTiles(1, 64), GluonTiles(2, 64, 1), GluonTiles(1, 64, 1)]),
     ]
-    return pytest.mark.parametrize("layout, cuts", cuts, ids=["128", "256"])
+    return pytest.mark.parametrize("layout, cuts", cuts, ids=["128", "256", "512"])
 
 
 @needs_gpu
@@ -234,8 +235,8 @@ def test_gluon_s_cuts_give_the_same(normal, layout, cuts, slots):
             got, _ = prompts.run(operator, schedule(size, together), spare, tiles)
             for row in LENGTHS:
                 assert torch.equal(got[row], expected[row]), (tiles, size, row)
-    one, two = (last_tokens(prompts, caches, tiles)[0] for tiles in cuts)
-    assert torch.equal(one, two)
+    one, *others = (last_tokens(prompts, caches, tiles)[0] for tiles in cuts)
+    assert all(torch.equal(x, one) for x in others)
 
 
 @needs_gpu
