@@ -25,8 +25,8 @@ class ChunkTiles(NamedTuple):
 
 
 class GluonTiles(NamedTuple):
-    """Warpgroups that take 64 queries each, keys of a block, and stages of keys and of values. Of
-    a wide head's keys there is always one stage."""
+    """Warpgroups that take 64 queries each, keys of a block, and stages of keys and of values. The
+    keys of a head of 512 have one stage whatever the values have."""
 
     consumers: int = 2
     block_n: int = 128
@@ -40,21 +40,27 @@ def parts_of_head(head_dim: int) -> int:
 
 
 def gluon_tiles(
-    tokens: int, sequences: int, heads: int, head_dim: int, dtype: torch.dtype, is_ring: bool
-) -> GluonTiles | None:
-    """How the Gluon kernel cuts a chunk; None where it is the Triton kernel's.
+    tokens: int, sequences: int, heads: int, head_dim: int, slots: int, dtype: torch.dtype,
+    is_ring: bool,
+) -> GluonTiles | None:  # fmt: skip
+    """How a Gluon kernel cuts a chunk; None where it is the Triton kernel's.
 
     That depends on the layer alone, since the two kernels' results differ in their last bits. The
     keys of a block do, too.
     """
-    if dtype != torch.bfloat16 or head_dim not in (128, 256, 512) or is_ring:
+    if dtype != torch.bfloat16 or head_dim not in ((256,) if is_ring else (128, 256, 512)):
+        return None
+    if is_ring and slots % 64:
         return None
     # One warpgroup a program, where else processors would idle, or where sequences have one token.
     programs = heads * parts_of_head(head_dim) * -(-tokens // 64)
     alone = tokens <= sequences or programs <= PROCESSORS
-    return GluonTiles(
-        1 if alone else 2, 128 if head_dim == 128 else 64, 2 if alone or head_dim <= 256 else 1
-    )
+    stages = 2
+    if head_dim == 512 and not alone:
+        stages = 1
+    elif is_ring and alone:
+        stages = 3
+    return GluonTiles(1 if alone else 2, 128 if head_dim == 128 else 64, stages)
 
 
 def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:

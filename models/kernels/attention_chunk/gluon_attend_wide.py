@@ -53,7 +53,7 @@ def load_wide_tiles(
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     done = 0
     for i in range(rounds(tiles)):
-        row, token, position, count, part = find_tile(
+        row, token, position, count, part, _ = find_tile(
             i, starts_ptr, rows_ptr, first_ptr, HEADS * SPLIT, BLOCK_M, SEQUENCES, PADDED
         )
         head = part // SPLIT
@@ -168,7 +168,7 @@ def attend_wide_tiles(
     DOT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=LAYOUT, k_width=2)
     done = 0
     for i in range(rounds(tiles)):
-        _, token, position, count, part = find_tile(
+        _, token, position, count, part, _ = find_tile(
             i, starts_ptr, rows_ptr, first_ptr, HEADS * SPLIT, BLOCK_M, SEQUENCES, PADDED
         )
         blocks = (position + gl.minimum(count, BLOCK_M) + BLOCK_N - 1) // BLOCK_N
