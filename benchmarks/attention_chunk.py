@@ -84,6 +84,8 @@ VARIANTS = {
 GLUON = {
     (128, False): (GluonTiles(2), GluonTiles(1)),
     (256, False): (GluonTiles(2, 64), GluonTiles(1, 64), GluonTiles(1, 64, 3)),
+    (256, True): (GluonTiles(2, 64), GluonTiles(1, 64, 3), GluonTiles(1, 64)),
+    (512, False): (GluonTiles(2, 64, 1), GluonTiles(1, 64)),
 }
 # Tokens of a chunk, and positions before it.
 CASES = (8192, 0), (1024, 0), (128, 0), (128, 8064)
@@ -245,9 +247,10 @@ def measured(shape: Shape, repeats: int) -> list[dict]:
     exact = torch.cat([layer.exact(head) for head in heads], 1)
 
     def chosen(tokens: int) -> Tiles:
-        rest = size, torch.bfloat16, layer.is_ring
-        cut = gluon_tiles(tokens, SEQUENCES, layer.heads, *rest) if HAS_GLUON else None
-        return cut or chunk_tiles(layer.caches[0].shape[1], *rest)
+        rest = torch.bfloat16, layer.is_ring
+        slots = layer.caches[0].shape[1]
+        cut = gluon_tiles(tokens, SEQUENCES, layer.heads, size, slots, *rest)
+        return HAS_GLUON and cut or chunk_tiles(slots, size, *rest)
 
     variants = [x for x in VARIANTS[size] if not (layer.is_ring and x.block_n > 64)]
     variants += GLUON.get((size, layer.is_ring), ()) if HAS_GLUON else ()

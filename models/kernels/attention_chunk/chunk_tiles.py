@@ -25,26 +25,42 @@ class ChunkTiles(NamedTuple):
 
 
 class GluonTiles(NamedTuple):
-    """Warpgroups that take 64 queries each, keys of a block, and stages of keys and of values."""
+    """Warpgroups that take 64 queries each, keys of a block, and stages of keys and of values. The
+    keys of a head of 512 have one stage whatever the values have."""
 
     consumers: int = 2
     block_n: int = 128
     stages: int = 2
 
 
+def parts_of_head(head_dim: int) -> int:
+    """How many programs of the Gluon kernels share a head's results: a warpgroup's registers hold
+    64 x 256 of them."""
+    return max(1, head_dim // 256)
+
+
 def gluon_tiles(
-    tokens: int, sequences: int, heads: int, head_dim: int, dtype: torch.dtype, is_ring: bool
-) -> GluonTiles | None:
-    """How the Gluon kernel cuts a chunk; None where it is the Triton kernel's.
+    tokens: int, sequences: int, heads: int, head_dim: int, slots: int, dtype: torch.dtype,
+    is_ring: bool,
+) -> GluonTiles | None:  # fmt: skip
+    """How a Gluon kernel cuts a chunk; None where it is the Triton kernel's.
 
     That depends on the layer alone, since the two kernels' results differ in their last bits. The
     keys of a block do, too.
     """
-    if dtype != torch.bfloat16 or head_dim not in (128, 256) or is_ring:
+    if dtype != torch.bfloat16 or head_dim not in ((256,) if is_ring else (128, 256, 512)):
+        return None
+    if is_ring and slots % 64:
         return None
     # One warpgroup a program, where else processors would idle, or where sequences have one token.
-    alone = tokens <= sequences or heads * -(-tokens // 64) <= PROCESSORS
-    return GluonTiles(1 if alone else 2, 128 if head_dim == 128 else 64)
+    programs = heads * parts_of_head(head_dim) * -(-tokens // 64)
+    alone = tokens <= sequences or programs <= PROCESSORS
+    stages = 2
+    if head_dim == 512 and not alone:
+        stages = 1
+    elif is_ring and alone:
+        stages = 3
+    return GluonTiles(1 if alone else 2, 128 if head_dim == 128 else 64, stages)
 
 
 def chunk_tiles(slots: int, head_dim: int, dtype: torch.dtype, is_ring: bool) -> ChunkTiles:

@@ -69,7 +69,8 @@ def find_tile(
     SEQUENCES: gl.constexpr, PADDED: gl.constexpr,
 ):  # fmt: skip
     """This program's tile of a round: (the sequence's cache row, the first query's number in the
-    chunk, its position, how many queries the sequence has from it on, head)."""
+    chunk, its position, how many queries the sequence has from it on, head, the position of the
+    sequence's first query)."""
     programs = gl.num_programs(0)
     place = gl.program_id(0)
     if round % 2 == 1:
@@ -88,9 +89,9 @@ def find_tile(
     count = gl.load(starts_ptr + sequence + 1) - start
     # The last queries of a sequence see the most keys: they come first.
     skipped = ((count + BLOCK_M - 1) // BLOCK_M - 1 - block) * BLOCK_M
-    position = gl.load(first_ptr + sequence) + skipped
+    first = gl.load(first_ptr + sequence)
     row = gl.load(rows_ptr + sequence)
-    return row, start + skipped, position, count - skipped, tile % HEADS
+    return row, start + skipped, first + skipped, count - skipped, tile % HEADS, first
 
 
 @gluon.jit
@@ -107,7 +108,7 @@ def load_tiles(
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     done = 0
     for i in range(rounds(tiles)):
-        row, token, position, count, head = find_tile(
+        row, token, position, count, head, _ = find_tile(
             i, starts_ptr, rows_ptr, first_ptr, HEADS, BLOCK_M, SEQUENCES, PADDED
         )
         column = head // GROUPS * SIZE
@@ -227,7 +228,7 @@ def attend_tiles(
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=SCORES)
     done = 0
     for i in range(rounds(tiles)):
-        _, token, position, count, head = find_tile(
+        _, token, position, count, head, _ = find_tile(
             i, starts_ptr, rows_ptr, first_ptr, HEADS, BLOCK_M, SEQUENCES, PADDED
         )
         blocks = (position + gl.minimum(count, BLOCK_M) + BLOCK_N - 1) // BLOCK_N

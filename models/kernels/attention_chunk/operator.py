@@ -13,11 +13,14 @@ from tokenloop.models.kernels.attention_chunk.chunk_tiles import (
     chunk_tiles,
     gluon_tiles,
     heads_together,
+    parts_of_head,
     rotated_tokens,
 )
 from tokenloop.models.kernels.attention_chunk.gluon_attend_chunk import (
     gluon_attend_chunk_kernel,
 )
+from tokenloop.models.kernels.attention_chunk.gluon_attend_ring import gluon_attend_ring_kernel
+from tokenloop.models.kernels.attention_chunk.gluon_attend_wide import gluon_attend_wide_kernel
 from tokenloop.models.kernels.attention_chunk.triton_attend_chunk import attend_chunk_kernel
 from tokenloop.models.kernels.attention_chunk.triton_rotate import rotate_kernel, store_ring_kernel
 from tokenloop.models.kernels.attention_chunk.triton_sequences import count_blocks
@@ -83,18 +86,24 @@ def rotate_chunk(
 
 
 def _launch_gluon(
-    q: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor, v_cache: Tensor,
-    scale: float, tiles: GluonTiles,
+    q: Tensor, kv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor,
+    v_cache: Tensor, scale: float, is_ring: bool, tiles: GluonTiles,
 ) -> Tensor:  # fmt: skip
     tokens, width = q.shape
     all_rows, slots, kv_heads, head_dim = k_cache.shape
     sequences = rows.shape[0]
     heads = width // head_dim
     out = empty(tokens, width, dtype=q.dtype, device=q.device)
-    most = heads * count_blocks(tokens, sequences, 64 * tiles.consumers)
+    parts = parts_of_head(head_dim)
+    most = heads * parts * count_blocks(tokens, sequences, 64 * tiles.consumers)
     triton.set_allocator(_scratch)
-    launch(gluon_attend_chunk_kernel, (min(PROCESSORS, most),))(
-        q, starts, rows, first, k_cache, v_cache, out, tokens, all_rows, slots,
+    kernel, given = gluon_attend_chunk_kernel, (q,)
+    if is_ring:
+        kernel, given = gluon_attend_ring_kernel, (q, kv)
+    elif parts > 1:
+        kernel = gluon_attend_wide_kernel
+    launch(kernel, (min(PROCESSORS, most),))(
+        *given, starts, rows, first, k_cache, v_cache, out, tokens, all_rows, slots,
         slots * kv_heads * head_dim,
         UNIT=scale * LOG2_E.value, KV=kv_heads, GROUPS=heads // kv_heads, SIZE=head_dim,
         SEQUENCES=sequences, PADDED=max(32, triton.next_power_of_2(sequences)),
@@ -124,12 +133,13 @@ def launch_attend_chunk(
         )
     heads = width // head_dim
     if tiles is None and HAS_GLUON:
-        tiles = gluon_tiles(tokens, rows.shape[0], heads, head_dim, q.dtype, is_ring)
-    if isinstance(tiles, GluonTiles):
-        return _launch_gluon(q, starts, rows, first, k_cache, v_cache, scale, tiles)
+        tiles = gluon_tiles(tokens, rows.shape[0], heads, head_dim, slots, q.dtype, is_ring)
     tiles = tiles or chunk_tiles(slots, head_dim, q.dtype, is_ring)
-    if is_ring and (GRANULE % tiles.block_n or tiles.tma and slots % tiles.block_n):
+    in_blocks = isinstance(tiles, GluonTiles) or tiles.tma
+    if is_ring and (GRANULE % tiles.block_n or in_blocks and slots % tiles.block_n):
         raise ValueError(f"{tiles} do not fit a ring of {slots} slots")
+    if isinstance(tiles, GluonTiles):
+        return _launch_gluon(q, kv, starts, rows, first, k_cache, v_cache, scale, is_ring, tiles)
     groups = width // (kv_heads * head_dim)
     out = empty(tokens, width, dtype=q.dtype, device=q.device)
     blocks = count_blocks(tokens, rows.shape[0], tiles.block_m)

@@ -215,12 +215,13 @@ def test_one_token_of_a_sequence_may_be_anywhere(normal, layout, dtype):
 
 
 def gluon_layers():
-    """Layers that the Gluon kernel takes, and its cuts of them that must give the same."""
+    """Layers that the Gluon kernels take, and cuts of them that must give the same."""
     cuts = [
-        (layout, [GluonTiles(consumers, block_n) for consumers in (1, 2)])
-        for layout, block_n in (((2, 3, 128, 0), 128), ((1, 4, 256, 0), 64))
+        ((2, 3, 128, 0), [GluonTiles(1, 128), GluonTiles(2, 128)]),
+        ((1, 4, 256, 0), [GluonTiles(1, 64), GluonTiles(2, 64)]),
+        ((2, 2, 512, 0), [GluonTiles(1, 64), GluonTiles(2, 64, 1), GluonTiles(1, 64, 1)]),
     ]
-    return pytest.mark.parametrize("layout, cuts", cuts, ids=["128", "256"])
+    return pytest.mark.parametrize("layout, cuts", cuts, ids=["128", "256", "512"])
 
 
 @needs_gpu
@@ -234,8 +235,8 @@ def test_gluon_s_cuts_give_the_same(normal, layout, cuts, slots):
             got, _ = prompts.run(operator, schedule(size, together), spare, tiles)
             for row in LENGTHS:
                 assert torch.equal(got[row], expected[row]), (tiles, size, row)
-    one, two = (last_tokens(prompts, caches, tiles)[0] for tiles in cuts)
-    assert torch.equal(one, two)
+    one, *others = (last_tokens(prompts, caches, tiles)[0] for tiles in cuts)
+    assert all(torch.equal(x, one) for x in others)
 
 
 @needs_gpu
@@ -267,6 +268,63 @@ def test_only_a_sequence_s_tokens_are_written(normal, layout, cuts):
             prompts.layer(operator, caches, [piece], 0, tiles) for piece in pieces if piece[0] >= 0
         ]
         assert torch.equal(torch.cat([out[:100], out[164:]]), torch.cat(alone))
+
+
+RING_CUTS = [GluonTiles(2, 64), GluonTiles(1, 64), GluonTiles(1, 64, 3)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("slots", [64, 512, 1024])
+def test_gluon_s_cuts_of_a_ring_give_the_same(normal, slots):
+    prompts = Prompts(normal, (2, 3, 256, slots), torch.bfloat16, True)
+    expected, theirs = prompts.run(operator, ALL_ROWS_WHOLE)
+    right, _ = prompts.run(reference, ALL_ROWS_WHOLE)
+    for row in LENGTHS:
+        assert_close(expected[row], right[row], torch.bfloat16)
+    for tiles in RING_CUTS:
+        # What is behind the last token is NaN.
+        for size, together, spare in ((64, True, 64), (192, True, 1), (WHOLE, False, 130)):
+            got, caches = prompts.run(operator, schedule(size, together), spare, tiles)
+            for row in LENGTHS:
+                assert torch.equal(got[row], expected[row]), (tiles, size, row)
+            assert all(torch.equal(x, y) for x, y in zip(caches, theirs))
+
+
+@needs_gpu
+@pytest.mark.parametrize("slots", [64, 512, 1024])
+def test_another_ring_s_faults_stay_there(normal, slots):
+    prompts = Prompts(normal, (2, 3, 256, slots), torch.bfloat16, True)
+    pieces = [(0, 0, 1111)]
+    last = [(0, 1088, 1111)]
+    for tiles in RING_CUTS:
+        found = []
+        for fault in (0.0, torch.nan):
+            caches = [x.clone() for x in prompts.empty]
+            prompts.layer(operator, caches, [(0, 0, 1088)], 0, tiles)
+            for x in caches:
+                x[1:] = fault
+            found.append(prompts.layer(operator, caches, last, 7, tiles))
+        assert torch.equal(*found)
+        caches = [x.clone() for x in prompts.empty]
+        assert torch.equal(prompts.layer(operator, caches, pieces, 0, tiles)[1088:], found[0])
+
+
+@needs_gpu
+@pytest.mark.parametrize("tiles", [*RING_CUTS, ChunkTiles(128, 64)], ids=str)
+@pytest.mark.parametrize("slots", [64, 1024])
+def test_a_ring_s_next_token_may_be_anywhere(normal, slots, tiles):
+    prompts = Prompts(normal, (2, 3, 256, slots), torch.bfloat16, True)
+    _, caches = prompts.run(operator, ALL_ROWS_WHOLE)
+    rows, positions = [*LENGTHS, -1], [*LENGTHS.values(), 0]
+    where = [0, 1, 2, 3, 3], rows, positions
+    where = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in where]
+    q = normal(4, 6 * 256, dtype=torch.bfloat16)
+    kv = normal(4, 2, 2, 256, dtype=torch.bfloat16)
+    q[3], kv[3] = torch.nan, torch.nan
+    options = {"scale": prompts.scale, "is_ring": True}
+    got = operator.launch_attend_chunk(q, kv, *where, *caches, **options, tiles=tiles)
+    expected = reference.attend_chunk(q, kv, *where, *caches, **options)
+    assert_close(got[:3], expected[:3], torch.bfloat16)
 
 
 @pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])
@@ -322,5 +380,7 @@ def test_what_does_not_fit_is_refused(normal):
         operator.launch_attend_chunk(
             *arguments, scale=1.0, is_ring=True, tiles=ChunkTiles(128, 128)
         )
+    with pytest.raises(ValueError, match="do not fit a ring"):
+        operator.launch_attend_chunk(*arguments, scale=1.0, is_ring=True, tiles=GluonTiles(2, 128))
     with pytest.raises(ValueError, match="do not fit caches"):
         operator.attend_chunk(q[:, 1:].contiguous(), *arguments[1:], scale=1.0, is_ring=True)
