@@ -61,10 +61,9 @@ class Shape(NamedTuple):
 SHAPES = tuple(
     Shape(*shape)
     for shape in (
-        (128, 256, 0, 64, 8), (128, 128, 64, 64, 8), (128, 128, 32, 64, 4), (128, 128, 0, 64, 4),
-        (128, 64, 32, 64, 4), (128, 64, 0, 64, 4), (128, 32, 0, 128, 4), (64, 256, 0, 64, 4),
-        (64, 128, 64, 64, 4), (64, 128, 32, 64, 4), (64, 128, 0, 64, 4), (64, 64, 32, 128, 4),
-        (64, 64, 0, 128, 4), (64, 32, 0, 128, 4),
+        (128, 256, 0, 64, 8), (128, 128, 32, 64, 8), (128, 128, 0, 64, 4), (128, 64, 0, 64, 4),
+        (128, 32, 0, 128, 4), (64, 256, 0, 64, 4), (64, 128, 0, 64, 4), (64, 64, 0, 128, 4),
+        (64, 32, 0, 128, 4),
     )
 )  # fmt: skip
 # A model of the time that a layer takes, to choose by. Its constants are fitted to 212 figures of
@@ -79,8 +78,8 @@ OWN_POWER, MEMORY_POWER = 2.65, 3.2
 POINTERS, FLAT, NESTED = (1.1, 3.8), (5.0, 0.1), (5.0, 2.5)
 # Processors without work leave power to the others: so much of their time is not lost.
 IDLE = 0.2
-# What two accumulators cost: a guess, so they must gain more.
-BESIDE = 1.03
+# What the second, narrow accumulator costs. It helps where 160 outputs fill the processors once.
+BESIDE = 1.3
 # Shared memory of a program but for barriers; copies by descriptors keep some of it for results.
 SHARED, POINTERS_SHARED = 226 * 1024, 200 * 1024
 
@@ -104,7 +103,7 @@ def chunk_tiles(
         tiles = -(-tokens // shape.block_t) * -(-outputs * halves // rows)
         begin, between = POINTERS
         if by_descriptors(shape):
-            begin, between = NESTED if gated else FLAT
+            begin, between = NESTED if gated or shape.extra else FLAT
         multiply = 2.0 * shape.block_t * rows * inputs / FLOP
         read = 2.0 * inputs * (shape.block_t + rows) / OWN_BYTES
         own = _together(multiply, read, OWN_POWER) * (BESIDE if shape.extra else 1.0)
@@ -130,9 +129,10 @@ def chunk_tiles(
         return ChunkTiles(*block, 8 if block_t == 128 and rows >= 128 else warps, stages)
     parts = 2 if rows == 256 and not gated else 1
     kept = block_t * (rows // halves + extra) // parts * (4 if out_float32 else 2)
-    stages = min(5, (SHARED - kept) // step)
-    # One loop of tiles and inputs is slower where its end has an activation.
-    return ChunkTiles(*block, warps, stages, True, parts, flatten=not gated, extra=extra)
+    stages = min(5 if rows > 64 else 7, (SHARED - kept) // step)
+    # One loop of tiles and inputs is slower where its end has an activation, or two accumulators.
+    flatten = not gated and not extra
+    return ChunkTiles(*block, warps, stages, True, parts, flatten=flatten, extra=extra)
 
 
 def _together(a: float, b: float, power: float) -> float:
