@@ -15,6 +15,7 @@ from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.linear.operator import group_size
 from tokenloop.models.kernels.linear.packing import SPAN_WORDS, WORD_BITS, weight_bits
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import (
+    FIRST,
     IN_TILE,
     PROCESSORS,
     ChunkTiles,
@@ -51,6 +52,7 @@ def launch_linear_chunk(
         # Its sums are those of blocks of inputs, which tensor cores' are not.
         tiles = tiles._replace(block_k=SPAN_WORDS)
     y = empty(tokens, outputs, dtype=float32 if out_float32 else x.dtype, device=x.device)
+    ahead = tiles.stages * tiles.block_k if inputs * x.element_size() % 16 == 0 else 0
     count_tiles = triton.cdiv(tokens, tiles.block_t) * triton.cdiv(outputs, tiles.block_n)
     arguments = x, weight, bias, count, y, tokens, outputs, inputs
     named = {
@@ -61,11 +63,13 @@ def launch_linear_chunk(
     if tiles.descriptors:
         launch(descriptors_kernel, (min(count_tiles, PROCESSORS),))(
             *arguments, **named, PARTS=tiles.parts, FLATTEN=tiles.flatten,
-            SPECIALIZE=tiles.specialize, num_stages=tiles.stages,
+            SPECIALIZE=tiles.specialize, AHEAD=ahead, num_stages=tiles.stages,
         )  # fmt: skip
     else:
         even = inputs % tiles.block_k == 0
-        launch(pointers_kernel, (count_tiles,))(*arguments, **named, EVEN=even)
+        launch(pointers_kernel, (count_tiles,))(
+            *arguments, **named, EVEN=even, AHEAD=ahead, FIRST=FIRST
+        )
     return y
 
 
@@ -86,7 +90,8 @@ def launch_words(
         x, weight, scale, bias, count, y, tokens, outputs, inputs, weight.shape[1],
         GROUP=group, BITS=bits, ACTIVATION=activation, BLOCK_T=tiles.block_t,
         BLOCK_N=tiles.block_n, STAGES=tiles.stages,
-        EVEN=inputs % (SPAN_WORDS * (WORD_BITS // bits)) == 0, num_warps=tiles.warps,
+        EVEN=inputs % (SPAN_WORDS * (WORD_BITS // bits)) == 0,
+        AHEAD=tiles.stages * SPAN_WORDS, FIRST=FIRST, num_warps=tiles.warps,
     )  # fmt: skip
     return y
 
