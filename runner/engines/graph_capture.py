@@ -9,7 +9,7 @@ def captured(
     run: Callable[[], object], pool: tuple[int, int], stream: torch.cuda.Stream,
     overlapping: list[str],
 ) -> torch.cuda.CUDAGraph:  # fmt: skip
-    """A graph of what `run` submits on `stream`, which takes memory from `pool` and loads no kernel.
+    """A graph of what `run` submits on `stream`; it loads no kernel, and takes memory from `pool`.
     Kernels of the names `overlapping` wait by themselves for what they read."""
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

@@ -12,9 +12,9 @@ from tokenloop.models.kernels.launch.dot import dot
 from tokenloop.models.kernels.linear_chunk.triton_tiles import ask_for_rows, finished, tile_place
 
 
-# Once it has its descriptors, whose memory is this launch's own, and has asked for its first weights.
-# It releases the next kernel at once: a processor has room for one program of this kernel only, so
-# another layer's programs are placed evenly.
+# Once it has its descriptors, whose memory is this launch's own, and has asked for its first
+# weights. It releases the next kernel at once: a processor has room for one such program, so those
+# of another layer are placed evenly.
 @waits
 @triton.jit
 def descriptors_kernel(
@@ -37,7 +37,9 @@ def descriptors_kernel(
     y_desc = tl.make_tensor_descriptor(y_ptr, [T, N], [N, 1], [BLOCK_T, BLOCK_N // PARTS])
     asked = 0
     if AHEAD > 0:
-        place_t, place_n = tile_place(tl.program_id(0), tl.maximum(tiles_t, 1), tiles_n, GROUP)
+        some_t = tl.maximum(tiles_t, 1)
+        last = tl.minimum(tl.program_id(0), some_t * tiles_n - 1)
+        place_t, place_n = tile_place(last, some_t, tiles_n, GROUP)
         is_first = (tl.program_id(0) < tiles_t * tiles_n) & (place_t % GROUP == 0)
         ahead = tl.where(is_first, AHEAD, 0)
         asked = ask_for_rows(w_ptr, place_n * BLOCK_N, N, K, ahead, GATED, BLOCK_N)

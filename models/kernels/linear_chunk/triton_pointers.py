@@ -22,9 +22,9 @@ def load_tile(ptr, rows, k, K, EVEN: tl.constexpr):
 
 
 # Alone, once it has asked for its first weights; it releases the next kernel when it has read what
-# it reads. Where a layer has fewer tiles than there are processors, the next layer's programs, which
-# wait behind a norm, would otherwise all go to the processors that are left: the weights they read
-# then come through a few of them.
+# it reads. Where a layer has fewer tiles than there are processors, the programs of the next layer,
+# which wait behind a norm, would otherwise all go to the processors that are left, and their
+# weights come through those alone.
 @waits
 @triton.jit
 def pointers_kernel(
@@ -36,19 +36,19 @@ def pointers_kernel(
     """EVEN: K is a multiple of BLOCK_K. The FIRST programs ask for AHEAD inputs of their weights
     before the activations are there."""
     count = tl.minimum(tl.load(count_ptr), T)
+    # One at least: a program without a tile looks at the last one, and nothing is divided by 0.
     tiles_t = tl.cdiv(count, BLOCK_T)
+    some_t = tl.maximum(tiles_t, 1)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
-    place_t, place_n = tile_place(tile, tl.maximum(tiles_t, 1), tiles_n, GROUP)
+    place_t, place_n = tile_place(tl.minimum(tile, some_t * tiles_n - 1), some_t, tiles_n, GROUP)
     asked = 0
     if AHEAD > 0:
         # A program without a tile asks for nothing, and the first of several that share weights
         # asks for all of them.
         is_first = (tile < tl.minimum(tiles_t * tiles_n, FIRST)) & (place_t % GROUP == 0)
         ahead = tl.where(is_first, AHEAD, 0)
-        asked = ask_for_rows(
-            w_ptr, place_n * BLOCK_N, N, K, ahead, ACTIVATION is not None, BLOCK_N
-        )
+        asked = ask_for_rows(w_ptr, place_n * BLOCK_N, N, K, ahead, ACTIVATION is not None, BLOCK_N)
     zero = wait_alone(asked)
     if tile + zero >= tiles_t * tiles_n:
         return
@@ -67,7 +67,8 @@ def pointers_kernel(
         y = dot(x, load_tile(w_ptr, first, k, K, EVEN).T, y)
         if ACTIVATION is not None:
             up = dot(x, load_tile(w_ptr, second, k, K, EVEN).T, up)
+    y_ptr += release(0)
     y = finished(y, up, bias_ptr, n[None, :], N, ACTIVATION)
-    offsets = row[:, None] * N + n[None, :] + release(0)
+    offsets = row[:, None] * N + n[None, :]
     mask = (t < count)[:, None] & (n < N)[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

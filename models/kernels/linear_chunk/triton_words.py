@@ -138,7 +138,8 @@ def words_kernel(
             if ACTIVATION is not None:
                 scale = load_scale(scale_ptr, second, start, K, rows, GROUP, BITS)
                 up = dot(scaled(field(others, j, BITS), scale, BITS), x, up)
+    y_ptr += release(0)
     y = finished(y, up, bias_ptr, n[:, None], N, ACTIVATION)
     mask = (n < N)[:, None] & (t < count)[None, :]
-    offsets = token[None, :] * N + n[:, None] + release(0)
+    offsets = token[None, :] * N + n[:, None]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
