@@ -31,7 +31,7 @@ from benchmarks.cuda_common import (
 )
 from tokenloop import runner
 from tokenloop.models import by_model_type
-from tokenloop.runner import Request
+from tokenloop.runner import LoopOptions, Request
 
 TOGETHER = 512
 
@@ -77,18 +77,18 @@ def weight_bytes(model) -> float:
     )
 
 
-def first_token_ms(model, lengths: list[int], repeats: int) -> list[float]:
+def first_token_ms(model, lengths: list[int], repeats: int, overlap: bool = True) -> list[float]:
     """Milliseconds until all prompts of these lengths have their first token, which begin at once.
-    Every run has other prompts."""
-    generator, times = random.Random(1), []
+    Every run has other prompts. `overlap` says whether kernels begin early."""
+    generator, times, options = random.Random(1), [], LoopOptions(overlap=overlap)
     for _ in range(repeats + 1):
         prompts = [[generator.randrange(5, model.vocab_size) for _ in range(n)] for n in lengths]
         torch.cuda.synchronize()
         start = time.perf_counter()
         if len(lengths) == 1:
-            model.generate(prompts[0], 1).run()
+            model.generate(prompts[0], 1, options=options).run()
         else:
-            model.generate_batch([Request(prompt, 1) for prompt in prompts]).run()
+            model.generate_batch([Request(prompt, 1) for prompt in prompts], options).run()
         times.append((time.perf_counter() - start) * 1e3)
     return times[1:]
 
@@ -127,6 +127,9 @@ def main() -> None:
     parser.add_argument("--quant", default="bf16", help="of the export (default: bf16)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024, 8192], metavar="N")
     parser.add_argument("--together", type=int, default=0, metavar="N", help="rows of 512 tokens")
+    parser.add_argument(
+        "--no-overlap", action="store_true", help="measure it without overlap of kernels as well"
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N")
     parser.add_argument("--peer", action="store_true", help="measure transformers as well")
     parser.add_argument("--kernels", type=int, default=0, metavar="N", help="print the N longest")
@@ -167,6 +170,9 @@ def main() -> None:
             "share": floor / ms, "tflop_s": (linear + attention) / ms / 1e9,
             "tflop_s_of_weights": linear / ms / 1e9,
         }  # fmt: skip
+        if options.no_overlap:
+            without = first_token_ms(model, lengths, options.repeats, overlap=False)
+            row["without_overlap_ms"] = statistics.median(without)
         result["rows"].append(row)
         if options.kernels:
             events = profiled(lambda n=lengths: first_token_ms(model, n, 1))
@@ -179,14 +185,18 @@ def main() -> None:
         found = peer_ms(keys, [row["lengths"][0] for row in singles], options.repeats)
         for row in singles:
             row["peer_ms"] = found[row["lengths"][0]]
-    print(f"{'tokens':>12}{'floor ms':>10}{'ms':>10}{'share':>8}{'TFLOP/s':>9}{'peer ms':>10}")
+    print(
+        f"{'tokens':>12}{'floor ms':>10}{'ms':>10}{'share':>8}{'TFLOP/s':>9}{'no overlap':>12}"
+        f"{'peer ms':>10}"
+    )
     for row in result["rows"]:
         lengths = row["lengths"]
         name = f"{lengths[0]}" if len(lengths) == 1 else f"{len(lengths)} x {lengths[0]}"
-        peer = f"{row['peer_ms']:10.2f}" if "peer_ms" in row else ""
+        others = (("without_overlap_ms", 12), ("peer_ms", 10))
+        more = "".join(f"{row[key]:{w}.2f}" if key in row else " " * w for key, w in others)
         print(
             f"{name:>12}{row['floor_ms']:10.2f}{row['ms']:10.2f}{row['share']:8.1%}"
-            f"{row['tflop_s']:9.0f}{peer}"
+            f"{row['tflop_s']:9.0f}{more}"
         )
     save(result, options.output)
 

@@ -29,6 +29,19 @@ TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.bool: "i1",
 }  # fmt: skip
+# What may be read before a kernel waits: weights and tables, what the host writes before a graph,
+# and the state that no other kernel of a graph writes.
+EARLY = {
+    "w_ptr", "weight_ptr", "scale_ptr", "norm_ptr", "post_ptr", "scalar_ptr", "bias_ptr",
+    "q_norm_ptr", "k_norm_ptr", "inv_freq_ptr", "A_log_ptr", "dt_bias_ptr", "table_ptr",
+    "count_ptr", "starts_ptr", "rows_ptr", "first_ptr", "query_start_loc_ptr",
+    "cache_indices_ptr", "position_ptr",
+}  # fmt: skip
+OWN_STATE = {
+    "attend_kernel": {"k_ptr", "v_ptr"}, "gated_delta_rule_update_kernel": {"state_ptr"},
+}  # fmt: skip
+# Kernels of which some programs return before they wait, but never all of them.
+SOME_RETURN = {"attend_kernel"}
 OPTIONS = "num_warps", "num_stages", "maxnreg"
 compiled = set()
 
@@ -63,8 +76,37 @@ def compile_launch(launch: Launch) -> None:
         source = kind(kernel, signature, constants, attributes)
         code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
         assert ("griddepcontrol.wait" in code) == (kernel.__name__ in WAITING)
+        if kernel.__name__ in WAITING:
+            given = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+            check_wait(kernel.__name__, code, given)
         if len(sys.argv) > 2:
             write_ptx(Path(sys.argv[2]), kernel.__name__, code)
+
+
+def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
+    """See that a program waits before it returns or stores, and that what it reads before that is
+    in EARLY; `given` are the types of its parameters."""
+    names = [name if kind.startswith("*") else None for name, kind in given.items()]
+    early = EARLY | OWN_STATE.get(kernel, set()) | {None}
+    body = code.split(".entry")[1].split("\n{", 1)[1]
+    ahead, behind = body.split("griddepcontrol.wait", 1)
+    # Every path leads through the wait.
+    for label in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+)", ahead):
+        assert f"\n{label}:" in ahead or kernel in SOME_RETURN, f"{kernel} returns before it waits"
+    assert not re.search(r"\b(ret;|st\.global|atom|red\.|bulk\.tensor)", ahead), kernel
+    # Each register comes from these parameters.
+    sources: dict[str, set[int]] = {}
+    for line in ahead.splitlines():
+        line = line.split("//")[0].strip()
+        found = [set(), *(sources.get(register, set()) for register in re.findall(r"%\w+", line))]
+        if parameter := re.search(r"ld\.param\S*\s+(%\w+), \[\w+?_param_(\d+)", line):
+            sources[parameter[1]] = {int(parameter[2])}
+        elif re.search(r"(ld\.global|cp\.async|prefetch)", line):
+            address = re.search(r"\[\s*(%\w+)(?:\s*\+[^]]*)?\s*\]", line.split("shared")[-1])
+            read = {names[i] for i in sources.get(address[1], set())} if address else set()
+            assert read <= early, f"{kernel} reads {read - early} before it waits"
+        elif target := re.match(r"(?:@!?%\w+\s+)?[a-z][\w.:]*\s+\{?\s*(%\w+)", line):
+            sources[target[1]] = sources.get(target[1], set()).union(*found)
 
 
 def write_ptx(directory: Path, name: str, code: str) -> None:

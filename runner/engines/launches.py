@@ -1,6 +1,6 @@
 """Launch lists on a CUDA GPU: a step is one launch of a graph, and so is a chunk of prompts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.engines.launch_list import LaunchList, Method
 from tokenloop.runner.engines.step_graphs import StepGraphs
 from tokenloop.runner.engines.tensors import explained, find_device, load_tensors
@@ -82,7 +83,8 @@ class LaunchProgram(Program):
             self._capture_prefill()
 
     def _capture_prefill(self) -> None:
-        """Capture a graph for each number of tokens that a chunk is rounded up to."""
+        """Capture a graph for each number of tokens that a chunk is rounded up to. Those whose
+        kernels do not overlap are captured when they are asked for."""
         # What a chunk is told lies in one memory, which goes up in one copy: numbers of 64 bits,
         # the last of which are the tokens.
         inputs = self._list.inputs(f"{PREFILL}{self._chunks[-1]}")
@@ -96,18 +98,24 @@ class LaunchProgram(Program):
         self._prompt = torch.zeros(size + self._chunks[-1], dtype=torch.int64, device=self._device)
         words = self._prompt.view(torch.int32)
         given = {name: words[place] for name, place in self._layout.items()}
-        self._prefills: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        pool = torch.cuda.graph_pool_handle()
+        self._prefills: dict[int, tuple[Callable[[], tuple[Tensor, ...]], Tensor]] = {}
+        self._prefill_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
         for count in self._chunks:
             tokens = self._prompt[size : size + count]
             names = self._list.inputs(f"{PREFILL}{count}")
             values = [(given | {"tokens": tokens})[name] for name in names]
-            method, graph = self._list.method(f"{PREFILL}{count}"), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                (logits,) = method(*values)
-            self._prefills[count] = graph, logits
+            method = self._list.method(f"{PREFILL}{count}")
+            self._prefills[count] = partial(method, *values), method.outputs[0]
+            self._prefill_graph(count, overlap=True)
+
+    def _prefill_graph(self, count: int, overlap: bool) -> torch.cuda.CUDAGraph:
+        if (count, overlap) not in self._prefill_graphs:
+            names = self.manifest["waiting_kernels"] if overlap else []
+            run = self._prefills[count][0]
+            graph = captured(run, self._pool, self._stream, names)
+            self._prefill_graphs[count, overlap] = graph
+        return self._prefill_graphs[count, overlap]
 
     def prefill_packed(self, chunk: list[Part]) -> Tensor:
         told = np.zeros(2 * self._told, np.int32)
@@ -117,10 +125,9 @@ class LaunchProgram(Program):
         tokens = np.concatenate([np.asarray(part.ids, np.int64) for part in chunk])
         self.transfers.upload(np.concatenate([told.view(np.int64), tokens]), out=self._prompt)
         count = next(size for size in self._chunks if size >= len(tokens))
-        graph, logits = self._prefills[count]
         with self._on_stream():
-            graph.replay()
-        return logits
+            self._prefill_graph(count, self._overlap).replay()
+        return self._prefills[count][1]
 
     def load_sampling(self, method: str, embed: bool) -> None:
         for name in self._artifact.sampling_methods(self.manifest["methods"], method, embed):

@@ -1,10 +1,12 @@
 """A decode step as one launch: CUDA graphs of the position, the network and the selection."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.program import Choice, Step
 from tokenloop.runner.transfers import Transfers
 
@@ -55,7 +57,9 @@ class StepGraphs:
             else:
                 # The first of its kind runs as it is, which loads kernels: no capture may do that.
                 self._run(*what)
-                self._graphs[key] = self._capture(what, overlap)
+                names = self._waiting if overlap else []
+                run = partial(self._run, *what)
+                self._graphs[key] = captured(run, self._pool, self._stream, names)
         if from_lines:
             self._expected = step.line + 1
 
@@ -64,17 +68,3 @@ class StepGraphs:
             self._next_positions(self._lines, self._next_line, self._position)
         inputs = () if method == "greedy" else (*self._parameters, self._position)
         self._run_step(Step(self._position, None, Choice(method, inputs)), buffer)
-
-    def _capture(self, what: tuple[int, str, bool], overlap: bool) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            self._run(*what)
-        if overlap and self._waiting:
-            # It takes a package that torch has only where it is built for CUDA.
-            from tokenloop.runner.engines.programmatic_launch import let_overlap
-
-            let_overlap(graph, self._waiting)
-        graph.instantiate()
-        return graph

@@ -153,3 +153,45 @@ def test_prompts_that_join_together_go_up_in_one_copy(load):
     prefill(program, [(row, ids(row, 100)) for row in range(5)], CAPACITY)
     copies = program.transfers.since(before)
     assert (copies.host_to_device.count, copies.device_to_device.count) == (1, 0)
+
+
+@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+def test_no_bit_depends_on_whether_kernels_overlap(load, network, quant):
+    """A kernel that reads too early what one ahead writes, or writes what one ahead still reads,
+    shows as a difference in some of many prompts."""
+    program = load(network, quant, 5)
+    generator, found = torch.Generator().manual_seed(7), {}
+    sizes = torch.randint(1, 700, (100, 3), generator=generator).tolist()
+    # Chunks that their graph has much more room for, that just fit, and of one token.
+    sizes += [[1, 1, 1], [64, 1, 191], [256, 256, 512], [2000, 1, 1]]
+    for overlap in (True, False):
+        program.begin(embed=False, overlap=overlap)
+        found[overlap] = []
+        for seed, (one, two, three) in enumerate(sizes):
+            prompts = [(4, ids(seed, one)), (0, ids(seed + 1, two)), (2, ids(seed + 2, three))]
+            for several in (prompts, prompts[:1]):
+                # Graphs follow one another at once: nobody waits for one before the next.
+                for chunk in packed(several, CAPACITY, program.packing.parts, 64):
+                    logits = program.prefill_packed(chunk)[: len(chunk)]
+                    with torch.cuda.stream(program._stream):
+                        found[overlap].append(logits.clone())
+        torch.cuda.synchronize()
+        found[overlap] += [states(program, row) for row in (4, 0, 2)]
+    *early, e4, e0, e2 = found[True]
+    *late, l4, l0, l2 = found[False]
+    assert len(early) == len(late) >= 200
+    assert [i for i, x in enumerate(early) if not torch.equal(x, late[i])] == []
+    for state, expected in ((e4, l4), (e0, l0), (e2, l2)):
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_prompts_kernels_overlap(load, monkeypatch):
+    from tokenloop.runner.engines import programmatic_launch
+
+    counts, let_overlap = [], programmatic_launch.let_overlap
+    monkeypatch.setattr(
+        programmatic_launch, "let_overlap", lambda *given: counts.append(let_overlap(*given))
+    )
+    program = load("qwen3", "bf16", 1)
+    # The last graphs that are captured are the chunks', one for each size.
+    assert min(counts[-len(program._chunks) :]) >= 10

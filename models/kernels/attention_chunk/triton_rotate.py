@@ -9,6 +9,7 @@ import triton.language as tl
 
 from tokenloop.models.kernels.attention.triton_attend import load_halves, normed, rotated
 from tokenloop.models.kernels.attention_chunk.triton_sequences import find_tokens
+from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 
 
 @triton.jit
@@ -23,6 +24,7 @@ def store_tokens(ptr, offsets, x1, x2, mask, HALF: tl.constexpr):
     tl.store(ptr + HALF + offsets, x2, mask=mask)
 
 
+@waits  # once it has the weights, its tokens' places, which the host wrote, and their angles
 @triton.jit
 def rotate_kernel(
     qkv_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr,
@@ -42,11 +44,7 @@ def rotate_kernel(
     sequence, start, count, block = find_tokens(
         starts_ptr, tl.program_id(1), SEQUENCES, PADDED, BLOCK_T
     )
-    if block * BLOCK_T >= count:
-        return
     row = tl.load(rows_ptr + sequence).to(tl.int64)
-    if row < 0:
-        return
     i = tl.arange(0, HALF)
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = (t < count)[:, None]
@@ -55,10 +53,18 @@ def rotate_kernel(
     cos, sin = tl.cos(angle), tl.sin(angle)
     token = (start + t).to(tl.int64)[:, None]
     in_offsets = token * width + i[None, :]
+    if HEADS > 0 and q_norm_ptr is not None:
+        q_weight1, q_weight2 = load_halves(q_norm_ptr, i, HALF)
+    if KEYS and k_norm_ptr is not None:
+        k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
+    zero = wait(0)
+    if block * BLOCK_T + zero >= count:
+        return
+    if row < 0:
+        return
+    qkv_ptr += zero
 
     if HEADS > 0:
-        if q_norm_ptr is not None:
-            q_weight1, q_weight2 = load_halves(q_norm_ptr, i, HALF)
         q_offsets = token * (HEADS * stride) + i[None, :]
         for g in range(HEADS):
             head = (kv * HEADS + g) * SIZE
@@ -76,7 +82,6 @@ def rotate_kernel(
         else:
             v1, v2 = load_tokens(key_ptr + stride, in_offsets, mask, HALF)
         if k_norm_ptr is not None:
-            k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
             x1, x2 = normed(x1, x2, offset + k_weight1, offset + k_weight2, eps)
         x1, x2 = rotated(x1, x2, cos, sin, dtype)
         if VALUE_NORM:
@@ -91,6 +96,7 @@ def rotate_kernel(
         store_tokens(v_ptr, to, v1.to(dtype), v2.to(dtype), mask, HALF)
 
 
+@waits  # once it has its tokens' places, which the host wrote
 @triton.jit
 def store_ring_kernel(
     kv_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, slots,
@@ -103,18 +109,21 @@ def store_ring_kernel(
     sequence, start, count, block = find_tokens(
         starts_ptr, tl.program_id(1), SEQUENCES, PADDED, BLOCK_T
     )
-    if block * BLOCK_T >= count:
+    row = tl.load(rows_ptr + sequence).to(tl.int64)
+    first = tl.load(first_ptr + sequence)
+    zero = wait(0)
+    if block * BLOCK_T + zero >= count:
         return
     # Two tokens of one slot must not race: only the last `slots` are stored.
     if (block + 1) * BLOCK_T <= count - slots:
         return
-    row = tl.load(rows_ptr + sequence).to(tl.int64)
     if row < 0:
         return
+    kv_ptr += zero
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = ((t < count) & (t >= count - slots))[:, None]
     i = kv * SIZE + tl.arange(0, SIZE)[None, :]
-    slot = (tl.load(first_ptr + sequence) + t) % slots
+    slot = (first + t) % slots
     from_offsets = (start + t).to(tl.int64)[:, None] * (2 * stride) + i
     to = (row * slots + slot)[:, None] * stride + i
     tl.store(k_ptr + to, tl.load(kv_ptr + from_offsets, mask=mask), mask=mask)

@@ -29,6 +29,7 @@ from tokenloop.models.kernels.causal_conv1d.triton_taps import (
     load_packed_taps,
     load_weights,
 )
+from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.state_slot import load_slot
 
 # Tokens that are computed together where several sequences share a block.
@@ -93,6 +94,7 @@ def roll_on(
     return past
 
 
+@waits  # once it has the weights, and where sequences end, which the host wrote
 @triton.jit(do_not_specialize=["tokens", "bounds", "pad_slot_id", "span"])
 def causal_conv1d_rolling_kernel(
     x_ptr, weight_ptr, bias_ptr, query_start_loc_ptr, state_ptr, cache_indices_ptr,
@@ -117,13 +119,25 @@ def causal_conv1d_rolling_kernel(
     # Short sequences are often packed at the ends, and take longest: the ends are not begun last.
     at = tl.program_id(TOKEN_AXIS) + tl.num_programs(TOKEN_AXIS) // 2
     begin = tl.where(at < tl.num_programs(TOKEN_AXIS), at, at - tl.num_programs(TOKEN_AXIS)) * span
-    # All programs read this number, so it is near. A chunk may have room for many more tokens.
-    if begin >= tl.load(query_start_loc_ptr + sequences):
-        return
-    end = tl.minimum(begin + span, tokens)
     first = tl.program_id(1 - TOKEN_AXIS) * BLOCK_DIM
     channels = first + tl.arange(0, BLOCK_DIM)
     in_dim = below(channels, dim, EVEN)
+    # All programs read this number, so it is near. A chunk may have room for many more tokens.
+    count = tl.load(query_start_loc_ptr + sequences)
+    # All loads come first, and first of them what the search needs: it is done when tokens arrive.
+    stops = load_stops(query_start_loc_ptr, 0, sequences, tokens)
+    if PACKED_TAPS:
+        weights = load_packed_taps(weight_ptr, channels, in_dim)
+    else:
+        weight_ptrs = weight_ptr + channels * weight_stride_dim
+        weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
+    bias = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
+    zero = wait(0)
+    if begin + zero >= count:
+        return
+    x_ptr += zero
+    state_ptr += zero
+    end = tl.minimum(begin + span, tokens)
     out_ptrs = out_ptr + channels
     if PAIRS:
         STRIDE: tl.constexpr = X_STRIDE // 2
@@ -134,17 +148,9 @@ def causal_conv1d_rolling_kernel(
         STRIDE: tl.constexpr = X_STRIDE
         x_ptrs = x_ptr + channels
         in_row = in_dim
-    # All loads come first, and first of them what the search needs: it is done when tokens arrive.
-    stops = load_stops(query_start_loc_ptr, 0, sequences, tokens)
     x_row = x_ptrs + begin.to(tl.int64) * STRIDE
     before = next_rows(x_row - (WIDTH - 1) * STRIDE, STRIDE, in_row & (begin > 0), WIDTH - 1)
     rows = next_rows(x_row, STRIDE, in_row & (begin + BLOCK <= end), HALF)
-    if PACKED_TAPS:
-        weights = load_packed_taps(weight_ptr, channels, in_dim)
-    else:
-        weight_ptrs = weight_ptr + channels * weight_stride_dim
-        weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
-    bias = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
 
     # 1. The sequence of the first token, and the inputs before that token.
     sequence, start, stop = find(stops, query_start_loc_ptr, sequences, tokens, begin)

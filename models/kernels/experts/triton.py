@@ -11,7 +11,7 @@ from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.linear.triton_epilogue import activate
 
 
-@waits  # at once
+@waits  # once it has the count, which the host wrote
 @triton.jit
 def route_kernel(
     scores_ptr, count_ptr, chosen_ptr, weights_ptr, E, width,
@@ -21,9 +21,11 @@ def route_kernel(
     first count rows."""
     b = tl.program_id(0)
     e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
     zero = wait(0)
     if count_ptr is not None:  # noqa: SIM102 - Triton decides this one, the GPU the other
-        if b >= tl.load(count_ptr + zero):
+        if b + zero >= count:
             return
     scores_ptr += zero
     scores = tl.load(scores_ptr + b * width + e, mask=e < E, other=float("-inf")).to(tl.float32)

@@ -11,10 +11,12 @@ Names: token t, choice j of C, pair p = t * C + j, expert e of E, output n of N,
 import triton
 import triton.language as tl
 
+from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.dot import dot
 from tokenloop.models.kernels.linear.triton_epilogue import activate
 
 
+@waits  # once it has the count, which the host wrote
 @triton.jit
 def count_pairs_kernel(
     chosen_ptr, count_ptr, parts_ptr, E,
@@ -23,8 +25,10 @@ def count_pairs_kernel(
     """How many of BLOCK_P pairs each expert has: parts int32 [.., E]."""
     part = tl.program_id(0)
     pairs = tl.load(count_ptr) * C
-    if part * BLOCK_P >= pairs:
+    zero = wait(0)
+    if part * BLOCK_P + zero >= pairs:
         return
+    chosen_ptr += zero
     p, e = part * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_E)
     exists = p < pairs
     chosen = tl.load(chosen_ptr + p, mask=exists, other=0).to(tl.int32)
@@ -32,6 +36,7 @@ def count_pairs_kernel(
     tl.store(parts_ptr + part * E + e, counts, mask=e < E)
 
 
+@waits  # once it has the count, which the host wrote
 @triton.jit
 def cut_blocks_kernel(
     parts_ptr, count_ptr, next_ptr, blocks_ptr, used_ptr, E, C: tl.constexpr,
@@ -41,6 +46,11 @@ def cut_blocks_kernel(
     expert, each with its expert, its first slot, and the slot after the expert's last, [.., 3]."""
     e = tl.arange(0, BLOCK_E)
     parts = tl.cdiv(tl.load(count_ptr) * C, BLOCK_P)
+    zero = wait(0)
+    parts_ptr += zero
+    next_ptr += zero
+    blocks_ptr += zero
+    used_ptr += zero
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
@@ -58,6 +68,7 @@ def cut_blocks_kernel(
         tl.store(block_ptr + 2, ends, mask=exists)
 
 
+@waits  # once it has the count, which the host wrote
 @triton.jit
 def place_pairs_kernel(
     chosen_ptr, count_ptr, next_ptr, slots_ptr, C: tl.constexpr, BLOCK_P: tl.constexpr
@@ -65,8 +76,11 @@ def place_pairs_kernel(
     """The pair of each slot, int32. In which order an expert's pairs take its slots is left to
     chance: no result depends on it, because each pair's products are its own."""
     start, pairs = tl.program_id(0) * BLOCK_P, tl.load(count_ptr) * C
-    if start >= pairs:
+    zero = wait(0)
+    if start + zero >= pairs:
         return
+    chosen_ptr += zero
+    next_ptr += zero
     p = start + tl.arange(0, BLOCK_P)
     exists = p < pairs
     chosen = tl.load(chosen_ptr + p, mask=exists, other=0)
@@ -90,6 +104,7 @@ def load_inputs(ptr, offsets, k, K, EVEN: tl.constexpr):
     return tl.load(ptr + offsets, mask=k < K, other=0.0)
 
 
+@waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def gate_up_chunk_kernel(
     x_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, h_ptr, N, K, C: tl.constexpr,
@@ -99,8 +114,12 @@ def gate_up_chunk_kernel(
     """BLOCK_N outputs silu(gate) * up of a block's slots: h [slots, N]."""
     tiles = tl.cdiv(N, BLOCK_N)
     block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if block >= tl.load(used_ptr):
+    zero = wait(0)
+    if block >= tl.load(used_ptr + zero):
         return
+    slots_ptr += zero
+    blocks_ptr += zero
+    x_ptr += zero
     expert, slots, end = load_block(blocks_ptr, block, BLOCK_M)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     # What is beyond the last is the last: loads need no masks, and the results are not stored.
@@ -121,6 +140,7 @@ def gate_up_chunk_kernel(
     tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
+@waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def down_chunk_kernel(
     h_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, y_ptr, N, K,
@@ -130,8 +150,12 @@ def down_chunk_kernel(
     """BLOCK_N outputs of the pairs in a block's slots, of h [slots, K]: y [pairs, N]."""
     tiles = tl.cdiv(N, BLOCK_N)
     block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if block >= tl.load(used_ptr):
+    zero = wait(0)
+    if block >= tl.load(used_ptr + zero):
         return
+    slots_ptr += zero
+    blocks_ptr += zero
+    h_ptr += zero
     expert, slots, end = load_block(blocks_ptr, block, BLOCK_M)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     last = tl.minimum(slots, end - 1)
@@ -147,6 +171,7 @@ def down_chunk_kernel(
     tl.store(y_ptr + pairs[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@waits  # once it has the count, which the host wrote
 @triton.jit
 def weigh_kernel(
     pairs_ptr, weights_ptr, count_ptr, shared_ptr, scores_ptr, y_ptr, N, width,
@@ -155,15 +180,19 @@ def weigh_kernel(
     """BLOCK_N outputs of a token: the sum of what its pairs [.., N] give, in the order of its
     choices, each with its weight; plus the shared expert's, which the last of the scores weighs."""
     t = tl.program_id(0).to(tl.int64)
-    if t >= tl.load(count_ptr):
+    count = tl.load(count_ptr)
+    zero = wait(0)
+    if t + zero >= count:
         return
+    pairs_ptr += zero
+    weights_ptr += zero
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.zeros([BLOCK_N], tl.float32)
     for j in tl.static_range(C):
         given = tl.load(pairs_ptr + (t * C + j) * N + n, mask=n < N, other=0.0)
         y += tl.load(weights_ptr + t * C + j).to(tl.float32) * given.to(tl.float32)
     if shared_ptr is not None:
-        score = tl.load(scores_ptr + t * width + width - 1).to(tl.float32)
-        shared = tl.load(shared_ptr + t * N + n, mask=n < N, other=0.0).to(tl.float32)
+        score = tl.load(scores_ptr + zero + t * width + width - 1).to(tl.float32)
+        shared = tl.load(shared_ptr + zero + t * N + n, mask=n < N, other=0.0).to(tl.float32)
         y += shared / (1 + tl.exp(-score))
     tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

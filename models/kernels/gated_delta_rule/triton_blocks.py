@@ -106,7 +106,7 @@ def unit_inverse(lower):
     return first, -product(product(second, below), first), second
 
 
-@waits  # once it has the place of its block, which the host wrote
+@waits  # once it has its head's constants, and the place of its block, which the host wrote
 @triton.jit(do_not_specialize=["sequences"])
 def gated_delta_rule_blocks_kernel(
     q_ptr, k_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, starts_ptr,
@@ -121,14 +121,14 @@ def gated_delta_rule_blocks_kernel(
     HALF: tl.constexpr = BLOCK // 2
     head, place = tl.program_id(0), tl.program_id(1)
     begin, stop = find_block(starts_ptr, place, sequences)
-    if begin >= stop:
-        return
     rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
     bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     token = tl.arange(0, BLOCK)
     exists = token < stop - begin
     key = tl.arange(0, BLOCK_KEYS)
     zero = wait(0)
+    if begin + zero >= stop:
+        return
     begin = begin.to(tl.int64) + zero
     key_head = head // heads_per_key
 

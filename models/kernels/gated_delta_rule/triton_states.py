@@ -17,7 +17,7 @@ from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.dot import dot
 
 
-@waits
+@waits  # once it has its sequence's place, which the host wrote
 @triton.jit
 def gated_delta_rule_states_kernel(
     q_ptr, k_ptr, v_ptr, state_ptr, starts_ptr, rows_ptr, first_ptr,
@@ -40,12 +40,12 @@ def gated_delta_rule_states_kernel(
     COLUMNS: tl.constexpr = value_size // BLOCK_VALUES
     head = column_head // COLUMNS
     start, stop = tl.load(starts_ptr + sequence), tl.load(starts_ptr + sequence + 1)
-    if start >= stop:
-        return
     row = tl.load(rows_ptr + sequence).to(tl.int64)
     started = tl.load(first_ptr + sequence) > 0
     key_head = head // heads_per_key
     zero = wait(0)
+    if start + zero >= stop:
+        return
     token, key = tl.arange(0, BLOCK), tl.arange(0, BLOCK_KEYS)
     column = column_head % COLUMNS * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
 

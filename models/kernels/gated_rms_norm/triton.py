@@ -30,7 +30,7 @@ def gated_rms_norm_kernel(
     tl.store(out_ptr + row_head * size + i, gated.to(x.dtype), mask=mask)
 
 
-@waits
+@waits  # once it has the weight and the count, which the host wrote
 @triton.jit
 def gated_rms_norm_chunk_kernel(
     x_ptr, gate_ptr, weight_ptr, count_ptr, out_ptr, heads: tl.constexpr, size: tl.constexpr,
@@ -38,15 +38,15 @@ def gated_rms_norm_chunk_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_ROWS heads, each as the other kernel has one, of the first `count` rows."""
+    count = tl.load(count_ptr)
+    i = tl.arange(0, BLOCK)[None, :]
+    weight = tl.load(weight_ptr + i, mask=i < size, other=0.0)
     zero = wait(0)
-    count = tl.load(count_ptr + zero)
     row_head = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    if tl.program_id(0) * BLOCK_ROWS >= count * heads:
+    if tl.program_id(0) * BLOCK_ROWS + zero >= count * heads:
         return
     row, head = row_head // heads, row_head % heads
-    i = tl.arange(0, BLOCK)[None, :]
     mask = (i < size) & (row < count)[:, None]
-    weight = tl.load(weight_ptr + i, mask=i < size, other=0.0)
     x = tl.load(x_ptr + zero + row_head[:, None] * size + i, mask=mask, other=0.0)
     gate_ptrs = gate_ptr + zero + (row * gate_stride_row + head * gate_stride_head)[:, None] + i
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)

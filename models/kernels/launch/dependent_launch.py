@@ -7,6 +7,22 @@ leave room. A kernel that is launched in any other way waits for nothing. Only k
 overlap one another: what any other kernel writes, such as a step's positions, is there before the
 kernels after it begin.
 
+`wait` waits for the kernels right ahead to end. All before them have ended then, too, but only
+because those kernels waited themselves. A grid of which no program waits could end early, and the
+kernel after it would no longer wait for those before it. Tensors share memory by the order of
+launches, so that would be wrong even where nobody reads what they wrote. So:
+
+- A program waits before it returns, also where it has nothing to do: `if i + wait(0) >= count`. The
+  compiler may move a wait past a condition that does not depend on its zero. (Of attend_kernel some
+  programs return first; of every row one does not.)
+- A program waits before it writes anything, also what depends on nothing that it reads.
+- Before it waits it reads weights and tables, what the host wrote before the graph, such as where a
+  chunk's sequences begin, and state that no other kernel of the graph writes.
+- Its tensor descriptors may be made before, if their memory belongs to this launch alone, as it
+  does in a launch list.
+
+tests/compile_kernels.py sees in the compiled kernels that the first three hold.
+
 The next kernel may begin as soon as every program of this one has said so. `wait` says so at once.
 With `wait_alone` a program says so later, by `release`, when it has read what it reads. Programs
 that fill a processor do that: the next kernel's programs would otherwise be placed beside them

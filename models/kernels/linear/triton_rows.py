@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tokenloop.models.kernels.launch.dependent_launch import prefetch_rows, wait, waits
 from tokenloop.models.kernels.linear.triton_epilogue import finish
-from tokenloop.models.kernels.rms_norm.triton import norm_row
+from tokenloop.models.kernels.rms_norm.triton import norm_row, norm_weights
 
 
 @triton.jit
@@ -48,8 +48,10 @@ def rows_kernel(
         w = load_weights(w_ptr, n, k, N, K)
         if ACTIVATION is not None:
             second = load_weights(second_ptr, n, k, N, K)
+        weight, post = norm_weights(norm_ptr, post_ptr, k, K, ADD)
+        start = b * K + wait(0)
         total, h = norm_row(
-            x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset, ADD
+            x_ptr, branch_ptr, post_ptr, scalar_ptr, weight, post, start, k, K, eps, offset, ADD
         )
         if ADD and tile == 0:
             tl.store(total_ptr + b * K + k, total, mask=k < K)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 PROCESSORS = 132  # of an H100 or H200
+# Programs that ask for weights while they wait for the kernels ahead: those that can begin by then.
+FIRST = 2 * PROCESSORS
 
 
 class ChunkTiles(NamedTuple):

@@ -15,6 +15,7 @@ from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.linear.operator import group_size
 from tokenloop.models.kernels.linear.packing import SPAN_WORDS, WORD_BITS, weight_bits
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import (
+    FIRST,
     IN_TILE,
     PROCESSORS,
     ChunkTiles,
@@ -55,6 +56,7 @@ def launch_linear_chunk(
         raise ValueError(f"a tile of {tiles} has no outputs beside")
     tiles_n = triton.cdiv(outputs, tiles.block_n + tiles.extra)
     count_tiles = triton.cdiv(tokens, tiles.block_t) * tiles_n
+    ahead = tiles.stages * tiles.block_k if inputs * x.element_size() % 16 == 0 else 0
     arguments = x, weight, bias, count, y, tokens, outputs, inputs
     named = {
         "ACTIVATION": activation, "BLOCK_T": tiles.block_t, "BLOCK_N": tiles.block_n,
@@ -64,11 +66,14 @@ def launch_linear_chunk(
     if tiles.descriptors:
         launch(descriptors_kernel, (min(count_tiles, PROCESSORS),))(
             *arguments, **named, PARTS=tiles.parts, FLATTEN=tiles.flatten,
-            SPECIALIZE=tiles.specialize, EXTRA=tiles.extra, num_stages=tiles.stages,
+            SPECIALIZE=tiles.specialize, EXTRA=tiles.extra, AHEAD=ahead,
+            num_stages=tiles.stages,
         )  # fmt: skip
     else:
         even = inputs % tiles.block_k == 0
-        launch(pointers_kernel, (count_tiles,))(*arguments, **named, EVEN=even)
+        launch(pointers_kernel, (count_tiles,))(
+            *arguments, **named, EVEN=even, AHEAD=ahead, FIRST=FIRST
+        )
     return y
 
 
@@ -89,7 +94,8 @@ def launch_words(
         x, weight, scale, bias, count, y, tokens, outputs, inputs, weight.shape[1],
         GROUP=group, BITS=bits, ACTIVATION=activation, BLOCK_T=tiles.block_t,
         BLOCK_N=tiles.block_n, STAGES=tiles.stages,
-        EVEN=inputs % (SPAN_WORDS * (WORD_BITS // bits)) == 0, num_warps=tiles.warps,
+        EVEN=inputs % (SPAN_WORDS * (WORD_BITS // bits)) == 0,
+        AHEAD=tiles.stages * SPAN_WORDS, FIRST=FIRST, num_warps=tiles.warps,
     )  # fmt: skip
     return y
 

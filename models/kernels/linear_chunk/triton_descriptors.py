@@ -7,19 +7,25 @@ A program stays and takes one tile after the other. Each output is summed over t
 import triton
 import triton.language as tl
 
+from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.dot import dot
-from tokenloop.models.kernels.linear_chunk.triton_tiles import finished, tile_place
+from tokenloop.models.kernels.linear_chunk.triton_tiles import ask_for_rows, finished, tile_place
 
 
+# Once it has its descriptors, whose memory is this launch's own, and has asked for its first
+# weights. It releases the next kernel at once: a processor has room for one such program, so those
+# of another layer are placed evenly.
+@waits
 @triton.jit
 def descriptors_kernel(
     x_ptr, w_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, EXTRA: tl.constexpr = 0,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, AHEAD: tl.constexpr, EXTRA: tl.constexpr = 0,
 ):  # fmt: skip
     """Outputs are stored in PARTS parts, 1 or 2, so that less shared memory is kept for them. K and
-    N are multiples of 16 bytes.
+    N are multiples of 16 bytes. Every program asks for AHEAD inputs of its first weights before the
+    activations are there.
 
     A tile has BLOCK_N + EXTRA outputs, in two accumulators where EXTRA is not 0: blocks are powers
     of two, and tiles between them leave fewer processors without work. A gated layer has no EXTRA.
@@ -38,10 +44,21 @@ def descriptors_kernel(
     if EXTRA:
         extra_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [EXTRA, BLOCK_K])
         z_desc = tl.make_tensor_descriptor(y_ptr, [T, N], [N, 1], [BLOCK_T, EXTRA])
+    asked = 0
+    if AHEAD > 0:
+        some_t = tl.maximum(tiles_t, 1)
+        last = tl.minimum(tl.program_id(0), some_t * tiles_n - 1)
+        place_t, place_n = tile_place(last, some_t, tiles_n, GROUP)
+        is_first = (tl.program_id(0) < tiles_t * tiles_n) & (place_t % GROUP == 0)
+        ahead = tl.where(is_first, AHEAD, 0)
+        asked = ask_for_rows(w_ptr, place_n * TILE_N, N, K, ahead, GATED, BLOCK_N)
+    # Every place depends on the tile's number, and so all loads come after this. A program without
+    # a tile waits, too.
+    begin = tl.program_id(0) + wait(asked)
     # The tile that is stored is counted apart: loads of the next need not wait for it.
     stored = tl.program_id(0) - step
     for tile in tl.range(
-        tl.program_id(0), tiles_t * tiles_n, step, flatten=FLATTEN, warp_specialize=SPECIALIZE
+        begin, tiles_t * tiles_n, step, flatten=FLATTEN, warp_specialize=SPECIALIZE
     ):
         place_t, place_n = tile_place(tile, tiles_t, tiles_n, GROUP)
         t = place_t * BLOCK_T

@@ -7,8 +7,9 @@ It serves any shape, and float32. Each output is summed over the inputs in order
 import triton
 import triton.language as tl
 
+from tokenloop.models.kernels.launch.dependent_launch import release, wait_alone, waits
 from tokenloop.models.kernels.launch.dot import dot
-from tokenloop.models.kernels.linear_chunk.triton_tiles import finished, tile_place
+from tokenloop.models.kernels.linear_chunk.triton_tiles import ask_for_rows, finished, tile_place
 
 
 @triton.jit
@@ -20,20 +21,38 @@ def load_tile(ptr, rows, k, K, EVEN: tl.constexpr):
     return tl.load(ptr + offsets, mask=(k < K)[None, :], other=0.0)
 
 
+# Alone, once it has asked for its first weights; it releases the next kernel when it has read what
+# it reads. Where a layer has fewer tiles than there are processors, the programs of the next layer,
+# which wait behind a norm, would otherwise all go to the processors that are left, and their
+# weights come through those alone.
+@waits
 @triton.jit
 def pointers_kernel(
     x_ptr, w_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    AHEAD: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """EVEN: K is a multiple of BLOCK_K."""
+    """EVEN: K is a multiple of BLOCK_K. The FIRST programs ask for AHEAD inputs of their weights
+    before the activations are there."""
     count = tl.minimum(tl.load(count_ptr), T)
+    # One at least: a program without a tile looks at the last one, and nothing is divided by 0.
     tiles_t = tl.cdiv(count, BLOCK_T)
+    some_t = tl.maximum(tiles_t, 1)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
-    if tile >= tiles_t * tiles_n:
+    place_t, place_n = tile_place(tl.minimum(tile, some_t * tiles_n - 1), some_t, tiles_n, GROUP)
+    asked = 0
+    if AHEAD > 0:
+        # A program without a tile asks for nothing, and the first of several that share weights
+        # asks for all of them.
+        is_first = (tile < tl.minimum(tiles_t * tiles_n, FIRST)) & (place_t % GROUP == 0)
+        ahead = tl.where(is_first, AHEAD, 0)
+        asked = ask_for_rows(w_ptr, place_n * BLOCK_N, N, K, ahead, ACTIVATION is not None, BLOCK_N)
+    zero = wait_alone(asked)
+    if tile + zero >= tiles_t * tiles_n:
         return
-    place_t, place_n = tile_place(tile, tiles_t, tiles_n, GROUP)
+    x_ptr += zero
     t = place_t * BLOCK_T + tl.arange(0, BLOCK_T)
     n = place_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the last are the last: loads need no masks, and the results are not stored.
@@ -48,6 +67,7 @@ def pointers_kernel(
         y = dot(x, load_tile(w_ptr, first, k, K, EVEN).T, y)
         if ACTIVATION is not None:
             up = dot(x, load_tile(w_ptr, second, k, K, EVEN).T, up)
+    y_ptr += release(0)
     y = finished(y, up, bias_ptr, n[None, :], N, ACTIVATION)
     offsets = row[:, None] * N + n[None, :]
     mask = (t < count)[:, None] & (n < N)[None, :]

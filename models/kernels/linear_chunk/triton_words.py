@@ -8,9 +8,15 @@ same bits. packing.py says how words lie. Names: token t of T, output n of N, in
 import triton
 import triton.language as tl
 
+from tokenloop.models.kernels.launch.dependent_launch import (
+    release,
+    wait,
+    wait_alone,
+    waits,
+)
 from tokenloop.models.kernels.launch.dot import dot
 from tokenloop.models.kernels.linear.triton_packing import BITS_OF_WORD, OFFSET, WORDS, field
-from tokenloop.models.kernels.linear_chunk.triton_tiles import finished
+from tokenloop.models.kernels.linear_chunk.triton_tiles import ask_for_rows, finished
 
 if triton.knobs.runtime.interpret:
 
@@ -53,6 +59,7 @@ def load_scale(scale_ptr, n, k, K, rows, GROUP: tl.constexpr, BITS: tl.constexpr
     return tl.load(scale_ptr + group.to(tl.int64) * rows + n)
 
 
+@waits  # once it has the words: kernels ahead may read what was where it writes
 @triton.jit
 def dequantize_kernel(
     w_ptr, scale_ptr, out_ptr, N, K, width, GROUP: tl.constexpr, BITS: tl.constexpr,
@@ -65,6 +72,7 @@ def dequantize_kernel(
     row = tl.minimum(n, N - 1).to(tl.int64)
     i = tl.arange(0, WORDS)
     words = tl.load(w_ptr + row[:, None] * width + i[None, :] + span * WORDS)
+    out_ptr += wait(0)
     for j in tl.static_range(FIELDS):
         start = (span * FIELDS + j) * WORDS
         scale = load_scale(scale_ptr, row, start, K, N, GROUP, BITS)
@@ -74,22 +82,34 @@ def dequantize_kernel(
         tl.store(out_ptr + row[:, None] * K + k[None, :], values, mask=mask)
 
 
+# As pointers_kernel does, and why.
+@waits
 @triton.jit
 def words_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, count_ptr, y_ptr, T, N, K, width,
     GROUP: tl.constexpr, BITS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    FIRST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of BLOCK_T tokens; programs of one tile of outputs run side by side.
 
     Weights are the left operand, which the tensor cores take from registers. EVEN: K is a whole
-    number of spans.
+    number of spans. The FIRST programs ask for AHEAD words of their weights before the activations
+    are there.
     """
     FIELDS: tl.constexpr = BITS_OF_WORD // BITS
     count = tl.minimum(tl.load(count_ptr), T)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    if tl.program_id(0) * BLOCK_T >= count:
+    asked = 0
+    if AHEAD > 0:
+        number = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+        ahead = tl.where((number < FIRST) & (tl.program_id(0) == 0), AHEAD, 0)
+        start = tl.program_id(1) * BLOCK_N
+        asked = ask_for_rows(w_ptr, start, N, width, ahead, ACTIVATION is not None, BLOCK_N)
+    zero = wait_alone(asked)
+    if tl.program_id(0) * BLOCK_T + zero >= count:
         return
+    x_ptr += zero
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the last are the last: loads need no masks, and the results are not stored.
     token = tl.minimum(t, count - 1).to(tl.int64)
@@ -118,6 +138,8 @@ def words_kernel(
             if ACTIVATION is not None:
                 scale = load_scale(scale_ptr, second, start, K, rows, GROUP, BITS)
                 up = dot(scaled(field(others, j, BITS), scale, BITS), x, up)
+    y_ptr += release(0)
     y = finished(y, up, bias_ptr, n[:, None], N, ACTIVATION)
     mask = (n < N)[:, None] & (t < count)[None, :]
-    tl.store(y_ptr + token[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+    offsets = token[None, :] * N + n[:, None]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

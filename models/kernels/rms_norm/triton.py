@@ -30,16 +30,23 @@ def inverse_rms(squares, size, eps):
 
 
 @triton.jit
+def norm_weights(norm_ptr, post_ptr, k, K, ADD: tl.constexpr):
+    """float32 weights [len(k)] of a norm, and of the norm of a branch if there is one."""
+    weight = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    post = weight
+    if ADD and post_ptr is not None:
+        post = tl.load(post_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    return weight, post
+
+
+@triton.jit
 def norm_row(
-    x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset,
+    x_ptr, branch_ptr, post_ptr, scalar_ptr, weight, post, start, k, K, eps, offset,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    """Row b of the residual and of its norm, both rounded: [len(k)]. It waits."""
+    """The row from `start` on of the residual and of its norm, both rounded: [len(k)]. `weight` and
+    `post` are of norm_weights; `start` has the zero of `wait`."""
     mask = k < K
-    weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    if ADD and post_ptr is not None:
-        post = tl.load(post_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    start = b * K + wait(0)
     x = tl.load(x_ptr + start + k, mask=mask, other=0.0)
     if ADD:
         branch = tl.load(branch_ptr + start + k, mask=mask, other=0.0).to(tl.float32)
@@ -52,7 +59,7 @@ def norm_row(
     return x, rms_norm(x.to(tl.float32), offset + weight, K, eps).to(x.dtype)
 
 
-@waits  # once it has the weights
+@waits  # once it has the weights and the count, which the host wrote
 @triton.jit
 def norm_kernel(
     x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, total_ptr, h_ptr, K,
@@ -61,15 +68,17 @@ def norm_kernel(
 ):  # fmt: skip
     """Norm a row, to which a branch is added first if ADD. Rows from `count` on are left out."""
     b = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    weight, post = norm_weights(norm_ptr, post_ptr, k, K, ADD)
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+    zero = wait(0)
     # One of the two conditions is of constants.
     if count_ptr is not None:  # noqa: SIM102
-        # It waits first: else no program might, and the kernel after it would not wait for those
-        # ahead.
-        if b >= tl.load(count_ptr + wait(0)):
+        if b + zero >= count:
             return
-    k = tl.arange(0, BLOCK_K)
     total, h = norm_row(
-        x_ptr, branch_ptr, post_ptr, scalar_ptr, norm_ptr, b, k, K, eps, offset, ADD
+        x_ptr, branch_ptr, post_ptr, scalar_ptr, weight, post, b * K + zero, k, K, eps, offset, ADD
     )
     if ADD:
         tl.store(total_ptr + b * K + k, total, mask=k < K)
