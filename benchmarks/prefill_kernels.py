@@ -48,6 +48,13 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=7, metavar="N", help="(default: %(default)s)"
     )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=(), metavar="T", help="sizes of chunks"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="NAME",
+        help="what has NAME in its name, such as qwen3-4b",
+    )  # fmt: skip
     options = parser.parse_args()
     start = time.monotonic()
     if options.dry:
@@ -57,7 +64,10 @@ def main() -> None:
     for name in options.sections or SECTIONS:
         rows: list[dict] = []
         try:
-            SECTIONS[name].measure(rows, start + options.seconds, options.repeats, options.dry)
+            SECTIONS[name].measure(
+                rows, start + options.seconds, options.repeats, options.dry, options.tokens,
+                options.only,
+            )  # fmt: skip
         finally:
             result[name] = rows
             tables.append(f"{name}\n{SECTIONS[name].table(rows)}")

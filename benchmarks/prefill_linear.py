@@ -6,7 +6,7 @@ those of the operator's own tiles for the largest chunk, of which smaller chunks
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class Matrix:
         return self.outputs * (2 if self.gated else 1)
 
 
-TOKENS = 64, 128, 1024, 8192
+TOKENS = 256, 512, 1024, 2048
 MATRICES = (
     Matrix("qwen3-4b qkv", 6144, 2560), Matrix("qwen3-4b o", 2560, 4096),
     Matrix("qwen3-4b gate up", 9728, 2560, True), Matrix("qwen3-4b down", 2560, 9728),
@@ -63,40 +63,47 @@ def candidates(tokens: int, matrix: Matrix) -> list[ChunkTiles]:
     ways = {
         # Tokens, outputs, inputs, warps, stages.
         (64, False): [
-            pointers(64, 16, 128, 4, 8), pointers(64, 32, 128, 4, 7), pointers(64, 64, 128, 4, 6),
-            pointers(64, 128, 64, 4, 8), descriptors(64, 16, 128, 4, 8),
-            descriptors(64, 32, 128, 4, 7), descriptors(64, 64, 128, 4, 6),
-            descriptors(64, 128, 64, 4, 7),
+            pointers(64, 32, 128, 4, 7), pointers(64, 64, 128, 4, 6), pointers(64, 128, 64, 4, 8),
+            descriptors(64, 64, 128, 4, 5, extra=32), descriptors(64, 32, 128, 4, 5, extra=16),
         ],
         (64, True): [
-            pointers(64, 16, 128, 4, 8), pointers(64, 32, 128, 4, 6), pointers(64, 64, 64, 4, 8),
-            descriptors(64, 16, 128, 4, 8), descriptors(64, 32, 128, 4, 6),
-            descriptors(64, 64, 64, 4, 8), descriptors(64, 128, 64, 4, 5),
-            pointers(64, 128, 64, 4, 5),
+            pointers(64, 32, 128, 4, 6), pointers(64, 64, 64, 4, 8), pointers(64, 128, 64, 4, 5),
         ],
         (128, False): [
-            pointers(128, 16, 128, 4, 5), pointers(128, 32, 128, 4, 5), pointers(128, 64, 64, 4, 8),
-            pointers(64, 32, 128, 4, 7), descriptors(128, 32, 128, 4, 5),
-            descriptors(128, 64, 128, 4, 4), descriptors(128, 128, 64, 8, 6),
-            pointers(128, 128, 64, 8, 6),
+            pointers(128, 32, 128, 4, 5), pointers(128, 64, 64, 4, 8), pointers(64, 64, 128, 4, 6),
+            pointers(128, 128, 64, 8, 6), descriptors(128, 32, 128, 4, 5),
+            descriptors(64, 64, 128, 4, 5, extra=32), descriptors(128, 64, 64, 4, 5, extra=32),
         ],
         (128, True): [
-            pointers(128, 16, 128, 4, 5), pointers(128, 32, 64, 4, 8), pointers(128, 64, 64, 8, 6),
-            descriptors(128, 16, 128, 4, 5), descriptors(128, 32, 128, 8, 4),
-            descriptors(128, 64, 64, 8, 6), descriptors(128, 128, 64, 8, 4),
+            pointers(128, 128, 64, 8, 4), pointers(128, 64, 64, 8, 6), pointers(128, 64, 64, 4, 6),
+        ],
+        (512, False): [
+            descriptors(64, 64, 128, 4, 5), descriptors(64, 64, 128, 4, 5, extra=32),
+            descriptors(64, 128, 64, 4, 5), descriptors(64, 128, 64, 4, 5, extra=32),
+            descriptors(64, 128, 64, 4, 5, extra=64), descriptors(128, 64, 64, 4, 5),
+            descriptors(128, 64, 64, 4, 7), descriptors(128, 64, 64, 4, 5, extra=32),
+            descriptors(128, 128, 64, 4, 5), descriptors(128, 128, 64, 4, 5, extra=32),
+            descriptors(128, 128, 64, 8, 4, extra=64), descriptors(128, 256, 64, 8, 4, parts=2),
+            pointers(128, 64, 64, 4, 8), pointers(128, 128, 64, 8, 6),
+        ],
+        (512, True): [
+            descriptors(128, 128, 64, 8, 4, flatten=False),
+            descriptors(128, 64, 64, 4, 5, flatten=False),
+            descriptors(128, 64, 64, 8, 5, flatten=False),
+            descriptors(64, 128, 64, 4, 5, flatten=False), pointers(128, 128, 64, 8, 4),
+            pointers(128, 64, 64, 8, 6),
         ],
         (1024, False): [
-            descriptors(128, 256, 64, 8, 4, parts=2), descriptors(128, 256, 64, 8, 3, parts=2),
-            descriptors(128, 256, 64, 4, 3, flatten=False, specialize=True),
-            descriptors(128, 128, 64, 8, 5), descriptors(128, 128, 64, 4, 5),
-            descriptors(256, 128, 64, 8, 4, parts=2),
-            descriptors(128, 256, 64, 8, 4, parts=2, flatten=False), pointers(128, 256, 64, 8, 4),
+            descriptors(128, 256, 64, 8, 4, parts=2), descriptors(128, 128, 64, 4, 5),
+            descriptors(128, 128, 64, 4, 5, extra=32), descriptors(128, 128, 64, 8, 5, extra=32),
+            descriptors(128, 128, 64, 8, 5, flatten=False, extra=32),
+            descriptors(128, 128, 64, 4, 4, extra=64), descriptors(128, 128, 64, 8, 4, extra=64),
+            descriptors(128, 128, 64, 8, 4, flatten=False, extra=64),
         ],
         (1024, True): [
-            descriptors(128, 128, 64, 8, 4), descriptors(128, 128, 64, 8, 3),
-            descriptors(128, 128, 64, 4, 4, flatten=False, specialize=True),
-            descriptors(128, 64, 64, 8, 5), descriptors(128, 128, 64, 8, 4, parts=2, group=16),
-            descriptors(128, 128, 64, 8, 4, flatten=False), pointers(128, 128, 64, 8, 4),
+            descriptors(128, 128, 64, 8, 4, flatten=False),
+            descriptors(128, 128, 64, 8, 4, flatten=False, group=16),
+            descriptors(128, 64, 64, 4, 5, flatten=False),
         ],
     }  # fmt: skip
     bound = min((size for size, _ in ways if tokens <= size), default=1024)
@@ -107,7 +114,8 @@ def described(tiles: ChunkTiles) -> str:
     kind = "pointers"
     if tiles.descriptors:
         kind = "warps" if tiles.specialize else "flat" if tiles.flatten else "nested"
-    shape = f"{tiles.block_t}x{tiles.block_n}x{tiles.block_k}"
+    outputs = f"{tiles.block_n}+{tiles.extra}" if tiles.extra else f"{tiles.block_n}"
+    shape = f"{tiles.block_t}x{outputs}x{tiles.block_k}"
     return f"{kind} {shape} w{tiles.warps} s{tiles.stages} p{tiles.parts} g{tiles.group}"
 
 
@@ -141,30 +149,42 @@ def equal(got: Tensor, expected: Tensor) -> str:
     return "same" if not unequal else f"{unequal / got.numel():.1e}"
 
 
-def measure(rows: list[dict], deadline: float, repeats: int, dry: bool = False) -> None:
+def named(matrices: Sequence[Matrix], only: Sequence[str]) -> list[Matrix]:
+    """Those whose names have one of the strings in them; all if there is none."""
+    return [m for m in matrices if not only or any(part in m.name for part in only)]
+
+
+def measure(
+    rows: list[dict], deadline: float, repeats: int, dry: bool = False,
+    tokens: Sequence[int] = (), only: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Add a row of figures for each matrix, number of tokens and way."""
     device = "cpu" if dry else "cuda"
-    matrices, sizes = (DRY_MATRICES, DRY_TOKENS) if dry else (MATRICES, TOKENS)
+    matrices, sizes = (DRY_MATRICES, DRY_TOKENS) if dry else (MATRICES, tokens or TOKENS)
+    matrices = named(matrices, only)
+    if not matrices:
+        return
     largest = max(sizes)
     new = {"device": device, "dtype": torch.bfloat16}
     if not dry:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         allocate()
         torch.manual_seed(0)
-        calls = []
-        for matrix in (MATRICES[0], MATRICES[2]):
-            weight = torch.randn(matrix.rows, matrix.inputs, **new)
-            x = torch.randn(largest, matrix.inputs, **new)
-            for tokens in sizes:
-                count = torch.tensor([tokens], dtype=torch.int32, device=device)
-                options = {"activation": "silu" if matrix.gated else None}
-                for tiles in candidates(tokens, matrix):
-                    arguments = x[:tokens], weight, None, count
-                    calls.append(
-                        lambda a=arguments, o=options, t=tiles: launch_linear_chunk(
-                            *a, **o, tiles=t
-                        )
-                    )
+        # A kernel does not depend on the sizes, so small matrices will do.
+        given = torch.randn(128, 1024, **new), torch.randn(1024, 1024, **new), None
+        count = torch.tensor([128], dtype=torch.int32, device=device)
+        ways = {
+            (tiles, matrix.gated): None
+            for matrix in matrices
+            for tokens in sizes
+            for tiles in candidates(tokens, matrix)
+        }
+        calls = [
+            lambda t=tiles, g=gated: launch_linear_chunk(
+                *given, count, activation="silu" if g else None, tiles=t
+            )
+            for tiles, gated in ways
+        ]
         start = time.monotonic()
         build(calls, allocate)
         torch.cuda.synchronize()

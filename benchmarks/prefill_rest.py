@@ -1,6 +1,7 @@
 """Norms, gates and embeddings of a chunk: see benchmarks/prefill_kernels.py. All are of memory."""
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,13 +16,32 @@ from tokenloop.models.kernels.sigmoid_gate import reference as sigmoid_gate_refe
 __all__ = ["measure", "table"]
 
 TOKENS, SIZES = (1024, 8192), (2560, 4096, 5376)
+PARTS = 0, 512, 1024, 2048
 
 
-def measure(rows: list[dict], deadline: float, repeats: int, dry: bool = False) -> None:
+def normed(whole: int, part: int, kernel: Callable) -> Callable:
+    """The operator, but rows that are wider than `whole` are normed in parts."""
+
+    def call(*arguments, **named):
+        kept = rms_norm.WHOLE, rms_norm.PART
+        rms_norm.WHOLE, rms_norm.PART = whole, part
+        try:
+            return kernel(*arguments, **named)
+        finally:
+            rms_norm.WHOLE, rms_norm.PART = kept
+
+    return call
+
+
+def measure(
+    rows: list[dict], deadline: float, repeats: int, dry: bool = False,
+    tokens: Sequence[int] = (), only: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Add a row of figures for each operator, size and number of tokens."""
     new = {"device": "cpu" if dry else "cuda", "dtype": torch.bfloat16}
+    counts = (10,) if dry else tokens or TOKENS
     for size in (40,) if dry else SIZES:
-        for tokens in (10,) if dry else TOKENS:
+        for tokens in counts:
             x, branch, wide = (torch.randn(tokens, n * size, **new) for n in (1, 1, 2))
             table_of_tokens = torch.randn(64 if dry else 50_000, size, **new)
             ids = torch.arange(tokens, device=new["device"]) * 37 % len(table_of_tokens)
@@ -46,11 +66,19 @@ def measure(rows: list[dict], deadline: float, repeats: int, dry: bool = False) 
                     (ids, table_of_tokens),
                 ),
             ]  # fmt: skip
+            # The norm cut in other ways, whose bits are those of a row in one part.
+            for part in (16,) if dry else PARTS:
+                for name, copies, kernel, _, arguments in ways[:2]:
+                    cut = normed(32 if part else size, part, kernel)
+                    label = f"{name} by {part}" if part else f"{name} whole"
+                    ways.append((label, copies, cut, normed(size, 0, kernel), arguments))
+            ways = [way for way in ways if not only or any(part in way[0] for part in only)]
             for name, copies, kernel, reference, arguments in ways:
                 named = options if "norm" in name else {}
                 for counter in (count, none):
                     moved = copies * x.nbytes if counter is count else 0
-                    row = {"name": f"{name} {size}", "tokens": tokens, "own": True, "tflops": 0.0}
+                    row = {"name": f"{name} {size}", "tokens": tokens, "tflops": 0.0}
+                    row["own"] = " by " not in name and "whole" not in name
                     row["floor_us"], row["bits"] = moved / BYTES_S * 1e6, "-"
                     row["way"] = "all tokens" if counter is count else "no token"
                     rows.append(row)

@@ -6,6 +6,7 @@ of such weights.
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +18,7 @@ from benchmarks.prefill_linear import (
     Matrix,
     allocate,
     equal,
+    named,
     table,
     time_us,
 )
@@ -35,14 +37,18 @@ TOKENS = 64, 128, 256
 TILES = WordTiles(64, 64, 4, 3), WordTiles(64, 64, 4, 4), WordTiles(128, 64, 4, 2)
 
 
-def measure(rows: list[dict], deadline: float, repeats: int, dry: bool = False) -> None:
+def measure(
+    rows: list[dict], deadline: float, repeats: int, dry: bool = False,
+    tokens: Sequence[int] = (), only: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Add a row of figures for each matrix, number of bits and way."""
     if not dry:
         allocate()
     device = "cpu" if dry else "cuda"
     new = {"device": device, "dtype": torch.bfloat16}
     matrices = (DRY_MATRICES[0], Matrix("gated", 24, 192, True)) if dry else MATRICES[:4]
-    for matrix in matrices:
+    sizes = (16, 40) if dry else tokens or TOKENS
+    for matrix in named(matrices, only):
         dense = torch.randn(matrix.rows, matrix.inputs, **new) * matrix.inputs**-0.5
         for bits in (8,) if matrix.inputs % 64 else (4, 8):
             weight, scale = (quantize_int8 if bits == 8 else quantize_int4)(
@@ -72,7 +78,7 @@ def measure(rows: list[dict], deadline: float, repeats: int, dry: bool = False) 
             expected = reference.dequantize(weight, scale, matrix.inputs)
             add(0, "dequantize", True, size, lambda a=made, b=expected: equal(a, b), calls)
             options = {"activation": "silu" if matrix.gated else None}
-            for tokens in (16, 40) if dry else TOKENS:
+            for tokens in sizes:
                 x = torch.randn(tokens, matrix.inputs, **new)
                 count = torch.tensor([tokens], dtype=torch.int32, device=device)
                 y = launch_linear_chunk(x, made, None, count, **options)

@@ -22,6 +22,7 @@ from tokenloop.models import ARCHITECTURES, by_model_type
 
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
+ON_GPU = "cuda", "launches"
 # Prompt tokens at once: what CPUs compute well, and what fills a GPU.
 DEFAULT_MAX_PREFILL = {"cpu": 128, "cuda": 8192}
 
@@ -124,9 +125,13 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
     """Set the backend, and the device and recipe that follow from it where they are not given.
     Returns what is wrong with those that are given, or None."""
     options.backend = backend
-    device = "cuda" if backend in ("cuda", "launches") else "cpu"
+    device = "cuda" if backend in ON_GPU else "cpu"
     if options.device not in (None, device):
-        return f"--device {options.device} is not for --backend {backend}, which is for {device}"
+        others = [name for name in FOR_BACKEND if (name in ON_GPU) == (options.device == "cuda")]
+        return (
+            f"--device {options.device} is not for --backend {backend}, which is for {device}; "
+            f"{' and '.join(others)} are for {options.device}"
+        )
     options.device = device
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]

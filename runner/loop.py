@@ -103,7 +103,7 @@ class Loop:
             for row, logits in self._prefill.logits(prompts, options.positions == "host"):
                 steps.begin(row, logits)
                 read[row] = 0
-            if prompts:
+            if prompts and not self.program.is_asynchronous:
                 self.prefill_s += time.perf_counter() - start
             joined = {row for row, _ in prompts}
             if not slots.occupied():
@@ -114,6 +114,9 @@ class Loop:
             if ahead:
                 self.steps += steps.submit()
             ids = self.transfers.download(unread)
+            if prompts and self.program.is_asynchronous:
+                # The first tokens are there, whether the next step is or not.
+                self.prefill_s += time.perf_counter() - start
             # 3. Sequences that are finished leave.
             for start in range(0, len(ids), self.batch):
                 for row, sequence in slots.occupied():

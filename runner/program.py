@@ -75,6 +75,8 @@ class Program(Protocol):
     transfers: Transfers
     embeds: bool = False
     has_graphs: bool = False
+    # Whether methods return before they are done.
+    is_asynchronous: bool = False
     # How prompts are packed, or None where each is prefilled by itself.
     packing: Packing | None = None
     step_inputs: dict[str, Any] = {}

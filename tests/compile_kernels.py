@@ -216,7 +216,7 @@ def chunks() -> None:
     from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 
     count = empty(1, dtype=int32)
-    shapes = (512, 1024), (6144, 2560), (76, 1002)
+    shapes = (512, 1024), (6144, 2560), (2560, 4096), (5376, 8192), (76, 1002)
     for (outputs, inputs), tokens in itertools.product(shapes, (64, 128, 1024, 8192)):
         for activation, dtype in itertools.product((None, "silu"), (bfloat16, float32)):
             rows = outputs * (1 if activation is None else 2)
@@ -234,6 +234,9 @@ def chunks() -> None:
     x, norm = empty(8192, 2560, dtype=bfloat16), empty(2560, dtype=bfloat16)
     cuda.add_norm(x, x, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(x, norm, count, eps=1e-6)
+    wide, norm = empty(8192, 5376, dtype=bfloat16), empty(5376, dtype=bfloat16)
+    cuda.add_norm(wide, wide, norm, norm[:1], norm, count, eps=1e-6)
+    cuda.norm(wide, norm, count, eps=1e-6)
     cuda.sigmoid_gate(x, empty(8192, 5120, dtype=bfloat16)[:, :2560], count)
     cuda.embed_chunk(empty(8192, dtype=int64), x, count, scale=25.25)
     cuda.last_tokens(x, empty(5, dtype=int32))

@@ -83,6 +83,13 @@ class LaunchArtifact:
         # A chunk need not hold more than all rows together can.
         rows = -(-model.max_seq_len // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
         largest = min(self.options.max_prefill, batch * rows)
+        widest = max(x.shape[0] for x in step.layers.parameters() if x.dim() == 2)
+        if largest * widest >= 2**31:
+            raise ExportError(
+                f"--max-prefill is {largest}; a layer of this network gives {widest} numbers a "
+                f"token, and kernels count to 2^31: at most "
+                f"{(2**31 - 1) // widest // CHUNK_MULTIPLE * CHUNK_MULTIPLE} are possible"
+            )
         chunks = [size for size in CHUNKS if size < largest] + [largest]
         progress("tracing")
         tensors, views, state = tensors_of(prefill, *(method for method, _ in methods.values()))

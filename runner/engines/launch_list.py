@@ -20,6 +20,8 @@ from tokenloop.runner.errors import RunnerError
 
 # Beyond this a kernel must be allowed to have so much shared memory.
 STATIC_SHARED = 48 * 1024
+# Bytes that the workspace leaves to graphs, outputs and the driver.
+KEPT_FREE = 256 * 2**20
 
 
 def call(function: Any, *arguments: Any) -> Any:
@@ -49,13 +51,29 @@ class LaunchList:
         torch.cuda.init()
         self._modules = []
         self._kernels = [self._load(entry, codes[entry["file"]]) for entry in program["kernels"]]
-        self.names: list[str] = list(program["methods"])
         self._entries = program["methods"]
-        size = max(entry["workspace"] for entry in self._entries.values())
-        self._workspace = torch.empty(max(1, size), dtype=torch.uint8, device=device)
+        self._workspace: Tensor | None = None
+
+    def keep_what_fits(self, prefix: str) -> list[int]:
+        """The sizes N of methods `prefix`N, in ascending order, but for those whose workspace does
+        not fit the GPU's free memory. The smallest is always among them."""
+        entries = {
+            int(name.removeprefix(prefix)): entry
+            for name, entry in self._entries.items()
+            if name.startswith(prefix)
+        }
+        free, _ = torch.cuda.mem_get_info(self._device)
+        room = free - KEPT_FREE
+        kept = [n for n in sorted(entries) if entries[n]["workspace"] <= room] or [min(entries)]
+        for size in entries.keys() - kept:
+            del self._entries[f"{prefix}{size}"]
+        return kept
 
     def method(self, name: str) -> "Method":
         """A method, ready to be launched."""
+        if self._workspace is None:
+            size = max(1, *(entry["workspace"] for entry in self._entries.values()))
+            self._workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
         return Method(self._entries[name], self._kernels, self._bases(name), self._device)
 
     def inputs(self, name: str) -> dict[str, tuple[list[int], torch.dtype]]:

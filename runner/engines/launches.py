@@ -32,7 +32,7 @@ class LaunchProgram(Program):
     """The methods of a launch list. Weights and state are there once, for all. A step finds its
     positions by itself, and selection looks the embedding up."""
 
-    embeds = has_graphs = True
+    embeds = has_graphs = is_asynchronous = True
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
         """Load weights and kernels. `threads` changes nothing: a GPU computes.
@@ -49,6 +49,7 @@ class LaunchProgram(Program):
         with self._on_stream(), explained(artifact):
             self.tensors = load_tensors(artifact, self._device)
             self._list = LaunchList(artifact.program_file, self.tensors, self._device)
+            self._chunks = self._list.keep_what_fits(PREFILL)
             self._methods: dict[str, Method] = {}
             # The two buffers: next_id, and hidden beside it. Rows without a sequence are fed what
             # is there, which must be a token.
@@ -62,8 +63,6 @@ class LaunchProgram(Program):
             if batch > 1:
                 lines = self.empty(self.manifest["max_seq_len"], batch).zero_()
                 self.step_inputs["lines"] = lines
-        sizes = (name.removeprefix(PREFILL) for name in self._list.names if PREFILL in name)
-        self._chunks = sorted(map(int, sizes))
         self.packing = Packing(self._chunks[-1], batch, self.manifest["chunk_multiple"])
 
     def capture(self, table: Tensor) -> None:

@@ -51,7 +51,10 @@ def launch_linear_chunk(
         # Its sums are those of blocks of inputs, which tensor cores' are not.
         tiles = tiles._replace(block_k=SPAN_WORDS)
     y = empty(tokens, outputs, dtype=float32 if out_float32 else x.dtype, device=x.device)
-    count_tiles = triton.cdiv(tokens, tiles.block_t) * triton.cdiv(outputs, tiles.block_n)
+    if tiles.extra and (gated or not tiles.descriptors or tiles.parts > 1):
+        raise ValueError(f"a tile of {tiles} has no outputs beside")
+    tiles_n = triton.cdiv(outputs, tiles.block_n + tiles.extra)
+    count_tiles = triton.cdiv(tokens, tiles.block_t) * tiles_n
     arguments = x, weight, bias, count, y, tokens, outputs, inputs
     named = {
         "ACTIVATION": activation, "BLOCK_T": tiles.block_t, "BLOCK_N": tiles.block_n,
@@ -61,7 +64,7 @@ def launch_linear_chunk(
     if tiles.descriptors:
         launch(descriptors_kernel, (min(count_tiles, PROCESSORS),))(
             *arguments, **named, PARTS=tiles.parts, FLATTEN=tiles.flatten,
-            SPECIALIZE=tiles.specialize, num_stages=tiles.stages,
+            SPECIALIZE=tiles.specialize, EXTRA=tiles.extra, num_stages=tiles.stages,
         )  # fmt: skip
     else:
         even = inputs % tiles.block_k == 0

@@ -7,7 +7,10 @@ from torch import Tensor, empty_like
 
 from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.launches import launch, operator
-from tokenloop.models.kernels.rms_norm.triton import norm_kernel
+from tokenloop.models.kernels.rms_norm.triton import norm_kernel, norm_parts_kernel
+
+# Rows of prompts that are wider are normed in parts of so many elements.
+WHOLE, PART = 4096, 2048
 
 
 class Norm(NamedTuple):
@@ -27,6 +30,13 @@ def launch_norm(x: Tensor, norm: Norm, count: Tensor | None = None) -> tuple[Ten
     rows, size = x.shape
     total = None if norm.branch is None else empty_like(x)
     h = empty_like(x)
+    if count is not None and size > WHOLE:
+        launch(norm_parts_kernel, (rows,))(
+            x, *norm[3:], norm.weight, total, h, count, size, norm.eps, norm.offset,
+            ADD=total is not None, PARTS=triton.cdiv(size, PART), BLOCK_K=PART,
+            num_warps=max(1, PART // 256),
+        )  # fmt: skip
+        return total, h
     launch(norm_kernel, (rows,))(
         x, *norm[3:], norm.weight, total, h, size, norm.eps, norm.offset,
         ADD=total is not None, BLOCK_K=triton.next_power_of_2(size), count_ptr=count, num_warps=8,

@@ -45,3 +45,26 @@ def test_rows_beyond_the_count_change_no_others(normal, dtype, count):
     for got, right in zip(operator.add_norm(x, branch, None, None, weight, size, **options), whole):
         assert torch.equal(got[:count], right[:count])
     assert torch.equal(operator.norm(x, weight, size, **options)[:count], h[:count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_post, with_scalar", [(False, False), (True, False), (True, True)])
+def test_wide_rows_have_the_same_bits_in_parts(normal, monkeypatch, dtype, with_post, with_scalar):
+    size, rows, count = (5376, 500, 470) if ON_GPU else (40, 5, 3)
+    x, branch = normal(rows, size, dtype=dtype), normal(rows, size, dtype=dtype)
+    weight = normal(size, dtype=dtype)
+    post = normal(size, dtype=dtype) if with_post else None
+    scalar = normal(1, dtype=dtype) if with_scalar else None
+    number = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    options = {"eps": EPS, "offset": 1.0}
+    arguments = x, branch, post, scalar, weight
+    whole = *operator.add_norm(*arguments, **options), operator.norm(x, weight, **options)
+    x[count:] = branch[count:] = float("nan")
+    monkeypatch.setattr(operator, "WHOLE", 16)
+    # Also where parts end with the row.
+    for part in (1024, 256) if ON_GPU else (16, 8):
+        monkeypatch.setattr(operator, "PART", part)
+        got = operator.add_norm(*arguments, number, **options)
+        got = *got, operator.norm(x, weight, number, **options)
+        for ours, right in zip(got, whole):
+            assert torch.equal(ours[:count], right[:count])
