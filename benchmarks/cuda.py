@@ -2,13 +2,14 @@
 memory's own speed? `python -m benchmarks.cuda` prints the ceiling, the figures, where the time of a
 step goes by kernel, and one JSON line.
 
-Weights are random. The peer is the same network of models/, compiled whole with its argmax, its
-weights the same memory, its caches static and as long. A step's bytes are the weights that it reads
-and the filled part of the caches; shares are of the faster of a copy within the device and cuBLAS's
-product of a large matrix with one vector.
+Weights are random. The peer is the same network of models/, compiled whole with its argmax, with
+random weights of its own, its caches static and as long. A step's bytes are the weights that it
+reads and the filled part of the caches; shares are of the faster of a copy within the device and
+cuBLAS's product of a large matrix with one vector.
 """
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -21,6 +22,7 @@ from torch import nn
 
 from benchmarks.cuda_common import (
     CONFIGS,
+    after_prefill,
     copy_bandwidth,
     decode_ms,
     export,
@@ -32,6 +34,7 @@ from benchmarks.cuda_common import (
     save,
 )
 from tokenloop import runner
+from tokenloop.export.random_weights import make_parameters
 from tokenloop.models import by_model_type
 from tokenloop.runner import LoopOptions
 
@@ -55,22 +58,19 @@ def step_bytes(model, position: int) -> float:
     return size
 
 
-def peer_network(model) -> nn.Module:
-    """The network of models/ on the weights of a loaded artifact."""
-    keys = json.loads((CONFIGS / f"{model.manifest['checkpoint']['file']}").read_text())
+def peer_network(manifest: dict) -> nn.Module:
+    """The network of models/ that an artifact was made of, with random weights in bfloat16."""
+    keys = json.loads((CONFIGS / manifest["checkpoint"]["file"]).read_text())
     module = by_model_type()[keys["model_type"]]
-    constants = model.loop.program.constants
     with torch.device("meta"):
         network = module.Network(
-            module.Config.from_dict(keys), model.max_seq_len, model.batch, torch.bfloat16
-        )
-    for name, part in network.named_modules():
-        for key in dict(part.named_parameters(recurse=False)):
-            tensor = constants[f"network.{name}.{key}"]
-            setattr(part, key, nn.Parameter(tensor, requires_grad=False))
-        for key, buffer in dict(part.named_buffers(recurse=False)).items():
-            part.register_buffer(key, buffer.cuda(), persistent=False)
-    return network.eval()
+            module.Config.from_dict(keys), manifest["max_seq_len"], manifest["batch"],
+            torch.bfloat16,
+        )  # fmt: skip
+    make_parameters(network, torch.device("cuda"), torch.bfloat16)
+    for parameter in network.parameters():
+        parameter.normal_(std=0.02)
+    return network.cuda().eval()
 
 
 def peer_ms(network: nn.Module, position: int, steps: int, repeats: int) -> list[float]:
@@ -152,12 +152,17 @@ def main() -> None:
     events = profiled(lambda: model.generate(prompt, 66).run())
     idle = idle_share(events, "next_positions")
     print(f"idle between steps {idle:.2%} (of a profiled run)")
-    kernels = [(name, n / 65, us / 65) for name, n, us in kernel_times(events)[:16]]
+    steps = kernel_times(after_prefill(events))
+    kernels = [(name, n / 65, us / 65) for name, n, us in steps[:16]]
     for name, count, us in kernels:
         print(f"{us:9.2f} us  {count:6.1f} x  {name[:90]}")
-    peer = None
+    manifest = model.manifest
     if options.peer:
-        network = peer_network(model)
+        # Before the peer's weights come.
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        network = peer_network(manifest)
         peer = [
             statistics.median(peer_ms(network, position, options.steps, options.repeats))
             for position in options.positions
@@ -173,8 +178,8 @@ def main() -> None:
         **origin("cuda"),
         "copy_tb_s": copied / 1e12,
         "read_tb_s": read / 1e12,
-        "config": model.manifest["checkpoint"]["file"].removesuffix(".json"),
-        **{key: model.manifest[key] for key in ("quant", "batch", "max_seq_len")},
+        "config": manifest["checkpoint"]["file"].removesuffix(".json"),
+        **{key: manifest[key] for key in ("quant", "batch", "max_seq_len")},
         "load_to_first_token_s": load_s,
         "first_token": first.token_ids,
         "rows": rows,

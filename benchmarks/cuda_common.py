@@ -153,6 +153,12 @@ def kernel_times(events: list[dict]) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
+def after_prefill(events: list[dict]) -> list[dict]:
+    """The events from the first decode step's first kernel on."""
+    names = (event["name"] if event["cat"] == "kernel" else "" for event in events)
+    return events[next(i for i, name in enumerate(names) if "next_positions" in name) :]
+
+
 def idle_share(events: list[dict], first_kernel: str) -> float:
     """The share of a step in which the GPU waits for the next step: median gap before each
     `first_kernel`, which begins a step, over the median time from one to the next."""

@@ -1,13 +1,12 @@
 """What are double buffering, the embedding lookup in the selection, and kernels that overlap worth?
 Qwen3's shapes with random weights in bf16, on a CUDA GPU: double buffering off and on, the step fed
 with the token ("alias") or with its embedding ("embed"); and the last of these without overlap.
-`python -m benchmarks.double_buffering` prints
-milliseconds of a step, the share of it in which the GPU waits, whether the ids are identical, a
-table, and one JSON line.
+`python -m benchmarks.double_buffering` prints milliseconds of a step, the share of it in which the
+GPU waits, whether the ids are identical, a table, and one JSON line.
 
 A variant's time is the median of its generations, which take turns with the other variants'. Idle
 is of a profiled generation: what lies between a step's last kernel and the next step's first. With
-one --config and one --batch there is one export, of minutes.
+one --config and one --batch there is one export.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """How long does the network's part of a decode step take on a CUDA GPU, without a package?
-`python -m benchmarks.fused_step --config qwen3-4b` captures the step of export/pt2/cuda_step.py of
-a shape with random weights in a graph, as the runner does, and times its replay. Kernels and their
-tiles can be tried in seconds, where an export takes minutes. It prints milliseconds of a step, with
-kernels that overlap and without, and one JSON line.
+`python -m benchmarks.fused_step --config qwen3-4b` captures a shape's step of
+export/launches/cuda_step.py with random weights in a graph, as the runner does, and times its
+replay. Kernels and their tiles can be tried without an export. It prints milliseconds of a step,
+with kernels that overlap and without, and one JSON line.
 """
 
 import argparse

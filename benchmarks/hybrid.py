@@ -11,20 +11,19 @@ reads, what the KV caches hold, and the states of the delta nets, read and writt
 """
 
 import argparse
-import contextlib
 import inspect
 import json
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks.cuda_common import (
     CONFIGS,
+    after_prefill,
     copies,
     copy_bandwidth,
     decode_ms,
@@ -69,31 +68,12 @@ def _bytes_of(entry: dict) -> int:
     return math.prod(entry["shape"]) * getattr(torch, entry["dtype"]).itemsize
 
 
-@contextlib.contextmanager
-def last_chunks_only(model) -> Iterator[None]:
-    """Let prompts be prefilled from their last chunk on: how long a step takes does not depend on
-    what is in the states."""
-    loop = model.loop
-
-    def prefill(row: int, prompt_ids: list[int], options: LoopOptions):
-        ids = loop.transfers.upload([prompt_ids])
-        start = (ids.shape[1] - 1) // loop.max_prefill * loop.max_prefill
-        positions = loop._table[start : ids.shape[1]]
-        return loop.program.prefill(ids[:, start:], positions)
-
-    loop._prefill = prefill
-    try:
-        yield
-    finally:
-        del loop._prefill
-
-
 def measure(model, keys: dict, position: int, bandwidth: float, steps: int, repeats: int) -> dict:
     """A row of figures at a context."""
     size = step_bytes(model, keys, position)
     ms = statistics.median(decode_ms(model, position, steps, repeats, LoopOptions()))
     prompt = [i * 37 % 250 + 3 for i in range(position)]
-    events = profiled(lambda: model.generate(prompt, 34).run())
+    events = after_prefill(profiled(lambda: model.generate(prompt, 34).run()))
     kernels = [(name, n / 33, us / 33) for name, n, us in kernel_times(events)]
     row = {"context": position, "bytes": size, "floor_ms": size / bandwidth * 1e3, "ms": ms}
     row["share"] = row["floor_ms"] / ms
@@ -242,18 +222,17 @@ def main() -> None:
         start = time.perf_counter()
         artifact = options.artifact or export(
             options.config, Path(directory), "--quant", options.quant,
-            "--max-seq-len", 32_768, "--max-prefill", 64,
+            "--max-seq-len", 32_768,
         )  # fmt: skip
         answer["export_s"] = time.perf_counter() - start
         model = runner.load(artifact)
         model.tokenizer.eos_token_ids.clear()
         answer["step"] = crossings(model)
         print(f"a step: {answer['step']}\n{HEADER}", flush=True)
-        with last_chunks_only(model):
-            answer["rows"] = [
-                measure(model, keys, context, bandwidth, options.steps, options.repeats)
-                for context in CONTEXTS
-            ]
+        answer["rows"] = [
+            measure(model, keys, context, bandwidth, options.steps, options.repeats)
+            for context in CONTEXTS
+        ]
     for name, count, us in answer["rows"][0]["kernels"]:
         print(f"{us:9.2f} us  {count:6.1f} x  {name[:90]}")
     if options.output is not None:

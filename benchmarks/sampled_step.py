@@ -2,8 +2,8 @@
 greedy, all sampled, half of them sampled, and all sampled with top-k and top-p, for artifacts of
 Qwen3-0.6B's shape with random weights in bf16, of 1 row and of 32.
 
-`python -m benchmarks.sampled_step` exports them, in minutes; with --artifact it takes one or more
-that were exported before. It prints the kernels of a step, its milliseconds and their ratio to all
+`python -m benchmarks.sampled_step` exports them; with --artifact it takes one or more that
+were exported before. It prints the kernels of a step, its milliseconds and their ratio to all
 greedy, whether the ids are those of the loop without graphs, and one JSON line. A figure is the
 median of generations that take turns with those of the other kinds.
 """

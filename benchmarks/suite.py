@@ -3,8 +3,8 @@ for minutes is used: `python -m benchmarks.suite --beside NAME ... --alone NAME 
 
 Tests and exports run side by side, benchmarks one after another when these are done. What would
 not end in time is not begun, and what does not end is stopped. Logs and results go to the output's
-directory, artifacts to another one, where a later call finds them. cross_export.py can make them
-beforehand, without the GPU.
+directory, artifacts to another one, where a later call finds them. Exports need no GPU, so they can
+be made before it is lent.
 """
 
 import argparse
@@ -27,9 +27,7 @@ ARTIFACTS = {
     "gemma3-270m": ("gemma3-270m", "--quant", "bf16", "--max-seq-len", 2048),
     "gemma4-31b-int4": ("gemma4-31b", "--quant", "int4", "--max-seq-len", 8448),
     "gemma4-31b": ("gemma4-31b", "--quant", "bf16", "--max-seq-len", 8448),
-    "qwen3.5-9b": (
-        "qwen3.5-9b", "--quant", "bf16", "--max-seq-len", 32_768, "--max-prefill", 64,
-    ),
+    "qwen3.5-9b": ("qwen3.5-9b", "--quant", "bf16", "--max-seq-len", 32_768),
 } | {
     f"{config}-{batch}": (
         config, "--quant", "bf16", "--batch", batch, "--max-seq-len", 1024,

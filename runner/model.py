@@ -36,16 +36,18 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Program:
             else:
                 from tokenloop.runner.engines.launches import LaunchProgram as Engine
         except ImportError as error:
-            others = {"executorch": "executorch", "inductor": "safetensors"}.get(
-                engine, "safetensors, built for CUDA,"
-            )
+            needed = {
+                "executorch": "torch and executorch",
+                "inductor": "torch and safetensors",
+                "launches": "torch for CUDA, cuda-bindings and safetensors",
+            }
             raise RunnerError(
-                f"{artifact.directory} needs torch and {others} ({error}): install them"
+                f"{artifact.directory} needs {needed[engine]} ({error}): install them"
             ) from None
     else:
         raise RunnerError(
             f"{artifact.directory} is for the engine {engine!r}, which this tokenloop does not "
-            f"have: {' and '.join(ENGINES)} are what it has"
+            f"have: {', '.join(ENGINES)} are what it has"
         )
     return Engine(artifact, threads)
 

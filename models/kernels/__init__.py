@@ -2,7 +2,7 @@
 operator.py gives that on CUDA, and triton.py, or triton_*.py, are the kernels that do it.
 
 Operators on CUDA are torch.ops.tokenloop.*, whose kernels, and whose changes to their arguments,
-torch.export and AOTInductor see. Launches depend on shapes alone and nothing is read back, so they
+torch.export sees. Launches depend on shapes alone and nothing is read back, so they
 can be captured in a CUDA graph. cuda.py lists them all. launch/ is what kernels share.
 """
 

@@ -8,12 +8,8 @@ import torch
 from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 from benchmarks.cuda_common import CONFIGS
-from benchmarks.hybrid import last_chunks_only, step_bytes
+from benchmarks.hybrid import step_bytes
 from tokenloop.models import qwen3_5
-from tokenloop.runner.engines.torch_memory import TorchMemory
-from tokenloop.runner.loop import Loop, LoopOptions
-from tokenloop.runner.program import Program
-from tokenloop.runner.transfers import Transfers
 
 
 @pytest.mark.parametrize(
@@ -37,7 +33,7 @@ def test_bytes_of_a_step_are_weights_filled_slots_and_states_twice():
     manifest = {
         "weights": {
             "random": [
-                entry("network.model.embed_tokens.weight", "bfloat16", 100, 8),
+                entry("embed_tokens.weight", "bfloat16", 100, 8),
                 entry("head.weight", "bfloat16", 100, 8),
             ]
         },
@@ -55,21 +51,3 @@ def test_bytes_of_a_step_are_weights_filled_slots_and_states_twice():
     manifest["weights"]["random"].append(entry("layers.0.experts.down_proj", "bfloat16", 10, 8, 3))
     keys = {"num_experts": 10, "num_experts_per_tok": 2}
     assert step_bytes(model, keys, 9) == pytest.approx(expected + 2 * 24 * 2)
-
-
-def test_of_a_long_prompt_only_the_last_chunk_is_computed():
-    class LastChunks(Program):
-        manifest = {"batch": 1, "max_seq_len": 100, "max_prefill": 4}
-        transfers, calls = Transfers(TorchMemory(torch.device("cpu"))), []
-
-        def prefill(self, tokens, positions):
-            self.calls.append((tokens.tolist(), positions.tolist()))
-            return tokens
-
-    program = LastChunks()
-    loop = Loop(program)
-    with last_chunks_only(SimpleNamespace(loop=loop)):
-        loop._prefill(0, list(range(50, 60)), LoopOptions())
-    assert program.calls == [([[58, 59]], [8, 9])]
-    loop._prefill(0, list(range(50, 60)), LoopOptions())
-    assert len(program.calls) == 4

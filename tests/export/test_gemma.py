@@ -108,7 +108,7 @@ def test_a_gemma_4_with_the_backend_that_does_not_take_it(refuses, checkpoint):
     refuses(
         "tiny is a gemma4_text model; --backend xnnpack does not take layers of several shapes, "
         "norms of values, scaled layers",
-        "inductor, portable, cuda do",
+        "inductor, launches, portable, cuda do",
         arguments=arguments,
     )
 

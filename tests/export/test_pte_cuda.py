@@ -190,7 +190,7 @@ def test_a_gpu_is_needed(run_script, tiny_checkpoint, tmp_path):
     [
         (["--device", "cpu"], "--device cpu is not for --backend cuda"),
         (["--quant", "int4"], "--quant int4 is not for --backend cuda, which has bf16, fp32"),
-        (["--random-weights", "x"], "--random-weights needs --backend inductor"),
+        (["--random-weights", "x"], "--random-weights needs --backend inductor or launches"),
     ],
 )
 def test_flags_that_are_not_for_cuda_are_refused(run_script, tmp_path, arguments, message):

@@ -88,5 +88,5 @@ def test_a_backend_that_does_not_take_hybrids_is_refused_in_one_line(run_script,
     assert done.returncode == 2
     assert done.stderr == (
         f"export/qwen3_5.py: error: {AUSTEN} is a qwen3_5_text model; --backend {backend} does not "
-        "take gated delta nets: inductor, portable do\n"
+        "take gated delta nets: inductor, launches, portable do\n"
     )

@@ -162,7 +162,7 @@ def test_a_backend_that_nobody_knows(altered, refuses):
 
 def test_another_engine(altered, refuses):
     altered(engine="steam")
-    refuses("the engine 'steam'", "executorch and inductor are what it has")
+    refuses("the engine 'steam'", "executorch, inductor, launches are what it has")
 
 
 def test_another_batch(altered, refuses):

@@ -349,8 +349,9 @@ def gaps_of(model, prompt_ids: list[int], output_ids: list[int]) -> list[float]:
     """For each of the output's ids how far its logit is below the largest, after all before it."""
     program, upload = model.loop.program, model.loop.transfers.upload
     program.begin(embed=False)
-    for start in range(0, len(prompt_ids), model.loop.max_prefill):
-        chunk = prompt_ids[start : start + model.loop.max_prefill]
+    most = program.manifest["max_prefill"]
+    for start in range(0, len(prompt_ids), most):
+        chunk = prompt_ids[start : start + most]
         logits = program.prefill(upload([chunk]), upload(range(start, start + len(chunk))))[0]
     gaps = []
     for position, token in enumerate(output_ids, len(prompt_ids)):

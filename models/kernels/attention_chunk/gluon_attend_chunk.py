@@ -24,6 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tokenloop.models.kernels.launch.dependent_launch import waits
+from tokenloop.models.kernels.launch.gluon_launch import after_wait
+
 # Triton 3.8 calls it otherwise.
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
@@ -290,6 +293,7 @@ def attend_tiles(
         tma.store_wait(0)
 
 
+@waits  # once it has made its descriptors and counted its tiles
 @gluon.jit
 def gluon_attend_chunk_kernel(
     q_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, out_ptr, tokens, all_rows, slots,
@@ -347,7 +351,7 @@ def gluon_attend_chunk_kernel(
     fence_async_shared()
 
     blocks = blocks_of_sequences(starts_ptr, rows_ptr, BLOCK_M, SEQUENCES, PADDED)
-    tiles = gl.sum(blocks, 0) * HEADS
+    tiles = after_wait(gl.sum(blocks, 0) * HEADS)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_tiles, (

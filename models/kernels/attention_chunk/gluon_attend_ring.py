@@ -32,6 +32,8 @@ from tokenloop.models.kernels.attention_chunk.gluon_attend_chunk import (
     product_layout,
     rounds,
 )
+from tokenloop.models.kernels.launch.dependent_launch import waits
+from tokenloop.models.kernels.launch.gluon_launch import after_wait
 
 
 @gluon.jit
@@ -248,6 +250,7 @@ def attend_ring_tiles(
             gl.store(out_ptr + to, o, mask=(t < count)[:, None])
 
 
+@waits  # once it has made its descriptors and counted its tiles
 @gluon.jit
 def gluon_attend_ring_kernel(
     q_ptr, kv_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, out_ptr, tokens, all_rows, slots,
@@ -301,10 +304,8 @@ def gluon_attend_ring_kernel(
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
 
-    # A wait for the kernel before this one would go here: nothing of q, kv or the caches is read
-    # yet.
     blocks = blocks_of_sequences(starts_ptr, rows_ptr, BLOCK_M, SEQUENCES, PADDED)
-    tiles = gl.sum(blocks, 0) * HEADS
+    tiles = after_wait(gl.sum(blocks, 0) * HEADS)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_ring_tiles, (

@@ -32,6 +32,8 @@ from tokenloop.models.kernels.attention_chunk.gluon_attend_chunk import (
     rounds,
     weigh,
 )
+from tokenloop.models.kernels.launch.dependent_launch import waits
+from tokenloop.models.kernels.launch.gluon_launch import after_wait
 
 # Columns of queries and keys that one product takes, and columns of the results of a program.
 CHUNK = gl.constexpr(128)
@@ -216,6 +218,7 @@ def attend_wide_tiles(
             gl.store(out_ptr + to, o, mask=(t < count)[:, None])
 
 
+@waits  # once it has made its descriptors and counted its tiles
 @gluon.jit
 def gluon_attend_wide_kernel(
     q_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, out_ptr, tokens, all_rows, slots,
@@ -265,9 +268,8 @@ def gluon_attend_wide_kernel(
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
 
-    # A wait for the kernel before this one would go here: nothing of q or the caches is read yet.
     blocks = blocks_of_sequences(starts_ptr, rows_ptr, BLOCK_M, SEQUENCES, PADDED)
-    tiles = gl.sum(blocks, 0) * (HEADS * SIZE // COLUMNS)
+    tiles = after_wait(gl.sum(blocks, 0) * (HEADS * SIZE // COLUMNS))
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_wide_tiles, (

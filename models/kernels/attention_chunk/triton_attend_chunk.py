@@ -17,6 +17,7 @@ import triton.language as tl
 
 from tokenloop.models.kernels.attention.triton_attend import LOG2_E
 from tokenloop.models.kernels.attention_chunk.triton_sequences import find_tokens
+from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.dot import dot
 
 
@@ -89,6 +90,7 @@ def source(
     return k, v
 
 
+@waits  # once it has found its tokens, by what the host wrote
 @triton.jit
 def attend_chunk_kernel(
     q_ptr, kv_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, out_ptr, slots,
@@ -108,11 +110,18 @@ def attend_chunk_kernel(
     sequence, start, count, block = find_tokens(
         starts_ptr, tl.program_id(1), SEQUENCES, PADDED, BLOCK_M
     )
-    if block * BLOCK_M >= count:
-        return
     row = tl.load(rows_ptr + sequence).to(tl.int64)
-    if row < 0:
+    first = tl.load(first_ptr + sequence)
+    zero = wait(0)
+    if (block + zero) * BLOCK_M >= count:
         return
+    if row + zero < 0:
+        return
+    q_ptr += zero
+    k_ptr += zero
+    v_ptr += zero
+    if IS_RING:
+        kv_ptr += zero
     # The last queries of a sequence see the most: they come first.
     block = tl.cdiv(count, BLOCK_M) - 1 - block
     # Heads that share keys and values run beside one another, as do some key/value heads.
@@ -120,7 +129,6 @@ def attend_chunk_kernel(
     head = part // SPLIT
     kv = head // HEADS
     column = part % SPLIT * COLUMNS
-    first = tl.load(first_ptr + sequence)
     past = first + count
 
     i = tl.arange(0, SIZE)

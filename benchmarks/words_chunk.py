@@ -1,4 +1,5 @@
-"""Integer weights of linear layers over a chunk: see benchmarks/prefill_kernels.py.
+"""How fast are integer weights of linear layers over a packed chunk on a CUDA GPU? `python -m
+benchmarks.words_chunk` prints a table.
 
 Rows of T = 0 make bfloat16 weights in device memory. The others are layers that make them in their
 tiles, and layers of weights that were made before. Bits are those of the reference, or of a layer
@@ -10,18 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.prefill_linear import (
-    BYTES_S,
-    COLD_BYTES,
-    DRY_MATRICES,
-    MATRICES,
-    Matrix,
-    allocate,
-    equal,
-    named,
-    table,
-    time_us,
-)
+from benchmarks.chunk_common import BYTES_S, COLD_BYTES, allocate, equal, run, time_us
+from benchmarks.linear_chunk import DRY_MATRICES, MATRICES, Matrix, named
 from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 from tokenloop.models.kernels.linear_chunk import reference
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import WordTiles, word_tiles
@@ -30,8 +21,6 @@ from tokenloop.models.kernels.linear_chunk.operator import (
     launch_linear_chunk,
     launch_words,
 )
-
-__all__ = ["measure", "table"]
 
 TOKENS = 64, 128, 256
 TILES = WordTiles(64, 64, 4, 3), WordTiles(64, 64, 4, 4), WordTiles(128, 64, 4, 2)
@@ -102,3 +91,7 @@ def measure(
                 add(tokens, "made before", False, size, lambda y=y: equal(y, y), calls, flops)
                 del many
         print(f"{matrix.name} done, {deadline - time.monotonic():.0f} s left", flush=True)
+
+
+if __name__ == "__main__":
+    run("words_chunk", __doc__, measure)

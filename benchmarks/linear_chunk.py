@@ -1,4 +1,5 @@
-"""Linear layers over a packed chunk of prompts, beside cuBLAS: see benchmarks/prefill_kernels.py.
+"""How fast are linear layers over a packed chunk of prompts on a CUDA GPU, beside cuBLAS, and are
+their bits the same however they are cut? `python -m benchmarks.linear_chunk` prints a table.
 
 Times are medians of CUDA graphs of several calls between events; small chunks go over copies of the
 weights that no L2 holds. The floor is the larger of what the products and the bytes take. Bits are
@@ -12,14 +13,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.cuda_common import median_us
+from benchmarks.chunk_common import (
+    BYTES_S,
+    COLD_BYTES,
+    FLOP_S,
+    allocate,
+    equal,
+    run,
+    time_us,
+)
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import ChunkTiles, chunk_tiles
 from tokenloop.models.kernels.linear_chunk.operator import launch_linear_chunk
-
-BYTES_S, FLOP_S = 4.2e12, 790e12  # what an H200 reaches
-COLD_BYTES = 150e6  # several times the largest L2
 
 
 @dataclass(frozen=True)
@@ -124,29 +129,6 @@ def build(calls: list[Callable[[], object]], begin: Callable[[], None]) -> None:
     with ThreadPoolExecutor(16, initializer=begin) as pool:
         for done in [pool.submit(call) for call in calls]:
             done.exception()
-
-
-def allocate() -> None:
-    """Give kernels the memory where they write their descriptors; a thread has its own way."""
-    import triton
-
-    triton.set_allocator(
-        lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda")
-    )
-
-
-def time_us(calls: list[Callable[[], object]], repeats: int, dry: bool) -> float:
-    if not dry:
-        return median_us(calls, repeats)
-    start = time.perf_counter()
-    calls[0]()
-    return (time.perf_counter() - start) * 1e6
-
-
-def equal(got: Tensor, expected: Tensor) -> str:
-    """ "same", or how many of the elements differ."""
-    unequal = int((got != expected).sum())
-    return "same" if not unequal else f"{unequal / got.numel():.1e}"
 
 
 def named(matrices: Sequence[Matrix], only: Sequence[str]) -> list[Matrix]:
@@ -261,26 +243,5 @@ def measure(
         del copies, weight, x, expected
 
 
-def table(rows: list[dict]) -> str:
-    """The figures, the fastest way of each product first; * is the operator's own."""
-    lines = [
-        f"{'what':<20}{'T':>5}{'floor us':>10}{'us':>10}{'floor/us':>9}{'TFLOP/s':>9}{'TB/s':>6}"
-        f"{'bits':>9}  way"
-    ]
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["name"], row["tokens"]), []).append(row)
-    for group in groups.values():
-        for row in sorted(group, key=lambda row: row.get("us", 1e9)):
-            head = f"{row['name']:<20}{row['tokens']:>5}{row['floor_us']:>10.2f}"
-            way = row["way"] + (" *" if row["own"] else "")
-            if "failure" in row:
-                lines.append(
-                    f"{head}{'-':>10}{'':>24}{row.get('bits', '-'):>9}  {way}: {row['failure']}"
-                )
-                continue
-            lines.append(
-                f"{head}{row['us']:>10.2f}{row['floor_us'] / row['us']:>9.1%}{row['tflops']:>9.1f}"
-                f"{row['tb_s']:>6.2f}{row['bits']:>9}  {way}"
-            )
-    return "\n".join(lines)
+if __name__ == "__main__":
+    run("linear_chunk", __doc__, measure)

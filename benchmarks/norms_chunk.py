@@ -1,19 +1,19 @@
-"""Norms, gates and embeddings of a chunk: see benchmarks/prefill_kernels.py. All are of memory."""
+"""How fast are norms, gates and embeddings of a packed chunk on a CUDA GPU? All are of memory.
+`python -m benchmarks.norms_chunk` prints a table.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.prefill_linear import BYTES_S, equal, table, time_us
+from benchmarks.chunk_common import BYTES_S, equal, run, time_us
 from tokenloop.models.kernels.embedding import operator as embedding
 from tokenloop.models.kernels.embedding import reference as embedding_reference
 from tokenloop.models.kernels.rms_norm import operator as rms_norm
 from tokenloop.models.kernels.rms_norm import reference as rms_norm_reference
 from tokenloop.models.kernels.sigmoid_gate import operator as sigmoid_gate
 from tokenloop.models.kernels.sigmoid_gate import reference as sigmoid_gate_reference
-
-__all__ = ["measure", "table"]
 
 TOKENS, SIZES = (1024, 8192), (2560, 4096, 5376)
 PARTS = 0, 512, 1024, 2048
@@ -95,3 +95,7 @@ def measure(
                     except Exception as failure:
                         row["failure"] = f"{type(failure).__name__}: {failure}".split("\n")[0][:90]
     print(f"rest done, {deadline - time.monotonic():.0f} s left", flush=True)
+
+
+if __name__ == "__main__":
+    run("norms_chunk", __doc__, measure)

@@ -1,0 +1,47 @@
+"""An artifact for CUDA is refused in one line where it cannot run."""
+
+import pytest
+import torch
+
+from tests.driving import altered
+from tokenloop import runner
+from tokenloop.runner import RunnerError
+
+
+def refused(directory) -> str:
+    with pytest.raises(RunnerError) as caught:
+        runner.load(directory)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+@pytest.fixture
+def change(export_artifact, tiny_checkpoint, tmp_path):
+    """A function: changes of the manifest -> a copy with them of the tiny artifact for CUDA."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    limits = "--max-seq-len", 200, "--max-prefill", 128
+    arguments = "--model", tiny_checkpoint, "--device", "cuda", *limits
+    artifact = export_artifact("tiny-launches", *arguments)
+    return lambda **entries: altered(artifact, tmp_path / "copy", **entries)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_what_is_missing_is_named(change):
+    line = refused(change())
+    assert "is for a CUDA GPU, and torch sees none here" in line or "cuda-bindings" in line
+
+
+@pytest.mark.parametrize("key", ["processor", "waiting_kernels", "chunk_multiple", "state"])
+def test_a_manifest_without_what_the_engine_needs_is_refused(change, key):
+    assert f"{key} is None, but it must be of type" in refused(change(**{key: None}))
+
+
+def test_missing_and_truncated_files_are_refused(change):
+    directory = change()
+    for name in ("model.safetensors", "model.launches"):
+        path = directory / name
+        data = path.read_bytes()
+        path.write_bytes(data[:-1])
+        assert f"{name} has" in refused(directory)
+        path.unlink()
+        assert f"{name} is missing" in refused(directory)
