@@ -6,6 +6,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.generation import BatchGeneration, Generation
 from tokenloop.runner.loop import Loop, LoopOptions
@@ -155,11 +157,11 @@ class Model:
                 f"the prompt has {len(ids)} tokens and the cache {self.max_seq_len} positions, one "
                 "of which is for the output: shorten it, or export with a larger --max-seq-len"
             )
-        for token_id in ids:
-            if not isinstance(token_id, Integral) or not 0 <= token_id < self.vocab_size:
-                raise RunnerError(
-                    f"the prompt has the id {token_id!r}; ids are 0 to {self.vocab_size - 1}"
-                )
+        if not _all_ids(ids, self.vocab_size):
+            wrong = next(i for i in ids if not _all_ids([i], self.vocab_size))
+            raise RunnerError(
+                f"the prompt has the id {wrong!r}; ids are 0 to {self.vocab_size - 1}"
+            )
         if request.temperature > 0:
             method = selection_method([request], self.manifest)
             self.loop.program.load_sampling(method, options.feed == "embed")
@@ -174,3 +176,13 @@ class Model:
         if not isinstance(prompt, Iterable):
             raise RunnerError(f"the prompt is {prompt!r}; it must be text or a list of ids")
         return list(prompt)
+
+
+def _all_ids(ids: list, vocab_size: int) -> bool:
+    """Whether all of `ids` are ids of the vocabulary. NumPy looks at thousands in the time that a
+    loop takes for a few."""
+    if not all(issubclass(kind, Integral) for kind in set(map(type, ids))):
+        return False
+    array = np.asarray(ids)
+    # Integers of more than 64 bits are objects.
+    return array.dtype.kind in "iu" and array.min() >= 0 and array.max() < vocab_size

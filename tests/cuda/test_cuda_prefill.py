@@ -130,10 +130,10 @@ def test_no_bit_depends_on_what_is_packed_beside_it(load, network, quant):
     assert all(torch.equal(theirs[name], tensor) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("network", ["qwen3", "hybrid"])
-def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network):
-    """The delta rule's chunks and steps differ in their sums: float32 by less than this."""
-    program, prompt = load(network, "fp32", 1), ids(0, 200)
+@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network, quant):
+    """Prefill and decode differ in the order of their sums: in float32 by less than this."""
+    program, prompt = load(network, quant, 1), ids(0, 200)
     logits = prefill(program, [(0, prompt)], CAPACITY)[0]
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
     program.begin(embed=False)
@@ -143,8 +143,12 @@ def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network):
         torch.cuda.synchronize()
         stepped = program.decode(fed, position)
         torch.cuda.synchronize()
-    torch.testing.assert_close(stepped[0], logits, rtol=2e-4, atol=2e-4 * logits.abs().max().item())
-    assert stepped[0].argmax() == logits.argmax()
+    if quant == "fp32":
+        largest = logits.abs().max().item()
+        torch.testing.assert_close(stepped[0], logits, rtol=2e-4, atol=2e-4 * largest)
+        assert stepped[0].argmax() == logits.argmax()
+    else:
+        assert torch.cosine_similarity(stepped[0], logits, dim=0) > 0.99
 
 
 def test_prompts_that_join_together_go_up_in_one_copy(load):

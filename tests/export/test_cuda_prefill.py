@@ -56,24 +56,22 @@ pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 @pytest.fixture
 def networks_of():
-    """A function: model type, bits -> a network, and the prefill of an equal one."""
+    """A function: model type -> a network, an equal one, and the prefill of that."""
 
-    def networks(model_type: str, bits: int):
+    def networks(model_type: str):
         case = next(case for case in ROW_OF if case.split(",")[0] == model_type)
         hf = make_reference(case, **NETWORKS[model_type])
         network = network_of(ROW_OF[case], hf, SLOTS, ROWS)
         packed = copy.deepcopy(network)
-        method = CudaPrefill(CudaStep(packed, bits), packed)
-        return (copy.deepcopy(packed) if bits else network), packed, method
+        method = CudaPrefill(CudaStep(packed), packed)
+        return network, packed, method
 
     return networks
 
 
-@pytest.mark.parametrize(
-    ("model_type", "bits"), [*((name, 0) for name in NETWORKS), ("qwen3", 8), ("qwen3_5_text", 8)]
-)
-def test_a_packed_chunk_gives_each_prompt_s_logits_and_states(model_type, bits, networks_of):
-    plain, packed, method = networks_of(model_type, bits)
+@pytest.mark.parametrize("model_type", NETWORKS)
+def test_a_packed_chunk_gives_each_prompt_s_logits_and_states(model_type, networks_of):
+    plain, packed, method = networks_of(model_type)
     lengths = {2: 70, 0: 5, 3: 130}
     prompts = {row: prompt(length, row) for row, length in lengths.items()}
     actual, begins = {}, dict.fromkeys(prompts, 0)
