@@ -27,6 +27,9 @@ from tokenloop.runner.program import (
 from tokenloop.runner.transfers import Transfers
 
 PREFILL = "prefill_"
+# Kernels of longer chunks fill the processors by themselves. Those that begin early beside them
+# cost 3 % of 8,192 tokens' time, and save 2 % of 1,024 tokens'.
+OVERLAPPING_TOKENS = 1024
 
 
 class LaunchProgram(Program):
@@ -110,6 +113,7 @@ class LaunchProgram(Program):
             self._prefill_graph(count, overlap=True)
 
     def _prefill_graph(self, count: int, overlap: bool) -> torch.cuda.CUDAGraph:
+        overlap = overlap and count <= OVERLAPPING_TOKENS
         if (count, overlap) not in self._prefill_graphs:
             names = self.manifest["waiting_kernels"] if overlap else []
             run = self._prefills[count][0]
