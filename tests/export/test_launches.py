@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tokenloop.export.errors import ExportError  # noqa: E402
+from tokenloop.export.launches.cubins import Variant, compile_variants  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = ("--device", "cuda", "--max-seq-len", 200, "--max-prefill", 128)
 METHODS = {
     "decode_embedded", "embed", "greedy", "greedy_embed", "next_positions", "prefill_128",
@@ -51,19 +57,36 @@ def test_the_artifact_has_every_method_and_says_what_it_needs(package_artifact):
         assert method["launches"]
 
 
-def test_the_same_export_twice_gives_the_same_bytes(
-    package_artifact, tiny_checkpoint, run_script, tmp_path
-):
-    """The second one has no compiled kernels to find, and another directory to be in."""
+def test_exports_at_once_give_the_bytes_that_one_gives(package_artifact, tiny_checkpoint, tmp_path):
+    """Two at once have one cache of kernels, and at first it is empty; their directories differ."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    arguments = "--model", tiny_checkpoint, *CUDA, "--output", tmp_path / "other"
-    done = run_script("export/gemma.py", *arguments, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
+    outputs = [tmp_path / "one", tmp_path / "other"]
+    exports = []
+    for output in outputs:
+        arguments = "--model", tiny_checkpoint, *CUDA, "--output", output
+        command = [sys.executable, str(ROOT / "export/gemma.py"), *map(str, arguments)]
+        exports.append(subprocess.Popen(command, cwd=tmp_path, env=environment))
+    assert [export.wait() for export in exports] == [0, 0]
     files = sorted(path.name for path in package_artifact.iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "other").iterdir())
-    for name in files:
-        assert (package_artifact / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    for output in outputs:
+        assert sorted(path.name for path in output.iterdir()) == files
+        for name in files:
+            assert (package_artifact / name).read_bytes() == (output / name).read_bytes(), name
+
+
+def test_a_kernel_that_cannot_be_compiled_is_named_in_one_line():
+    module = "tokenloop.models.kernels.rms_norm.triton"
+    types = {"x_ptr": "*fp32", "norm_ptr": "*fp32", "h_ptr": "*fp32", "K": "i32"}
+    # A block of three elements is none: blocks are powers of two.
+    constants = {"eps": 1e-6, "offset": 0.0, "ADD": False, "BLOCK_K": 3} | dict.fromkeys(
+        ("branch_ptr", "post_ptr", "scalar_ptr", "total_ptr", "count_ptr")
+    )
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    variant = Variant(module, "norm_kernel", (*signature.items(),), (*constants.items(),), (), ())
+    with pytest.raises(ExportError, match="norm_kernel cannot be compiled: .+") as caught:
+        compile_variants([variant], "sm_90", lambda _: None)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_layers_of_a_kind_share_their_kernels(export_artifact, make_qwen_checkpoint):
