@@ -37,11 +37,14 @@ VOCAB_SIZE = 256 + 3
 # Files that take more than some seconds of a processor each.
 SLOW_FILES = {
     *("benchmarks/test_operator_benchmarks.py", "benchmarks/test_plot.py"),
-    *("export/test_attention.py", "export/test_fused.py", "export/test_fused_hybrid.py"),
+    *("export/test_attention.py", "export/test_cuda_prefill.py", "export/test_lowering.py"),
+    *("export/test_fused.py", "export/test_fused_hybrid.py", "export/test_launches.py"),
     *("export/test_gemma.py", "export/test_pte.py", "export/test_pte_cuda.py"),
     *("export/test_qwen3.py", "export/test_qwen3_5.py", "export/test_selection.py"),
     *("export/test_wheel.py", "export/test_xnnpack.py", "export/test_xnnpack_graph.py"),
+    *("models/kernels/test_attention_chunk.py", "models/kernels/test_experts_chunk.py"),
     *("models/kernels/test_causal_conv1d.py", "models/kernels/test_gated_delta_rule_chunk.py"),
+    "models/kernels/test_linear_chunk.py",
     *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
     "runner/test_inductor.py",
     "test_compiled_kernels.py",

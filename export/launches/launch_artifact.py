@@ -46,7 +46,7 @@ class LaunchArtifact:
             import triton  # noqa: F401
         except ImportError:
             raise ExportError(
-                "--device cuda needs Triton, which is not installed: pip install triton"
+                "--device cuda needs Triton, which is not installed: pip install 'tokenloop[cuda]'"
             ) from None
 
     def begin(self, model: CausalLM) -> None:
