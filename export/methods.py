@@ -3,6 +3,8 @@
 Shapes: B rows, T tokens of a prompt's chunk, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -49,6 +51,19 @@ class Embed(nn.Module):
 
     def forward(self, token: Tensor) -> Tensor:
         return self.embed(token)
+
+
+class Select(nn.Module):
+    """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
+    float32 [B], seed and position int64 [B], and next_id int64 [B, 1]. Writes next_id."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
+        *sampling, next_id = sampling_and_next_id
+        next_id.copy_(self.function(logits, *sampling))
 
 
 def prompt_length(max_prefill: int) -> tuple[Dim | None, int]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tokenloop.export.methods import integers
+from tokenloop.export.methods import Select, integers
 from tokenloop.models.decoder import Backbone
 from tokenloop.models.kernels import cuda
 from tokenloop.models.layers import rounded
@@ -28,19 +28,6 @@ EMBEDDING = {
     "sample": operator.sample_embed,
     "sample_unfiltered": partial(operator.sample_embed, restricted=False),
 }
-
-
-class Select(nn.Module):
-    """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
-    float32 [B], seed and position int64 [B], and next_id int64 [B, 1]. Writes next_id."""
-
-    def __init__(self, function: Callable[..., Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
-        *sampling, next_id = sampling_and_next_id
-        next_id.copy_(self.function(logits, *sampling))
 
 
 class Table(nn.Module):

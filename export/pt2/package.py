@@ -14,7 +14,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 
 from tokenloop.export.background import Background
-from tokenloop.export.methods import Embed, Prefill, integers, prompt_chunk
+from tokenloop.export.methods import Embed, Prefill, Select, integers, prompt_chunk
 from tokenloop.models.decoder import Backbone
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
@@ -27,19 +27,6 @@ OPTIONS = {
     # third of the whole time.
     "aot_inductor.compile_wrapper_opt_level": "O0",
 }
-
-
-class Select(nn.Module):
-    """logits float32 [B, V], for sampler.sample temperature float32 [B], top_k int64 [B], top_p
-    float32 [B], seed and position int64 [B], and next_id int64 [B, 1]. Writes next_id."""
-
-    def __init__(self, function: Callable[..., Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
-        *sampling, next_id = sampling_and_next_id
-        next_id.copy_(self.function(logits, *sampling))
 
 
 def write_package(
