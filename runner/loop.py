@@ -9,6 +9,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill
 from tokenloop.runner.program import Program, Selected
 from tokenloop.runner.slots import Sequence, Slots
+from tokenloop.runner.turn import Turn
 
 FEEDS = ("auto", "embed", "alias", "host")
 
@@ -60,8 +61,8 @@ class Loop:
         self.batch: int = program.manifest["batch"]
         # Since the program was loaded: decode steps, and seconds until first tokens were computed.
         self.steps, self.prefill_s = 0, 0.0
-        # Whoever began the newest run. The program's state is theirs.
-        self.owner: Any = None
+        # The program's state is one generation's at a time.
+        self.turn = Turn()
         # Prefill takes the rows' numbers from it as well.
         count = max(program.manifest["max_seq_len"], self.batch)
         self._table = self.transfers.upload(range(count))

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from numbers import Integral
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
 
 ENGINES = ("executorch", "inductor", "launches")
+# Engines are loaded one at a time: meanwhile they change what is the whole process's, such as where
+# native code writes its errors, and how many threads there are.
+LOADING = Lock()
 
 
 def load_program(artifact: Artifact, threads: int | None = None) -> Program:
@@ -72,7 +77,8 @@ class Model:
         self.max_seq_len: int = manifest["max_seq_len"]
         self.batch: int = manifest["batch"]
         self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"])
-        self.loop = Loop(load_program(artifact, threads))
+        with LOADING:
+            self.loop = Loop(load_program(artifact, threads))
         self.load_s = time.perf_counter() - start
         self._directory = artifact.directory
 
@@ -84,10 +90,15 @@ class Model:
 
         `prompt` is a Request, or text or token ids; `max_new_tokens` and the other `parameters` are
         then those of a Request, such as temperature=0.8. The sequence begins anew: nothing of an
-        earlier prompt is seen. Starting another generation ends this one.
+        earlier prompt is seen.
+
+        One generation runs at a time. Starting another one in the same thread ends this one. In
+        another thread it is refused, as is every call while a token is computed, until this one is
+        finished, cancelled or dropped.
 
         Errors: RunnerError for a parameter outside its range or beside a Request, an artifact that
-        cannot sample, and a prompt that is empty, too long or has ids outside the vocabulary.
+        cannot sample, a prompt that is empty, too long or has ids outside the vocabulary, and a
+        model that another thread uses.
         """
         if max_new_tokens is not None:
             parameters["max_new_tokens"] = max_new_tokens
@@ -99,8 +110,9 @@ class Model:
                 "it all"
             )
         options = self.loop.variant(options)
-        fitted = self._fit(prompt, options)
-        return Generation(self.loop, prompt, self.tokenizer, *fitted, options)
+        fitted = self._fit(prompt)
+        prepare = partial(self._load_sampling, prompt, options)
+        return Generation(self.loop, prompt, self.tokenizer, *fitted, options, prepare)
 
     def generate_batch(
         self, requests: Iterable[Request | str | list[int]], options: LoopOptions | None = None,
@@ -111,9 +123,10 @@ class Model:
 
         A request is taken from `requests` when a row is free for it. One that cannot run is refused
         in its Result, and the others go on. Each gives what it gives alone. At most `rows` are
-        used, by default all. Starting another generation ends this one.
+        used, by default all. It is one generation, of which one runs at a time: see `generate`.
 
-        Errors: RunnerError for more `rows` than there are, and for a request that is not in a list.
+        Errors: RunnerError for more `rows` than there are, requests that are no list or the like,
+        and a model that another thread uses.
         """
         if isinstance(requests, (str, Request)):
             raise RunnerError("requests is a single one; it must be a list, or use generate")
@@ -137,17 +150,16 @@ class Model:
             if not isinstance(request, Request):
                 request = Request(request)
             try:
-                result = Result(request, self.tokenizer, *self._fit(request, options), index)
+                result = Result(request, self.tokenizer, *self._fit(request), index)
+                self._load_sampling(request, options)
             except RunnerError as error:
                 result = Result(request, self.tokenizer, [], 0, index)
                 result.refuse(f"request {index + 1}: {error}")
             yield result
 
-    def _fit(self, request: Request, options: LoopOptions) -> tuple[list[int], int]:
-        """The request's prompt as ids, and how many tokens can come after it.
-
-        Errors: RunnerError for what `generate` refuses.
-        """
+    def _fit(self, request: Request) -> tuple[list[int], int]:
+        """The request's prompt as ids, and how many tokens can come after it. The program is not
+        touched. Errors: RunnerError for what `generate` refuses."""
         request.check()
         ids = self._prompt_ids(request)
         if not ids:
@@ -162,10 +174,15 @@ class Model:
             raise RunnerError(
                 f"the prompt has the id {wrong!r}; ids are 0 to {self.vocab_size - 1}"
             )
+        return ids, min(request.max_new_tokens, self.max_seq_len - len(ids))
+
+    def _load_sampling(self, request: Request, options: LoopOptions) -> None:
+        """Load what the request needs to be sampled. Errors: RunnerError for an artifact that
+        cannot sample."""
         if request.temperature > 0:
             method = selection_method([request], self.manifest)
-            self.loop.program.load_sampling(method, options.feed == "embed")
-        return ids, min(request.max_new_tokens, self.max_seq_len - len(ids))
+            with LOADING:
+                self.loop.program.load_sampling(method, options.feed == "embed")
 
     def _prompt_ids(self, request: Request) -> list[int]:
         prompt = request.prompt
