@@ -202,6 +202,35 @@ def test_input_that_is_not_utf8(run, tmp_path):
     assert_error(run(b"abc\xff".decode("utf-8", "surrogateescape")), "character 3", "UTF-8")
 
 
+TEXTS = [b"a b\n", b"a b\r\n", b"a b\r", b"a b", b"\xef\xbb\xbfa b\r\n"]
+
+
+@pytest.mark.parametrize("data", TEXTS, ids=repr)
+def test_line_ends_and_a_byte_order_mark_are_not_the_prompts(run_batch, run, tmp_path, data):
+    (tmp_path / "prompt.txt").write_bytes(data)
+    flags = ("--json", "--max-new-tokens", 1)
+    found = lines(run(*flags, "--prompt-file", "prompt.txt", "-", input=data))
+    found += lines(run_batch(data, *flags, "--batch", 2))
+    quoted = data.replace(b"a b", b'{"prompt": "a b"}')
+    found += lines(run_batch(quoted, *flags, "--batch", 2, name="prompts.jsonl"))
+    assert [entry["prompt"] for entry in found] == ["a b"] * 4
+
+
+def test_within_a_text_every_line_end_is_the_same(run, run_batch, tmp_path):
+    data = b"\xef\xbb\xbfone\r\ntwo\rthree\n\n\xef\xbb\xbffour\r\n\r\n"
+    (tmp_path / "prompt.txt").write_bytes(data)
+    flags = ("--json", "--max-new-tokens", 1)
+    found = lines(run(*flags, "--prompt-file", "prompt.txt", "-", input=data))
+    # Of the end one, and of the marks the first, is the file's.
+    assert [entry["prompt"] for entry in found] == ["one\ntwo\nthree\n\n\ufefffour\n"] * 2
+    found = lines(run_batch(data, *flags, "--batch", 2))
+    assert [entry["prompt"] for entry in found] == ["one", "two", "three", "\ufefffour"]
+    # Arguments, and what JSON itself writes so, are as they are.
+    escaped = b'{"prompt": "one\\r\\n"}\r\n'
+    (entry,) = lines(run_batch(escaped, *flags, "--batch", 2, name="prompts.jsonl"))
+    assert entry["prompt"] == lines(run(*flags, "one\r\n"))[0]["prompt"] == "one\r\n"
+
+
 # JSON and statistics
 
 
@@ -407,8 +436,8 @@ BATCH_KEYS = KEYS[:-1]
 def run_batch(run_script, batch_artifact, tmp_path):
     """As `run`, with an artifact of three rows and the text of its prompt file."""
 
-    def run(text: str, *arguments, name="prompts.txt"):
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    def run(text: str | bytes, *arguments, name="prompts.txt"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         arguments = ("--artifact", batch_artifact, "--prompt-file", name, *arguments)
         return run_script("runner/run.py", *arguments, cwd=tmp_path)
 
