@@ -11,6 +11,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def interrupts_for_this_process() -> Iterator[None]:
     """A process that is started within this is not interrupted. From the keyboard it would be, with
     the one that the user sees, and write where its imports were. An interrupt that comes meanwhile
     is heard afterwards."""
+    # This is started before the first of them, and lets signals through again afterwards.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

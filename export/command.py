@@ -279,9 +279,14 @@ def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
         transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     try:
-        with process.InterruptsRaised(), bar:
+        with process.InterruptsRaised() as interrupts, bar:
             task = bar.add_task("importing torch", total=None)
-            export(family, options, lambda what: bar.update(task, description=what))
+
+            def progress(what: str) -> None:
+                interrupts.check()
+                bar.update(task, description=what)
+
+            export(family, options, progress)
     except ExportError as error:
         process.say(f"{family.command}: error: {error}")
         return 2

@@ -28,10 +28,16 @@ class InterruptsRaised:
     """Within this the first interrupt is a KeyboardInterrupt, whatever error others make of it, and
     one more ends the process. After `end_when_interrupted`; without, nothing is changed."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "InterruptsRaised":
         self._changed = _interrupts_end()
         if self._changed:
             signal(SIGINT, _raise_once)
+        return self
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was one, which native code may have dropped."""
+        if self._changed and _interrupts_end():
+            raise KeyboardInterrupt
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if not self._changed:

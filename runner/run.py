@@ -153,8 +153,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.compare and len(requests) > 1:
         raise RunnerError(f"--compare takes one prompt, and {len(requests)} are given")
-    with process.InterruptsRaised():
+    with process.InterruptsRaised() as interrupts:
         model = Model(options.artifact, options.threads)
+        interrupts.check()
         if options.compare:
             from tokenloop.runner.compare import compare
 

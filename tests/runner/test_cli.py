@@ -97,6 +97,32 @@ def test_ctrl_c_of_an_export_at_any_time_is_one_line_or_none(tmp_path, moment):
     assert done.stderr.count("\n") == (moment in said)
 
 
+LOST = """
+import os, signal, sys
+from tokenloop.runner import process
+process.end_when_interrupted()
+try:
+    with process.InterruptsRaised() as interrupts:
+        interrupts.check()
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            if sys.argv[1] == "another error":
+                raise ImportError("cannot import") from None
+        interrupts.check()
+except KeyboardInterrupt:
+    print("once", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("twice")
+"""
+
+
+@pytest.mark.parametrize("way", ["lost", "another error"])
+def test_an_interrupt_counts_whatever_libraries_make_of_it(way):
+    done = subprocess.run([sys.executable, "-c", LOST, way], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "once\n", "")
+
+
 def test_the_two_rooms_have_the_same_process():
     runners, exports = (ROOT / room / "process.py" for room in ("runner", "export"))
     assert runners.read_bytes() == exports.read_bytes()
