@@ -2,6 +2,7 @@
 nothing. The engines' programs are used by the same loop as the one here."""
 
 import gc
+import os
 import threading
 import time
 import weakref
@@ -61,6 +62,24 @@ def test_a_real_programs_threads_get_right_tokens_or_a_refusal(tiny_artifact):
     counts = Stress(runner.load(tiny_artifact, 1)).run(threads=8, calls=3000)
     assert not bad(counts)
     assert min(counts[key] for key in ("right", "refused", "given up")) > 20
+
+
+def test_threads_may_have_a_model_each_and_load_it_at_once(tiny_artifact):
+    expected = runner.load(tiny_artifact).generate(PROMPT, 20).run().token_ids
+    stderr, found = os.fstat(2).st_ino, []
+
+    def work():
+        model = runner.load(tiny_artifact)
+        found.extend(model.generate(PROMPT, 20).run().token_ids for _ in range(50))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 200
+    # Native code's errors are kept out of sight while an engine is loaded.
+    assert os.fstat(2).st_ino == stderr
 
 
 # Another thread
