@@ -35,12 +35,12 @@ class YieldingProgram(Program):
     """Its logits depend on all tokens of a row's sequence and on nothing else. Each method lets
     another thread run while it is under way, and `intruders` counts methods that began then."""
 
-    def __init__(self, batch: int, max_seq_len: int = 64, max_prefill: int = 5, pause_s: float = 0):
+    def __init__(self, batch: int, max_seq_len: int = 64, max_prefill: int = 5):
         self.manifest = {
             "batch": batch, "max_seq_len": max_seq_len, "max_prefill": max_prefill,
             "vocab_size": VOCABULARY, "methods": [],
         }  # fmt: skip
-        self.transfers, self.intruders, self.pause_s = Transfers(), 0, pause_s
+        self.transfers, self.intruders = Transfers(), 0
         self._inside = threading.Lock()
         self._state = np.zeros((batch, max_seq_len), np.int64)
         self._ids = np.zeros((2, batch, 1), np.int64)
@@ -69,7 +69,7 @@ class YieldingProgram(Program):
         alone = self._inside.acquire(blocking=False)
         self.intruders += not alone
         try:
-            time.sleep(self.pause_s)
+            time.sleep(0)
             done = method()
             time.sleep(0)
             return done
@@ -108,10 +108,10 @@ class Tokenizer:
         return SimpleNamespace(push=lambda token_id: f"{token_id} ", finish=lambda: "")
 
 
-def yielding_model(batch: int = 3, **program) -> Model:
+def yielding_model(batch: int = 3) -> Model:
     """A model of YieldingProgram, which no artifact is needed for."""
     model = Model.__new__(Model)
-    model.loop = Loop(YieldingProgram(batch, **program))
+    model.loop = Loop(YieldingProgram(batch))
     model.manifest = model.loop.program.manifest
     model.vocab_size, model.max_seq_len = VOCABULARY, model.manifest["max_seq_len"]
     model.batch, model.tokenizer, model.load_s = batch, Tokenizer(), 0.0

@@ -4,7 +4,6 @@ nothing. The engines' programs are used by the same loop as the one here."""
 import gc
 import os
 import threading
-import time
 import weakref
 
 import pytest
@@ -105,18 +104,23 @@ def test_between_two_tokens_another_thread_is_refused_and_touches_nothing(model,
 
 
 @pytest.mark.parametrize("way", ["begin", "advance"])
-def test_within_a_method_another_thread_is_refused_at_once(way):
-    model = yielding_model(1, pause_s=0.1)
+def test_within_a_method_another_thread_is_refused_at_once(model, monkeypatch, way):
     expected = model.generate(PROMPT, 3).run().token_ids
+    entered, left, decode = threading.Event(), threading.Event(), model.loop.program.decode
+
+    def slow(*inputs):
+        entered.set()
+        assert left.wait(30)
+        return decode(*inputs)
+
+    monkeypatch.setattr(model.loop.program, "decode", slow)
     generation = model.generate(PROMPT, 3)
     thread = threading.Thread(target=generation.run)
     thread.start()
-    while not model.loop.program._inside.locked():
-        time.sleep(0.001)
-    start = time.perf_counter()
+    assert entered.wait(30)
     with pytest.raises(RunnerError, match=IN_USE):
         model.generate(OTHER, 3) if way == "begin" else next(generation)
-    assert time.perf_counter() - start < 0.09
+    left.set()
     thread.join()
     assert generation.token_ids == expected and model.loop.program.intruders == 0
 
