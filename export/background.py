@@ -9,7 +9,9 @@ import multiprocessing
 import pickle
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ class Background:
         # A daemon does not outlive this process.
         arguments = results, function, arguments, file
         process = context.Process(target=_send, args=arguments, daemon=True)
-        process.start()
+        with interrupts_for_this_process():
+            process.start()
         results.close()
 
     def result(self) -> Any:
@@ -41,6 +44,20 @@ class Background:
             return pickle.loads(self._kept or self._results.recv_bytes())
         except EOFError:
             raise RuntimeError(f"{self._what} could not be exported") from None
+
+
+@contextmanager
+def interrupts_for_this_process() -> Iterator[None]:
+    """A process that is started within this is not interrupted. From the keyboard it would be, with
+    the one that the user sees, and write where its imports were. An interrupt that comes meanwhile
+    is heard afterwards."""
+    # This is started before the first of them, and lets signals through again afterwards.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def collect_seldom() -> None:

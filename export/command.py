@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tokenloop.export import process
 from tokenloop.export.background import collect_seldom
 from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
@@ -263,6 +264,7 @@ def find_backend(
 
 def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
     """Run a command and return the exit status."""
+    process.open_streams()
     options = parse_arguments(family, arguments)
     # Being terminated cleans up like any other end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -277,15 +279,20 @@ def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
         transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     try:
-        with bar:
+        with process.InterruptsRaised() as interrupts, bar:
             task = bar.add_task("importing torch", total=None)
-            export(family, options, lambda what: bar.update(task, description=what))
+
+            def progress(what: str) -> None:
+                interrupts.check()
+                bar.update(task, description=what)
+
+            export(family, options, progress)
     except ExportError as error:
-        print(f"{family.command}: error: {error}", file=sys.stderr)
+        process.say(f"{family.command}: error: {error}")
         return 2
     except KeyboardInterrupt:
-        print(f"{family.command}: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        process.say(f"{family.command}: interrupted; nothing was written")
+        return process.INTERRUPTED
     size = sum(file.stat().st_size for file in options.output.iterdir())
     print(f"{options.output}: {size / 1e6:.0f} MB in {time.perf_counter() - start:.0f} s")
     return 0

@@ -1,5 +1,11 @@
 """Export a Gemma checkpoint: `python export/gemma.py` makes the demo model's artifact."""
 
+if __name__ == "__main__":
+    # Before the imports, which take longest.
+    from tokenloop.export.process import end_when_interrupted
+
+    end_when_interrupted()
+
 import sys
 
 from tokenloop.export import demo

@@ -1,5 +1,11 @@
 """Export a hybrid Qwen checkpoint: `python export/qwen3_5.py --model DIR` makes its artifact."""
 
+if __name__ == "__main__":
+    # Before the imports, which take longest.
+    from tokenloop.export.process import end_when_interrupted
+
+    end_when_interrupted()
+
 import sys
 
 from tokenloop.export.command import Family, main

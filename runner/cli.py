@@ -7,13 +7,19 @@ so that the runner does not know the export.
 import sys
 from importlib import import_module
 
+from tokenloop.runner import process
+
 # Of each the file and its function of the arguments after the name.
 OWN = {"run": ("run", "main"), "compare": ("run", "main_compare")}
 GROUP = "tokenloop.commands"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sub-command that the first of `arguments` names with the others; its exit status."""
+    """Run the sub-command that the first of `arguments` names with the others; its exit status.
+    Without `arguments` they are the process's, and the process is the command's."""
+    if arguments is None:
+        process.end_when_interrupted()
+    process.open_streams()
     name, *others = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name in OWN:
         module, function = OWN[name]
@@ -37,5 +43,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tokenloop {package.version}")
         return 0
     fault = f"{name} is not a command" if name else "no command is given"
-    print(f"tokenloop: error: {fault}; the commands are {names}", file=sys.stderr)
+    process.say(f"tokenloop: error: {fault}; the commands are {names}")
     return 2

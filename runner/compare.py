@@ -1,5 +1,6 @@
 """One prompt through every variant of the loop, as a table: speed, copies, whether all agree."""
 
+import io
 import itertools
 import json
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from tokenloop.runner.loop import LoopOptions
 from tokenloop.runner.model import Model
+from tokenloop.runner.output import put
 from tokenloop.runner.request import Request
 
 RUN_AHEAD = 8
@@ -50,11 +52,14 @@ def compare(model: Model, request: Request, as_json: bool) -> int:
                 rows[-1][key] == rows[0][key] for key in ("token_ids", "text")
             )
             if as_json:
-                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+                put(json.dumps(rows[-1], ensure_ascii=False) + "\n")
     if not as_json:
-        console = Console()
-        width = None if console.is_terminal else WIDTH
-        Console(width=width).print(table(rows, model.loop.program.has_graphs))
+        # Rich would answer an output that takes no more in its own way.
+        seen, text = Console(), io.StringIO()
+        width = seen.width if seen.is_terminal else WIDTH
+        console = Console(file=text, force_terminal=seen.is_terminal, width=width)
+        console.print(table(rows, model.loop.program.has_graphs))
+        put(text.getvalue())
     return 0 if all(row["identical"] for row in rows) else 1
 
 

@@ -3,7 +3,8 @@
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,61 +43,68 @@ class BatchGeneration:
     """Several requests at a time: iterate over (index of the request, Token) as they come.
 
     `results` has a Result for each request that has been taken from the input, in its order.
+    `is_finished` says whether all has come that will come.
     """
 
-    def __init__(self, loop: Loop, results: Iterable[Result], rows: int, options: LoopOptions):
+    def __init__(
+        self, loop: Loop, results: Iterable[Result], rows: int, options: LoopOptions,
+        prepare: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
         """`results` are taken one by one, when a row is free; those that were refused never begin.
         At most `rows` run at a time, in the variant `options`, which is one of `loop.variant`.
-        Starting another generation on the loop ends this one."""
-        loop.owner = self
+        `prepare` makes the program ready. What this ends and where it is refused, Turn.begin says.
+        """
         self.results: list[Result] = []
+        self.is_finished = False
         self._loop = loop
         self._transfers = Transfers()
         self._steps, self._prefill_s = 0, 0.0
-        # Until the host had read the first token, and the newest one.
+        # When it began, and the loop's counts then. Until the host had read the first token, and
+        # the newest one.
+        self._start, self._before = 0.0, None
         self._first_s, self._newest_s = None, 0.0
-        self._events = self._run(self._accepted(results), rows, options)
+        loop.turn.begin(self, prepare)
+        self._tokens = loop.tokens(accepted(results, self.results), rows, options)
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
-        return self._events
+        return self
+
+    def __next__(self) -> tuple[int, Token]:
+        """Errors: RunnerError where another generation was started since, or another thread is at
+        it, which then goes on."""
+        event = None if self.is_finished else self._loop.turn.use(self, self._advance)
+        if event is None:
+            raise StopIteration
+        return event
 
     def run(self) -> list[Result]:
         """Generate to the end, and return the results, in the requests' order."""
-        for _ in self._events:
+        for _ in self:
             pass
         return self.results
 
-    def _accepted(self, results: Iterable[Result]) -> Iterator[Result]:
-        for result in results:
-            self.results.append(result)
-            if result.error is None:
-                yield result
-
-    def _run(
-        self, results: Iterator[Result], rows: int, options: LoopOptions
-    ) -> Iterator[tuple[int, Token]]:
-        self._check_owner()
+    def _advance(self) -> tuple[int, Token] | None:
+        """The next token that is to be shown, or None at the end."""
         loop = self._loop
-        before, steps, prefill_s = loop.transfers.snapshot(), loop.steps, loop.prefill_s
-        start = time.perf_counter()
-        for result, token_id in loop.tokens(results, rows, options):
-            self._newest_s = time.perf_counter() - start
-            if self._first_s is None:
-                self._first_s = self._newest_s
-            self._steps, self._prefill_s = loop.steps - steps, loop.prefill_s - prefill_s
-            self._transfers = loop.transfers.since(before)
-            token = result.take(token_id)
-            if token is not None:
-                yield result.index, token
-            self._check_owner()
-
-    def _check_owner(self) -> None:
-        # Even the first step would overwrite the state of the generation that was started later.
-        if self._loop.owner is not self:
-            raise RunnerError(
-                "another generation was started on this model, and its state is shared: "
-                "finish one before you start the next"
-            )
+        if self._before is None:
+            self._before = loop.transfers.snapshot(), loop.steps, loop.prefill_s
+            self._start = time.perf_counter()
+        transfers, steps, prefill_s = self._before
+        try:
+            for result, token_id in self._tokens:
+                self._newest_s = time.perf_counter() - self._start
+                if self._first_s is None:
+                    self._first_s = self._newest_s
+                self._steps, self._prefill_s = loop.steps - steps, loop.prefill_s - prefill_s
+                self._transfers = loop.transfers.since(transfers)
+                token = result.take(token_id)
+                if token is not None:
+                    return result.index, token
+        except BaseException:
+            self.is_finished = True
+            raise
+        self.is_finished = True
+        return None
 
     @property
     def stats(self) -> Stats:
@@ -123,28 +131,36 @@ class Generation(Result):
 
     def __init__(
         self, loop: Loop, request: Request, tokenizer: Tokenizer, prompt_ids: list[int],
-        limit: int, options: LoopOptions,
+        limit: int, options: LoopOptions, prepare: Callable[[], None],
     ):  # fmt: skip
-        """As Result; and `loop` and `options` as of BatchGeneration."""
+        """As Result; and `loop`, `options` and `prepare` as of BatchGeneration."""
         super().__init__(request, tokenizer, prompt_ids, limit)
-        self._batch = BatchGeneration(loop, [self], 1, options)
-        self._tokens = self._run()
+        # The batch does not keep this alive. What nobody has any more is gone at once, and in no
+        # other thread's way.
+        self._batch = BatchGeneration(loop, [weakref.proxy(self)], 1, options, prepare)
 
     def __iter__(self) -> Iterator[Token]:
-        return self._tokens
+        return self
+
+    def __next__(self) -> Token:
+        """Errors: RunnerError as of BatchGeneration."""
+        if self.finish_reason is not None:
+            raise StopIteration
+        _, token = next(self._batch)
+        if self.finish_reason is not None:
+            # Whoever has all of it may start another generation.
+            self._batch.is_finished = True
+        return token
 
     def run(self) -> "Generation":
         """Generate to the end, and return this object."""
-        for _ in self._tokens:
+        for _ in self:
             pass
         return self
 
-    def _run(self) -> Iterator[Token]:
-        for _, token in self._batch:
-            yield token
-            # Whoever has all of it may start another generation.
-            if self.finish_reason is not None:
-                return
+    def cancel(self) -> None:
+        super().cancel()
+        self._batch.is_finished = True
 
     @property
     def stats(self) -> Stats:
@@ -160,6 +176,14 @@ class Generation(Result):
             # They say nothing about a single request.
             del stats["requests"], stats["steps"]
         return super().as_dict() | {"stats": stats}
+
+
+def accepted(results: Iterable[Result], taken: list[Result]) -> Iterator[Result]:
+    """The results that were not refused, as they are asked for. All are put into `taken`."""
+    for result in results:
+        taken.append(result)
+        if result.error is None:
+            yield result
 
 
 def peak_rss_mb() -> float:

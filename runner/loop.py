@@ -8,9 +8,12 @@ from typing import Any
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill
 from tokenloop.runner.program import Program, Selected
+from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
+from tokenloop.runner.turn import Turn
 
 FEEDS = ("auto", "embed", "alias", "host")
+POSITIONS = ("device", "host")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,14 @@ class LoopOptions:
     def __post_init__(self):
         if self.feed not in FEEDS:
             raise RunnerError(f"feed is {self.feed!r}; it must be one of {', '.join(FEEDS)}")
-        if self.run_ahead < 1:
-            raise RunnerError(f"run_ahead is {self.run_ahead}; it must be at least 1")
+        if self.positions not in POSITIONS:
+            names = " or ".join(POSITIONS)
+            raise RunnerError(f"positions is {self.positions!r}; it must be {names}")
+        for name in ("double_buffering", "graph", "overlap"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RunnerError(f"{name} is {value!r}; it must be True or False")
+        if not is_integer(self.run_ahead) or self.run_ahead < 1:
+            raise RunnerError(f"run_ahead is {self.run_ahead!r}; it must be at least 1")
         if self.run_ahead > 1 and self.feed == "host":
             raise RunnerError(
                 f"run_ahead is {self.run_ahead} and feed 'host': each step would wait for the host"
@@ -60,8 +69,8 @@ class Loop:
         self.batch: int = program.manifest["batch"]
         # Since the program was loaded: decode steps, and seconds until first tokens were computed.
         self.steps, self.prefill_s = 0, 0.0
-        # Whoever began the newest run. The program's state is theirs.
-        self.owner: Any = None
+        # The program's state is one generation's at a time.
+        self.turn = Turn()
         # Prefill takes the rows' numbers from it as well.
         count = max(program.manifest["max_seq_len"], self.batch)
         self._table = self.transfers.upload(range(count))
@@ -72,7 +81,9 @@ class Loop:
     def variant(self, options: LoopOptions | None) -> LoopOptions:
         """The variant that `options` mean here, with its feed decided. Errors: RunnerError for one
         that the program lacks the methods for."""
-        options = options or LoopOptions()
+        options = LoopOptions() if options is None else options
+        if not isinstance(options, LoopOptions):
+            raise RunnerError(f"options is {shown(options)}; it must be LoopOptions")
         if options.feed == "auto":
             return replace(options, feed="embed" if self.program.embeds else "alias")
         if options.feed == "embed" and not self.program.embeds:

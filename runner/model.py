@@ -1,9 +1,11 @@
 """The Python API: load an artifact once, generate many times."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,16 @@ from tokenloop.runner.generation import BatchGeneration, Generation
 from tokenloop.runner.loop import Loop, LoopOptions
 from tokenloop.runner.manifest import Artifact, open_artifact
 from tokenloop.runner.program import Program, selection_method
-from tokenloop.runner.request import Request
+from tokenloop.runner.request import Request, is_integer, shown
 from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
 
 ENGINES = ("executorch", "inductor", "launches")
+# Sequences of small integers in Python's eyes, and no prompts.
+BYTES = bytes, bytearray, memoryview
+# Engines are loaded one at a time: meanwhile they change what is the whole process's, such as where
+# native code writes its errors, and how many threads there are.
+LOADING = Lock()
 
 
 def load_program(artifact: Artifact, threads: int | None = None) -> Program:
@@ -65,6 +72,8 @@ class Model:
         Errors: RunnerError, one line saying what does not fit.
         """
         start = time.perf_counter()
+        if threads is not None and (not is_integer(threads) or threads < 1):
+            raise RunnerError(f"threads is {threads!r}; it must be an integer, at least 1")
         artifact = open_artifact(Path(directory))
         manifest = artifact.manifest
         self.manifest = manifest
@@ -72,7 +81,8 @@ class Model:
         self.max_seq_len: int = manifest["max_seq_len"]
         self.batch: int = manifest["batch"]
         self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"])
-        self.loop = Loop(load_program(artifact, threads))
+        with LOADING:
+            self.loop = Loop(load_program(artifact, threads))
         self.load_s = time.perf_counter() - start
         self._directory = artifact.directory
 
@@ -84,10 +94,15 @@ class Model:
 
         `prompt` is a Request, or text or token ids; `max_new_tokens` and the other `parameters` are
         then those of a Request, such as temperature=0.8. The sequence begins anew: nothing of an
-        earlier prompt is seen. Starting another generation ends this one.
+        earlier prompt is seen.
+
+        One generation runs at a time. Starting another one in the same thread ends this one. In
+        another thread it is refused, as is every call while a token is computed, until this one is
+        finished, cancelled or dropped.
 
         Errors: RunnerError for a parameter outside its range or beside a Request, an artifact that
-        cannot sample, and a prompt that is empty, too long or has ids outside the vocabulary.
+        cannot sample, a prompt that is empty, too long or has ids outside the vocabulary, and a
+        model that another thread uses.
         """
         if max_new_tokens is not None:
             parameters["max_new_tokens"] = max_new_tokens
@@ -99,8 +114,9 @@ class Model:
                 "it all"
             )
         options = self.loop.variant(options)
-        fitted = self._fit(prompt, options)
-        return Generation(self.loop, prompt, self.tokenizer, *fitted, options)
+        fitted = self._fit(prompt)
+        prepare = partial(self._load_sampling, prompt, options)
+        return Generation(self.loop, prompt, self.tokenizer, *fitted, options, prepare)
 
     def generate_batch(
         self, requests: Iterable[Request | str | list[int]], options: LoopOptions | None = None,
@@ -111,16 +127,19 @@ class Model:
 
         A request is taken from `requests` when a row is free for it. One that cannot run is refused
         in its Result, and the others go on. Each gives what it gives alone. At most `rows` are
-        used, by default all. Starting another generation ends this one.
+        used, by default all. It is one generation, of which one runs at a time: see `generate`.
 
-        Errors: RunnerError for more `rows` than there are, and for a request that is not in a list.
+        Errors: RunnerError for more `rows` than there are, requests that are no list or the like,
+        and a model that another thread uses.
         """
         if isinstance(requests, (str, Request)):
             raise RunnerError("requests is a single one; it must be a list, or use generate")
+        if not isinstance(requests, Iterable) or isinstance(requests, (*BYTES, Mapping)):
+            raise RunnerError(f"requests is {shown(requests)}; it must be a list of them")
         if rows is None:
             rows = self.batch
-        if rows < 1:
-            raise RunnerError(f"rows is {rows}; it must be at least 1")
+        if not is_integer(rows) or rows < 1:
+            raise RunnerError(f"rows is {rows!r}; it must be at least 1")
         if rows > self.batch:
             raise RunnerError(
                 f"{rows} rows are asked for and {self._directory} has {self.batch}: export it with "
@@ -137,52 +156,70 @@ class Model:
             if not isinstance(request, Request):
                 request = Request(request)
             try:
-                result = Result(request, self.tokenizer, *self._fit(request, options), index)
+                result = Result(request, self.tokenizer, *self._fit(request), index)
+                self._load_sampling(request, options)
             except RunnerError as error:
                 result = Result(request, self.tokenizer, [], 0, index)
                 result.refuse(f"request {index + 1}: {error}")
             yield result
 
-    def _fit(self, request: Request, options: LoopOptions) -> tuple[list[int], int]:
-        """The request's prompt as ids, and how many tokens can come after it.
-
-        Errors: RunnerError for what `generate` refuses.
-        """
+    def _fit(self, request: Request) -> tuple[list[int], int]:
+        """The request's prompt as ids, and how many tokens can come after it. The program is not
+        touched. Errors: RunnerError for what `generate` refuses."""
         request.check()
         ids = self._prompt_ids(request)
-        if not ids:
+        if len(ids) == 0:
             raise RunnerError("the prompt is empty, and no bos is put before it: give some text")
         if len(ids) >= self.max_seq_len:
             raise RunnerError(
                 f"the prompt has {len(ids)} tokens and the cache {self.max_seq_len} positions, one "
                 "of which is for the output: shorten it, or export with a larger --max-seq-len"
             )
-        if not _all_ids(ids, self.vocab_size):
-            wrong = next(i for i in ids if not _all_ids([i], self.vocab_size))
-            raise RunnerError(
-                f"the prompt has the id {wrong!r}; ids are 0 to {self.vocab_size - 1}"
-            )
-        if request.temperature > 0:
-            method = selection_method([request], self.manifest)
-            self.loop.program.load_sampling(method, options.feed == "embed")
+        ids = checked_ids(ids, self.vocab_size)
         return ids, min(request.max_new_tokens, self.max_seq_len - len(ids))
 
-    def _prompt_ids(self, request: Request) -> list[int]:
+    def _load_sampling(self, request: Request, options: LoopOptions) -> None:
+        """Load what the request needs to be sampled. Errors: RunnerError for an artifact that
+        cannot sample."""
+        if request.temperature > 0:
+            method = selection_method([request], self.manifest)
+            with LOADING:
+                self.loop.program.load_sampling(method, options.feed == "embed")
+
+    def _prompt_ids(self, request: Request) -> Sequence | np.ndarray:
+        """The prompt as what should be ids."""
         prompt = request.prompt
         if isinstance(prompt, str):
             if request.chat:
                 prompt = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
             return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Iterable):
-            raise RunnerError(f"the prompt is {prompt!r}; it must be text or a list of ids")
-        return list(prompt)
+        if isinstance(prompt, np.ndarray):
+            if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+                raise RunnerError(
+                    f"the prompt is an array of {prompt.dtype} with the shape {prompt.shape}; "
+                    "it must be text or a list of ids"
+                )
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
+            raise RunnerError(f"the prompt is {shown(prompt)}; it must be text or a list of ids")
+        return prompt
 
 
-def _all_ids(ids: list, vocab_size: int) -> bool:
-    """Whether all of `ids` are ids of the vocabulary. NumPy looks at thousands in the time that a
-    loop takes for a few."""
-    if not all(issubclass(kind, Integral) for kind in set(map(type, ids))):
-        return False
+def checked_ids(ids: Sequence | np.ndarray, vocab_size: int) -> list[int]:
+    """The ids, at least one, as Python's own integers. NumPy looks at thousands in the time that a
+    loop takes for a few. Errors: RunnerError for one that is no integer or not of the vocabulary.
+    """
+    ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    kinds = set(map(type, ids))
+    if strange := {kind for kind in kinds if not issubclass(kind, Integral) or kind is bool}:
+        wrong = next(i for i in ids if type(i) in strange)
+        raise RunnerError(
+            f"the prompt has the id {shown(wrong)}; ids are integers, 0 to {vocab_size - 1}"
+        )
+    if kinds != {int}:
+        ids = list(map(int, ids))
     array = np.asarray(ids)
     # Integers of more than 64 bits are objects.
-    return array.dtype.kind in "iu" and array.min() >= 0 and array.max() < vocab_size
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise RunnerError(f"the prompt has the id {wrong}; ids are 0 to {vocab_size - 1}")
+    return ids

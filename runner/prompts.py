@@ -1,5 +1,8 @@
 """The command line's prompts and requests: from its arguments, standard input and files.
 
+Text that is read is UTF-8. A byte order mark at its beginning is dropped, "\\r\\n" and "\\r" are
+line ends as "\\n" is, and the last line's end is not part of the text. Arguments are as they are.
+
 Imports no NumPy, so that run.py can answer a wrong file at once.
 """
 
@@ -40,31 +43,39 @@ def read_requests(options: Namespace) -> list[Request]:
 
 
 def read_arguments(prompts: list[str]) -> list[str]:
-    return [
-        decode_utf8(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
-        for prompt in prompts
-    ]
+    return [read_stdin() if prompt == "-" else prompt for prompt in prompts]
+
+
+def read_stdin() -> str:
+    if sys.stdin is None:
+        raise RunnerError("standard input is closed, and the prompt - reads it")
+    try:
+        return text_of(sys.stdin.buffer.read(), "standard input")
+    except OSError as error:
+        raise RunnerError(f"standard input cannot be read: {error.strerror}") from None
 
 
 def read_file(path: Path) -> str:
     try:
-        return decode_utf8(path.read_bytes(), str(path))
+        return text_of(path.read_bytes(), str(path))
     except OSError as error:
         raise RunnerError(f"--prompt-file {path}: {error.strerror}") from None
 
 
-def decode_utf8(data: bytes, source: str) -> str:
+def text_of(data: bytes, source: str) -> str:
+    """The text of a file, as the module says."""
     try:
-        return data.decode("utf-8").removesuffix("\n")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RunnerError(f"{source} is not UTF-8 text: byte {error.start} is wrong") from None
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n")
 
 
 def lines(text: str) -> list[tuple[int, str]]:
     """Lines that are not blank, with their numbers from 1 on."""
     # Not splitlines: a prompt may well hold U+2028.
-    numbered = enumerate(text.split("\n"), 1)
-    return [(n, line.removesuffix("\r")) for n, line in numbered if line.strip()]
+    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def entry(where: str, line: str) -> dict:

@@ -4,6 +4,7 @@ Imports no NumPy, so that run.py can answer a wrong flag at once.
 """
 
 import math
+import reprlib
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -62,6 +63,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def shown(value: Any) -> str:
+    """A value of the wrong type, for an error: what it is, if that is short, and its type."""
+    return f"{' '.join(reprlib.repr(value).split())}, of type {type(value).__name__}"
+
+
 RULES = {
     "max_new_tokens": (lambda x: is_integer(x) and x >= 1, "it must be at least 1"),
     "temperature": (
@@ -81,4 +87,5 @@ RULES = {
         lambda x: isinstance(x, (tuple, list)) and all(isinstance(s, str) and s for s in x),
         "each must be a text of at least one character",
     ),
+    "chat": (lambda x: isinstance(x, bool), "it must be True or False"),
 }

@@ -1,15 +1,21 @@
 """Generate text from an artifact: `tokenloop run "The capital of France is"`, and from a checkout
 `python runner/run.py "The capital of France is"`."""
 
+if __name__ == "__main__":
+    # Before the imports, which take longest.
+    from tokenloop.runner.process import end_when_interrupted
+
+    end_when_interrupted()
+
 import argparse
 import json
-import os
-import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+from tokenloop.runner import process
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.output import OutputError, begin_output, put
 from tokenloop.runner.prompts import DEFAULT_PROMPT, read_requests
 from tokenloop.runner.request import RULES, Request, fault_of
 
@@ -135,38 +141,41 @@ def print_stats(model, stats, *own_lines: str) -> None:
     for direction, copies in stats.transfers.items():
         name = direction.replace("_", " ")
         lines.append(f"{name:<19} {copies['count']} copies, {copies['bytes']} bytes")
-    print("\n".join(lines), file=sys.stderr)
+    process.say("\n".join(lines))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Generate for every prompt; the exit status. Errors: RunnerError."""
+    """Generate for every prompt; the exit status. Errors: RunnerError, OutputError."""
     requests = read_requests(options)
     # The modules that run models are imported only now: wrong arguments are answered at once.
-    # NumPy would turn an interrupt during its import into an error of its own.
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from tokenloop.runner.loop import LoopOptions
     from tokenloop.runner.model import Model
 
-    signal.signal(signal.SIGINT, previous)
     if options.compare and len(requests) > 1:
         raise RunnerError(f"--compare takes one prompt, and {len(requests)} are given")
-    model = Model(options.artifact, options.threads)
-    if options.compare:
-        from tokenloop.runner.compare import compare
+    with process.InterruptsRaised() as interrupts:
+        model = Model(options.artifact, options.threads)
+        interrupts.check()
+        if options.compare:
+            from tokenloop.runner.compare import compare
 
-        return compare(model, requests[0], options.json)
-    loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
-    if options.batch is not None:
-        return run_batch(model, requests, loop, options)
+            return compare(model, requests[0], options.json)
+        loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
+        if options.batch is not None:
+            return run_batch(model, requests, loop, options)
+        return run_each(model, requests, loop, options)
+
+
+def run_each(model, requests: list[Request], loop, options: argparse.Namespace) -> int:
+    """Generate for one prompt after the other, and print each text as it comes; the exit status.
+    Errors: as `run`."""
     for request in requests:
         generation = model.generate(request, options=loop)
         interrupted = False
         try:
             for token in generation:
                 if not options.json:
-                    print(token.text, end="", flush=True)
+                    put(token.text)
         except KeyboardInterrupt:
             interrupted = True
             generation.finish_reason = "interrupted"
@@ -176,13 +185,13 @@ def run(options: argparse.Namespace) -> int:
             first = f"time to first token {stats.time_to_first_token_s:.3f} s"
             print_stats(model, stats, first)
         if interrupted:
-            return 130
+            return process.INTERRUPTED
     return 0
 
 
 def run_batch(model, requests: list[Request], loop, options: argparse.Namespace) -> int:
     """Generate for all prompts, several at a time, and print each text when it and all before it
-    are complete; the exit status. Errors: RunnerError."""
+    are complete; the exit status. Errors: as `run`."""
     from tokenloop.runner.progress import progress
 
     batch, printed, status = model.generate_batch(requests, loop, options.batch), 0, 0
@@ -195,7 +204,7 @@ def run_batch(model, requests: list[Request], loop, options: argparse.Namespace)
             hide_progress()
             printed += 1
             if result.error is not None:
-                print(f"{options.program}: error: {result.error}", file=sys.stderr, flush=True)
+                process.say(f"{options.program}: error: {result.error}")
                 status = 2
             if options.json or result.error is None:
                 print_line(result, options.json, result.text)
@@ -210,7 +219,7 @@ def run_batch(model, requests: list[Request], loop, options: argparse.Namespace)
             for result in batch.results:
                 result.finish_reason = result.finish_reason or "interrupted"
             print_finished()
-            status = 130
+            status = process.INTERRUPTED
     stats = batch.stats
     if options.stats and stats.requests:
         counts = f"requests            {stats.requests}", f"steps               {stats.steps}"
@@ -221,29 +230,30 @@ def run_batch(model, requests: list[Request], loop, options: argparse.Namespace)
 def print_line(result, as_json: bool, text: str) -> None:
     """The line for a result: all of it as JSON, or the text that is not printed yet."""
     line = json.dumps(result.as_dict(), ensure_ascii=False) if as_json else text
-    print(line, flush=True)
+    put(f"{line}\n")
 
 
 def main(arguments: list[str] | None = None, program: str = "tokenloop run") -> int:
     """Run the command line that `program` is the name of; the exit status."""
+    process.open_streams()
     options = parse_arguments(arguments, program)
-    # Output is UTF-8 whatever the locale, as prompts are. A prompt that is refused may have half a
-    # surrogate pair, which is then written in JSON's own notation.
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
+        begin_output()
         return run(options)
     except RunnerError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        process.say(f"{program}: error: {error}")
         return 2
     except KeyboardInterrupt:
-        return 130
-    except OSError as error:
-        # Python would complain once more when it flushes standard output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
+        return process.INTERRUPTED
+    except OutputError as error:
+        process.discard(sys.stdout)
+        if isinstance(error.reason, BrokenPipeError):
             return 141  # The reader has gone (| head).
-        where = error.filename or "standard output"
-        print(f"{program}: error: {where}: {error.strerror}", file=sys.stderr)
+        process.say(f"{program}: error: standard output: {error.reason.strerror}")
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        process.say(f"{program}: error: {where}{error.strerror or error}")
         return 2
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import os
-import signal
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tokenloop.export.background import interrupts_for_this_process
 from tokenloop.export.errors import ExportError
 from tokenloop.export.launches.lowering import Pointer
 from tokenloop.models.kernels.launch.launches import Launch
@@ -100,7 +100,8 @@ def compile_variants(
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin)
     cubins: dict[int, Cubin] = {}
     with pool:
-        jobs = {pool.submit(_compile, v, architecture): i for i, v in enumerate(variants)}
+        with interrupts_for_this_process():
+            jobs = {pool.submit(_compile, v, architecture): i for i, v in enumerate(variants)}
         try:
             for done in as_completed(jobs):
                 cubins[jobs[done]] = done.result()
@@ -117,8 +118,6 @@ def compile_variants(
 
 
 def _begin() -> None:
-    # An interrupt is for the process that the user sees.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore")
     # Code that says where its source was would differ from one checkout to the next.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"

@@ -3,6 +3,7 @@ is counted. The program is an oracle in NumPy, so that thousands of steps cost l
 
 import itertools
 import json
+import time
 import zlib
 from dataclasses import dataclass
 
@@ -554,9 +555,27 @@ def test_a_result_is_unfinished_until_its_last_event(make_model):
         (Request("x" * 59), "the prompt has 60 tokens and the cache 60 positions"),
         (Request([2, 259]), "the prompt has the id 259; ids are 0 to 258"),
         (Request([-1]), "the prompt has the id -1"),
-        (Request([2, "a"]), "the prompt has the id 'a'"),
+        (Request([2, "a"]), "the prompt has the id 'a', of type str; ids are integers, 0 to 258"),
+        (Request(["2"]), "the prompt has the id '2', of type str"),
+        (Request([True]), "the prompt has the id True, of type bool"),
+        (Request([2, 70.0]), "the prompt has the id 70.0, of type float"),
+        (Request([None]), "the prompt has the id None, of type NoneType"),
+        (Request([[2, 70]]), "the prompt has the id [2, 70], of type list"),
+        (Request([2, 2**64]), "the prompt has the id 18446744073709551616; ids are 0 to 258"),
         (Request([]), "the prompt is empty"),
-        (Request(3), "the prompt is 3; it must be text or a list of ids"),
+        (Request(np.array([], np.int64)), "the prompt is empty"),
+        (Request(3), "the prompt is 3, of type int; it must be text or a list of ids"),
+        (Request(None), "the prompt is None, of type NoneType; it must be text or a list"),
+        (Request(b"abc"), "the prompt is b'abc', of type bytes; it must be text or a list"),
+        (Request(bytearray(b"abc")), "of type bytearray"),
+        (Request({2: 70}), "the prompt is {2: 70}, of type dict"),
+        (Request({2, 70}), "the prompt is {2, 70}, of type set"),
+        (Request(iter([2, 70])), "of type list_iterator"),
+        (Request(np.array([2.0, 70.0])), "the prompt is an array of float64 with the shape (2,)"),
+        (Request(np.array([True])), "the prompt is an array of bool with the shape (1,)"),
+        (Request(np.array([[2, 70]])), "the prompt is an array of int64 with the shape (1, 2)"),
+        (Request(np.array(2)), "the prompt is an array of int64 with the shape ()"),
+        (Request("x", chat="no"), "chat is 'no'; it must be True or False"),
         (Request("\ud800"), "lone surrogate"),
     ],
     ids=str,
@@ -575,6 +594,65 @@ def test_a_wrong_request_is_refused_alone_in_one_line_with_its_number(
     assert refused.error == f"request 2: {error.value}"
     assert (refused.finish_reason, refused.token_ids, refused.text) == ("error", [], "")
     assert [outcome(result) for result in results] == expected
+
+
+@pytest.mark.parametrize(
+    "kind", [tuple, np.array, lambda ids: np.array(ids, np.uint8), lambda ids: list(np.array(ids))]
+)
+def test_integers_of_every_kind_are_ids(make_model, kind):
+    model = make_model(2)
+    expected = outcome(model.generate([2, 70, 71], 9).run())
+    result = model.generate(kind([2, 70, 71]), 9).run()
+    assert outcome(result) == expected and {type(i) for i in result.prompt_ids} == {int}
+
+
+@pytest.mark.parametrize(
+    "requests, message",
+    [(b"abc", "requests is b'abc', of type bytes"), ({"a": 1}, "of type dict"), (5, "of type int")],
+)
+def test_requests_of_another_type_are_refused_at_once(make_model, requests, message):
+    with pytest.raises(RunnerError, match=message):
+        make_model(2).generate_batch(requests)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"positions": "hots"}, "positions is 'hots'; it must be device or host"),
+        ({"run_ahead": 2.5}, "run_ahead is 2.5; it must be at least 1"),
+        ({"run_ahead": True}, "run_ahead is True"),
+        ({"double_buffering": "no"}, "double_buffering is 'no'; it must be True or False"),
+        ({"graph": 1}, "graph is 1; it must be True or False"),
+        ({"overlap": None}, "overlap is None"),
+    ],
+    ids=str,
+)
+def test_a_variant_that_is_not_understood_is_refused(fields, message):
+    with pytest.raises(RunnerError, match=message):
+        LoopOptions(**fields)
+
+
+def test_what_is_no_variant_number_of_rows_or_of_threads_is_refused(make_model, tmp_path):
+    model = make_model(2)
+    with pytest.raises(RunnerError, match="options is {'feed': 'host'}, of type dict; it must be"):
+        model.generate("a", options={"feed": "host"})
+    with pytest.raises(RunnerError, match="rows is 1.5; it must be at least 1"):
+        model.generate_batch(["a"], rows=1.5)
+    for threads in ("2", 0, True):
+        with pytest.raises(RunnerError, match=f"threads is {threads!r}; it must be an integer"):
+            runner.load(tmp_path, threads)
+
+
+def test_thousands_of_ids_are_checked_in_less_than_a_millisecond():
+    ids = [i % 259 for i in range(8192)]
+    assert runner_model.checked_ids(ids, 259) == ids
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        runner_model.checked_ids(ids, 259)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(20)) < 1e-3
 
 
 def test_a_batch_of_refused_requests_or_of_none_ends(make_model):

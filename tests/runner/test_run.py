@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,35 @@ def test_input_that_is_not_utf8(run, tmp_path):
     assert_error(run(b"abc\xff".decode("utf-8", "surrogateescape")), "character 3", "UTF-8")
 
 
+TEXTS = [b"a b\n", b"a b\r\n", b"a b\r", b"a b", b"\xef\xbb\xbfa b\r\n"]
+
+
+@pytest.mark.parametrize("data", TEXTS, ids=repr)
+def test_line_ends_and_a_byte_order_mark_are_not_the_prompts(run_batch, run, tmp_path, data):
+    (tmp_path / "prompt.txt").write_bytes(data)
+    flags = ("--json", "--max-new-tokens", 1)
+    found = lines(run(*flags, "--prompt-file", "prompt.txt", "-", input=data))
+    found += lines(run_batch(data, *flags, "--batch", 2))
+    quoted = data.replace(b"a b", b'{"prompt": "a b"}')
+    found += lines(run_batch(quoted, *flags, "--batch", 2, name="prompts.jsonl"))
+    assert [entry["prompt"] for entry in found] == ["a b"] * 4
+
+
+def test_within_a_text_every_line_end_is_the_same(run, run_batch, tmp_path):
+    data = b"\xef\xbb\xbfone\r\ntwo\rthree\n\n\xef\xbb\xbffour\r\n\r\n"
+    (tmp_path / "prompt.txt").write_bytes(data)
+    flags = ("--json", "--max-new-tokens", 1)
+    found = lines(run(*flags, "--prompt-file", "prompt.txt", "-", input=data))
+    # Of the end one, and of the marks the first, is the file's.
+    assert [entry["prompt"] for entry in found] == ["one\ntwo\nthree\n\n\ufefffour\n"] * 2
+    found = lines(run_batch(data, *flags, "--batch", 2))
+    assert [entry["prompt"] for entry in found] == ["one", "two", "three", "\ufefffour"]
+    # Arguments, and what JSON itself writes so, are as they are.
+    escaped = b'{"prompt": "one\\r\\n"}\r\n'
+    (entry,) = lines(run_batch(escaped, *flags, "--batch", 2, name="prompts.jsonl"))
+    assert entry["prompt"] == lines(run(*flags, "one\r\n"))[0]["prompt"] == "one\r\n"
+
+
 # JSON and statistics
 
 
@@ -313,6 +343,86 @@ def test_a_full_disk_is_one_line(tiny_artifact, tmp_path):
     assert done.stderr == "runner/run.py: error: standard output: No space left on device\n"
 
 
+RUN = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'runner/run.py'))} "
+CLOSED_STDOUT = "standard output is closed, and the text goes there: give it a place"
+
+
+@pytest.mark.parametrize(
+    "arguments, status, error",
+    [
+        ("hello <&-", 0, None),
+        ("- <&-", 2, "standard input is closed, and the prompt - reads it"),
+        ("- 0>/dev/null", 2, "standard input cannot be read: Bad file descriptor"),
+        ("hello >&-", 2, CLOSED_STDOUT),
+        ("hello --json --batch 1 >&-", 2, CLOSED_STDOUT),
+        ("hello --compare >&-", 2, CLOSED_STDOUT),
+        ("hello --stats <&- >&-", 2, CLOSED_STDOUT),
+        ("hello 1</dev/null", 2, "standard output: Bad file descriptor"),
+        ("hello --compare --max-new-tokens 2 1</dev/null", 2, "standard output: Bad file descr"),
+        ("hello --stats 2>&-", 0, None),
+        ("hello --stats --batch 1 2>&-", 0, None),
+        ("hello --stats <&- 2>&-", 0, None),
+        ("hello --stats 2>/dev/full", 0, None),
+        ("hello --stats <&- >&- 2>&-", 2, None),
+        ("hello >/dev/full 2>/dev/full", 2, None),
+        ("hello --stats --top-k -1 2>&-", 2, None),
+        ("hello --artifact nowhere 2>&-", 2, None),
+    ],
+)
+def test_closed_streams_end_in_one_line_or_without_a_word(
+    run, tiny_artifact, tmp_path, arguments, status, error
+):
+    command = RUN + f"--artifact {shlex.quote(str(tiny_artifact))} {arguments}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True)
+    # Text mode would turn "\r" into "\n".
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == status
+    if error is None:
+        assert done.stderr == ""
+    else:
+        assert done.stderr.startswith(f"runner/run.py: error: {error}")
+        assert done.stderr.count("\n") == 1
+    # Statistics are never there.
+    assert done.stdout == (run("hello").stdout if status == 0 else "")
+
+
+def test_a_reader_of_the_table_that_goes_away_is_no_text_that_differs(start, tiny_artifact):
+    process = start("--artifact", tiny_artifact, "--compare", "--max-new-tokens", 2, "hello")
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(30) == 141
+
+
+# Interrupts the process when it imports a module, or at exit, and runs a script.
+INTERRUPT = """
+import atexit, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+_, moment, *sys.argv = sys.argv
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(lambda event, about: event == "import" and about[0] == moment and interrupt())
+if moment == "exit":
+    atexit.register(interrupt)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        # The first that the script imports, and others up to the last.
+        "argparse", "tokenloop.runner.prompts", "tokenloop.runner.model", "numpy",
+        "numpy._core._multiarray_umath", "tokenloop.runner.engines.executorch", "tokenizers",
+        "tokenloop.runner.progress", "exit",
+    ],
+)  # fmt: skip
+def test_ctrl_c_at_any_time_ends_without_a_word(tiny_artifact, tmp_path, moment):
+    command = [sys.executable, "-c", INTERRUPT, moment, ROOT / "runner/run.py"]
+    command += ["--artifact", tiny_artifact, "--max-new-tokens", "2", "--batch", "1", "hello"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 # Flags
 
 
@@ -407,8 +517,8 @@ BATCH_KEYS = KEYS[:-1]
 def run_batch(run_script, batch_artifact, tmp_path):
     """As `run`, with an artifact of three rows and the text of its prompt file."""
 
-    def run(text: str, *arguments, name="prompts.txt"):
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    def run(text: str | bytes, *arguments, name="prompts.txt"):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         arguments = ("--artifact", batch_artifact, "--prompt-file", name, *arguments)
         return run_script("runner/run.py", *arguments, cwd=tmp_path)
 
