@@ -18,7 +18,7 @@ from tokenloop.export.background import collect_seldom
 from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
 from tokenloop.export.recipes import FOR_BACKEND
-from tokenloop.models import ARCHITECTURES, by_model_type
+from tokenloop.models import ARCHITECTURES
 
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -155,6 +155,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
 
     from tokenloop.export.artifact import new_artifact, write_manifest
     from tokenloop.export.checkpoint import load_weights, open_checkpoint
+    from tokenloop.export.checkpoint.network import check_tensors, describe
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
 
@@ -165,17 +166,10 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         raise ExportError("no --model; give it a .gguf file or a Hugging Face directory")
     else:
         checkpoint = open_checkpoint(options.model or family.demo())
-    model_type, known = checkpoint.config["model_type"], by_model_type(family.architectures)
-    if model_type not in known:
-        raise ExportError(
-            f"{checkpoint.path} is a {model_type} model; {family.command} exports "
-            f"{', '.join(known)}"
-        )
-    architecture = known[model_type]
-    try:
-        config = architecture.Config.from_dict(checkpoint.config)
-    except ValueError as error:
-        raise ExportError(f"{checkpoint.path}: {error}") from error
+    described = describe(checkpoint, family.architectures, family.command)
+    if options.random_weights is None:
+        check_tensors(checkpoint, described)
+    model_type, architecture, config = described
     find_backend(options, checkpoint.path, model_type, architecture.Network, config)
     positions = config.max_position_embeddings
     max_seq_len = options.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, positions)

@@ -24,11 +24,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     something is missing, truncated or damaged, and for a GGUF architecture that is not supported.
     """
     path = Path(path)
-    if path.is_dir():
-        return open_directory(path)
-    if not path.exists():
-        raise ExportError(
-            f"{path} does not exist; give a .gguf file or a directory with config.json and "
-            "safetensors"
-        )
-    return open_gguf(path)
+    try:
+        if path.is_dir():
+            return open_directory(path)
+        if path.is_file():
+            return open_gguf(path)
+        what = "is neither a file nor a directory" if path.exists() else "does not exist"
+    except OSError as error:
+        raise ExportError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    raise ExportError(
+        f"{path} {what}; give a .gguf file or a directory with config.json and safetensors"
+    )

@@ -1,0 +1,46 @@
+"""The network that a checkpoint describes, found by its model_type and compared with its tensors."""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from tokenloop.export.checkpoint.contents import Checkpoint
+from tokenloop.export.checkpoint.loading import check_fit
+from tokenloop.export.errors import ExportError
+from tokenloop.models import by_model_type
+from tokenloop.models.config_fields import shown
+
+
+class Described(NamedTuple):
+    """A module of models/ and the config of its Network."""
+
+    model_type: str
+    architecture: ModuleType
+    config: Any
+
+
+def describe(checkpoint: Checkpoint, architectures: tuple[str, ...], exporter: str) -> Described:
+    """Read the checkpoint's config. `architectures` are the modules that the `exporter` takes.
+
+    Errors: ExportError for another model_type, and for a config that cannot be run.
+    """
+    model_type, known = checkpoint.config["model_type"], by_model_type(architectures)
+    if model_type not in known:
+        raise ExportError(
+            f"{checkpoint.path} is a {shown(model_type)[1:-1]} model; {exporter} exports "
+            f"{', '.join(known)}"
+        )
+    try:
+        config = known[model_type].Config.from_dict(checkpoint.config)
+    except ValueError as error:
+        raise ExportError(f"{checkpoint.path}: {error}") from error
+    return Described(model_type, known[model_type], config)
+
+
+def check_tensors(checkpoint: Checkpoint, described: Described) -> None:
+    """Compare the config with the tensors that are there, before memory is taken for what only the
+    config says: caches of no rows take none. Errors: those of `check_fit`."""
+    with torch.device("meta"):
+        model = described.architecture.Network(described.config, 1, batch=0)
+    check_fit(model, checkpoint, described.architecture.checkpoint_name)
