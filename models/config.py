@@ -1,7 +1,7 @@
 """Reading a Hugging Face config.json: defaults, refusals, layer types and rotary embedding.
 
-Each family says what its fields are. What can be wrong with a field is said here, once, and its type
-and range are in models/config_fields.py.
+Each family says what its fields are. What can be wrong with a field is said here, once. Types and
+ranges are in models/config_fields.py.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -58,8 +58,8 @@ def with_heads(config: dict[str, Any]) -> dict[str, Any]:
     heads, size = config.get("num_attention_heads"), config.get("hidden_size")
     if config.get("head_dim") is None and size and heads and size % heads:
         raise ValueError(
-            f"hidden_size = {size} is not a multiple of num_attention_heads = {heads}, and head_dim "
-            "is not given"
+            f"hidden_size = {size} is not a multiple of num_attention_heads = {heads}, and "
+            "head_dim is not given"
         )
     own = {"num_key_value_heads": heads, "head_dim": size // heads if size and heads else None}
     return config | {key: value for key, value in own.items() if config.get(key) is None}

@@ -100,7 +100,9 @@ class Qwen3_5Config:
             )
         # The three axes of Qwen3.5's positions (mrope_section) are one for text.
         rope = configs.rope_entry(config)
-        share = configs.read(rope, defaults={}, only={}, needed=["partial_rotary_factor"], multiples=())
+        share = configs.read(
+            rope, defaults={}, only={}, needed=["partial_rotary_factor"], multiples=()
+        )
         rotary_dim = int(config["head_dim"] * share["partial_rotary_factor"])
         return cls(
             **{key: config[key] for key in plain},

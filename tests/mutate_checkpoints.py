@@ -1,12 +1,12 @@
 """Mutated checkpoints are read, or refused in one line: python -m tests.mutate_checkpoints
 
-Tiny checkpoints of every kind (tests/tiny_checkpoints.py) are changed at random (tests/mutations.py)
-and opened as the exporter opens them: config, tensors' table, tokenizer, template and weights, but
-nothing is lowered. Each mutant has a process of its own with a limit of 20 s and of 4 GiB. What
-counts as a fault: an end by a signal, a traceback, 20 s, a message of several lines, anything else
-on stderr, an allocation beyond twice the checkpoint's size (and what the unchanged one takes), and
-success where nothing good can come of the mutant: weights that are not finite, tensors in one
-another, an index that names a file outside of the directory.
+Tiny checkpoints of every kind (tests/tiny_checkpoints.py) are changed at random
+(tests/mutations.py) and opened as the exporter opens them: config, tensors' table, tokenizer,
+template and weights, but nothing is lowered. Each mutant has a process of its own with a limit of
+20 s and of 4 GiB. What counts as a fault: an end by a signal, a traceback, 20 s, a message of
+several lines, anything else on stderr, an allocation beyond twice the checkpoint's size (and what
+the unchanged one takes), and success where nothing good can come of the mutant: weights that are
+not finite, tensors in one another, an index that names a file outside of the directory.
 
 Prints the faults and one JSON line. `--count 10000 --seed 0` takes some minutes on two cores.
 """
@@ -78,40 +78,49 @@ def virtual_memory(field: str) -> int:
     raise ValueError(f"/proc/self/status has no {field}")
 
 
+def attempt(source: Path, kind: str, seed: str, directory: Path) -> dict:
+    """Make a mutant of the checkpoint `source` in `directory`, read it, and say what came of it."""
+    # A mutant lies in a directory of its own. What its index names outside is beside it.
+    (directory / "artifact").mkdir(parents=True)
+    path = directory / source.name
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, path)
+    if kind:
+        mutate(path, kind, random.Random(seed))
+    files = [path] if path.is_file() else list(path.iterdir())
+    size = sum(file.lstat().st_size for file in files)
+    errors = os.open(directory / "stderr", os.O_CREAT | os.O_RDWR)
+    os.dup2(errors, 2)
+    before = virtual_memory("VmSize")
+    resource.setrlimit(resource.RLIMIT_AS, (before + ADDRESS_SPACE,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(SECONDS)
+    outcome = {"outcome": "read"}
+    try:
+        read_checkpoint(path, directory / "artifact")
+    except ExportError as error:
+        outcome = {"outcome": "refused", "message": str(error)[: 2 * LONGEST_MESSAGE]}
+    return outcome | {
+        "allocated": virtual_memory("VmPeak") - before,
+        "size": size,
+        "stderr": os.pread(errors, 500, 0).decode(errors="replace"),
+    }
+
+
 def start(name: str, source: Path, kind: str, seed: str, directory: Path) -> tuple[int, Mutant]:
     """Begin to read a mutant of the checkpoint `source`. Returns the process's id, too."""
     read, write = os.pipe()
     if process := os.fork():
         os.close(write)
         return process, Mutant(name, kind, directory, read)
-    os.close(read)
-    outcome = {"outcome": "traceback"}
     try:
-        # A mutant lies in a directory of its own. What its index names outside is beside it.
-        (directory / "artifact").mkdir(parents=True)
-        path = directory / source.name
-        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, path)
-        if kind:
-            mutate(path, kind, random.Random(seed))
-        files = [path] if path.is_file() else list(path.iterdir())
-        size = sum(file.lstat().st_size for file in files)
-        errors = os.open(directory / "stderr", os.O_CREAT | os.O_RDWR)
-        os.dup2(errors, 2)
-        before = virtual_memory("VmSize")
-        resource.setrlimit(resource.RLIMIT_AS, (before + ADDRESS_SPACE,) * 2)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(SECONDS)
+        os.close(read)
         try:
-            read_checkpoint(path, directory / "artifact")
-            outcome = {"outcome": "read"}
-        except ExportError as error:
-            outcome = {"outcome": "refused", "message": str(error)}
+            outcome = attempt(source, kind, seed, directory)
         except BaseException:
-            outcome["message"] = traceback.format_exc()[-1500:]
-        outcome |= {"allocated": virtual_memory("VmPeak") - before, "size": size}
-        outcome["stderr"] = os.pread(errors, 500, 0).decode(errors="replace")
-        os.write(write, json.dumps(outcome).encode()[: 1 << 16])
+            lines = traceback.format_exc()[-2 * LONGEST_MESSAGE :]
+            outcome = {"outcome": "traceback", "message": lines}
+        os.write(write, json.dumps(outcome).encode())
     finally:
         os._exit(0)
 

@@ -22,7 +22,19 @@ STRINGS = (
     "x" * 100_000,
 )  # fmt: skip
 # As GGUF's types of values have them.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 
 
@@ -103,9 +115,11 @@ def change_json(value: Any, rng: random.Random) -> Any:
                 container[key] = rng.choice((-1, 2, 0.5, 1 << 40)) * container[key]
             case 2:
                 other, place = rng.choice(found)
-                container[key] = json.loads(json.dumps(other.get(place, None))) if isinstance(
-                    other, dict
-                ) else None
+                container[key] = (
+                    json.loads(json.dumps(other.get(place, None)))
+                    if isinstance(other, dict)
+                    else None
+                )
             case 3 if isinstance(container, dict):
                 container[rng.choice(STRINGS)] = container.pop(key)
             case 4 if isinstance(container[key], str):
@@ -126,7 +140,9 @@ def change_json_text(text: bytes, rng: random.Random) -> bytes:
             end = text.rindex(b"}")
             return text[:end] + b', "deep": ' + deep + text[end:]
         case 3:
-            return rng.choice((b"", b"null", b"[]", b"\xef\xbb\xbf" + text, text + text, b"9" * 5000))
+            return rng.choice(
+                (b"", b"null", b"[]", b"\xef\xbb\xbf" + text, text + text, b"9" * 5000)
+            )
         case 4:
             return text.decode().encode(rng.choice(("utf-16", "utf-32")))
         case _:

@@ -105,7 +105,9 @@ def write_directory(path: Path, model_type: str, tokenizer: str, sharded: bool) 
         names = sorted(weights)
         weight_map = {name: f"model-{i % 2 + 1}-of-2.safetensors" for i, name in enumerate(names)}
         for file in sorted(set(weight_map.values())):
-            save_file({name: weights[name] for name in names if weight_map[name] == file}, path / file)
+            save_file(
+                {name: weights[name] for name in names if weight_map[name] == file}, path / file
+            )
         write_json(path / "model.safetensors.index.json", {"weight_map": weight_map})
         (path / "chat_template.jinja").write_text(TEMPLATE)
     else:

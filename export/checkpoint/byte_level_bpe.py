@@ -74,8 +74,8 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise ExportError(
-            f"{path}: tokenizer.ggml.pre is {shown(pre)}; {', '.join(PRE_TOKENIZERS)} can be rebuilt. "
-            "For others export from the Hugging Face directory"
+            f"{path}: tokenizer.ggml.pre is {shown(pre)}; {', '.join(PRE_TOKENIZERS)} can be "
+            "rebuilt. For others export from the Hugging Face directory"
         )
     missing = [
         f"tokenizer.ggml.{key}"

@@ -256,7 +256,8 @@ def open_gguf(path: Path) -> Checkpoint:
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ExportError(
-            f"{path} has the architecture {shown(name)}; supported in GGUF: {', '.join(ARCHITECTURES)}"
+            f"{path} has the architecture {shown(name)}; supported in GGUF: "
+            f"{', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[name]
     config = architecture.config(Keys(path, metadata, name), tensors)

@@ -11,8 +11,16 @@ import numpy as np
 
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import (
-    FIELDS, FLAG, TEXT, TOKEN_ID, Kind, list_of, number, shown, whole,
-)  # fmt: skip
+    FIELDS,
+    FLAG,
+    TEXT,
+    TOKEN_ID,
+    Kind,
+    list_of,
+    number,
+    shown,
+    whole,
+)
 
 STRINGS = list_of(TEXT, "strings")
 NUMBERS = Kind(

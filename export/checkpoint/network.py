@@ -1,4 +1,4 @@
-"""The network that a checkpoint describes, found by its model_type and compared with its tensors."""
+"""The network that a checkpoint describes: found by its model_type, compared with its tensors."""
 
 from types import ModuleType
 from typing import Any, NamedTuple

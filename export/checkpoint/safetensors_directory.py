@@ -120,6 +120,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Errors: ExportError naming the file and what is wrong with it.
     """
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path} is no file; a file with a JSON object is right")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         # A string may have one half of a surrogate pair as \\ud800.

@@ -18,8 +18,15 @@ from tokenloop.export.checkpoint.safetensors_directory import read_json
 from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import (
-    FIELDS, FLAG, TEXT, Kind, check_fields, either, list_of, shown,
-)  # fmt: skip
+    FIELDS,
+    FLAG,
+    TEXT,
+    Kind,
+    check_fields,
+    either,
+    list_of,
+    shown,
+)
 
 TEMPLATE_FILE = "chat_template.jinja"
 # What ends a turn or a text in conversations.
