@@ -55,7 +55,8 @@ class GgufTensor(NamedTuple):
         rows = math.prod(self.shape[:-1])
         output = np.empty((rows, width), dtype=np.float32)
         step = max(1, BLOCK_ELEMENTS // width)
-        with self.path.open("rb") as file:
+        # Any bytes are values of some type. Those that are not finite are for the caller to refuse.
+        with self.path.open("rb") as file, np.errstate(all="ignore"):
             file.seek(self.offset)
             for start in range(0, rows, step):
                 block = output[start : start + step]

@@ -517,9 +517,11 @@ def test_a_damaged_header_is_refused_by_what_is_wrong(tmp_path, changes, message
 def test_tensors_that_lie_in_one_another_are_named(tmp_path):
     tensors = EMBEDDING | {"output_norm.weight": np.zeros(64, dtype=np.float32)}
     path = write_gguf(tmp_path / "a.gguf", tensors)
-    data, end = path.read_bytes(), 96 * 64 * 4
-    assert data.count(struct.pack("<IQ", 0, end)) == 1
-    path.write_bytes(data.replace(struct.pack("<IQ", 0, end), struct.pack("<IQ", 0, end - 32)))
+    # One axis of 64 elements, float32, after those of the embedding.
+    row, moved = (struct.pack("<IQIQ", 1, 64, 0, 96 * 64 * 4 - less) for less in (0, 32))
+    data = path.read_bytes()
+    assert data.count(row) == 1
+    path.write_bytes(data.replace(row, moved))
     with pytest.raises(ExportError, match="token_embd.weight ends at byte .* output_norm.weight b"):
         open_checkpoint(path)
 
