@@ -40,7 +40,17 @@ def describe(checkpoint: Checkpoint, architectures: tuple[str, ...], exporter: s
 
 def check_tensors(checkpoint: Checkpoint, described: Described) -> None:
     """Compare the config with the tensors that are there, before memory is taken for what only the
-    config says: caches of no rows take none. Errors: those of `check_fit`."""
+    config says: caches of no rows take none.
+
+    Errors: those of `check_fit`, and ExportError for more layers than tensors.
+    """
+    layers = checkpoint.config.get("num_hidden_layers")
+    # Layers that nothing stands for would take a while to make.
+    if layers is not None and layers > len(checkpoint.stored):
+        raise ExportError(
+            f"{checkpoint.path} has {len(checkpoint.stored)} tensors, too few for "
+            f"num_hidden_layers = {layers}"
+        )
     with torch.device("meta"):
         model = described.architecture.Network(described.config, 1, batch=0)
     check_fit(model, checkpoint, described.architecture.checkpoint_name)

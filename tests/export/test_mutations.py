@@ -5,11 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from safetensors.torch import save_file
 
 from tests.conftest import ROOT
-from tests.mutate_checkpoints import SLACK, Mutant, finish
+from tests.mutate_checkpoints import SLACK, Mutant, finish, virtual_memory
+from tests.tiny_checkpoints import config_of, random_weights
+from tokenloop.export.checkpoint import open_checkpoint
+from tokenloop.export.checkpoint.network import check_tensors, describe
+from tokenloop.export.errors import ExportError
 
 
 def test_mutants_are_read_or_refused_in_one_line():
@@ -20,6 +26,30 @@ def test_mutants_are_read_or_refused_in_one_line():
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["mutants"] == 150 and summary["faults"] == {}
     assert set(summary["outcomes"]) == {"read", "refused"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1024}, r"has \d+ tensors, too few for num_hidden_layers = 1024$"),
+        ({"num_hidden_layers": 3}, "has no tensor for the parameter model.layers.2"),
+        ({"head_dim": 65_536}, r"k_norm.weight has the shape \(32,\), .* needs \(65536,\)$"),
+        ({"vocab_size": 1 << 24}, "embed_tokens.weight has the shape .* needs \\(16777216, 64\\)$"),
+    ],
+)
+def test_sizes_that_the_tensors_do_not_bear_out_take_neither_time_nor_memory(
+    tmp_path, changes, message
+):
+    config = config_of("gemma3_text") | {"layer_types": None}
+    tensors = {name: tensor.half() for name, tensor in random_weights(config).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    checkpoint = open_checkpoint(tmp_path)
+    start, memory = time.perf_counter(), virtual_memory("VmPeak")
+    with pytest.raises(ExportError, match=message):
+        check_tensors(checkpoint, describe(checkpoint, ("gemma3",), "tokenloop export"))
+    assert time.perf_counter() - start < 2.0
+    assert virtual_memory("VmPeak") - memory < 32 << 20
 
 
 @pytest.mark.parametrize(
