@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
 from tokenloop.export.checkpoint.gguf_architectures import open_gguf
-from tokenloop.export.checkpoint.loading import load_weights
+from tokenloop.export.checkpoint.loading import check_fit, load_weights
 from tokenloop.export.checkpoint.safetensors_directory import (
     open_directory,
     read_config,
@@ -13,7 +13,8 @@ from tokenloop.export.checkpoint.safetensors_directory import (
 from tokenloop.export.errors import ExportError
 
 __all__ = [
-    "Checkpoint", "StoredTensor", "load_weights", "open_checkpoint", "read_config", "read_json",
+    "Checkpoint", "StoredTensor", "check_fit", "load_weights", "open_checkpoint", "read_config",
+    "read_json",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The network that a checkpoint describes: found by its model_type, compared with its tensors."""
+"""The network that a checkpoint describes, found by its model_type."""
 
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint
-from tokenloop.export.checkpoint.loading import check_fit
 from tokenloop.export.errors import ExportError
 from tokenloop.models import by_model_type
 from tokenloop.models.config_fields import shown
+from tokenloop.models.decoder import CausalLM
 
 
 class Described(NamedTuple):
@@ -23,7 +23,8 @@ class Described(NamedTuple):
 def describe(checkpoint: Checkpoint, architectures: tuple[str, ...], exporter: str) -> Described:
     """Read the checkpoint's config. `architectures` are the modules that the `exporter` takes.
 
-    Errors: ExportError for another model_type, and for a config that cannot be run.
+    Errors: ExportError for another model_type, for a config that cannot be run, and for more layers
+    than the checkpoint has tensors, if it has any.
     """
     model_type, known = checkpoint.config["model_type"], by_model_type(architectures)
     if model_type not in known:
@@ -35,22 +36,18 @@ def describe(checkpoint: Checkpoint, architectures: tuple[str, ...], exporter: s
         config = known[model_type].Config.from_dict(checkpoint.config)
     except ValueError as error:
         raise ExportError(f"{checkpoint.path}: {error}") from error
-    return Described(model_type, known[model_type], config)
-
-
-def check_tensors(checkpoint: Checkpoint, described: Described) -> None:
-    """Compare the config with the tensors that are there, before memory is taken for what only the
-    config says: caches of no rows take none.
-
-    Errors: those of `check_fit`, and ExportError for more layers than tensors.
-    """
     layers = checkpoint.config.get("num_hidden_layers")
     # Layers that nothing stands for would take a while to make.
-    if layers is not None and layers > len(checkpoint.stored):
+    if checkpoint.stored and layers is not None and layers > len(checkpoint.stored):
         raise ExportError(
             f"{checkpoint.path} has {len(checkpoint.stored)} tensors, too few for "
             f"num_hidden_layers = {layers}"
         )
+    return Described(model_type, known[model_type], config)
+
+
+def without_memory(described: Described) -> CausalLM:
+    """The network on the meta device, of one position and no rows: its caches take no memory,
+    whatever the config says. What it declares and its parameters' shapes are the network's own."""
     with torch.device("meta"):
-        model = described.architecture.Network(described.config, 1, batch=0)
-    check_fit(model, checkpoint, described.architecture.checkpoint_name)
+        return described.architecture.Network(described.config, 1, batch=0)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 from tests.mutate_checkpoints import SLACK, Mutant, finish, virtual_memory
 from tests.tiny_checkpoints import config_of, random_weights
-from tokenloop.export.checkpoint import open_checkpoint
-from tokenloop.export.checkpoint.network import check_tensors, describe
+from tokenloop.export.checkpoint import check_fit, open_checkpoint
+from tokenloop.export.checkpoint.network import describe, without_memory
 from tokenloop.export.errors import ExportError
 
 
@@ -47,7 +47,8 @@ def test_sizes_that_the_tensors_do_not_bear_out_take_neither_time_nor_memory(
     checkpoint = open_checkpoint(tmp_path)
     start, memory = time.perf_counter(), virtual_memory("VmPeak")
     with pytest.raises(ExportError, match=message):
-        check_tensors(checkpoint, describe(checkpoint, ("gemma3",), "tokenloop export"))
+        described = describe(checkpoint, ("gemma3",), "tokenloop export")
+        check_fit(without_memory(described), checkpoint, described.architecture.checkpoint_name)
     assert time.perf_counter() - start < 2.0
     assert virtual_memory("VmPeak") - memory < 32 << 20
 
