@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,7 +19,10 @@ from tokenloop.export.background import collect_seldom
 from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
 from tokenloop.export.recipes import FOR_BACKEND
-from tokenloop.models import ARCHITECTURES, by_model_type
+from tokenloop.models import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from tokenloop.models.decoder import CausalLM
 
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -155,7 +158,8 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     import torch
 
     from tokenloop.export.artifact import new_artifact, write_manifest
-    from tokenloop.export.checkpoint import load_weights, open_checkpoint
+    from tokenloop.export.checkpoint import check_fit, load_weights, open_checkpoint
+    from tokenloop.export.checkpoint.network import describe, without_memory
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
 
@@ -166,18 +170,13 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
         raise ExportError("no --model; give it a .gguf file or a Hugging Face directory")
     else:
         checkpoint = open_checkpoint(options.model or family.demo())
-    model_type, known = checkpoint.config["model_type"], by_model_type(family.architectures)
-    if model_type not in known:
-        raise ExportError(
-            f"{checkpoint.path} is a {model_type} model; {family.command} exports "
-            f"{', '.join(known)}"
-        )
-    architecture = known[model_type]
-    try:
-        config = architecture.Config.from_dict(checkpoint.config)
-    except ValueError as error:
-        raise ExportError(f"{checkpoint.path}: {error}") from error
-    find_backend(options, checkpoint.path, model_type, architecture.Network, config)
+    described = describe(checkpoint, family.architectures, family.command)
+    model_type, architecture, config = described
+    smallest = without_memory(described)
+    find_backend(options, checkpoint.path, model_type, smallest)
+    if options.random_weights is None:
+        # Before memory is taken for sizes that only the config has.
+        check_fit(smallest, checkpoint, architecture.checkpoint_name)
     positions = config.max_position_embeddings
     max_seq_len = options.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, positions)
     if max_seq_len > positions:
@@ -239,17 +238,12 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
 
 
 def find_backend(
-    options: argparse.Namespace, path: Path, model_type: str, network: Callable, config: Any
+    options: argparse.Namespace, path: Path, model_type: str, model: "CausalLM"
 ) -> None:
-    """Choose a backend that takes the network, or check that the chosen one does. Errors:
-    ExportError for one that does not."""
-    import torch
-
+    """Choose a backend that takes the model, whatever its cache, or check that the chosen one does.
+    Errors: ExportError for one that does not."""
     from tokenloop.export.support import supporting, unsupported
 
-    with torch.device("meta"):
-        # The blocks tell what a backend must take, whatever the length of the cache.
-        model = network(config, 1)
     names = supporting(model)
     if options.backend is None:
         fitting = [name for name in names if options.quant in (None, *FOR_BACKEND[name])]

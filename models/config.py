@@ -1,12 +1,14 @@
 """Reading a Hugging Face config.json: defaults, refusals, layer types and rotary embedding.
 
-Each family says what its fields are. What can be wrong with a field is said here, once.
+Each family says what its fields are. What can be wrong with a field is said here, once. Types and
+ranges are in models/config_fields.py.
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from tokenloop.models.config_fields import check, check_products, shown
 from tokenloop.models.layers import Llama3Scaling, RopeConfig
 
 
@@ -15,7 +17,7 @@ def read(
     needed: Iterable[str],
     multiples: Iterable[tuple[str, str]] = (("num_attention_heads", "num_key_value_heads"),),
 ) -> dict[str, Any]:  # fmt: skip
-    """The config over its `defaults`, checked.
+    """The config over its `defaults`, checked: every field that is known is of its kind.
 
     `only` has the value of each field for which no other is implemented. A null is the same as that
     value, and so is any empty value if that is empty. `needed` fields must not be null. The first
@@ -23,23 +25,42 @@ def read(
 
     Raises ValueError naming the field, its value and what would be right.
     """
+    check(config)
     config = {**defaults, **config}
     for key, supported in only.items():
         value = config.get(key)
         if value is not None and value != supported and (value or supported):
-            raise ValueError(f"{key} = {value!r} is not supported: only {supported!r}")
+            raise ValueError(f"{key} = {shown(value)} is not supported: only {supported!r}")
     if missing := [key for key in needed if config.get(key) is None]:
         raise ValueError(f"the checkpoint's config lacks {', '.join(missing)}")
     for many, few in multiples:
         if not config[few] or config[many] % config[few]:
             raise ValueError(f"{many} = {config[many]} is not a multiple of {few} = {config[few]}")
+    check_products(config)
     return config
 
 
+def rotated(name: str, size: int) -> int:
+    """The size of a head, or of its part that rotates. Raises ValueError for one that is not made
+    of pairs."""
+    if size < 2 or size % 2:
+        raise ValueError(f"{name} = {size}: an even number is right, for pairs rotate")
+    return size
+
+
 def with_heads(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with num_key_value_heads and head_dim filled in where they are missing. Key/value
-    heads are as many as query heads, and head_dim is what the hidden size leaves to each."""
+    """The config, checked, with num_key_value_heads and head_dim filled in where they are missing.
+    Key/value heads are as many as query heads, and head_dim is what the hidden size leaves to each.
+
+    Raises ValueError as `read`, and for a hidden size that heads do not divide.
+    """
+    check(config)
     heads, size = config.get("num_attention_heads"), config.get("hidden_size")
+    if config.get("head_dim") is None and size and heads and size % heads:
+        raise ValueError(
+            f"hidden_size = {size} is not a multiple of num_attention_heads = {heads}, and "
+            "head_dim is not given"
+        )
     own = {"num_key_value_heads": heads, "head_dim": size // heads if size and heads else None}
     return config | {key: value for key, value in own.items() if config.get(key) is None}
 
@@ -47,8 +68,8 @@ def with_heads(config: dict[str, Any]) -> dict[str, Any]:
 def known_type(config: Mapping[str, Any], known: Collection[str]) -> str:
     """The config's model_type. Raises ValueError for one that is not `known`."""
     model_type = config.get("model_type")
-    if model_type not in known:
-        raise ValueError(f"model_type = {model_type!r} is none of {', '.join(known)}")
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ValueError(f"model_type = {shown(model_type)} is none of {', '.join(known)}")
     return model_type
 
 
@@ -66,7 +87,7 @@ def layer_types(config: Mapping[str, Any], usual: str, interval: int) -> tuple[s
     if unknown or len(types) != count:
         raise ValueError(
             f"layer_types has {len(types)} entries for {count} layers"
-            + (f" and unknown kinds {sorted(unknown)}" if unknown else "")
+            + (f" and unknown kinds {shown(sorted(unknown))}" if unknown else "")
         )
     return tuple(types)
 
@@ -85,14 +106,13 @@ def rope_entry(config: Mapping[str, Any]) -> dict[str, Any]:
 def merged(scaling: Mapping[str, Any] | None, parameters: Mapping[str, Any] | None) -> dict:
     """The fields of rope_scaling and of an entry of rope_parameters. Raises ValueError where a
     field of the first is another in the second: transformers would take one of them."""
-    if not all(isinstance(given or {}, Mapping) for given in (scaling, parameters)):
-        raise ValueError(f"rope_scaling {scaling!r}, rope_parameters {parameters!r}: no objects")
     scaling, parameters = dict(scaling or {}), dict(parameters or {})
     if "type" in scaling:
         scaling = {"rope_type": scaling.pop("type")} | scaling
     if parameters and any(parameters.get(key) != value for key, value in scaling.items()):
         raise ValueError(
-            f"rope_scaling = {scaling} and rope_parameters = {parameters} differ: keep one of them"
+            f"rope_scaling = {shown(scaling)} and rope_parameters = {shown(parameters)} differ: "
+            "keep one of them"
         )
     return scaling | parameters
 
@@ -108,7 +128,8 @@ def rope(
     """
     kind = entry.get("rope_type", entry.get("type", "default"))
     if kind not in supported:
-        raise ValueError(f"rope_type = {kind!r} is not supported: {' or '.join(sorted(supported))}")
+        names = " or ".join(sorted(supported))
+        raise ValueError(f"rope_type = {shown(kind)} is not supported: {names}")
     share = entry.get("partial_rotary_factor")
     share = 1.0 if share is None else share
     if share != 1.0 and not partial and kind != "proportional":
@@ -123,8 +144,11 @@ def rope(
     if kind == "linear":
         return RopeConfig(theta, entry["factor"])
     if kind == "proportional":
-        return RopeConfig(theta, entry.get("factor", 1.0), share)
+        return RopeConfig(theta, entry.get("factor") or 1.0, share)
     if kind == "llama3":
+        low, high = entry["low_freq_factor"], entry["high_freq_factor"]
+        if low >= high:
+            raise ValueError(f"high_freq_factor = {high} must be above low_freq_factor = {low}")
         return RopeConfig(theta, llama3=Llama3Scaling(*(entry[name] for name in numbers)))
     if kind == "factors":
         return RopeConfig(theta, factors=tuple(entry["factors"]))

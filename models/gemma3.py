@@ -61,6 +61,7 @@ class Gemma3Config:
         plain = [field.name for field in fields(cls) if field.name not in ("layer_types", "rope")]
         needed = *plain, "num_hidden_layers", "tie_word_embeddings"
         config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
+        configs.rotated("head_dim", config["head_dim"])
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
         return cls(
             **{key: config[key] for key in plain},

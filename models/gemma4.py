@@ -124,6 +124,7 @@ def _attention(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str
                 f"num_attention_heads = {config['num_attention_heads']} is not a multiple of the "
                 f"{heads} key/value heads of {layer_type}"
             )
+        configs.rotated(f"head_dim of {layer_type}", shape["head_dim"])
         values_are_keys = config["attention_k_eq_v"] and layer_type == "full_attention"
         attention[layer_type] = AttentionConfig(
             **shape, values_are_keys=values_are_keys, rope=_rope(config, layer_type)
@@ -140,6 +141,7 @@ def _head_shapes(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[s
     """
     own = config.get("per_layer_config")
     if own is None:
+        configs.read(config, defaults={}, only={}, needed=["global_head_dim"], multiples=())
         full = {"head_dim": config["global_head_dim"]}
         if config["attention_k_eq_v"] and config["num_global_key_value_heads"]:
             full["num_key_value_heads"] = config["num_global_key_value_heads"]

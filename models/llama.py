@@ -49,7 +49,14 @@ class LlamaConfig:
         config = configs.with_heads(DEFAULTS | config)
         plain = [field.name for field in fields(cls) if field.name != "rope"]
         config = configs.read(config, defaults={}, only=ONLY, needed=plain)
+        configs.layer_types(config, FULL, 1)
         rope = configs.rope(configs.rope_entry(config), ROPE_TYPES)
+        pairs = configs.rotated("head_dim", config["head_dim"]) // 2
+        if rope.factors is not None and len(rope.factors) != pairs:
+            raise ValueError(
+                f"rope_scaling has {len(rope.factors)} factors; {pairs}, one for each pair of a "
+                "head, are right"
+            )
         return cls(**{key: config[key] for key in plain}, rope=rope)
 
 

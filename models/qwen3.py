@@ -51,7 +51,7 @@ ONLY = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-EXPERT = re.compile(r"(.*\.mlp\.experts)\.(?:(\d+)\.)?(gate|up|down)_proj\.weight")
+EXPERT = re.compile(r"(.*\.mlp\.experts)\.(?:(\d{1,9})\.)?(gate|up|down)_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Qwen3Config:
             raise ValueError(f"layer_types has {', '.join(sorted(other))}: only {FULL}")
         plain = [field.name for field in fields(cls) if field.name not in ("rope", "moe")]
         config = configs.read(config, defaults={}, only=ONLY, needed=plain)
+        configs.layer_types(config, FULL, 1)
+        configs.rotated("head_dim", config["head_dim"])
         return cls(
             **{key: config[key] for key in plain},
             rope=configs.rope(configs.rope_entry(config)),
@@ -93,10 +95,13 @@ class Qwen3Config:
 
 
 def moe_config(config: dict) -> MoeConfig:
-    """The experts that a config's keys describe. Raises ValueError for more chosen than exist."""
+    """The experts that a config's keys describe. Raises ValueError for a key that is missing, and
+    for more chosen than exist."""
     # transformers 5 and the published configs have different names for the same field.
-    config = config | {"num_experts": config.get("num_local_experts") or config["num_experts"]}
-    moe = MoeConfig(**{field.name: config[field.name] for field in fields(MoeConfig)})
+    config = config | {"num_experts": config.get("num_local_experts") or config.get("num_experts")}
+    needed = [field.name for field in fields(MoeConfig)]
+    config = configs.read(config, defaults={}, only={}, needed=needed, multiples=())
+    moe = MoeConfig(**{name: config[name] for name in needed})
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         raise ValueError(
             f"num_experts_per_tok = {moe.num_experts_per_tok} is not among "

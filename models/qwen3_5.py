@@ -91,6 +91,8 @@ class Qwen3_5Config:
         )
         sparse = _sparse(config)
         needed = _feed_forward_keys(sparse)
+        if not config.get("layer_types"):
+            needed.append("full_attention_interval")
         config = configs.read(config, defaults={}, only={}, needed=needed, multiples=())
         if config["linear_conv_kernel_dim"] not in WIDTHS:
             raise ValueError(
@@ -98,11 +100,15 @@ class Qwen3_5Config:
             )
         # The three axes of Qwen3.5's positions (mrope_section) are one for text.
         rope = configs.rope_entry(config)
+        share = configs.read(
+            rope, defaults={}, only={}, needed=["partial_rotary_factor"], multiples=()
+        )
+        rotary_dim = int(config["head_dim"] * share["partial_rotary_factor"])
         return cls(
             **{key: config[key] for key in plain},
             layer_types=configs.layer_types(config, LINEAR, config["full_attention_interval"]),
             rope=configs.rope(rope, ("default",), partial=True),
-            rotary_dim=int(config["head_dim"] * rope["partial_rotary_factor"]),
+            rotary_dim=configs.rotated("head_dim * partial_rotary_factor", rotary_dim),
             delta_net=DeltaNetConfig(
                 **{key: config[key] for key in linear}, fused_projections=model_type == "qwen3_next"
             ),

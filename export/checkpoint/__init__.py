@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
 from tokenloop.export.checkpoint.gguf_architectures import open_gguf
-from tokenloop.export.checkpoint.loading import load_weights
+from tokenloop.export.checkpoint.loading import check_fit, load_weights
 from tokenloop.export.checkpoint.safetensors_directory import (
     open_directory,
     read_config,
@@ -13,7 +13,8 @@ from tokenloop.export.checkpoint.safetensors_directory import (
 from tokenloop.export.errors import ExportError
 
 __all__ = [
-    "Checkpoint", "StoredTensor", "load_weights", "open_checkpoint", "read_config", "read_json",
+    "Checkpoint", "StoredTensor", "check_fit", "load_weights", "open_checkpoint", "read_config",
+    "read_json",
 ]  # fmt: skip
 
 
@@ -24,11 +25,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     something is missing, truncated or damaged, and for a GGUF architecture that is not supported.
     """
     path = Path(path)
-    if path.is_dir():
-        return open_directory(path)
-    if not path.exists():
-        raise ExportError(
-            f"{path} does not exist; give a .gguf file or a directory with config.json and "
-            "safetensors"
-        )
-    return open_gguf(path)
+    try:
+        if path.is_dir():
+            return open_directory(path)
+        if path.is_file():
+            return open_gguf(path)
+        what = "is neither a file nor a directory" if path.exists() else "does not exist"
+    except OSError as error:
+        raise ExportError(f"{error.filename or path} cannot be read: {error.strerror}") from error
+    raise ExportError(
+        f"{path} {what}; give a .gguf file or a directory with config.json and safetensors"
+    )

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tokenloop.export.errors import ExportError
+from tokenloop.models.config_fields import shown
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+TOKEN_TYPES = range(1, 7)
 
 
 class PreTokenizer(NamedTuple):
@@ -66,14 +68,14 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
 
     Control tokens are special. User-defined tokens are found in text and shown. Unused tokens pad
     the vocabulary to the embedding's size and are left out. `path` is for messages. Errors:
-    ExportError for a key that is missing, an unknown pre-tokenizer, lists of different lengths, or
-    a merge of tokens that do not exist.
+    ExportError for a key that is missing, an unknown pre-tokenizer, lists of different lengths, a
+    token type that does not exist, a token with two ids, or a merge of tokens that do not exist.
     """
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise ExportError(
-            f"{path}: tokenizer.ggml.pre is {pre!r}; {', '.join(PRE_TOKENIZERS)} can be rebuilt. "
-            "For others export from the Hugging Face directory"
+            f"{path}: tokenizer.ggml.pre is {shown(pre)}; {', '.join(PRE_TOKENIZERS)} can be "
+            "rebuilt. For others export from the Hugging Face directory"
         )
     missing = [
         f"tokenizer.ggml.{key}"
@@ -89,7 +91,14 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
             f"{path} has {len(tokens)} tokens and {len(types)} token types; their number must be "
             "the same"
         )
-    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
+    if unknown_types := set(types) - set(TOKEN_TYPES):
+        raise ExportError(f"{path}: the token type {min(unknown_types)} does not exist; 1 to 6 do")
+    vocabulary: dict[str, int] = {}
+    for i, (token, kind) in enumerate(zip(tokens, types)):
+        if kind == UNUSED:
+            continue
+        if (first := vocabulary.setdefault(token, i)) != i:
+            raise ExportError(f"{path}: the tokens {first} and {i} are both {shown(token)}")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     try:
         model = models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges)

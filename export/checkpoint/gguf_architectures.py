@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
+from tokenloop.export.checkpoint.gguf_metadata import ARCHITECTURE_KINDS, check_value
 from tokenloop.export.checkpoint.gguf_reader import GgufTensor, read_header
 from tokenloop.export.errors import ExportError
+from tokenloop.models.config_fields import shown
 
 # Divisors of the rotary frequencies, one for each pair of a head.
 ROPE_FACTORS = "rope_freqs.weight"
@@ -24,8 +26,8 @@ ROPE_SCALING_KEYS = {"type", "factor", "finetuned", "original_context_length"}
 class Keys(NamedTuple):
     """The values of one architecture's keys, `<architecture>.<key>`.
 
-    Errors: ExportError for a key that is required and missing, and for one that has a value for
-    each layer.
+    Errors: ExportError for a key that is required and missing, for one that has a value for each
+    layer, and for a value that is not of the key's kind (gguf_metadata.py).
     """
 
     path: Path
@@ -40,11 +42,14 @@ class Keys(NamedTuple):
 
     def optional(self, key: str, default: Any) -> Any:
         name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name, default)
+        if name not in self.metadata:
+            return default
+        value = self.metadata[name]
         if isinstance(value, (list, np.ndarray)):
             raise ExportError(
                 f"{self.path}: {name} has {len(value)} values; one for all layers is supported"
             )
+        check_value(self.path, name, value, ARCHITECTURE_KINDS[key])
         return value
 
     def head_dim(self, default: int) -> int:
@@ -75,7 +80,7 @@ class Keys(NamedTuple):
         kind = self.optional("rope.scaling.type", None)
         if kind not in (None, "none", "linear"):
             raise ExportError(
-                f"{self.path}: {scaling}type is {kind!r}; none and linear are supported"
+                f"{self.path}: {scaling}type is {shown(kind)}; none and linear are supported"
             )
         # The second name is the older one.
         factor = self.optional("rope.scaling.factor", self.optional("rope.scale_linear", None))
@@ -134,6 +139,11 @@ def common_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     if "token_embd.weight" not in tensors:
         raise ExportError(f"{keys.path} has no tensor token_embd.weight, which every model needs")
     hidden_size, heads = keys.required("embedding_length"), keys.required("attention.head_count")
+    if not keys.optional("attention.key_length", None) and hidden_size % heads:
+        raise ExportError(
+            f"{keys.path}: {keys.architecture}.embedding_length is {hidden_size}, no multiple of "
+            f"the {heads} heads, and the file has no {keys.architecture}.attention.key_length"
+        )
     head_dim = keys.head_dim(hidden_size // heads)
     return {
         "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -246,7 +256,8 @@ def open_gguf(path: Path) -> Checkpoint:
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ExportError(
-            f"{path} has the architecture {name!r}; supported in GGUF: {', '.join(ARCHITECTURES)}"
+            f"{path} has the architecture {shown(name)}; supported in GGUF: "
+            f"{', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[name]
     config = architecture.config(Keys(path, metadata, name), tensors)

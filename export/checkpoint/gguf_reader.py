@@ -15,9 +15,11 @@ import gguf
 import numpy as np
 import torch
 
+from tokenloop.export.checkpoint.gguf_metadata import check_metadata
 from tokenloop.export.errors import ExportError
+from tokenloop.models.config_fields import shown
 
-STRING, ARRAY, FLOAT32 = 8, 9, 6
+STRING, ARRAY, FLOAT32, BOOL = 8, 9, 6, 7
 SCALAR_FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {
     10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -25,6 +27,8 @@ MAX_DIMENSIONS = 4
 ALIGNMENTS = {1 << power for power in range(3, 32)}
 # Elements dequantized at a time. The gguf package holds a few copies of what it is given.
 BLOCK_ELEMENTS = 1 << 20
+# The fewest bytes of a string, of a key with its value, and of a tensor's row in the table.
+STRING_BYTES, VALUE_BYTES, INFO_BYTES = 8, 13, 32
 
 
 class GgufTensor(NamedTuple):
@@ -51,7 +55,8 @@ class GgufTensor(NamedTuple):
         rows = math.prod(self.shape[:-1])
         output = np.empty((rows, width), dtype=np.float32)
         step = max(1, BLOCK_ELEMENTS // width)
-        with self.path.open("rb") as file:
+        # Any bytes are values of some type. Those that are not finite are for the caller to refuse.
+        with self.path.open("rb") as file, np.errstate(all="ignore"):
             file.seek(self.offset)
             for start in range(0, rows, step):
                 block = output[start : start + step]
@@ -69,14 +74,24 @@ class _Header:
         self.file, self.path = file, path
         self.left = path.stat().st_size
 
-    def take(self, size: int) -> bytes:
+    def check_left(self, size: int) -> None:
+        """Errors: ExportError for a header that says that `size` bytes follow where fewer do."""
         if size > self.left:
             raise ExportError(
                 f"{self.path} is truncated: its header goes on after the last of its "
                 f"{self.path.stat().st_size} bytes; get the whole file"
             )
+
+    def take(self, size: int) -> bytes:
+        self.check_left(size)
         self.left -= size
         return self.file.read(size)
+
+    def count(self, least_bytes: int) -> int:
+        """How many things follow, each of `least_bytes` or more."""
+        count = self.number("Q")
+        self.check_left(count * least_bytes)
+        return count
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize(code)))[0]
@@ -97,12 +112,18 @@ class _Header:
             return self.array(self.number("I"), self.number("Q"))
         if kind not in SCALAR_FORMATS:
             raise ExportError(f"{self.path} is damaged: its header has a value of type {kind}")
+        if kind == BOOL:
+            byte = self.number("B")
+            if byte > 1:
+                raise ExportError(f"{self.path} is damaged: its header has {byte} for a bool")
+            return bool(byte)
         number = self.number(SCALAR_FORMATS[kind])
         # The shortest decimal: an epsilon stored as float32 reads 1e-06, as in config.json.
         return float(str(np.float32(number))) if kind == FLOAT32 else number
 
     def array(self, kind: int, length: int) -> list[str] | np.ndarray:
         if kind == STRING:
+            self.check_left(length * STRING_BYTES)
             return [self.string() for _ in range(length)]
         if kind not in SCALAR_FORMATS:
             raise ExportError(f"{self.path} is damaged: its header has an array of type {kind}")
@@ -113,9 +134,10 @@ class _Header:
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Read the metadata and the table of tensors of the GGUF file `path`; no tensor data.
 
-    Errors: ExportError for a file that is not GGUF, of another version, truncated anywhere (every
-    tensor's end is compared with the file's size), split into parts, or with a tensor of a type
-    that the `gguf` package cannot dequantize.
+    Errors: ExportError for a file that is not GGUF, of another version or byte order, truncated
+    anywhere (every length is compared with the file's size), or split into parts; for a value of
+    the wrong kind (gguf_metadata.py); for a tensor of a type that the `gguf` package cannot
+    dequantize, and for tensors that lie at no multiple of the alignment or in one another.
     """
     with path.open("rb") as file:
         header = _Header(file, path)
@@ -124,13 +146,21 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
             raise ExportError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
         header.left -= 4
         version = header.number("I")
+        if version in (2 << 24, 3 << 24):
+            raise ExportError(
+                f"{path} is a big-endian GGUF file; convert it to little-endian with "
+                "`gguf-convert-endian`"
+            )
         if version not in (2, 3):
             raise ExportError(f"{path} is GGUF version {version}; versions 2 and 3 can be read")
-        n_tensors, n_values = header.number("Q"), header.number("Q")
+        n_tensors, n_values = header.count(INFO_BYTES), header.count(VALUE_BYTES)
         metadata = {}
         for _ in range(n_values):
             key = header.string()
+            if key in metadata:
+                raise ExportError(f"{path} is damaged: it has the key {shown(key)} twice")
             metadata[key] = header.value(header.number("I"))
+        check_metadata(path, metadata)
         if metadata.get("split.count", 1) > 1:
             raise ExportError(
                 f"{path} is one of {metadata['split.count']} parts; join them first with "
@@ -138,8 +168,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
             )
         infos = [_tensor_info(header) for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        if alignment not in ALIGNMENTS:
-            raise ExportError(f"{path} is damaged: general.alignment is {alignment!r}")
+        if type(alignment) is not int or alignment not in ALIGNMENTS:
+            raise ExportError(
+                f"{path} is damaged: general.alignment is {shown(alignment)}; a power of two from "
+                "8 is right"
+            )
         data_start = -(-file.tell() // alignment) * alignment
     file_size = path.stat().st_size
     tensors = {}
@@ -154,12 +187,24 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
                 f"{path} is damaged: {name} is {tensor.type.name}, but its rows of {shape[-1]} "
                 "elements are not whole blocks"
             )
+        if offset % alignment:
+            raise ExportError(
+                f"{path} is damaged: {name} begins at byte {offset} of the data, which is no "
+                f"multiple of the alignment, {alignment}"
+            )
         if tensor.offset + tensor.n_bytes > file_size:
             raise ExportError(
                 f"{path} is truncated: {name} ends at byte {tensor.offset + tensor.n_bytes}, the "
                 f"file at byte {file_size}; get the whole file"
             )
         tensors[name] = tensor
+    in_order = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    for first, second in zip(in_order, in_order[1:]):
+        if first.offset + first.n_bytes > second.offset:
+            raise ExportError(
+                f"{path} is damaged: {first.name} ends at byte {first.offset + first.n_bytes}, and "
+                f"{second.name} begins at byte {second.offset}"
+            )
     return metadata, tensors
 
 

@@ -1,8 +1,12 @@
 """Loading a checkpoint's tensors into a model, after a check that every one of them fits.
 
+Weights are finite: what has a NaN or an infinity in it is refused while it is read. Finding that
+out takes a sum of each tensor, 0.1 s for each 250 million weights in float32 (one core).
+
 Knows no architecture: the caller's `rename` says what a tensor is called in the model.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,22 +34,27 @@ def load_weights(
 
     Errors: ExportError before any data is read, for a parameter without a tensor or without all of
     its shards, a tensor without a parameter, a wrong shape, two tensors under one name, or a dtype
-    that is not a plain float. ExportError also for tensors of one parameter that differ.
+    that is not a plain float. ExportError also for tensors of one parameter that differ, and for
+    one with a value that is not finite in `dtype`.
     """
     owners: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(parameter, []).append((module, name))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets = {name: rename(name) for name in checkpoint.stored}
-    _check_fit(checkpoint, parameters, targets)
+    parameters, targets = check_fit(model, checkpoint, rename)
     loaded: dict[torch.nn.Parameter, tuple[str, torch.Tensor]] = {}
     for name, target in targets.items():
         if target is None:
             continue
         if progress is not None:
             progress(name)
-        tensor = checkpoint.stored[name].read().to(dtype)
+        try:
+            tensor = checkpoint.stored[name].read().to(dtype)
+        except OSError as error:
+            raise ExportError(
+                f"{checkpoint.path}: {name} cannot be read: {error.strerror}"
+            ) from error
+        _check_finite(checkpoint, name, tensor)
         parameter = parameters[_parameter_name(target)]
         if isinstance(target, Shard):
             if parameter not in loaded:
@@ -68,12 +77,42 @@ def _parameter_name(target: str | Shard) -> str:
     return target.name if isinstance(target, Shard) else target
 
 
-def _check_fit(
+def _check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
+    # One pass without temporaries: no sum of a NaN or an infinity is finite. The sum of finite
+    # values may be infinite, too.
+    if math.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    wrong = (~tensor.isfinite()).nonzero()
+    if len(wrong):
+        at = tuple(wrong[0].tolist())
+        raise ExportError(
+            f"{checkpoint.path}: {name} has {len(wrong)} values that are not finite in "
+            f"{str(tensor.dtype).removeprefix('torch.')}, {tensor[at].item()} at {list(at)} first; "
+            "a weight is a finite number"
+        )
+
+
+def check_fit(
+    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str | Shard | None]
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, str | Shard | None]]:
+    """Compare the names, shapes and dtypes of all tensors with the model's. No data is read.
+
+    Returns the model's parameters by name, and what each tensor's name is renamed to. Errors: those
+    of `load_weights` that need no data.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets = {name: rename(name) for name in checkpoint.stored}
+    _check_targets(checkpoint, parameters, targets)
+    return parameters, targets
+
+
+def _check_targets(
     checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter],
     targets: dict[str, str | Shard | None],
 ) -> None:  # fmt: skip
     taken: dict[str | Shard, str] = {}
     elements: dict[torch.nn.Parameter, int] = {}
+    sharded: set[torch.nn.Parameter] = set()
     for name, target in targets.items():
         if target is None:
             continue
@@ -99,6 +138,13 @@ def _check_fit(
             )
         taken[target] = name
         elements[parameter] = elements.get(parameter, 0) + place.numel()
+        if isinstance(target, Shard):
+            sharded.add(parameter)
+        if parameter in sharded and elements[parameter] > parameter.numel():
+            raise ExportError(
+                f"{checkpoint.path}: with {name} there is more than one tensor for a part of "
+                f"{_parameter_name(target)}; one of them is right"
+            )
         if tensor.shape != tuple(place.shape):
             raise ExportError(
                 f"{checkpoint.path}: {name} has the shape {tensor.shape}, the model needs "

@@ -1,6 +1,11 @@
-"""A Hugging Face directory: config.json, and safetensors in one file or in several."""
+"""A Hugging Face directory: config.json, and safetensors in one file or in several.
+
+Weight files lie in the directory itself. An entry of it may be a link, as in Hugging Face's cache;
+what an index says may not lead anywhere else.
+"""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
 from tokenloop.export.errors import ExportError
+from tokenloop.models.config_fields import shown
 
 # A multimodal config.json may have these keys only outside its text_config.
 SHARED_KEYS = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
+FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors", re.DOTALL)
 
 
 def open_directory(path: Path) -> Checkpoint:
@@ -45,10 +52,11 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     text = config.get("text_config", config)
     if not isinstance(text, dict):
-        raise ExportError(f"{path}: text_config is {text!r}; an object is right")
+        raise ExportError(f"{path}: text_config is {shown(text)}; an object is right")
     if not isinstance(text.get("model_type"), str):
         raise ExportError(
-            f"{path}: model_type is {text.get('model_type')!r}; a name such as gemma3_text is right"
+            f"{path}: model_type is {shown(text.get('model_type'))}; a name such as gemma3_text is "
+            "right"
         )
     unset = [key for key in SHARED_KEYS if text.get(key) is None and key in config]
     return text | {key: config[key] for key in unset}
@@ -72,10 +80,18 @@ def _safetensors_files(path: Path) -> tuple[Path, ...]:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
+    """Tensors' names to files' names. Errors: ExportError for a value that is no name of a file in
+    the directory, such as a path."""
     index = path / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ExportError(f"{index} has no weight_map from tensors to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or FILE_NAME.fullmatch(file) is None:
+            raise ExportError(
+                f"{index}: weight_map has {shown(file)} for {shown(name)}; the name of a "
+                ".safetensors file in the same directory is right"
+            )
     return weight_map
 
 
@@ -92,18 +108,30 @@ def _safetensors_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+    except SafetensorError as error:
+        raise ExportError(f"{file}: {name} cannot be read: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Errors: ExportError naming the file and what is wrong with it."""
+    """Read a JSON object whose strings are all text, and so can be written as UTF-8 again.
+
+    Errors: ExportError naming the file and what is wrong with it.
+    """
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path} is no file; a file with a JSON object is right")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        # A string may have one half of a surrogate pair as \\ud800.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ExportError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ExportError(f"{path} is not valid JSON: it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ExportError(f"{path} holds a {type(value).__name__}; a JSON object is right")
     return value

@@ -5,7 +5,6 @@ The runner puts the bos id in front by itself and encodes without special tokens
 a byte-level one a tokenizer.json.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +17,41 @@ from tokenloop.export.checkpoint.contents import Checkpoint
 from tokenloop.export.checkpoint.safetensors_directory import read_json
 from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
 from tokenloop.export.errors import ExportError
+from tokenloop.models.config_fields import (
+    FIELDS,
+    FLAG,
+    TEXT,
+    Kind,
+    check_fields,
+    either,
+    list_of,
+    shown,
+)
 
 TEMPLATE_FILE = "chat_template.jinja"
 # What ends a turn or a text in conversations.
 END_TOKENS = (
     "<end_of_turn>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>",
 )  # fmt: skip
+# What is read of tokenizer_config.json, and of config.json and generation_config.json.
+TOKEN = Kind(
+    lambda value: isinstance(value.get("content") if isinstance(value, dict) else value, str),
+    "a string, or an object with one as its content",
+)
+NAMED_TEMPLATE = Kind(
+    lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(value.get(key), str) for key in ("name", "template"))
+    ),
+    "a name and a template",
+)
+SETTINGS = {
+    "bos_token": TOKEN,
+    "eos_token": TOKEN,
+    "add_bos_token": FLAG,
+    "chat_template": either(TEXT, list_of(NAMED_TEMPLATE, "objects with a name and a template")),
+}
+IDS = {name: FIELDS[name] for name in ("bos_token_id", "eos_token_id")}
 
 
 class Vocabulary(NamedTuple):
@@ -40,10 +68,16 @@ def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     `add_bos`, whether a prompt begins with the bos id; `chat_template`, a file or None; and for the
     template `bos_token` and `eos_token`, strings or None.
 
-    Errors: ExportError for a tokenizer that is missing, damaged or of an unsupported kind.
+    Errors: ExportError for a tokenizer that is missing, damaged or of an unsupported kind, for a
+    setting of the wrong type, and for a bos id that the model does not have.
     """
     write = _write_gguf if checkpoint.kind == "gguf" else _copy_files
     entry, template = write(checkpoint, directory)
+    bos_id, vocab_size = entry["bos_token_id"], checkpoint.config.get("vocab_size")
+    if None not in (bos_id, vocab_size) and bos_id >= vocab_size:
+        raise ExportError(
+            f"{checkpoint.path}: the bos id {bos_id} is not one of the model's {vocab_size} tokens"
+        )
     if template is not None:
         (directory / TEMPLATE_FILE).write_bytes(template.encode("utf-8"))
     return entry | {"chat_template": TEMPLATE_FILE if template is not None else None}
@@ -61,25 +95,28 @@ def encode(directory: Path, entry: dict[str, Any], text: str) -> list[int]:
 
 def _copy_files(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any], str | None]:
     source = checkpoint.path
-    settings = _optional_json(source / "tokenizer_config.json")
-    generation = _optional_json(source / "generation_config.json")
+    settings = _settings(source / "tokenizer_config.json", SETTINGS)
+    generation = _settings(source / "generation_config.json", IDS)
+    _check(source / "config.json", checkpoint.config, IDS)
     for file in ("tokenizer.json", "tokenizer.model"):
         if (source / file).is_file():
             break
     else:
         raise ExportError(f"{source} has neither tokenizer.json nor tokenizer.model")
+    data = _contents(source / file)
     if file == "tokenizer.json":
-        tokenizer = _load_tokenizer_json(source / file)
+        tokenizer = _parse_tokenizer_json(source / file, data)
         vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
     else:
         tokenizer = None
-        vocabulary = _sentencepiece_vocabulary(_load_sentencepiece(source / file))
+        vocabulary = _sentencepiece_vocabulary(_parse_sentencepiece(source / file, data))
 
     def named(key: str) -> int | None:
         token = _token_text(settings.get(key))
         if token is not None and vocabulary.id_of(token) is None:
             raise ExportError(
-                f"{source / 'tokenizer_config.json'}: {key} is {token!r}, which is not in {file}"
+                f"{source / 'tokenizer_config.json'}: {key} is {shown(token)}, which is not in "
+                f"{file}"
             )
         return None if token is None else vocabulary.id_of(token)
 
@@ -96,8 +133,8 @@ def _copy_files(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
     add_bos = settings.get("add_bos_token")
     if add_bos is None and tokenizer is not None:
         # Only the ids tell what a post-processor does.
-        add_bos = bos_id is not None and tokenizer.encode("a").ids[:1] == [bos_id]
-    shutil.copyfile(source / file, directory / file)
+        add_bos = bos_id is not None and _first_id(source / file, tokenizer) == bos_id
+    (directory / file).write_bytes(data)
     entry = {
         "file": file,
         "bos_token_id": bos_id,
@@ -111,7 +148,10 @@ def _copy_files(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
 
 def _directory_template(source: Path, settings: dict[str, Any]) -> str | None:
     if (source / TEMPLATE_FILE).is_file():
-        return (source / TEMPLATE_FILE).read_bytes().decode("utf-8")
+        try:
+            return _contents(source / TEMPLATE_FILE).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ExportError(f"{source / TEMPLATE_FILE} is no UTF-8: {error}") from error
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {item["name"]: item["template"] for item in template}
@@ -133,7 +173,7 @@ def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
         vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
     else:
         raise ExportError(
-            f"{path}: tokenizer.ggml.model is {kind!r}, which is not supported; llama "
+            f"{path}: tokenizer.ggml.model is {shown(kind)}, which is not supported; llama "
             "(SentencePiece BPE) and gpt2 (byte-level BPE) are. For others export from the Hugging "
             "Face directory"
         )
@@ -158,22 +198,49 @@ def _write_gguf(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, Any]
     return entry, template
 
 
-def _load_tokenizer_json(path: Path) -> Tokenizer:
+def _contents(path: Path) -> bytes:
     try:
-        return Tokenizer.from_file(str(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _load_tokenizer_json(path: Path) -> Tokenizer:
+    return _parse_tokenizer_json(path, _contents(path))
+
+
+def _parse_tokenizer_json(path: Path, data: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_buffer(data)
     except Exception as error:  # the tokenizers package raises nothing more precise
         raise ExportError(f"{path} is not a tokenizer that can be read: {error}") from error
 
 
+def _first_id(path: Path, tokenizer: Tokenizer) -> int | None:
+    """The first id of a short text, with what the post-processor puts before it."""
+    # The file may ask for padding of any length. The runner does neither.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    try:
+        return next(iter(tokenizer.encode("a").ids), None)
+    except Exception as error:  # as above
+        raise ExportError(f"{path} is a tokenizer that cannot encode 'a': {error}") from error
+
+
 def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
-    return _parse_sentencepiece(path, path.read_bytes())
+    return _parse_sentencepiece(path, _contents(path))
 
 
 def _parse_sentencepiece(path: Path, serialized: bytes) -> SentencePieceProcessor:
+    if not serialized:
+        raise ExportError(f"{path} is empty; a SentencePiece model is right")
     try:
-        return SentencePieceProcessor(model_proto=serialized)
+        processor = SentencePieceProcessor(model_proto=serialized)
+        # Its strings need not be text.
+        processor.id_to_piece(list(range(len(processor))))
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"{path} holds no valid SentencePiece model: {error}") from error
+    return processor
 
 
 def _sentencepiece_vocabulary(processor: SentencePieceProcessor) -> Vocabulary:
@@ -188,8 +255,18 @@ def _sentencepiece_vocabulary(processor: SentencePieceProcessor) -> Vocabulary:
     return Vocabulary(id_of, token_of)
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _settings(path: Path, kinds: dict[str, Kind]) -> dict[str, Any]:
+    """The object of a JSON file whose fields are of their kinds; empty where there is no file."""
+    settings = read_json(path) if path.is_file() else {}
+    _check(path, settings, kinds)
+    return settings
+
+
+def _check(path: Path, settings: dict[str, Any], kinds: dict[str, Kind]) -> None:
+    try:
+        check_fields(settings, kinds)
+    except ValueError as error:
+        raise ExportError(f"{path}: {error}") from error
 
 
 def _token_text(token: str | dict[str, Any] | None) -> str | None:

@@ -219,6 +219,11 @@ def test_the_same_vocabulary_gives_the_same_bytes(checkpoint):
         ({"tokens": ["a", "b"]}, r"has 2 tokens and \d+ token types"),
         ({"merges": ["a gone"]}, "bpe.gguf holds no valid byte-level BPE"),
         ({"merges": ["alone"]}, "bpe.gguf holds no valid byte-level BPE"),
+        (
+            {"tokens": ["a", "b", "a"], "token_type": [1, 1, 1]},
+            "bpe.gguf: the tokens 0 and 2 are both 'a'",
+        ),
+        ({"tokens": ["a"], "token_type": [9]}, "the token type 9 does not exist; 1 to 6 do"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_rebuilt_is_refused(checkpoint, changes, message):

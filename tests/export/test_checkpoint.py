@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import struct
 import tracemalloc
@@ -265,6 +266,56 @@ def test_an_index_without_a_map_is_refused(sharded):
         open_checkpoint(sharded)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [None, 3, ["a.safetensors"], {}, "", ".", "..", "../outside.safetensors", "/etc/passwd",
+     "sub/a.safetensors", "a.bin", "..\\\\a.safetensors", "a\0.safetensors", "x" * 5000],
+)  # fmt: skip
+def test_an_index_may_name_only_safetensors_files_of_its_directory(sharded, value):
+    save_file({"outside": torch.ones(1)}, sharded.parent / "outside.safetensors")
+    break_index(sharded, lambda weight_map: weight_map.update({"model.norm.weight": value}))
+    with pytest.raises(ExportError, match="index.json: weight_map has .*model.norm.weight") as said:
+        open_checkpoint(sharded)
+    assert len(str(said.value)) < 500 and str(said.value).isprintable()
+
+
+def test_files_may_be_links_as_in_hugging_faces_cache(sharded, tmp_path, weights):
+    (tmp_path / "cache").mkdir()
+    for i, file in enumerate(sorted(sharded.iterdir())):
+        file.rename(tmp_path / f"blob{i}")
+        (tmp_path / "cache" / file.name).symlink_to(tmp_path / f"blob{i}")
+    assert_same(open_checkpoint(tmp_path / "cache"), weights)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b'{"model_type": "\\ud800"}', "surrogates not allowed"),
+        (b'{"model_type": "\xff"}', "can't decode byte 0xff"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "integer string conversion"),
+    ],
+)
+def test_json_that_is_no_text_or_too_deep_ends_in_a_line(directory, text, message):
+    (directory / "config.json").write_bytes(text)
+    with pytest.raises(ExportError, match=f"config.json is not valid JSON: .*{message}") as said:
+        open_checkpoint(directory)
+    assert len(str(said.value)) < 500
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_not_opened(tmp_path, make):
+    make(tmp_path / "a.gguf")
+    with pytest.raises(ExportError, match="a.gguf (is neither|does not exist).*; give a .gguf"):
+        open_checkpoint(tmp_path / "a.gguf")
+
+
+def test_a_message_is_one_printable_line_whatever_a_file_calls_its_tensors(tmp_path):
+    tensors = EMBEDDING | {"a\nb\x1b[2J\u2028": np.zeros(4, dtype=np.float32)}
+    with pytest.raises(ExportError, match=r"no known meaning: a\\nb\\x1b\[2J\\u2028$"):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", tensors))
+
+
 # GGUF
 
 
@@ -421,9 +472,11 @@ def test_a_file_that_is_not_gguf_is_refused(tmp_path, data):
         open_checkpoint(path)
 
 
-def raw_gguf(*, version=3, name=b"blk.0.x", dimensions=(32,), kind=0, copies=1, values=b"", n=0):
+def raw_gguf(
+    *, version=3, name=b"blk.0.x", dimensions=(32,), kind=0, copies=1, values=b"", n=0, offset=0
+):
     info = struct.pack("<Q", len(name)) + name + struct.pack("<I", len(dimensions))
-    info += struct.pack(f"<{len(dimensions)}QIQ", *dimensions, kind, 0)
+    info += struct.pack(f"<{len(dimensions)}QIQ", *dimensions, kind, offset)
     return b"GGUF" + struct.pack("<IQQ", version, copies, n) + values + info * copies + bytes(4096)
 
 
@@ -445,6 +498,13 @@ ALIGNMENT_ZERO = struct.pack("<Q17sII", 17, b"general.alignment", 4, 0)
         ({"n": 1, "values": struct.pack("<QcIIQ", 1, b"k", 9, 9, 1)}, "has an array of type 9"),
         ({"n": 1, "values": struct.pack("<QcIIQ", 1, b"k", 9, 8, 1 << 60)}, "is truncated"),
         ({"n": 1, "values": ALIGNMENT_ZERO}, "general.alignment is 0"),
+        ({"version": 3 << 24}, "is a big-endian GGUF file; convert it"),
+        ({"n": 1 << 60}, "is truncated"),
+        ({"n": 1, "values": struct.pack("<QcIB", 1, b"k", 7, 9)}, "its header has 9 for a bool"),
+        ({"n": 2, "values": struct.pack("<QcIB", 1, b"k", 7, 1) * 2}, "has the key 'k' twice"),
+        ({"offset": 8}, "blk.0.x begins at byte 8 of the data, .* multiple of the alignment, 32"),
+        ({"offset": 1 << 63}, "is truncated: blk.0.x ends at byte"),
+        ({"dimensions": ((1 << 64) - 32,)}, "is truncated: blk.0.x ends at byte"),
     ],
 )
 def test_a_damaged_header_is_refused_by_what_is_wrong(tmp_path, changes, message):
@@ -452,6 +512,50 @@ def test_a_damaged_header_is_refused_by_what_is_wrong(tmp_path, changes, message
     path.write_bytes(raw_gguf(**changes))
     with pytest.raises(ExportError, match=message):
         open_checkpoint(path)
+
+
+def test_tensors_that_lie_in_one_another_are_named(tmp_path):
+    tensors = EMBEDDING | {"output_norm.weight": np.zeros(64, dtype=np.float32)}
+    path = write_gguf(tmp_path / "a.gguf", tensors)
+    # One axis of 64 elements, float32, after those of the embedding.
+    row, moved = (struct.pack("<IQIQ", 1, 64, 0, 96 * 64 * 4 - less) for less in (0, 32))
+    data = path.read_bytes()
+    assert data.count(row) == 1
+    path.write_bytes(data.replace(row, moved))
+    with pytest.raises(ExportError, match="token_embd.weight ends at byte .* output_norm.weight b"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"split.count": "two"}, "split.count is 'two'; a whole number from 0 to 65535 is right"),
+        ({"split.count": 2.5}, "split.count is 2.5; a whole number"),
+        ({"block_count": "2"}, "gemma3.block_count is '2'; a whole number from 1 to 1024 is right"),
+        ({"block_count": 0}, "gemma3.block_count is 0; a whole"),
+        ({"block_count": (1 << 32) - 1}, "gemma3.block_count is 4294967295; a whole"),
+        ({"attention.head_count": 0}, "gemma3.attention.head_count is 0; a whole"),
+        ({"attention.head_count": 3.0}, "gemma3.attention.head_count is 3.0; a whole"),
+        ({"attention.key_length": 1 << 20}, "gemma3.attention.key_length is 1048576; a whole"),
+        ({"rope.freq_base": float("inf")}, "gemma3.rope.freq_base is inf; a number from 1 to"),
+        ({"rope.freq_base": float("nan")}, "gemma3.rope.freq_base is nan; a number"),
+        ({"attention.layer_norm_rms_epsilon": 2.0**40}, "rms_epsilon is .*; a number from 1e-30"),
+        ({"rope.scaling.factor": -8.0}, "gemma3.rope.scaling.factor is -8.0; a number from 0"),
+        ({"rope.scaling.type": 3}, "gemma3.rope.scaling.type is 3; a string is right"),
+        ({"tokenizer.chat_template": 7}, "tokenizer.chat_template is 7; a string is right"),
+        ({"tokenizer.chat_template": ["a"]}, r"chat_template is \['a'\]; a string is right"),
+        ({"tokenizer.ggml.bos_token_id": "1"}, "bos_token_id is '1'; a whole number from 0"),
+        ({"tokenizer.ggml.eos_token_id": 1.5}, "eos_token_id is 1.5; a whole number from 0"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, r"tokens is array.*; a list of strings is right"),
+        ({"tokenizer.ggml.tokens": "abc"}, "tokens is 'abc'; a list of strings is right"),
+        ({"tokenizer.ggml.scores": [1.0, float("inf")]}, "scores is .* array of finite numbers"),
+        ({"tokenizer.ggml.token_type": [1.0]}, "token_type is .*; an array of integers is right"),
+        ({"tokenizer.ggml.add_bos_token": 1}, "add_bos_token is 1; true or false is right"),
+    ],
+)
+def test_a_key_of_another_kind_is_refused_with_its_value(tmp_path, values, message):
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(write_gguf(tmp_path / "a.gguf", EMBEDDING, **values))
 
 
 def test_a_type_that_cannot_be_dequantized_is_named_with_its_tensor(tmp_path):
@@ -569,6 +673,31 @@ def test_a_tied_head_may_have_a_tensor_of_its_own_that_equals_the_embedding(tmp_
     assert torch.equal(model.head.weight, same)
 
 
+def test_a_tied_head_of_another_shape_is_refused_by_its_name(tmp_path):
+    wrong = TINY_WEIGHTS | {"head.weight": torch.ones(2)}
+    with pytest.raises(ExportError, match=r"head.weight has the shape \(2,\).* needs \(6, 4\)"):
+        load_weights(tiny(tied=True), unreadable(tmp_path, wrong), str)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_not_finite_is_refused_by_its_tensors_name(tmp_path, value, dtype):
+    wrong = TINY_WEIGHTS["head.weight"].double()
+    wrong[3, 1] = value
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ExportError, match=rf"head.weight has 1 values .*{kind}.* at \[3, 1\]"):
+        load_weights(
+            tiny(), saved(tmp_path, TINY_WEIGHTS | {"head.weight": wrong}), str, dtype=dtype
+        )
+
+
+def test_finite_weights_whose_sum_is_not_are_loaded(tmp_path):
+    large = TINY_WEIGHTS | {"norm.weight": torch.full((4,), 3e38)}
+    model = tiny()
+    load_weights(model, saved(tmp_path, large), str)
+    assert torch.equal(model.norm.weight, large["norm.weight"])
+
+
 def test_a_tied_head_whose_tensor_is_another_is_refused(tmp_path):
     with pytest.raises(ExportError, match="embed.weight and head.weight differ"):
         load_weights(tiny(tied=True), saved(tmp_path, TINY_WEIGHTS), str)
@@ -598,6 +727,14 @@ def test_a_parameter_is_put_together_from_its_shards(tmp_path, whole):
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     load_weights(model, saved(tmp_path, tensors), stacked_shard)
     assert torch.equal(model.both, torch.cat([parts["gate"], parts["up"]], 1))
+
+
+def test_a_part_that_two_tensors_hold_is_refused_by_its_second(tmp_path):
+    tensors = {name: torch.ones(3, 2, 5) for name in ("gate", "up")} | {"1.up": torch.ones(2, 5)}
+    with pytest.raises(
+        ExportError, match="with up there is more than one tensor for a part of both"
+    ):
+        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_shard)
 
 
 @pytest.mark.parametrize(

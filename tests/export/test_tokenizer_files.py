@@ -317,3 +317,60 @@ def test_a_token_that_the_tokenizer_does_not_have_is_named(source):
     write_json(source, "tokenizer_config.json", {"eos_token": "<gone>"})
     with pytest.raises(ExportError, match="eos_token is '<gone>', which is not in tokenizer.json"):
         copied(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tokenizer_config", {"bos_token": 1}, "bos_token = 1: a string, or an object with one"),
+        ("tokenizer_config", {"eos_token": {}}, "eos_token = {}: a string, or an object with one"),
+        ("tokenizer_config", {"eos_token": {"content": 3}}, "eos_token = {'content': 3}: a string"),
+        ("tokenizer_config", {"add_bos_token": "yes"}, "add_bos_token = 'yes': true or false"),
+        ("tokenizer_config", {"chat_template": 3}, "chat_template = 3: a string, or a list of obj"),
+        ("tokenizer_config", {"chat_template": [{"name": "default"}]}, "chat_template = .*: a str"),
+        ("tokenizer_config", {"chat_template": "\ud800"}, "is not valid JSON: .*surrogates"),
+        ("generation_config", {"eos_token_id": "2"}, "eos_token_id = '2': a whole number from 0"),
+        ("generation_config", {"eos_token_id": [True]}, r"eos_token_id = \[True\]: a whole number"),
+        ("generation_config", {"bos_token_id": -1}, "bos_token_id = -1: a whole number from 0"),
+        ("generation_config", [], "holds a list; a JSON object is right"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused_with_its_value(source, name, value, message):
+    tokenizer_json(source)
+    write_json(source, f"{name}.json", value)
+    with pytest.raises(ExportError, match=f"{name}.json:? {message}"):
+        copied(source)
+    assert not any((source.parent / "artifact").iterdir())
+
+
+def test_a_template_that_is_no_utf_8_is_named(source):
+    tokenizer_json(source)
+    (source / "chat_template.jinja").write_bytes(b"{{ a }}\xff")
+    with pytest.raises(ExportError, match="chat_template.jinja is no UTF-8: .*0xff in position 7"):
+        copied(source)
+
+
+def test_pieces_that_are_no_utf_8_are_refused(source):
+    model = small()
+    data = sentencepiece_model(model.path, model.metadata)
+    assert data.count(b"\n\x06<turn>") == 1
+    (source / "tokenizer.model").write_bytes(data.replace(b"<turn>", b"<tur\xff>"))
+    with pytest.raises(
+        ExportError, match="tokenizer.model holds no valid SentencePiece model: .*ff"
+    ):
+        copied(source)
+
+
+def test_a_bos_id_that_the_model_does_not_have_is_refused(source):
+    tokenizer_json(source)
+    with pytest.raises(ExportError, match="the bos id 9 is not one of the model's 9 tokens"):
+        copied(source, {"bos_token_id": 9, "vocab_size": 9})
+
+
+def test_padding_that_a_tokenizer_asks_for_costs_nothing(source):
+    tokenizer_json(source, post_processor=True)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.enable_padding(length=1 << 40)
+    tokenizer.save(str(source / "tokenizer.json"))
+    write_json(source, "tokenizer_config.json", {"bos_token": "<s>"})
+    assert copied(source)["add_bos"]
