@@ -17,7 +17,15 @@ from torch.export import ExportedProgram
 from tokenloop.export.pte.xnnpack_arithmetic import Recorder
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.philox import WORDS, steps, uniform, vocabulary_gumbel, words
-from tokenloop.sampler.sample import exp2_38, noisiest, numbers, restrict, scale, threshold
+from tokenloop.sampler.sample import (
+    LEAST_TEMPERATURE,
+    exp2_38,
+    noisiest,
+    numbers,
+    restrict,
+    scale,
+    threshold,
+)
 
 CANDIDATES = 512
 TOKENS_PER_GROUP = 64
@@ -239,7 +247,9 @@ def mass_delegate(size: int):
     as one delegate call."""
     graph = Recorder()
     logits, largest, temperature = (graph.argument(*shape) for shape in [(1, size), (1, 1), (1,)])
-    return graph.delegate(exp2_38((logits - largest) / temperature), (1, size))
+    # XNNPACK takes subnormal numbers for 0, by which nothing may be divided.
+    scaled = (logits - largest) / temperature.clamp(min=LEAST_TEMPERATURE)
+    return graph.delegate(exp2_38(scaled), (1, size))
 
 
 def scores_delegate(size: int):
