@@ -63,10 +63,9 @@ def numbers(logits: Tensor) -> tuple[Tensor, Tensor]:
 def scale(x: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
     """(x - largest) / temperature, at most 0: float32 [B, N] of x [B, N], largest [B, 1],
     temperature [B], of at least LEAST_TEMPERATURE."""
-    difference = x - largest
-    # ExecuTorch multiplies by the inverse of a divisor of one element, which rounds otherwise.
-    divisor = temperature.clamp(min=LEAST_TEMPERATURE)[:, None].expand_as(difference)
-    return difference / divisor
+    # Where a divisor is one element, ExecuTorch multiplies by its inverse, which rounds otherwise.
+    divisor = temperature.clamp(min=LEAST_TEMPERATURE)[:, None] + torch.zeros_like(x)
+    return (x - largest) / divisor
 
 
 def threshold(
