@@ -18,6 +18,10 @@ from tokenloop.sampler.greedy import greedy
 WEIGHT_BITS = 38
 # Weights are 0 from here on.
 LOWEST = -27.0
+# Temperatures from 0 up to here are one, and it draws from the largest logits alone unless others
+# are within 1.5e-18 of them. Its inverse is finite, and so far above the smallest normal float32
+# that no token depends on whether an engine flushes subnormal logits and differences to 0.
+LEAST_TEMPERATURE = 2.0**-64
 # From Cephes' expf.c: exp(r) = 1 + r + r^2 P(r) for |r| up to ln(2) / 2.
 EXP_COEFFICIENTS = (
     1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1,
@@ -32,9 +36,10 @@ def sample(
     """A random token for each row, int64 [B, 1], of logits float32 [B, V].
 
     temperature and top_p float32 [B], top_k, seed and position int64 [B]. Temperature 0 is
-    sampler.greedy; top_k 0 or above V, and top_p 1, leave everything in. NaN counts as -inf. Where
-    there is +inf only such tokens are drawn, all equally likely. A row without any number above
-    -inf gives id 0. The caller refuses values beyond these.
+    sampler.greedy, and one between that and LEAST_TEMPERATURE counts as that; top_k 0 or above V,
+    and top_p 1, leave everything in; top_p 0 leaves one token. NaN counts as -inf. Where there is
+    +inf only such tokens are drawn, all equally likely. A row without any number above -inf gives
+    id 0. The caller refuses values beyond these.
     """
     x, largest = numbers(logits)
     descending = torch.sort(x, dim=-1, descending=True).values
@@ -57,9 +62,10 @@ def numbers(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def scale(x: Tensor, largest: Tensor, temperature: Tensor) -> Tensor:
     """(x - largest) / temperature, at most 0: float32 [B, N] of x [B, N], largest [B, 1],
-    temperature [B]; of temperature 0 as of 1."""
-    temperature = torch.where(temperature == 0, 1.0, temperature)
-    return (x - largest) / temperature[:, None]
+    temperature [B], of at least LEAST_TEMPERATURE."""
+    # Where a divisor is one element, ExecuTorch multiplies by its inverse, which rounds otherwise.
+    divisor = temperature.clamp(min=LEAST_TEMPERATURE)[:, None] + torch.zeros_like(x)
+    return (x - largest) / divisor
 
 
 def threshold(

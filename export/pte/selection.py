@@ -14,10 +14,18 @@ from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.map import map_impl
 from torch.export import ExportedProgram
 
-from tokenloop.export.pte.xnnpack_arithmetic import Recorder
+from tokenloop.export.pte.xnnpack_arithmetic import Recorded, Recorder
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.philox import WORDS, steps, uniform, vocabulary_gumbel, words
-from tokenloop.sampler.sample import exp2_38, noisiest, numbers, restrict, scale, threshold
+from tokenloop.sampler.sample import (
+    LEAST_TEMPERATURE,
+    exp2_38,
+    noisiest,
+    numbers,
+    restrict,
+    scale,
+    threshold,
+)
 
 CANDIDATES = 512
 TOKENS_PER_GROUP = 64
@@ -79,6 +87,7 @@ class Sample(nn.Module):
         self.grouped = delegates and rest == 0 and groups >= CANDIDATES
         if self.grouped:
             self.mass, self.scores = mass_delegate(vocab_size), scores_delegate(vocab_size)
+        self.scale = scale_delegate(vocab_size) if self.grouped else scale
 
     def forward(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
@@ -153,14 +162,15 @@ class Sample(nn.Module):
 
     def drawn(self, logits, token, i, *row) -> Tensor:
         """The token, drawn with noise for the whole of a vocabulary that is not in groups."""
-        scores = scaled_logits(logits, i, *row[:-2]) + vocabulary_gumbel(*row[-2:], logits.shape[1])
+        noise = vocabulary_gumbel(*row[-2:], logits.shape[1])
+        scores = self.scaled_logits(logits, i, *row[:-2]) + noise
         return torch.argmax(scores, dim=-1, keepdim=True)
 
     def finalists(
         self, _, __, logits, i, largest, temperature, top_k, top_p, seed, position
     ) -> tuple[Tensor, Tensor]:
         """Scaled logits and ids of the tokens with the largest scores of all."""
-        scaled = scaled_logits(logits, i, largest, temperature, top_k, top_p)
+        scaled = self.scaled_logits(logits, i, largest, temperature, top_k, top_p)
         blocks = torch.arange(scaled.shape[1] // WORDS)
         noise = [steps(word) for word in words(seed, position, blocks)]
         # XNNPACK's logarithms err by less than the first and the last of these differ.
@@ -168,6 +178,17 @@ class Sample(nn.Module):
         scaled = torch.gather(scaled, 1, ids)
         # A row of nothing but -inf gives id 0.
         return scaled, torch.where(scaled > -torch.inf, ids, 0)
+
+    def scaled_logits(self, logits, i, largest, temperature, top_k, top_p) -> Tensor:
+        """Scaled logits [1, V] of row i, -inf where they are cut."""
+        ordinary = largest[:, 0].abs() < torch.inf
+        uncut = (top_p >= 1) & ((top_k == 0) | (top_k >= logits.shape[1]))
+        operands = row_of(logits, i), largest, temperature, top_k, top_p
+        return cond_op((uncut & ordinary)[0], branch(self.scaled_uncut), scaled_cut, operands)
+
+    def scaled_uncut(self, logits, largest, temperature, top_k, top_p) -> Tensor:
+        """Scaled logits [1, V] of a row that nothing is cut from."""
+        return self.scale(logits, largest, temperature)
 
 
 def same(scaled: Tensor, ids: Tensor, *_) -> tuple[Tensor, Tensor]:
@@ -191,19 +212,6 @@ def branch(method):
     """The bound method as a function. A condition's operands are counted by the code's parameters,
     which include `self` for a bound method."""
     return lambda *operands: method(*operands)
-
-
-def scaled_logits(logits, i, largest, temperature, top_k, top_p) -> Tensor:
-    """Scaled logits [1, V] of row i, -inf where they are cut."""
-    ordinary = largest[:, 0].abs() < torch.inf
-    uncut = (top_p >= 1) & ((top_k == 0) | (top_k >= logits.shape[1]))
-    operands = row_of(logits, i), largest, temperature, top_k, top_p
-    return cond_op((uncut & ordinary)[0], scaled_uncut, scaled_cut, operands)
-
-
-def scaled_uncut(logits, largest, temperature, top_k, top_p) -> Tensor:
-    """Scaled logits [1, V] of a row that nothing is cut from."""
-    return scale(logits, largest, temperature)
 
 
 def scaled_cut(logits, largest, temperature, top_k, top_p) -> Tensor:
@@ -234,12 +242,22 @@ def ascending(ids: Tensor) -> tuple[Tensor, Tensor]:
     return -negative, places
 
 
-def mass_delegate(size: int):
-    """The function (logits [1, V], largest [1, 1], temperature [1]) -> exp2_38 of the scaled logits
-    as one delegate call."""
+def scale_delegate(size: int):
+    """sampler.sample.scale of logits [1, V], largest [1, 1] and temperature [1] as one delegate
+    call. XNNPACK takes subnormal numbers for 0, which changes no token."""
     graph = Recorder()
+    return graph.delegate(recorded_scale(graph, size), (1, size))
+
+
+def mass_delegate(size: int):
+    """exp2_38 of what scale_delegate gives, as one delegate call."""
+    graph = Recorder()
+    return graph.delegate(exp2_38(recorded_scale(graph, size)), (1, size))
+
+
+def recorded_scale(graph: Recorder, size: int) -> Recorded:
     logits, largest, temperature = (graph.argument(*shape) for shape in [(1, size), (1, 1), (1,)])
-    return graph.delegate(exp2_38((logits - largest) / temperature), (1, size))
+    return (logits - largest) / temperature.clamp(min=LEAST_TEMPERATURE)
 
 
 def scores_delegate(size: int):

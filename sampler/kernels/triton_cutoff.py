@@ -111,7 +111,8 @@ def cutoff_kernel(
                     start += CHUNK
             cutoff = _search(
                 row_ptr, list_ptr, size, vocab_size, column_stride,
-                tl.load(plan_ptr + 4), p.to(tl.float64) * total.to(tl.float64),
+                # With a top_p of 0 the first token stays.
+                tl.load(plan_ptr + 4), tl.maximum(p.to(tl.float64) * total.to(tl.float64), 1.0),
                 cutoff, largest, temperature, True, 8 + ID_DIGITS, FEW, CHUNK,
             )  # fmt: skip
     tl.store(cutoff_ptr + row, cutoff)

@@ -26,14 +26,16 @@ LN2_HIGH, LN2_LOW = tl.constexpr(philox.LN2_HIGH), tl.constexpr(philox.LN2_LOW)
 LOG_COEFFICIENTS = tl.constexpr(philox.LOG_COEFFICIENTS)
 EXP_COEFFICIENTS = tl.constexpr(reference.EXP_COEFFICIENTS)
 LOWEST = tl.constexpr(reference.LOWEST)
+LEAST_TEMPERATURE = tl.constexpr(reference.LEAST_TEMPERATURE)
 WEIGHT_BITS = tl.constexpr(reference.WEIGHT_BITS)
 
 
 @triton.jit
 def scaled(x, largest, temperature):
-    """(x - largest) / temperature."""
+    """(x - largest) / temperature, of at least LEAST_TEMPERATURE."""
+    divisor = tl.maximum(temperature, LEAST_TEMPERATURE)
     # x - largest is NaN where both are the same infinity.
-    return tl.where(x == largest, 0.0, tl.div_rn(x - largest, temperature))
+    return tl.where(x == largest, 0.0, tl.div_rn(x - largest, divisor))
 
 
 @triton.jit

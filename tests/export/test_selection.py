@@ -6,11 +6,15 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.sampler import extremes
 from tokenloop.export.pte.pte_program import to_program
 from tokenloop.export.pte.selection import CANDIDATES, TOKENS_PER_GROUP, methods_of_rows
 from tokenloop.runner.engines.executorch_runtime import Program
 from tokenloop.sampler.greedy import greedy
+from tokenloop.sampler.philox import gumbel
 from tokenloop.sampler.sample import sample
 
 NAN, INF = math.nan, math.inf
@@ -110,6 +114,49 @@ def test_cuts_around_the_number_of_candidates(program, size, rows, extra):
         kinds = row(1.0, 10, seed=seed), row(1.0, 11, 0.9, seed), row(1.0, 0, 0.4, seed)
         for shift in range(3):
             check(program, tied, *kinds[shift:], *kinds[:shift])
+
+
+@pytest.mark.parametrize("size, rows", SIZES)
+@given(data=st.data())
+@settings(derandomize=True, deadline=None, database=None, max_examples=25)
+def test_tokens_are_the_samplers_for_all_that_the_types_can_hold(program, size, rows, data):
+    drawn = data.draw(st.lists(extremes.rows_of(size), min_size=rows, max_size=rows))
+    given = extremes.arguments(drawn, size)
+    greedy_method, sample_method = program(size, rows)
+    assert torch.equal(run(greedy_method, given[:1]), greedy(given[0]))
+    assert torch.equal(run(sample_method, given), sample(*given))
+
+
+@pytest.mark.parametrize("size, rows", SIZES)
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 2.0**-126, 2.0**-100, 2.0**-64, 1e-10])
+def test_next_to_no_temperature_takes_one_of_the_largest(program, size, rows, temperature):
+    logits = random_logits(size, rows)
+    kinds = [row(temperature, *cut) for cut in ((0, 1.0), (0, 0.5), (5, 1.0), (40, 1e-45))]
+    for kind in kinds:
+        check(program, logits, kind)
+        assert torch.equal(sample(*arguments(logits, kind)), greedy(logits))
+    tied = logits.clamp(max=0.5)
+    for kind in kinds:
+        check(program, tied, kind)
+
+
+@pytest.mark.parametrize("size, rows", [(1000, 2), (GROUPED, 3)])
+@pytest.mark.parametrize("temperature", [0.7, 1.3, 3e38])
+def test_a_quotient_is_no_product_with_an_inverse(program, size, rows, temperature):
+    """Where they differ by a rounding, and the noise is such that it decides the token."""
+    positions, temperature = torch.arange(50_000), torch.tensor(temperature)
+    noise = gumbel(torch.zeros_like(positions), positions, torch.arange(2))
+    logit = (noise[:, 1] - noise[:, 0]) * temperature
+    scaled = logit / temperature, logit * (1 / temperature)
+    is_first = [x + noise[:, 0] >= noise[:, 1] for x in scaled]
+    chosen = ((is_first[0] != is_first[1]) & (logit < 0)).nonzero()[:rows, 0]
+    assert len(chosen) == rows
+    logits = torch.full((rows, size), -INF)
+    logits[:, 0], logits[:, 1] = logit[chosen], 0.0
+    for top_k, top_p in ((0, 1.0), (2, 1.0), (0, 0.999999)):
+        settings = [temperature.item(), top_k, top_p, 0]
+        given = [*arguments(logits, settings)[:-1], positions[chosen]]
+        assert torch.equal(run(program(size, rows)[1], given), sample(*given))
 
 
 def test_a_row_goes_its_own_way_beside_others(program):

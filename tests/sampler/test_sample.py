@@ -8,9 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sampler import extremes
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.philox import gumbel
-from tokenloop.sampler.sample import exp2_38, numbers, restrict, sample, threshold, weights
+from tokenloop.sampler.sample import (
+    LEAST_TEMPERATURE,
+    exp2_38,
+    numbers,
+    restrict,
+    sample,
+    threshold,
+    weights,
+)
 
 NAN, INF = math.nan, math.inf
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -179,6 +188,24 @@ def test_temperature_0_is_greedy_whatever_the_rest_says(size):
     logits[6] = -INF
     for top_k, top_p, seed in ((0, 1.0, 0), (2, 0.3, -5)):
         assert torch.equal(draw(logits, 0.0, top_k, top_p, seed, 3), greedy(logits))
+
+
+@given(st.data())
+@settings(derandomize=True, deadline=None)
+def test_every_temperature_but_0_up_to_the_least_is_one(data):
+    size = data.draw(st.sampled_from([1, 5, 64]))
+    logits, _, *rest = extremes.arguments([data.draw(extremes.rows_of(size))], size)
+    least = sample(logits, torch.full((1,), LEAST_TEMPERATURE), *rest)
+    for temperature in (extremes.SMALLEST, 1e-39, 2.0**-126, LEAST_TEMPERATURE * (1 - 2**-24)):
+        assert torch.equal(sample(logits, torch.full((1,), temperature), *rest), least)
+
+
+def test_next_to_no_temperature_draws_of_the_largest_alone_all_equally_likely():
+    logits = torch.tensor([[0.75, 1.0, NAN, 1 - 2**-24, -INF, 1.0, -3.4e38]]).expand(4000, -1)
+    for temperature in (extremes.SMALLEST, LEAST_TEMPERATURE, 1e-10):
+        tokens = draw(logits, temperature, seed=torch.arange(4000)).flatten().bincount(minlength=7)
+        assert tokens[1] + tokens[5] == 4000
+        assert abs(tokens[1] - 2000) < 150
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 32])

@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from tests.sampler import extremes
 from tests.sampler.kernels.drawing import DEVICE, ON_GPU, TILE, ours, parameters
 from tokenloop.sampler import sample as reference
 from tokenloop.sampler.greedy import greedy
@@ -79,6 +82,32 @@ def test_rows_without_cuts_need_no_search_whatever_their_temperature():
         values = [temperature, *off, seed, torch.arange(rows) + 2**33]
         expected = reference.sample(logits, *values).flatten().tolist()
         assert ours(operator.sample, logits, *values, restricted=False) == expected
+
+
+@pytest.mark.parametrize("size", [7, 1000] if ON_GPU else [7, 50])
+@pytest.mark.parametrize("restricted", [True, False])
+@given(data=st.data())
+@settings(
+    derandomize=True, deadline=None, database=None, max_examples=1000 if ON_GPU else 6,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_tokens_are_the_reference_s_for_all_that_the_types_can_hold(size, restricted, data):
+    rows = data.draw(st.lists(extremes.rows_of(size), min_size=2, max_size=2))
+    values = extremes.arguments(rows, size)
+    if not restricted:
+        values[2:4] = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    expected = reference.sample(*values).flatten().tolist()
+    assert ours(operator.sample, *values, restricted=restricted) == expected
+
+
+@pytest.mark.parametrize("top_k", [0, 2, 60])
+def test_a_top_p_that_float32_rounds_to_0_leaves_one_of_many_ties(top_k):
+    logits = torch.zeros(2, 100)
+    logits[1, 90:] = -1.0
+    off = torch.full((2,), top_k), torch.zeros(2), torch.arange(2), torch.arange(2)
+    values = [torch.tensor([1.0, 1e-45]), *off]
+    assert reference.sample(logits, *values).flatten().tolist() == [99, 89]
+    assert ours(operator.sample, logits, *values) == [99, 89]
 
 
 def test_parts_without_numbers_do_not_end_the_search(monkeypatch):
