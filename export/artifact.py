@@ -1,6 +1,7 @@
 """The artifact directory: manifest.json beside the program and the tokenizer, written whole."""
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,13 +64,23 @@ def new_artifact(output: Path) -> Iterator[Path]:
 def check_replaceable(output: Path) -> None:
     """Errors: ExportError if something is at `output` and is neither an artifact nor an empty
     directory; OSError if that cannot be found out."""
-    try:
-        mode = output.stat().st_mode
-    except FileNotFoundError:
-        return
-    if stat.S_ISDIR(mode) and ((output / MANIFEST).is_file() or not any(output.iterdir())):
-        return
-    raise ExportError(f"{output} exists and is not an artifact; choose another --output")
+    while True:
+        try:
+            found = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        try:
+            directory = stat.S_ISDIR(os.fstat(found).st_mode)
+            names = os.listdir(found) if directory else [output.name]
+            if not names or directory and MANIFEST in names:
+                return
+            # Another export may have replaced it, and be removing what was listed.
+            if output.exists() and os.path.samestat(os.fstat(found), output.stat()):
+                raise ExportError(
+                    f"{output} exists and is not an artifact; choose another --output"
+                )
+        finally:
+            os.close(found)
 
 
 def installed_version(package: str) -> str | None:

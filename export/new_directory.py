@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,11 +42,10 @@ def new_directory(target: Path) -> Iterator[Path]:
         os.umask(umask)
         directory.chmod(0o777 & ~umask)
         _put(directory, target, replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        for path in (replaced, directory):
-            shutil.rmtree(path, ignore_errors=True)
+        _put_back(replaced, target)
+        shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
 
 
@@ -106,7 +106,12 @@ def _make(target: Path) -> tuple[Path, int]:
 
 
 def _is_own(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid()
+    """Whether `path` is a directory of this user's, and no link."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _lock(path: Path) -> int | None:
