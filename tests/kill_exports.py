@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def fill_for_ever(output: Path, exchanges: bool, ready: int) -> int:
     """Put one small artifact after the other at `output`. Each file names its artifact."""
     if not exchanges:
         new_directory.exchange = lambda first, second: False
+        rename = Path.rename
+
+        def rename_slowly(path: Path, target: Path) -> None:
+            rename(path, target)
+            time.sleep(0.001)
+
+        Path.rename = rename_slowly
     number = 0
     while True:
         with new_artifact(output) as directory:
@@ -106,7 +114,7 @@ def kill_fillings(count: int, directory: Path, seed: int, exchanges: bool) -> di
     while found["kills"] < count:
         ready, end = os.pipe()
         killed, *others = [
-            fork(lambda: fill_for_ever(output, exchanges, end), directory.parent / "log")
+            fork(partial(fill_for_ever, output, exchanges, end), directory.parent / "log")
             for _ in range(1 + found["kills"] % 2)
         ]
         os.close(end)
