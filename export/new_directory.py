@@ -14,11 +14,13 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-UNFINISHED, REPLACED = ".unfinished", ".replaced"
-LEFT = re.compile(rf"\.(.+)-[a-z0-9_]{{8}}({re.escape(UNFINISHED)}|{re.escape(REPLACED)})")
+# What is being filled, what was moved out of its way, and what is only removed: half of that may be
+# gone already.
+UNFINISHED, REPLACED, REMOVED = ".unfinished", ".replaced", ".removed"
+LEFT = re.compile(r"\.(.+)-[a-z0-9_]{8}\.(unfinished|replaced|removed)")
 # Of linux/fcntl.h and linux/fs.h.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -42,7 +44,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         os.umask(umask)
         directory.chmod(0o777 & ~umask)
         _put(directory, target, replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
     finally:
         _put_back(replaced, target)
         shutil.rmtree(directory, ignore_errors=True)
@@ -56,31 +58,51 @@ def clear(parent: Path) -> None:
     # Who may write to a directory need not be allowed to list it.
     except PermissionError:
         return
-    # What was moved away comes first: the lock on what should have replaced it is looked at.
-    for path in sorted(paths):
-        lock = None
+    # What was moved away comes first: the lock on what should have replaced it is looked at. If two
+    # processes were killed, the newest is put back.
+    for path in sorted(paths, key=_last_moved, reverse=True):
         if path.suffix == REPLACED:
             filling = path.with_suffix(UNFINISHED)
-            if filling.exists() and (lock := _lock(filling)) is None:
-                continue
-            _put_back(path, parent / LEFT.fullmatch(path.name)[1])
-        elif (lock := _lock(path)) is not None:
+            lock = _lock(filling)
+            if lock is not None or not filling.exists():
+                _put_back(path, parent / LEFT.fullmatch(path.name)[1])
+            if lock is not None:
+                os.close(lock)
+    for path in paths:
+        if path.suffix != REPLACED and (lock := _lock(path)) is not None:
             shutil.rmtree(path, ignore_errors=True)
-        if lock is not None:
             os.close(lock)
 
 
+def _last_moved(path: Path) -> int:
+    try:
+        return path.lstat().st_ctime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def _put_back(replaced: Path, target: Path) -> None:
+    """Move `replaced` to where it was, or remove it if that is taken."""
     if not _is_own(replaced):
         return
-    if not os.path.lexists(target):
-        try:
+    try:
+        if not os.path.lexists(target):
             replaced.rename(target)
-        # Another process was faster: it did the same, or its directory is there by now.
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    shutil.rmtree(replaced, ignore_errors=True)
+            return
+    # Another process was faster: it did the same, or its directory is there by now.
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    _remove(replaced)
+
+
+def _remove(replaced: Path) -> None:
+    """Remove what was replaced. Nobody may put back a part of it."""
+    removed = replaced.with_suffix(REMOVED)
+    # It is gone, or what an earlier process could not remove is in the way.
+    with suppress(OSError):
+        replaced.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _make(target: Path) -> tuple[Path, int]:
@@ -145,7 +167,7 @@ def _put(directory: Path, target: Path, replaced: Path) -> None:
             if exchange(directory, target):
                 return
             # What an earlier turn moved away is older than what is there now.
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
             target.rename(replaced)
         # Another process has just moved the target away.
         except FileNotFoundError:
