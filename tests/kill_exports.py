@@ -231,6 +231,7 @@ def kill_exports(exports: Exports, count: int, seed: int) -> dict[str, int]:
         # An export that came so far as to make its own directory has removed the one before it.
         require(len(beside) <= 1, f"kill {i}: left {beside}")
         found["left something"] += bool(beside - left)
+        print(f"kill {i}: {dict(found)}", file=sys.stderr)
     require(wait(exports.start("new", output)) == 0, exports.log.read_text())
     require(digest(output) == exports.whole["new"], "the last export is not whole")
     require(not left_beside(output), f"the last export leaves {left_beside(output)}")
@@ -290,6 +291,7 @@ def starve(exports: Exports, count: int, seed: int) -> dict[str, int]:
         require(len(lines) == 1 and any(reason in lines[0] for reason in reasons), "\n".join(lines))
         found["starved"] += 1
         found["by a full disk" if status == 2 else "by a limit of a file's size"] += 1
+        print(f"starved {i}: {lines[0]}", file=sys.stderr)
     return dict(found)
 
 
@@ -315,6 +317,7 @@ def run_pairs(exports: Exports, count: int, seed: int) -> dict[str, int]:
         require(len(left_beside(output)) <= (statuses["old"] != 0), f"{left_beside(output)}")
         found["pairs"] += 1
         found[f"won by {'first' if names[digest(output)] == 'old' else 'second'}"] += 1
+        print(f"pair {i}: {dict(found)}", file=sys.stderr)
     return dict(found)
 
 
@@ -339,9 +342,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.kills or options.starve or options.pairs:
             os.environ.setdefault("TOKENLOOP_CACHE", str(work / "cache"))
             exports = Exports(work)
-            results["exports"] = kill_exports(exports, options.kills, options.seed)
-            results["starved"] = starve(exports, options.starve, options.seed)
             results["pairs"] = run_pairs(exports, options.pairs, options.seed)
+            results["starved"] = starve(exports, options.starve, options.seed)
+            results["exports"] = kill_exports(exports, options.kills, options.seed)
     results["seconds"] = round(time.perf_counter() - start)
     print(json.dumps(results))
     if options.json:
