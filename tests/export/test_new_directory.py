@@ -135,6 +135,31 @@ def test_what_a_living_process_moved_away_is_not_put_back(tmp_path, monkeypatch)
     assert texts(tmp_path / "artifact") == {"new"}
 
 
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError(28, "disk full")])
+def test_an_exception_keeps_what_was_there(way, tmp_path, failure):
+    fill(leave(tmp_path, "artifact"), "old")
+    with (
+        pytest.raises((ValueError, KeyboardInterrupt)),
+        artifact.new_artifact(tmp_path / "artifact") as directory,
+    ):
+        fill(directory, "new")
+        raise failure
+    assert texts(tmp_path / "artifact") == {"old"}
+    assert names(tmp_path) == ["artifact"]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_followed_and_stays_a_link(way, tmp_path, exists):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    if exists:
+        fill(leave(tmp_path, "real"), "old")
+    with artifact.new_artifact(tmp_path / "link") as directory:
+        fill(directory, "new")
+    assert (tmp_path / "link").is_symlink()
+    assert texts(tmp_path / "real") == {"new"}
+    assert names(tmp_path) == ["link", "real"]
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
 def test_a_failure_of_the_last_step_keeps_what_was_there(way, tmp_path, monkeypatch, code):
     fill(leave(tmp_path, "artifact"), "old")
