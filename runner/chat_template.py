@@ -82,7 +82,7 @@ class ChatTemplate:
             timer.cancel()
             if not answer.endswith(b"\n"):
                 self._process = None
-                _end(process)
+                self._finish()
         if answer.endswith(b"\n"):
             return json.loads(answer)
         if process.returncode == -signal.SIGPROF:
@@ -109,7 +109,7 @@ class ChatTemplate:
         except OSError as error:
             raise self._refusal(f"no process to render it ({error.strerror})") from error
         self._owner = getpid()
-        weakref.finalize(self, _end, self._process)
+        self._finish = weakref.finalize(self, _end, self._process)
         # Asking it finds whether it has ended.
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(setup).encode() + b"\n")
