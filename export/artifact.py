@@ -2,8 +2,7 @@
 
 import json
 import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tokenloop.export.errors import ExportError
+from tokenloop.export.new_directory import new_directory
 
 # Raised when the runner of an older tokenloop could no longer drive the artifact.
 FORMAT_VERSION = 3
@@ -39,42 +39,48 @@ class SmallWrites:
 
 @contextmanager
 def new_artifact(output: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `output` at the end. Nothing is left after an exception.
+    """A directory to fill, which becomes `output` at the end. Nothing is left after an exception,
+    and what is left after being killed goes with the next export to the same parent directory.
 
     An artifact that stands at `output` is replaced only at the end. A link is followed. Errors:
     ExportError where `output` cannot be written, or holds something that is not an artifact.
     """
-    target = output.resolve()
-    if output.exists() and not (output.is_dir() and (output / MANIFEST).is_file()):
-        empty = output.is_dir() and not any(output.iterdir())
-        if not empty:
-            raise ExportError(f"{output} exists and is not an artifact; choose another --output")
     try:
+        check_replaceable(output)
+        target = output.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {output}: {error.strerror}; choose a writable --output"
-        ) from error
-    replaced = directory.with_name(f"{directory.name}-replaced")
-    try:
-        yield directory
-        # mkdtemp keeps other users out. An artifact is as readable as any new directory.
-        umask = os.umask(0)
-        os.umask(umask)
-        directory.chmod(0o777 & ~umask)
-        if target.exists():
-            target.rename(replaced)
-        directory.rename(target)
+        with new_directory(target) as directory:
+            yield directory
+            # Somebody may have put something there in the meantime.
+            check_replaceable(target)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise ExportError(f"cannot write {output}: {error.strerror}") from error
-    finally:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)
+        raise ExportError(
+            f"cannot write {output}: {error.strerror}; choose a writable --output with enough space"
+        ) from error
+
+
+def check_replaceable(output: Path) -> None:
+    """Errors: ExportError if something is at `output` and is neither an artifact nor an empty
+    directory; OSError if that cannot be found out."""
+    while True:
+        try:
+            found = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return
+        try:
+            directory = stat.S_ISDIR(os.fstat(found).st_mode)
+            names = os.listdir(found) if directory else [output.name]
+            if not names or directory and MANIFEST in names:
+                return
+            # Another export may have replaced it, and be removing what was listed.
+            if output.exists() and os.path.samestat(os.fstat(found), output.stat()):
+                raise ExportError(
+                    f"{output} exists and is not an artifact; choose another --output"
+                )
+        finally:
+            os.close(found)
 
 
 def installed_version(package: str) -> str | None:

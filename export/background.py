@@ -6,8 +6,9 @@ Python traces on one core. Tracing `sample` alone would take a fifth of the whol
 import gc
 import logging
 import multiprocessing
-import pickle
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,15 @@ from tokenloop.export import build_cache
 class Background:
     """A function's result, which an earlier export kept or another process computes from now on."""
 
-    def __init__(self, what: str, function: Callable, *arguments: Any, processor: str = ""):
-        """`what` names the failed part in the error of `result`. `function` is defined in a module,
-        and its result can be pickled. Compiled code is kept for one `processor`."""
+    def __init__(
+        self, what: str, function: Callable[..., build_cache.Files], *arguments: Any,
+        processor: str = "",
+    ):  # fmt: skip
+        """`what` names the failed part in the error of `result`. `function` is defined in a module.
+        Compiled code is kept for one `processor`."""
         self._what = what
         file = build_cache.place(function, arguments, processor)
-        self._kept = file.read_bytes() if file is not None and file.exists() else None
+        self._kept = build_cache.kept(file)
         if self._kept is not None:
             return
         context = multiprocessing.get_context("spawn")
@@ -41,7 +45,7 @@ class Background:
     def result(self) -> Any:
         """Wait for the result. Raises RuntimeError if the other process failed, which wrote why."""
         try:
-            return pickle.loads(self._kept or self._results.recv_bytes())
+            return build_cache.unpack(self._kept or self._results.recv_bytes())
         except EOFError:
             raise RuntimeError(f"{self._what} could not be exported") from None
 
@@ -69,7 +73,14 @@ def collect_seldom() -> None:
 def _send(results, function: Callable, arguments: tuple, file: Path | None) -> None:
     # An interrupt is for the process that the user sees.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     collect_seldom()
     results.send_bytes(build_cache.result_of(function, arguments, file))
+
+
+def _end_with_parent() -> None:
+    # A killed parent cannot end its daemons.
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from tokenloop.export.errors import ExportError
 
 
 def tensors_of(
@@ -53,9 +56,14 @@ def entries(tensors: dict[str, Tensor]) -> list[dict]:
 
 
 def write_weights(tensors: dict[str, Tensor], directory: Path, random: bool) -> dict:
-    """Write model.safetensors, unless the weights are `random`, and return the manifest's entry."""
+    """Write model.safetensors, unless the weights are `random`, and return the manifest's entry.
+    Errors: ExportError if it cannot be written."""
     if random:
         return {"random": entries(tensors)}
     path = directory / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    # It has no other exception for a full disk, whose reason it tells.
+    except SafetensorError as error:
+        raise ExportError(f"cannot write {path.name}: {error}") from error
     return {"file": path.name, "bytes": path.stat().st_size}

@@ -3,17 +3,17 @@
 Ids become text through bytes: each id has its bytes, and one incremental UTF-8 decoder turns the
 bytes of all ids into text. `decode` and the stream are that same decoder, so they cannot disagree.
 
-Knows nothing about models, logits or tensors. sentencepiece, tokenizers and jinja2 are imported
-only when an artifact needs them: together they would cost more than loading the vocabulary.
+Knows nothing about models, logits or tensors. sentencepiece and tokenizers are imported only when
+an artifact needs them: together they would cost more than loading the vocabulary.
 """
 
 import codecs
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
+from tokenloop.runner.chat_template import ChatTemplate
 from tokenloop.runner.errors import RunnerError
 
 ENTRY_KEYS = (
@@ -64,11 +64,10 @@ class Tokenizer:
         self._special_tokens = {key: entry[key] or "" for key in ("bos_token", "eos_token")}
         # An end token need not be a control token of the vocabulary, but it is never shown.
         self._hidden = frozenset(self.eos_token_ids + [self.bos_token_id])
-        self._template_path = None
-        if entry["chat_template"] is not None:
-            self._template_path = Path(directory) / entry["chat_template"]
-            self._template_source = _read(self._template_path)
         self._template = None
+        if entry["chat_template"] is not None:
+            template_path = Path(directory) / entry["chat_template"]
+            self._template = ChatTemplate(template_path, _read(template_path))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with bos in front where the model wants it, but never twice.
@@ -107,31 +106,21 @@ class Tokenizer:
     def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """Return the conversation `messages` ({"role": ..., "content": ...}) as one prompt text.
 
-        The environment is that of transformers (utils/chat_template_utils.py): sandboxed, for a
-        template comes from whoever published the checkpoint.
-
         Raises:
-            RunnerError: there is no template, it is broken, or it refuses the messages.
+            RunnerError: there is no template, it is broken, it refuses the messages, or it takes
+                more time or memory than it may (see chat_template.py).
         """
-        if self._template_path is None:
+        if self._template is None:
             raise RunnerError(
                 "this artifact has no chat template (a base model?): run without --chat"
             )
-        try:
-            if self._template is None:
-                self._template = _compile_template(self._template_source)
-            # Templates ask `tools is not none`, which an undefined name would answer with yes.
-            return self._template.render(
-                messages=messages, tools=None, documents=None,
-                add_generation_prompt=add_generation_prompt, **self._special_tokens,
-            )  # fmt: skip
-        # A template is a program of someone else's: it can raise anything.
-        except Exception as error:
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise RunnerError(
-                f"{self._template_path}: {reason}: mend the template or the messages, "
-                "or run without --chat"
-            ) from error
+        # Templates ask `tools is not none`, which an undefined name would answer with yes.
+        return self._template.render(
+            {
+                "messages": messages, "tools": None, "documents": None,
+                "add_generation_prompt": add_generation_prompt, **self._special_tokens,
+            }
+        )  # fmt: skip
 
 
 class StreamDecoder:
@@ -301,32 +290,6 @@ class _TokenizerJson:
         if self._strips_one and at_start:
             return data.removeprefix(b" "), not data
         return data, at_start and not data
-
-
-def _compile_template(source: bytes):
-    """Return `source` as a jinja2 template, with the names and filters transformers gives it."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # jinja2's own filter escapes for HTML.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-            sort_keys=sort_keys,
-        )  # fmt: skip
-
-    def strftime_now(format):
-        return datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment.from_string(source.decode())
 
 
 def _read(path: Path) -> bytes:

@@ -1,6 +1,8 @@
 """The AOTInductor package: every method compiled for the CPU, without weights and state."""
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +53,8 @@ def write_package(
     progress("compiling the selection methods")
     files |= selection.result()
     progress("writing")
-    with TemporaryDirectory() as directory:
+    # What a killed export leaves here goes with its artifact.
+    with TemporaryDirectory(dir=path.parent) as directory:
         paths = {}
         for method, contents in files.items():
             # The loader of torch 2.11 takes all files whose path begins with a method's name, so
@@ -61,8 +64,26 @@ def write_package(
             paths[folder.name] = [str(folder / name) for name in contents]
             for name, content in contents.items():
                 (folder / name).write_bytes(content)
-        package_aoti(str(path), paths)
+        write_archive(path, paths, Path(directory))
     return sorted(files)
+
+
+def write_archive(path: Path, methods: dict[str, list[str]], directory: Path) -> None:
+    """Write the .pt2 of each method's files. Errors: OSError, of a full disk among others.
+
+    Torch's writer ends the process where a disk is full. So it writes to memory, on Linux, through
+    a link in `directory` that has the file's name, for that is in the file.
+    """
+    if not hasattr(os, "memfd_create"):
+        package_aoti(str(path), methods)
+        return
+    memory = os.memfd_create(path.name)
+    with open(memory, "rb") as written:
+        link = directory / path.name
+        link.symlink_to(f"/proc/self/fd/{memory}")
+        package_aoti(str(link), methods)
+        with path.open("wb") as file:
+            shutil.copyfileobj(written, file)
 
 
 def compile_selection(

@@ -27,17 +27,24 @@ class SelectionExport(Background):
     def __init__(self, batch: int, vocab_size: int, backend: str):
         super().__init__("the selection methods", _export_selection, batch, vocab_size, backend)
 
+    def result(self) -> "Program":
+        # The import takes seconds, and is needed later anyway.
+        from tokenloop.export.pte.program_json import from_json
 
-def _export_selection(batch: int, vocab_size: int, backend: str) -> "Program":
+        return from_json(super().result()["program.json"])
+
+
+def _export_selection(batch: int, vocab_size: int, backend: str) -> dict[str, bytes]:
     import torch
 
     torch.set_num_threads(1)
+    from tokenloop.export.pte.program_json import to_json
     from tokenloop.export.pte.pte_program import to_program
     from tokenloop.export.pte.selection import selection_methods
 
     methods = selection_methods(batch, vocab_size, delegates=backend == "xnnpack")
     program = to_program(methods, {}, backend == "xnnpack", lambda what: None)
-    return program.executorch_program
+    return {"program.json": to_json(program.executorch_program)}
 
 
 class PteArtifact:

@@ -1,6 +1,6 @@
 """What exports keep between them: computed once, and again where anything it comes from differs."""
 
-import pickle
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def compute():
 
     def compute(*arguments):
         compute.calls.append(arguments)
-        return {"bytes": b"\0" * 100, "arguments": arguments}
+        return {"bytes": b"\0" * 100, "of": {"arguments": repr(arguments).encode()}}
 
     compute.calls = []
     return compute
@@ -35,7 +35,11 @@ def compute():
 
 def result_of(function, *arguments, processor=""):
     file = build_cache.place(function, arguments, processor)
-    return pickle.loads(build_cache.result_of(function, arguments, file))
+    return build_cache.unpack(build_cache.result_of(function, arguments, file))
+
+
+def result(*arguments) -> dict:
+    return {"bytes": b"\0" * 100, "of": {"arguments": repr(arguments).encode()}}
 
 
 def test_without_a_directory_nothing_is_kept(compute, monkeypatch):
@@ -44,14 +48,14 @@ def test_without_a_directory_nothing_is_kept(compute, monkeypatch):
         if value is not None:
             monkeypatch.setenv("TOKENLOOP_CACHE", value)
         assert build_cache.place(compute, (1,), "") is None
-        assert result_of(compute, 1) == {"bytes": b"\0" * 100, "arguments": (1,)}
+        assert result_of(compute, 1) == result(1)
     assert compute.calls == [(1,), (1,)]
 
 
 def test_a_result_is_computed_once(sources, compute):
     results = [result_of(compute, 1, "cpu") for _ in range(3)]
     assert compute.calls == [(1, "cpu")]
-    assert results == [{"bytes": b"\0" * 100, "arguments": (1, "cpu")}] * 3
+    assert results == [result(1, "cpu")] * 3
 
 
 @pytest.mark.parametrize("changed", build_cache.SOURCES)
@@ -91,10 +95,10 @@ def test_a_full_disk_keeps_nothing_and_harms_nothing(sources, compute, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", fail)
-        assert result_of(compute, 1) == {"bytes": b"\0" * 100, "arguments": (1,)}
+        assert result_of(compute, 1) == result(1)
     file = build_cache.place(compute, (1,), "")
-    assert not list(file.parent.glob("*.pickle")) + list(file.parent.glob("*.tmp"))
-    assert result_of(compute, 1) == {"bytes": b"\0" * 100, "arguments": (1,)}
+    assert not list(file.parent.glob("*.zip")) + list(file.parent.glob("*.tmp"))
+    assert result_of(compute, 1) == result(1)
     assert len(compute.calls) == 2
 
 
@@ -103,3 +107,84 @@ def test_a_directory_that_cannot_be_is_named(compute, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENLOOP_CACHE", str(tmp_path / "file"))
     with pytest.raises(ExportError, match=f"TOKENLOOP_CACHE: cannot make {tmp_path}/file: "):
         build_cache.place(compute, (1,), "")
+
+
+def the_file(compute) -> Path:
+    """What is kept of compute(1)."""
+    result_of(compute, 1)
+    (file,) = build_cache.place(compute, (1,), "").parent.glob("*.zip")
+    return file
+
+
+def test_what_is_kept_is_the_users_alone(sources, compute):
+    old = os.umask(0)
+    try:
+        file = the_file(compute)
+    finally:
+        os.umask(old)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_a_directory_that_others_may_write_is_not_used(sources, compute, capsys, mode):
+    directory = the_file(compute).parent
+    directory.chmod(mode)
+    assert result_of(compute, 1) == result(1)
+    assert len(compute.calls) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"TOKENLOOP_CACHE: {directory} may be written by others (mode {mode:o}; try chmod go-w): "
+        "it is not used\n"
+    )
+
+
+@pytest.mark.parametrize("place", ["directory", "file"])
+def test_what_belongs_to_another_is_not_read(sources, compute, capsys, monkeypatch, place):
+    file = the_file(compute)
+    other = file if place == "file" else file.parent
+    lstat = Path.lstat
+
+    def others(self):
+        status = lstat(self)
+        if self != other:
+            return status
+        return os.stat_result([*status[:4], status.st_uid + 1, *status[5:]])
+
+    monkeypatch.setattr(Path, "lstat", others)
+    assert result_of(compute, 1) == result(1)
+    assert len(compute.calls) == 2
+    user, end = os.geteuid(), "made again" if place == "file" else "not used"
+    line = f"TOKENLOOP_CACHE: {other} belongs to user {user + 1}, not to {user}: it is {end}\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "empty", "link", "writable", "pickle"])
+def test_a_file_that_is_not_as_it_was_kept_is_made_again(sources, compute, capsys, tmp_path, harm):
+    file = the_file(compute)
+    data = file.read_bytes()
+    if harm == "flipped":
+        file.write_bytes(data[:-30] + bytes([data[-30] ^ 1]) + data[-29:])
+    elif harm in ("cut", "empty"):
+        file.write_bytes(data[: 50 if harm == "cut" else 0])
+    elif harm == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    elif harm == "writable":
+        file.chmod(0o622)
+    else:
+        # It would end the process if it were read as one.
+        file.write_bytes(b"cposix\n_exit\n(I7\ntR.")
+    assert result_of(compute, 1) == result(1)
+    assert len(compute.calls) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"TOKENLOOP_CACHE: {file} ") and error.endswith("it is made again\n")
+    assert file.read_bytes() == data and not file.is_symlink()
+    assert result_of(compute, 1) == result(1)
+    assert len(compute.calls) == 2
+
+
+def test_what_is_kept_comes_back_as_it_was():
+    files = {"a": b"", "b": {"c": b"1" * 1000, "d.so": b"\x7fELF"}, "ü": b"x"}
+    assert build_cache.unpack(build_cache.pack(files)) == files
+    assert build_cache.pack(files) == build_cache.pack(files)

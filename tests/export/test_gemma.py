@@ -225,64 +225,6 @@ def test_an_interrupted_export_leaves_what_was_there(tiny_artifact, checkpoint, 
     assert contents(tmp_path) == before
 
 
-# new_artifact without an export
-
-
-def test_an_artifact_replaces_the_one_before_it(tmp_path):
-    for text in ("old", "new"):
-        with artifact.new_artifact(tmp_path / "artifact") as directory:
-            (directory / "manifest.json").write_text(text)
-            (directory / text).write_text(text)
-    assert list(contents(tmp_path)) == ["artifact", "artifact/manifest.json", "artifact/new"]
-
-
-@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError(28, "disk full")])
-def test_an_exception_leaves_the_artifact_that_was_there(tmp_path, failure):
-    (tmp_path / "artifact").mkdir()
-    (tmp_path / "artifact/manifest.json").write_text("old")
-    before = contents(tmp_path)
-    with (
-        pytest.raises((ValueError, KeyboardInterrupt)),
-        artifact.new_artifact(tmp_path / "artifact") as directory,
-    ):
-        (directory / "manifest.json").write_text("new")
-        raise failure
-    assert contents(tmp_path) == before
-
-
-def test_a_failure_of_the_last_step_keeps_the_artifact_that_was_there(tmp_path, monkeypatch):
-    (tmp_path / "artifact").mkdir()
-    (tmp_path / "artifact/manifest.json").write_text("old")
-    before = contents(tmp_path)
-    rename = Path.rename
-
-    def fail(self, target):
-        if (self / "manifest.json").read_text() == "new":
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with (
-        pytest.raises(artifact.ExportError, match="Input/output error"),
-        artifact.new_artifact(tmp_path / "artifact") as directory,
-    ):
-        (directory / "manifest.json").write_text("new")
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_link_is_followed_and_stays_a_link(tmp_path, exists):
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    if exists:
-        (tmp_path / "real").mkdir()
-        (tmp_path / "real/manifest.json").write_text("old")
-    with artifact.new_artifact(tmp_path / "link") as directory:
-        (directory / "manifest.json").write_text("new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real/manifest.json").read_text() == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
-
-
 # What is written
 
 

@@ -1,14 +1,20 @@
 """How a package's methods are compiled."""
 
+import errno
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+from torch._inductor.package import package_aoti
 
+from tokenloop.export.errors import ExportError
 from tokenloop.export.pt2 import package as pt2
+from tokenloop.export.tensors import write_weights
 
 
 def test_the_same_code_is_compiled_by_one_export_at_a_time(monkeypatch, tmp_path):
@@ -34,3 +40,39 @@ def test_the_same_code_is_compiled_by_one_export_at_a_time(monkeypatch, tmp_path
         compiled = list(pool.map(lambda _: pt2.compile_graph(graph, ()), range(3)))
     assert compiled == [{"c0.wrapper.so": b"compiled", "c0.wrapper.cpp": b""}] * 3
     assert len(places) == 3 and len(set(places)) == 1
+
+
+def files_of_a_method(directory: Path) -> dict[str, list[str]]:
+    names = "c0.wrapper.so", "c0.wrapper_metadata.json", "c0.wrapper.cpp"
+    for name in names:
+        (directory / name).write_bytes(b"{}" if name.endswith("json") else bytes(100_000))
+    return {"decode-": [str(directory / name) for name in names]}
+
+
+def test_an_archive_is_written_as_torch_writes_it(tmp_path):
+    (tmp_path / "files").mkdir()
+    methods = files_of_a_method(tmp_path / "files")
+    pt2.write_archive(tmp_path / "model.pt2", methods, tmp_path / "files")
+    (tmp_path / "torchs").mkdir()
+    package_aoti(str(tmp_path / "torchs" / "model.pt2"), methods)
+    assert (tmp_path / "model.pt2").read_bytes() == (tmp_path / "torchs/model.pt2").read_bytes()
+
+
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "model.pt2").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        methods = files_of_a_method(tmp_path / "files")
+        pt2.write_archive(tmp_path / "model.pt2", methods, tmp_path / "files")
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_a_disk_that_is_too_full_for_the_weights_is_a_users_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ExportError, match="cannot write model.safetensors: .*too large") as e:
+            write_weights({"weight": torch.zeros(100_000)}, tmp_path, random=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(e.value)

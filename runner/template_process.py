@@ -1,0 +1,101 @@
+"""Renders a chat template in a process of its own, whose time, memory and files are limited.
+
+runner/chat_template.py runs this file and talks to it in lines of JSON. A template is a program of
+someone else's: whatever it does ends with this process. Imports nothing of tokenloop.
+"""
+
+import codecs
+import json
+import resource
+import signal
+import sys
+import time
+from datetime import datetime
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.buffer.readline())
+    sys.path[:] = setup["path"]
+    import_all()
+    # Nothing is opened, written or started from here on.
+    for name, most in (("AS", setup["memory"]), ("NOFILE", 3), ("FSIZE", 0), ("NPROC", 0)):
+        limit(getattr(resource, f"RLIMIT_{name}"), most)
+    limit(resource.RLIMIT_CORE, 0)
+    template = None
+    for line in sys.stdin.buffer:
+        # The signal at its end, in time of the processor, ends the process.
+        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
+        try:
+            template = template or compile_template(setup["source"])
+            answer = {"text": render(template, json.loads(line), setup["characters"])}
+        except MemoryError:
+            answer = {"error": f"it takes more than {setup['memory'] >> 20} MB of memory"}
+        # A template can raise anything.
+        except Exception as error:
+            answer = {"error": str(error) or type(error).__name__}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def import_all() -> None:
+    """Import what jinja2 imports only when a template needs it."""
+    import pprint  # noqa: F401
+    import textwrap  # noqa: F401
+    import unicodedata  # noqa: F401
+
+    import jinja2.constants
+    import jinja2.debug
+    import jinja2.ext
+    import jinja2.sandbox  # noqa: F401
+
+    codecs.lookup("unicode-escape")
+    time.localtime()
+
+
+def limit(kind: int, most: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    resource.setrlimit(kind, (most, most))
+
+
+def render(template, context: dict, characters: int) -> str:
+    pieces, length = [], 0
+    for piece in template.generate(**context):
+        pieces.append(piece)
+        length += len(piece)
+        if length > characters:
+            raise ValueError(f"its text has more than {characters} characters")
+    return "".join(pieces)
+
+
+def compile_template(source: str):
+    """`source` as a jinja2 template, with the names and filters that transformers gives it
+    (utils/chat_template_utils.py)."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        # jinja2's own filter escapes for HTML.
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+            sort_keys=sort_keys,
+        )  # fmt: skip
+
+    def strftime_now(format):
+        return datetime.now().strftime(format)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment.from_string(source)
+
+
+if __name__ == "__main__":
+    main()
