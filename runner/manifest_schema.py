@@ -85,11 +85,11 @@ NAME = Rule("a name", is_name)
 FLAG = Rule("true or false", lambda x: isinstance(x, bool))
 FILE = Rule(PLAIN_NAME, is_plain_name)
 SHA256 = Rule("a sha256 of 64 hexadecimal digits", is_sha256)
-SIZES = up_to_8(integer(0, MAX_INT))
+STEP = integer(0, MAX_BYTES)
+SIZES = up_to_8(STEP)
 TENSOR = {"name": NAME, "shape": SIZES, "dtype": one_of(*DTYPE_BYTES)}
 TOKEN = integer(0, MAX_INT)
-STEP = integer(0, MAX_BYTES)
-VIEWS = Named({"of": NAME, "offset": STEP, "shape": SIZES, "stride": up_to_8(STEP)})
+VIEWS = Named({"of": NAME, "offset": STEP, "shape": SIZES, "stride": SIZES})
 
 # A list with one rule is a list of any length.
 COMMON = {
