@@ -31,6 +31,13 @@ class Fault(ValueError):
     """A value that is not what it must be, in words."""
 
 
+class Missing:
+    """What stands for the value of a key that is not there."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
 class Rule(NamedTuple):
     """What a value must be, in words, and whether it is."""
 
@@ -80,6 +87,7 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and value != "" and value.isprintable()
 
 
+MISSING = Missing()
 TEXT = Rule("a string", lambda x: isinstance(x, str))
 NAME = Rule("a name", is_name)
 FLAG = Rule("true or false", lambda x: isinstance(x, bool))
@@ -145,11 +153,11 @@ NEEDED_METHODS = {
 
 def check_manifest(manifest: dict[str, Any]) -> None:
     """Errors: Fault for the first value that is not what it must be."""
-    _check("engine", manifest.get("engine"), COMMON["engine"])
+    _check("engine", manifest.get("engine", MISSING), COMMON["engine"])
     own = OF_ENGINE[manifest["engine"]]
     _check("", manifest, COMMON | own | {"versions": COMMON["versions"]})
     for name, rule in own.get("versions", {}).items():
-        _check(f"versions.{name}", manifest["versions"].get(name), rule)
+        _check(f"versions.{name}", manifest["versions"].get(name, MISSING), rule)
     _check("backend", manifest["backend"], one_of(*BACKENDS[manifest["engine"]]))
     _check_tokens(manifest)
     _check_methods(manifest)
@@ -200,7 +208,7 @@ def _check(where: str, value: Any, rule: Any) -> None:
                 raise _fault(f"a key of {where or 'the manifest'}", name, f"one of {_list(rule)}")
         for name, item in rule.items():
             if not isinstance(item, Maybe):
-                _check(prefix + name, value.get(name), item)
+                _check(prefix + name, value.get(name, MISSING), item)
             elif name in value:
                 _check(prefix + name, value[name], item.rule)
 

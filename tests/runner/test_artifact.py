@@ -136,11 +136,11 @@ WRONG = {
     "weights.file": OUTSIDE,
     "tokenizer": [None, [], "tokenizer.json"],
     "tokenizer.file": [*OUTSIDE, "tokenizer.txt", "../tokenizer.json"],
-    "tokenizer.chat_template": [*OUTSIDE[:-1], 0],
-    "tokenizer.bos_token_id": [None, "2", True, -1, 259, [2]],
+    "tokenizer.chat_template": [..., *OUTSIDE[:-1]],
+    "tokenizer.bos_token_id": [..., None, "2", True, -1, 259, [2]],
     "tokenizer.eos_token_ids": [..., None, 1, [None], [True], [[1]], ["1"], [1.5], [259], [-1]],
     "tokenizer.add_bos": [None, 1, "yes"],
-    "tokenizer.bos_token": [2, ["<bos>"]],
+    "tokenizer.bos_token": [..., 2, ["<bos>"]],
     "versions": [[], {"torch": 2}, {"": None}],
     "checkpoint": [None, {"file": "x"}, {"file": "x", "sha256": "0"}],
     "sha256": [..., 3, "0" * 63],
@@ -176,7 +176,7 @@ def test_an_object_nested_without_end_is_refused_in_one_line(altered, refuses):
         path.write_text(text)
         refuses("copy/manifest.json")
     path.write_text('{"format": 4, "engine": ' + "[" * 900 + "]" * 900 + "}")
-    refuses("copy/manifest.json: engine is [[...]]; it must be executorch, inductor or launches")
+    refuses("copy/manifest.json: engine is [[[...]]]; it must be executorch, inductor or launches")
 
 
 @pytest.mark.parametrize("text", ['{"format": 4, "format": 4}', '{"format": NaN}'])
