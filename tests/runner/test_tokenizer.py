@@ -528,7 +528,7 @@ def test_a_decoder_without_bytes_per_id_is_refused(tmp_path, decoder):
 
 def with_template(case, directory, template):
     path = case.directory / case.entry["file"]
-    (directory / path.name).symlink_to(path)
+    (directory / path.name).hardlink_to(path)
     (directory / "chat_template.jinja").write_text(template)
     return Tokenizer(directory, case.entry | {"chat_template": "chat_template.jinja"})
 
