@@ -123,7 +123,7 @@ def check(
 
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFLNK: "a link to itself"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
+    return kinds.get(stat.S_IFMT(mode), "a device or socket")
 
 
 def _identity(file: BinaryIO) -> Identity:
