@@ -202,9 +202,10 @@ def benchmark(options: argparse.Namespace, directory: Path) -> dict:
     bandwidth = limit["bandwidth_gb_s"]
     print(f"bandwidth   {bandwidth:.1f} GB/s, plain reads of 1 GiB by {THREADS} threads")
     read_mb = weights[ours.name]
+    program_mb = manifest["files"][manifest["program"]["file"]]["bytes"] / 1e6
     print(f"ceiling     {bandwidth * 1e3 / read_mb:.0f} tok/s of decoding; each token reads")
     print(f"            {read_mb:.0f} MB: the linear layers of the program's")
-    print(f"            {manifest['program']['bytes'] / 1e6:.0f} MB (the KV cache comes on top)")
+    print(f"            {program_mb:.0f} MB (the KV cache comes on top)")
 
     # 2. The contenders, one round after the other.
     peers, line = llama_cpp_peers(options, manifest["max_seq_len"])

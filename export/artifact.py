@@ -1,5 +1,6 @@
 """The artifact directory: manifest.json beside the program and the tokenizer, written whole."""
 
+import hashlib
 import json
 import os
 import stat
@@ -13,7 +14,7 @@ from tokenloop.export.errors import ExportError
 from tokenloop.export.new_directory import new_directory
 
 # Raised when the runner of an older tokenloop could no longer drive the artifact.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 PACKAGES = ("tokenloop", "torch", "executorch")
 
@@ -92,11 +93,40 @@ def installed_version(package: str) -> str | None:
 
 
 def write_manifest(directory: Path, entries: dict) -> None:
-    """Write manifest.json with `entries` and with what is the same for every artifact."""
-    manifest = {
-        "format": FORMAT_VERSION,
-        **entries,
-        "versions": {name: installed_version(name) for name in PACKAGES},
-    }
+    """Write manifest.json with `entries`, with what is the same for every artifact, and with the
+    files' sizes and hashes.
+
+    Errors: ExportError for a token id that the vocabulary does not have.
+    """
+    tokenizer, vocab_size = entries["tokenizer"], entries["vocab_size"]
+    for token_id in (tokenizer["bos_token_id"], *tokenizer["eos_token_ids"]):
+        if token_id is not None and not 0 <= token_id < vocab_size:
+            raise ExportError(
+                f"the tokenizer's bos or end token is {token_id}; the network's vocabulary has the "
+                f"ids 0 to {vocab_size - 1}"
+            )
+    versions = {name: installed_version(name) for name in PACKAGES}
+    seal(directory, {"format": FORMAT_VERSION, **entries, "versions": versions})
+
+
+def seal(directory: Path, manifest: dict) -> None:
+    """Write manifest.json with `manifest`, the sizes and hashes of the files that it names, and its
+    own hash: that of its other entries as JSON without spaces, with sorted keys and in ASCII."""
+    tokenizer = manifest["tokenizer"]
+    names = [manifest["program"]["file"], manifest.get("weights", {}).get("file")]
+    names += [tokenizer["file"], tokenizer["chat_template"]]
+    files = {name: _digest(directory / name) for name in sorted(filter(None, names))}
+    manifest = manifest | {"files": files}
+    manifest.pop("sha256", None)
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}

@@ -1,43 +1,58 @@
-"""The artifact directory as the runner sees it: a manifest that has been checked."""
+"""The artifact directory as the runner sees it: a manifest and files that have been checked."""
 
+import hashlib
 import json
+import os
+import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.files import Digest, Identity, check, check_size, read_file
+from tokenloop.runner.manifest_schema import Fault, check_manifest, named_files
 
 # The one manifest format that this runner drives; export/artifact.py writes it.
-FORMAT_VERSION = 3
-KEYS = {
-    "engine": str, "backend": str, "device": str, "methods": list, "batch": int, "max_seq_len": int,
-    "max_prefill": int, "vocab_size": int, "hidden_size": int, "tokenizer": dict, "program": dict,
-}  # fmt: skip
-
-# What only some engines need.
-ENGINE_KEYS = {
-    "inductor": {"processor": str, "weights": dict, "state": list, "versions": dict},
-    "launches": {
-        "processor": str,
-        "weights": dict,
-        "state": list,
-        "waiting_kernels": list,
-        "chunk_multiple": int,
-    },
-}
+FORMAT_VERSION = 4
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact whose manifest has every entry the runner needs."""
+    """An artifact whose manifest has every entry the runner needs, and whose files have the sizes
+    that it says. `verify` says whether what native code reads is hashed before: files.check."""
 
     directory: Path
     manifest: dict
+    verify: bool | None = None
+    _checked: set[Identity] = field(default_factory=set)
 
     @property
     def program_file(self) -> Path:
+        """Where the program is, for messages."""
         return self.directory / self.manifest["program"]["file"]
+
+    def checked(self, key: str) -> Path:
+        """The path of the "program" or the "weights", for native code that opens the file next.
+        Errors: RunnerError for a file that is not what the manifest says."""
+        name = self.manifest[key]["file"]
+        return check(self.directory, name, self._digest(name), self.verify, self._checked)
+
+    def read(self, name: str) -> bytes:
+        """The contents of a file that the manifest names. Errors: as `checked`."""
+        return read_file(self.directory, name, self._digest(name))
+
+    def check_files(self) -> None:
+        """Look at every file: its size, or with `verify` its hash, too. Errors: as `checked`."""
+        for name in named_files(self.manifest).values():
+            if self.verify:
+                check(self.directory, name, self._digest(name), True, self._checked)
+            else:
+                check_size(self.directory, name, self._digest(name))
+
+    def _digest(self, name: str) -> Digest:
+        return Digest(**self.manifest["files"][name])
 
     def sampling_methods(self, present: Iterable[str], method: str, embed: bool) -> list[str]:
         """The names of `method`, which samples: for all rows, where it looks up the embeddings with
@@ -55,56 +70,65 @@ class Artifact:
         return names
 
 
-def open_artifact(directory: Path) -> Artifact:
-    """Read and check the manifest. Errors: RunnerError, one line naming what does not fit."""
+def open_artifact(directory: Path, verify: bool | None = None) -> Artifact:
+    """Read and check the manifest, and the sizes of all files. `verify` as files.check has it; true
+    hashes all files at once. Errors: RunnerError, one line naming what does not fit."""
     directory = Path(directory)
-    path = directory / "manifest.json"
-    if not directory.is_dir():
+    path = directory / MANIFEST
+    if not os.path.isdir(directory):
         raise RunnerError(
             f"{directory} is not an artifact directory; make one with: tokenloop export"
         )
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise RunnerError(f"{directory} has no manifest.json, so it is not a whole artifact")
+    manifest = _parse(path, read_file(directory, MANIFEST))
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise RunnerError(
+            f"{path} has the format {reprlib.repr(found)}, and this tokenloop runs format "
+            f"{FORMAT_VERSION}: export it again"
+        )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        check_manifest(manifest)
+    except Fault as fault:
+        raise RunnerError(f"{path}: {fault}") from None
+    if manifest["sha256"] != sha256_of(manifest):
+        raise RunnerError(
+            f"{path} is not as it was written (its own sha256 is {manifest['sha256'][:12]}..., and "
+            f"{sha256_of(manifest)[:12]}... is right): export it again"
+        )
+    artifact = Artifact(directory, manifest, verify)
+    artifact.check_files()
+    return artifact
+
+
+def sha256_of(manifest: dict[str, Any]) -> str:
+    """The hash of a manifest's entries but for "sha256" itself, however they are laid out."""
+    entries = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(entries, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    """Errors: RunnerError for what is not JSON, is nested without end, or has a key twice."""
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_number)
     except ValueError as error:
         raise RunnerError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise RunnerError(f"{path} cannot be read: {error.strerror}") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
+    except RecursionError:
         raise RunnerError(
-            f"{path} has the format {found!r}, and this tokenloop runs format {FORMAT_VERSION}: "
-            "export it again"
-        )
-    _check_types(path, manifest, KEYS)
-    _check_types(path, manifest, ENGINE_KEYS.get(manifest["engine"], {}))
-    _check_file(directory, "program", manifest["program"])
-    # Weights that are made when they are loaded have no file.
-    weights = manifest.get("weights")
-    if weights is not None and not (isinstance(weights, dict) and "random" in weights):
-        _check_file(directory, "weights", weights)
-    return Artifact(directory, manifest)
+            f"{path} is nested too deeply; it must be the manifest that an export wrote"
+        ) from None
 
 
-def _check_types(path: Path, manifest: dict, keys: dict[str, type]) -> None:
-    for key, kind in keys.items():
-        if not isinstance(manifest.get(key), kind):
-            raise RunnerError(
-                f"{path}: {key} is {manifest.get(key)!r}, but it must be of type {kind.__name__}"
-            )
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {reprlib.repr(twice)} stands there twice")
+    return found
 
 
-def _check_file(directory: Path, key: str, entry: Any) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-        raise RunnerError(
-            f"{directory / 'manifest.json'}: {key} is {entry}, but it must name a file"
-        )
-    path, size = directory / entry["file"], entry.get("bytes")
-    if not path.is_file():
-        raise RunnerError(f"{path} is missing, though the manifest names it: export it again")
-    if path.stat().st_size != size:
-        raise RunnerError(
-            f"{path} has {path.stat().st_size} bytes and should have {size}: it is "
-            "truncated or of another export; export it again"
-        )
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")

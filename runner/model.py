@@ -19,7 +19,6 @@ from tokenloop.runner.request import Request, is_integer, shown
 from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
 
-ENGINES = ("executorch", "inductor", "launches")
 # Sequences of small integers in Python's eyes, and no prompts.
 BYTES = bytes, bytearray, memoryview
 # Engines are loaded one at a time: meanwhile they change what is the whole process's, such as where
@@ -29,12 +28,12 @@ LOADING = Lock()
 
 def load_program(artifact: Artifact, threads: int | None = None) -> Program:
     """The artifact's methods in the engine that it was exported for. Errors: RunnerError for an
-    engine that is not there, and for what the engine's own constructor refuses."""
+    engine whose packages are missing, and for what the engine's own constructor refuses."""
     engine, backend = artifact.manifest["engine"], artifact.manifest["backend"]
     # ExecuTorch on a CPU needs no torch, which takes a second to import, and 200 MB.
     if engine == "executorch" and backend != "cuda":
         from tokenloop.runner.engines.executorch import ExecuTorchProgram as Engine
-    elif engine in ENGINES:
+    else:
         try:
             if engine == "executorch":
                 from tokenloop.runner.engines.executorch_cuda import (
@@ -53,11 +52,6 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Program:
             raise RunnerError(
                 f"{artifact.directory} needs {needed[engine]} ({error}): install them"
             ) from None
-    else:
-        raise RunnerError(
-            f"{artifact.directory} is for the engine {engine!r}, which this tokenloop does not "
-            f"have: {', '.join(ENGINES)} are what it has"
-        )
     return Engine(artifact, threads)
 
 
@@ -65,22 +59,26 @@ class Model:
     """A loaded artifact. `load_s` is the time that loading took; `vocab_size`, `max_seq_len`, and
     `batch`, how many sequences it can run at a time."""
 
-    def __init__(self, directory: str | Path, threads: int | None = None):
+    def __init__(
+        self, directory: str | Path, threads: int | None = None, verify: bool | None = None
+    ):
         """Load everything once. `threads` is how many compute, by default one for each processor
-        that this process may use; the models of a process share them.
+        that this process may use; the models of a process share them. The program and the weights
+        are hashed if that was not done since they were last changed; with `verify` in any case, and
+        with `verify` false never.
 
         Errors: RunnerError, one line saying what does not fit.
         """
         start = time.perf_counter()
         if threads is not None and (not is_integer(threads) or threads < 1):
             raise RunnerError(f"threads is {threads!r}; it must be an integer, at least 1")
-        artifact = open_artifact(Path(directory))
+        artifact = open_artifact(Path(directory), verify)
         manifest = artifact.manifest
         self.manifest = manifest
         self.vocab_size: int = manifest["vocab_size"]
         self.max_seq_len: int = manifest["max_seq_len"]
         self.batch: int = manifest["batch"]
-        self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"])
+        self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"], artifact.read)
         with LOADING:
             self.loop = Loop(load_program(artifact, threads))
         self.load_s = time.perf_counter() - start

@@ -54,6 +54,11 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         "--threads", type=int, metavar="N",
         help="how many threads compute (default: the processors that this process may use)",
     )  # fmt: skip
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=None,
+        help="hash every file before it is read, or neither program nor weights (default: those "
+        "that were not hashed since they were last changed)",
+    )  # fmt: skip
     choice = parser.add_argument_group("how tokens are chosen")
     choice.add_argument(
         "--temperature", type=float, default=Request.temperature, metavar="T",
@@ -154,7 +159,7 @@ def run(options: argparse.Namespace) -> int:
     if options.compare and len(requests) > 1:
         raise RunnerError(f"--compare takes one prompt, and {len(requests)} are given")
     with process.InterruptsRaised() as interrupts:
-        model = Model(options.artifact, options.threads)
+        model = Model(options.artifact, options.threads, options.verify)
         interrupts.check()
         if options.compare:
             from tokenloop.runner.compare import compare

@@ -10,11 +10,13 @@ an artifact needs them: together they would cost more than loading the vocabular
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tokenloop.runner.chat_template import ChatTemplate
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.files import read_file
 
 ENTRY_KEYS = (
     "file", "bos_token_id", "eos_token_ids", "add_bos", "bos_token", "eos_token", "chat_template",
@@ -30,13 +32,14 @@ class Tokenizer:
         entry: the "tokenizer" object of its manifest, with the keys `ENTRY_KEYS`. `file` is
             "tokenizer.model" (SentencePiece) or "tokenizer.json" (Hugging Face tokenizers),
             `chat_template` the name of a jinja2 file or None.
+        read: gives the contents of the artifact's file of a name, checked; by default as it is.
 
     Raises:
         RunnerError: a key or a file is missing, or the tokenizer file is broken or of a kind
             whose ids have no bytes of their own (see `_TokenizerJson`).
     """
 
-    def __init__(self, directory: Path, entry: dict):
+    def __init__(self, directory: Path, entry: dict, read: Callable[[str], bytes] | None = None):
         missing = [key for key in ENTRY_KEYS if key not in entry]
         if missing:
             raise RunnerError(
@@ -49,10 +52,12 @@ class Tokenizer:
                 "one of the two must change"
             )
         path = Path(directory) / entry["file"]
+        if read is None:
+            read = partial(read_file, Path(directory))
         if path.suffix == ".model":
-            self._vocabulary = _SentencePiece(path)
+            self._vocabulary = _SentencePiece(path, read(entry["file"]))
         elif path.suffix == ".json":
-            self._vocabulary = _TokenizerJson(path)
+            self._vocabulary = _TokenizerJson(path, read(entry["file"]))
         else:
             raise RunnerError(
                 f"the manifest's tokenizer file is {entry['file']!r}: "
@@ -67,7 +72,7 @@ class Tokenizer:
         self._template = None
         if entry["chat_template"] is not None:
             template_path = Path(directory) / entry["chat_template"]
-            self._template = ChatTemplate(template_path, _read(template_path))
+            self._template = ChatTemplate(template_path, read(entry["chat_template"]))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with bos in front where the model wants it, but never twice.
@@ -153,11 +158,11 @@ class _SentencePiece:
 
     utf8_errors = "tokenloop.replace_each_byte"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, data: bytes):
+        """`path` is where `data` comes from, for messages."""
         from sentencepiece import SentencePieceProcessor
 
         self._processor = SentencePieceProcessor()
-        data = _read(path)
         try:
             self._processor.load_from_serialized_proto(data)
         except RuntimeError:
@@ -223,10 +228,10 @@ class _TokenizerJson:
     in sentencepiece.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, data: bytes):
+        """`path` is where `data` comes from, for messages."""
         import tokenizers
 
-        data = _read(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         # tokenizers raises bare Exception for every fault of the file.
@@ -290,15 +295,6 @@ class _TokenizerJson:
         if self._strips_one and at_start:
             return data.removeprefix(b" "), not data
         return data, at_start and not data
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RunnerError(
-            f"{path}: cannot be read ({error.strerror}): export the artifact again"
-        ) from None
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+from tokenloop.export.artifact import seal
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.runner import LoopOptions, Request
 
@@ -62,8 +63,17 @@ def eager_ids(networks: ModuleType, directory: Path, prompt: list[int], count: i
 
 
 def altered(artifact: Path, copy: Path, **entries) -> Path:
-    """The artifact's copy with these entries in its manifest."""
+    """The artifact's copy with these entries in its manifest, as if an export had written it."""
     shutil.copytree(artifact, copy)
-    manifest = json.loads((copy / "manifest.json").read_text()) | entries
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    seal(copy, read_manifest(copy) | entries)
     return copy
+
+
+def read_manifest(artifact: Path) -> dict:
+    return json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+
+
+def resealed(artifact: Path) -> Path:
+    """The artifact, whose manifest now says what its files are."""
+    seal(artifact, read_manifest(artifact))
+    return artifact

@@ -106,7 +106,7 @@ class LaunchArtifact:
         kernels = write_launches(program, lowered, self.options.gpu_arch, progress)
         progress("writing")
         return {
-            "program": {"file": program.name, "bytes": program.stat().st_size},
+            "program": {"file": program.name},
             "weights": write_weights(tensors, directory, self.options.random_weights)
             | {"views": views},
             "engine": "launches",

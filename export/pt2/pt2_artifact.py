@@ -55,7 +55,7 @@ class Pt2Artifact:
         methods = write_package(model, decode, self.selection, program, progress)
         tensors, views, state = tensors_of(Prefill(model), decode, Embed(model.model), *whole)
         return {
-            "program": {"file": program.name, "bytes": program.stat().st_size},
+            "program": {"file": program.name},
             "weights": write_weights(tensors, directory, self.options.random_weights)
             | {"views": views},
             "engine": "inductor",

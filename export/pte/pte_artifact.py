@@ -99,7 +99,7 @@ class PteArtifact:
         with path.open("wb") as file:
             program.write_to_file(SmallWrites(file))
         return {
-            "program": {"file": path.name, "bytes": path.stat().st_size},
+            "program": {"file": path.name},
             "engine": "executorch",
             "backend": self.options.backend,
             "device": "cpu",
@@ -138,8 +138,8 @@ class CudaPteArtifact:
         weights = write_program(program, path)
         _, _, state = tensors_of(Decode(model))
         return {
-            "program": {"file": path.name, "bytes": path.stat().st_size},
-            "weights": {"file": weights.name, "bytes": weights.stat().st_size},
+            "program": {"file": path.name},
+            "weights": {"file": weights.name},
             "engine": "executorch",
             "backend": "cuda",
             "device": "cuda",

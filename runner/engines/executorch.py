@@ -107,11 +107,8 @@ class ExecuTorchProgram(Program):
 
 def check_backend(artifact: Artifact, registered: list[str]) -> str | None:
     """The name of the backend that the artifact needs, None where plain kernels are all. Errors:
-    RunnerError for one that is not among those `registered`, or not known at all."""
-    name = artifact.manifest["backend"]
-    if name not in BACKENDS:
-        raise RunnerError(f"backend {name!r} is unknown: {', '.join(BACKENDS)} are known")
-    backend = BACKENDS[name]
+    RunnerError for one that is not among those `registered`."""
+    backend = BACKENDS[artifact.manifest["backend"]]
     if backend is not None and backend not in registered:
         raise RunnerError(
             f"this ExecuTorch has no {backend}, which {artifact.directory} needs "
@@ -124,7 +121,7 @@ def check_backend(artifact: Artifact, registered: list[str]) -> str | None:
 def open_program(artifact: Artifact) -> executorch_runtime.Program:
     """The artifact's program, whose methods have the inputs and outputs that the runner relies on.
     Errors: RunnerError for a file that is no program, and for other inputs and outputs."""
-    path = artifact.program_file
+    path = artifact.checked("program")
     with path.open("rb") as file:
         identifier = file.read(8)[4:]
     # ExecuTorch would log the identifier as it is, whatever a terminal makes of it.

@@ -57,10 +57,8 @@ class ExecuTorchCudaProgram(Program):
         self._memory = TorchMemory(device, stream)
         self.transfers = Transfers(self._memory)
         self._aligned = Aligned(self.transfers, device.type == "cuda")
-        path = artifact.program_file
-        weights = (
-            artifact.directory / manifest["weights"]["file"] if "weights" in manifest else None
-        )
+        path = artifact.checked("program")
+        weights = artifact.checked("weights") if "weights" in manifest else None
         with explained(f"{path} is not a program that ExecuTorch can load", "export it again"):
             data = None if weights is None else str(weights)
             self._program = _C._load_program(str(path), data_path=data)

@@ -83,7 +83,7 @@ class InductorProgram(Program):
         return self._methods[name]
 
     def _load(self, name: str) -> Callable:
-        path = str(self._artifact.program_file)
+        path = str(self._artifact.checked("program"))
         # torch._inductor.package's loader would import the whole compiler. The name ends in a mark:
         # see write_package in export/pt2/package.py.
         package = AOTIModelPackageLoader(path, f"{name}-", True, 1, -1)

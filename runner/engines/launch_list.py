@@ -7,8 +7,8 @@ argument of a launch is a number, or an address: [memory, which, bytes after its
 import json
 import zipfile
 from collections.abc import Mapping
+from io import BytesIO
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.manifest import Artifact
 
 # Beyond this a kernel must be allowed to have so much shared memory.
 STATIC_SHARED = 48 * 1024
@@ -35,15 +36,17 @@ def call(function: Any, *arguments: Any) -> Any:
 class LaunchList:
     """The methods of a file. All share one workspace, and each has outputs of its own."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], device: torch.device):
+    def __init__(self, artifact: Artifact, tensors: Mapping[str, Tensor], device: torch.device):
         """Load the kernels. `tensors` are the weights and the state by name, on the device.
 
         Errors: RunnerError for a file that is damaged, and a tensor that is not there. RuntimeError
         for a kernel that the driver refuses.
         """
+        path = artifact.program_file
         self._tensors, self._device, self._path = tensors, device, path
+        data = BytesIO(artifact.read(path.name))
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(data) as archive:
                 program = json.loads(archive.read("program.json"))
                 codes = {name: archive.read(name) for name in archive.namelist()}
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
@@ -70,7 +73,9 @@ class LaunchList:
         return kept
 
     def method(self, name: str) -> "Method":
-        """A method, ready to be launched."""
+        """A method, ready to be launched. Errors: RunnerError for one that is not there."""
+        if name not in self._entries:
+            raise RunnerError(f"{self._path} has no method {name}: export it again")
         if self._workspace is None:
             size = max(1, *(entry["workspace"] for entry in self._entries.values()))
             self._workspace = torch.empty(size, dtype=torch.uint8, device=self._device)

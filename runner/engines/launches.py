@@ -52,7 +52,7 @@ class LaunchProgram(Program):
         batch = self.manifest["batch"]
         with self._on_stream(), explained(artifact):
             self.tensors = load_tensors(artifact, self._device)
-            self._list = LaunchList(artifact.program_file, self.tensors, self._device)
+            self._list = LaunchList(artifact, self.tensors, self._device)
             self._chunks = self._list.keep_what_fits(PREFILL)
             self._methods: dict[str, Method] = {}
             # The two buffers: next_id, and hidden beside it. Rows without a sequence are fed what

@@ -49,12 +49,13 @@ def find_device(artifact: Artifact) -> torch.device:
 
 
 def load_tensors(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
-    """The weights, the state, which is zero, and the views of both, by name."""
+    """The weights, the state, which is zero, and the views of both, by name. Errors: RunnerError
+    for weights that are damaged, and a view of a tensor that is not there."""
     entry = artifact.manifest["weights"]
     if "random" in entry:
         tensors = _random(entry["random"], device)
     else:
-        path = artifact.directory / entry["file"]
+        path = artifact.checked("weights")
         try:
             tensors = load_file(path, device=str(device))
         except SafetensorError as error:
@@ -63,6 +64,11 @@ def load_tensors(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
         dtype = getattr(torch, state["dtype"])
         tensors[state["name"]] = torch.zeros(state["shape"], dtype=dtype, device=device)
     for name, view in entry["views"].items():
+        if view["of"] not in tensors:
+            raise RunnerError(
+                f"{artifact.directory}: {name} is a part of the tensor {view['of']}, which neither "
+                "the weights nor the manifest's state have: export it again"
+            )
         layout = view["shape"], view["stride"], view["offset"]
         tensors[name] = tensors[view["of"]].as_strided(*layout)
     return tensors

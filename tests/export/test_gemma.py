@@ -233,6 +233,15 @@ def test_the_artifact_holds_the_program_the_tokenizer_and_the_manifest(tiny_arti
     assert [path.name for path in tiny_artifact.parent.glob(".*")] == []
 
 
+def digests(directory: Path) -> dict:
+    """Sizes and hashes of all files but the manifest."""
+    return {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
+        for name, digest in contents(directory).items()
+        if name != "manifest.json"
+    }
+
+
 METHODS = [
     *("decode", "decode_embedded", "embed", "greedy", "greedy_embed"),
     *("prefill", "sample", "sample_embed"),
@@ -244,7 +253,9 @@ def test_the_manifest_says_all_that_the_runner_must_know(tiny_artifact, tiny_che
     weights = (tiny_checkpoint / "model.safetensors").read_bytes()
     assert manifest == {
         "format": artifact.FORMAT_VERSION,
-        "program": {"file": "model.pte", "bytes": (tiny_artifact / "model.pte").stat().st_size},
+        "program": {"file": "model.pte"},
+        "files": digests(tiny_artifact),
+        "sha256": manifest["sha256"],
         "engine": "executorch",
         "backend": "xnnpack",
         "device": "cpu",
@@ -286,7 +297,8 @@ def test_the_manifest_of_several_rows_says_how_many_and_what_one_of_them_has_for
         for directory in (tiny_artifact, several)
     )
     assert manifest == one | {
-        "program": {"file": "model.pte", "bytes": (several / "model.pte").stat().st_size},
+        "files": digests(several),
+        "sha256": manifest["sha256"],
         "batch": 3,
         "methods": sorted([*METHODS, "greedy_row", "sample_row"]),
         "state": [entry | {"shape": [3, *entry["shape"][1:]]} for entry in one["state"]],

@@ -3,36 +3,59 @@
 import json
 import os
 import shutil
+import socket
+import time
+from pathlib import Path
 
 import pytest
 
-from tokenloop.runner.manifest import FORMAT_VERSION
+from tests.driving import read_manifest, resealed
+from tokenloop.runner import RunnerError, files
+from tokenloop.runner.manifest import FORMAT_VERSION, open_artifact, sha256_of
+
+METHODS = [
+    *("decode", "decode_embedded", "embed", "greedy", "greedy_embed"),
+    *("prefill", "sample", "sample_embed"),
+]
+TENSOR = {"name": "a", "shape": [2], "dtype": "int64"}
+# Names that lead out of the artifact, or to no file of it.
+OUTSIDE = [
+    *("../model.pte", "/etc/passwd", "changed/model.pte", ".", "..", "", "a\0b", "a\nb", "a\\b"),
+    *("x" * 256, "\ud800", 3, True, ["model.pte"], {"file": "model.pte"}, None),
+]
 
 
 @pytest.fixture
 def altered(tiny_artifact, tmp_path):
-    """A function that copies the tiny artifact to `copy`, with other values in its manifest.
+    """A function that copies the tiny artifact to `copy`, with other values in its manifest, as if
+    an export had written it.
 
-    `**{"program.bytes": 3}` sets an entry of an entry; None removes it.
+    `**{"program.file": 3}` sets an entry of an entry; ... removes it.
     """
 
     def alter(**entries):
         directory = tmp_path / "copy"
         shutil.copytree(tiny_artifact, directory)
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(directory)
         for path, value in entries.items():
             *parents, key = path.split(".")
             entry = manifest
             for parent in parents:
                 entry = entry[parent]
-            assert entry.get(key) != value
+            assert key not in entry or entry[key] != value
             entry[key] = value
-            if value is None:
+            if value is ...:
                 del entry[key]
-        (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        write_manifest(directory, manifest)
         return directory
 
     return alter
+
+
+def write_manifest(directory, manifest):
+    """Write the manifest with its own hash, and those of files as it has them."""
+    manifest["sha256"] = sha256_of(manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 @pytest.fixture
@@ -94,25 +117,87 @@ def test_a_manifest_of_another_format(altered, refuses, data, found):
     refuses(f"has the format {found}", f"runs format {FORMAT_VERSION}", "export it again")
 
 
-@pytest.mark.parametrize("key, value", [("max_prefill", None), ("vocab_size", "many")])
-def test_an_entry_that_is_missing_or_of_another_type(altered, refuses, key, value):
-    altered(**{key: value})
-    refuses(f"{key} is {value!r}", "type int")
+WRONG = {
+    "max_prefill": [..., None, "many", True, 0, -1, 7.0, 2**31, [7], {}],
+    "max_seq_len": [1, 2**24 + 1, 10**100],
+    "batch": [True, 0],
+    "engine": ["steam", ["inductor"], None],
+    "backend": ["abacus", "launches", 1],
+    "device": ["cqu", None],
+    "methods": [None, "greedy", ["greedy", 3], ["decode", "greedy"], [*METHODS, "greedy"]],
+    "dtype": ["float31", "__init__"],
+    "state": [None, {}, [3], [{"name": "a"}], [TENSOR | {"dtype": "str"}], [TENSOR, TENSOR]],
+    "state[0].shape": [[-1], [2.0], [True], 4, [2] * 9, [2**31 - 1] * 3],
+    "files": [..., None, [], {}, {"model.pte": {"bytes": 1, "sha256": "0" * 64}}],
+    "files.model.pte": [..., 3, {"bytes": -1, "sha256": "0" * 64}, {"bytes": 3, "sha256": "0G"}],
+    "program": [..., "model.pte", {"file": "model.pte", "bytes": 3}],
+    "program.file": OUTSIDE,
+    "weights": [5, {"file": None}],
+    "weights.file": OUTSIDE,
+    "tokenizer": [None, [], "tokenizer.json"],
+    "tokenizer.file": [*OUTSIDE, "tokenizer.txt", "../tokenizer.json"],
+    "tokenizer.chat_template": [..., *OUTSIDE[:-1]],
+    "tokenizer.bos_token_id": [..., None, "2", True, -1, 259, [2]],
+    "tokenizer.eos_token_ids": [..., None, 1, [None], [True], [[1]], ["1"], [1.5], [259], [-1]],
+    "tokenizer.add_bos": [None, 1, "yes"],
+    "tokenizer.bos_token": [..., 2, ["<bos>"]],
+    "versions": [[], {"torch": 2}, {"": None}],
+    "checkpoint": [None, {"file": "x"}, {"file": "x", "sha256": "0"}],
+    "sha256": [..., 3, "0" * 63],
+    "unknown": [1],
+}
 
 
-def test_an_engine_that_is_no_name(altered, refuses):
-    altered(engine=["inductor"])
-    refuses("engine is ['inductor'], but it must be of type str")
+@pytest.mark.parametrize("key", WRONG)
+def test_a_value_of_another_type_or_range_is_refused_by_name(altered, tiny_artifact, key):
+    copy = altered()
+    for value in WRONG[key]:
+        manifest = read_manifest(tiny_artifact)
+        *parents, last = ["files", "model.pte"] if key == "files.model.pte" else key.split(".")
+        entry = manifest
+        for parent in parents:
+            entry = entry["state"][0] if parent == "state[0]" else entry.setdefault(parent, {})
+        entry[last] = value
+        if value is ...:
+            del entry[last]
+        if key != "sha256":
+            manifest["sha256"] = sha256_of(manifest)
+        (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        with pytest.raises(RunnerError) as caught:
+            open_artifact(copy)
+        line = str(caught.value)
+        assert key.split("[")[0].split(".")[0] in line and "; it must be " in line, (value, line)
+        assert line.isprintable() and len(line) < 600, value
 
 
-def test_weights_that_are_no_file(altered, refuses):
-    altered(weights=5)
-    refuses("copy/manifest.json: weights is 5, but it must name a file")
+def test_an_object_nested_without_end_is_refused_in_one_line(altered, refuses):
+    path = altered() / "manifest.json"
+    for text in ("[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900):
+        path.write_text(text)
+        refuses("copy/manifest.json")
+    path.write_text('{"format": 4, "engine": ' + "[" * 900 + "]" * 900 + "}")
+    refuses("copy/manifest.json: engine is [[[...]]]; it must be executorch, inductor or launches")
 
 
-def test_a_manifest_that_names_no_program(altered, refuses):
-    altered(**{"program.file": None})
-    refuses("copy/manifest.json: program is", "must name a file")
+@pytest.mark.parametrize("text", ['{"format": 4, "format": 4}', '{"format": NaN}'])
+def test_json_that_others_read_otherwise_is_refused(altered, refuses, text):
+    (altered() / "manifest.json").write_text(text)
+    refuses("copy/manifest.json is not valid JSON")
+
+
+def test_a_manifest_that_was_edited_is_refused(altered, refuses):
+    directory = altered()
+    manifest = read_manifest(directory)
+    manifest["tokenizer"]["bos_token_id"] = 3
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    refuses("copy/manifest.json is not as it was written", "export it again")
+
+
+def test_the_layout_of_a_manifest_says_nothing(altered):
+    directory = altered()
+    manifest = dict(reversed(read_manifest(directory).items()))
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=7, ensure_ascii=True))
+    assert open_artifact(directory).manifest == manifest
 
 
 def test_a_missing_program(altered, refuses):
@@ -133,12 +218,14 @@ def test_garbage_of_the_right_size(altered, refuses, kept):
     data = program.read_bytes()
     garbage = bytes(i * 167 % 251 for i in range(len(data) - kept))
     program.write_bytes(data[:kept] + garbage)
+    resealed(program.parent)
     refuses("copy/model.pte is not a program that ExecuTorch can load", "export it again")
 
 
 def test_a_cut_program_whose_manifest_agrees(altered, refuses):
-    directory = altered(**{"program.bytes": 30_000})
+    directory = altered()
     os.truncate(directory / "model.pte", 30_000)
+    resealed(directory)
     refuses("copy/model.pte")
 
 
@@ -147,6 +234,7 @@ def test_an_operator_that_this_executorch_lacks(altered, refuses):
     data = program.read_bytes()
     assert b"aten::argmax" in data
     program.write_bytes(data.replace(b"aten::argmax", b"aten::argmux"))
+    resealed(program.parent)
     refuses("copy/model.pte: a method cannot be loaded (Missing operator: [", "] aten::argmux")
 
 
@@ -155,18 +243,8 @@ def test_a_backend_that_this_executorch_lacks(altered, refuses):
     refuses("this ExecuTorch has no CudaBackend", "XnnpackBackend")
 
 
-def test_a_backend_that_nobody_knows(altered, refuses):
-    altered(backend="abacus")
-    refuses("backend 'abacus' is unknown", "xnnpack, portable, cuda")
-
-
-def test_another_engine(altered, refuses):
-    altered(engine="steam")
-    refuses("the engine 'steam'", "executorch, inductor, launches are what it has")
-
-
 def test_another_batch(altered, refuses):
-    altered(batch=4)
+    altered(batch=4, methods=[*METHODS, "greedy_row"])
     refuses("copy/model.pte: prefill has 2 inputs and 1 outputs; 3 and 1 are right")
 
 
@@ -185,15 +263,154 @@ def test_a_size_that_the_program_does_not_have_names_the_slot(altered, refuses, 
     refuses(f"copy/model.pte: {'its' if key == 'max_seq_len' else ''}", slot, value)
 
 
-@pytest.mark.parametrize("data", [None, b"", b"{}", b"\x00\xff"])
-def test_a_tokenizer_that_is_missing_or_broken(altered, refuses, data):
-    path = altered() / "tokenizer.json"
-    path.unlink()
-    if data is not None:
-        path.write_bytes(data)
+@pytest.mark.parametrize("data", [b"", b"{}", b"\x00\xff"])
+def test_a_tokenizer_that_is_broken(altered, refuses, data):
+    directory = altered()
+    (directory / "tokenizer.json").write_bytes(data)
+    refuses(f"copy/tokenizer.json has {len(data)} bytes and should have", "export it again")
+    resealed(directory)
     refuses("copy/tokenizer.json", "export the artifact again")
 
 
-def test_a_tokenizer_entry_that_is_incomplete(altered, refuses):
-    altered(**{"tokenizer.eos_token_ids": None})
-    refuses("eos_token_ids")
+# Files
+
+
+def refusal(directory, verify=None) -> str:
+    """The one line that a look at this artifact ends in."""
+    with pytest.raises(RunnerError) as caught:
+        open_artifact(directory, verify).checked("program")
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize("name", ["model.pte", "tokenizer.json", "manifest.json"])
+def test_what_is_no_file_of_the_artifact_is_refused(altered, monkeypatch, tmp_path, name):
+    directory = altered()
+    path = directory / name
+    path.rename(tmp_path / name)
+    for target in Path("..", name), tmp_path / name:
+        path.symlink_to(target)
+        assert f"{name} is a link to" in (line := refusal(directory))
+        assert "which is not in the artifact" in line
+        path.unlink()
+    # The name of a socket may not be long.
+    monkeypatch.chdir(directory)
+    makers = {
+        "a directory": path.mkdir,
+        "a FIFO": lambda: os.mkfifo(path),
+        "a link to itself": lambda: path.symlink_to(name),
+        "a device or socket": lambda: socket.socket(socket.AF_UNIX).bind(name),
+    }
+    for kind, make in makers.items():
+        make()
+        assert f"{name} is {kind}; it must be a file" in refusal(directory)
+        path.rmdir() if kind == "a directory" else path.unlink()
+
+
+def test_a_link_to_another_name_of_the_artifact_is_a_file(altered):
+    path = altered() / "model.pte"
+    path.rename(path.with_name("blob"))
+    path.symlink_to("blob")
+    assert open_artifact(path.parent).checked("program") == path
+
+
+def test_a_flipped_byte_is_refused_wherever_it_is(altered, refuses):
+    directory = altered()
+    for name in ("model.pte", "tokenizer.json"):
+        data = (directory / name).read_bytes()
+        for place in (0, len(data) // 2, len(data) - 1):
+            (directory / name).write_bytes(
+                data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+            )
+            refuses(f"copy/{name} is damaged (its sha256 is ")
+        (directory / name).write_bytes(data)
+
+
+def hashed(monkeypatch) -> list[Path]:
+    """The files that are hashed from now on."""
+    found = []
+
+    def note(file):
+        found.append(Path(os.readlink(f"/proc/self/fd/{file.fileno()}")).name)
+        return real(file)
+
+    real = files._sha256
+    monkeypatch.setattr(files, "_sha256", note)
+    return found
+
+
+@pytest.fixture
+def settled(altered, monkeypatch, tmp_path):
+    """A function (cache) -> a copy of the artifact that nobody has touched for a while, with that
+    directory as the user's cache."""
+
+    def make(cache):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        directory = altered()
+        later = time.time_ns() + 10**10
+        monkeypatch.setattr(files.time, "time_ns", lambda: later)
+        return directory
+
+    return make
+
+
+def test_a_program_is_hashed_once_and_again_when_it_was_written(settled, monkeypatch, tmp_path):
+    directory = settled(tmp_path / "cache")
+    found = hashed(monkeypatch)
+    for verify, count in (None, 1), (None, 1), (False, 1), (True, 3), (None, 3):
+        open_artifact(directory, verify).checked("program")
+        assert len(found) == count, verify
+    program = directory / "model.pte"
+    # The same contents, and another time when they were written.
+    program.write_bytes(program.read_bytes())
+    artifact = open_artifact(directory)
+    assert [artifact.checked("program") for _ in range(3)] and len(found) == 4
+    flip(program, 1000)
+    with pytest.raises(RunnerError, match="model.pte is damaged"):
+        artifact.checked("program")
+    assert len(list((tmp_path / "cache/tokenloop/verified").iterdir())) == 2
+
+
+def flip(path, place):
+    """Change a byte, and nothing that a look at the directory shows but the time of the change."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_that_was_written_just_now_is_not_remembered(altered, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory, found = altered(), hashed(monkeypatch)
+    for _ in range(2):
+        open_artifact(directory).checked("program")
+    assert found == ["model.pte"] * 2 and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "missing", "relative"])
+def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(
+    settled, monkeypatch, tmp_path, kind
+):
+    (tmp_path / "file").write_text("")
+    if kind != "file":
+        monkeypatch.setenv("HOME", "/dev/null")
+    directory = settled({"file": tmp_path / "file", "missing": "", "relative": "cache"}[kind])
+    found = hashed(monkeypatch)
+    for _ in range(2):
+        open_artifact(directory).checked("program")
+    assert len(found) == 2
+
+
+def test_verify_looks_at_every_file_before_anything_is_loaded(settled, tmp_path):
+    directory = settled(tmp_path / "cache")
+    artifact = open_artifact(directory)
+    artifact.checked("program")
+    for name in ("model.pte", "tokenizer.json"):
+        flip(directory / name, 100)
+        assert f"{name} is damaged" in refusal(directory, verify=True)
+        flip(directory / name, 100)
+    flip(directory / "model.pte", 100)
+    assert open_artifact(directory, verify=False).checked("program")

@@ -2,7 +2,6 @@
 is counted. The program is an oracle in NumPy, so that thousands of steps cost little."""
 
 import itertools
-import json
 import time
 import zlib
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tokenloop import runner
+from tokenloop.export.artifact import FORMAT_VERSION, seal
 from tokenloop.runner import LoopOptions, Request, RunnerError
 from tokenloop.runner import model as runner_model
 from tokenloop.runner.loop import Loop
@@ -462,20 +462,26 @@ def make_model(tmp_path, monkeypatch):
 
     def make(batch: int, methods: tuple[str, ...] = (), **oracle):
         manifest = {
-            "format": 3,
+            "format": FORMAT_VERSION,
             "engine": "executorch",
             "backend": "portable",
             "device": "cpu",
-            "methods": list(methods),
+            "methods": ["prefill", "decode", "greedy", "greedy_row", *methods],
+            "dtype": "float32",
+            "state": [],
+            "model_type": "oracle",
+            "quant": "fp32",
+            "checkpoint": {"file": "oracle", "sha256": "0" * 64},
+            "versions": {},
             "batch": batch,
             "max_seq_len": 60,
             "max_prefill": 4,
             "vocab_size": VOCABULARY,
             "hidden_size": 2,
             "tokenizer": entry,
-            "program": {"file": "model.pte", "bytes": 6},
+            "program": {"file": "model.pte"},
         }
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        seal(tmp_path, manifest)
         program = Oracle(batch, 60, 4, methods=methods, **oracle)
         monkeypatch.setattr(runner_model, "load_program", lambda *_: program)
         return runner.load(tmp_path)

@@ -1,12 +1,12 @@
 """Batches in real artifacts: a row gives what it gives alone, and its token stays in place."""
 
 import itertools
-import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.driving import altered
 from tokenloop import runner
 from tokenloop.runner import LoopOptions, Request, RunnerError
 
@@ -215,10 +215,6 @@ def test_an_artifact_without_sample_is_greedy_only(batch_artifact, monkeypatch):
 
 @pytest.mark.parametrize("batch, slot", [(1, "prefill has 3 inputs"), (2, "decode's token is")])
 def test_a_manifest_of_another_batch_is_refused(batch_artifact, tmp_path, batch, slot):
-    shutil.copytree(batch_artifact, tmp_path / "copy")
-    path = tmp_path / "copy/manifest.json"
-    text = path.read_text(encoding="utf-8")
-    assert '"batch": 3' in text
-    path.write_text(text.replace('"batch": 3', f'"batch": {batch}'), encoding="utf-8")
+    copy = altered(batch_artifact, tmp_path / "copy", batch=batch)
     with pytest.raises(RunnerError, match=slot):
-        runner.load(tmp_path / "copy")
+        runner.load(copy)

@@ -85,6 +85,7 @@ def test_a_program_of_zeros_is_refused_in_one_line(altered):
     path = directory / "model.pte"
     program = path.read_bytes()
     path.write_bytes(program[:8] + b"\0" * (len(program) - 8))
+    driving.resealed(directory)
     with pytest.raises(RunnerError, match="model.pte is not a program") as caught:
         ExecuTorchCudaProgram(open_artifact(directory))
     assert "\n" not in str(caught.value)

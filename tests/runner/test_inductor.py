@@ -17,6 +17,7 @@ from tests.driving import (
     altered,
     assert_rows_are_those_alone,
     ids_of,
+    resealed,
     variants,
 )
 from tokenloop import runner
@@ -310,6 +311,8 @@ def test_damaged_weights_are_refused(change):
     directory = change()
     weights = directory / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
+    assert "model.safetensors is damaged (its sha256 is" in refused(directory)
+    resealed(directory)
     assert "model.safetensors is damaged" in refused(directory)
 
 
@@ -317,6 +320,8 @@ def test_a_damaged_program_is_refused(change):
     directory = change()
     program = directory / "model.pt2"
     program.write_bytes(b"\xff" * program.stat().st_size)
+    assert "model.pt2 is damaged (its sha256 is" in refused(directory)
+    resealed(directory)
     assert "model.pt2 cannot be loaded" in refused(directory)
 
 

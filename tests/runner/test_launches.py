@@ -33,7 +33,7 @@ def test_without_a_gpu_what_is_missing_is_named(change):
 
 @pytest.mark.parametrize("key", ["processor", "waiting_kernels", "chunk_multiple", "state"])
 def test_a_manifest_without_what_the_engine_needs_is_refused(change, key):
-    assert f"{key} is None, but it must be of type" in refused(change(**{key: None}))
+    assert f"{key} is None; it must be " in refused(change(**{key: None}))
 
 
 def test_missing_and_truncated_files_are_refused(change):

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.driving import altered, read_manifest
 from tokenloop import runner
 from tokenloop.runner import Request
 from tokenloop.runner.compare import compare
@@ -124,10 +124,9 @@ def test_the_end_tokens_are_those_of_the_manifest(run, run_script, tiny_artifact
     (entry,) = lines(run("--json", "--max-new-tokens", 20, UNICODE))
     ids = entry["token_ids"]
     end = next(i for i in range(5, 20) if ids[i] not in ids[:i])
-    shutil.copytree(tiny_artifact, tmp_path / "copy")
-    manifest = json.loads((tmp_path / "copy/manifest.json").read_text(encoding="utf-8"))
-    manifest["tokenizer"]["eos_token_ids"].append(ids[end])
-    (tmp_path / "copy/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    tokenizer = read_manifest(tiny_artifact)["tokenizer"]
+    tokenizer["eos_token_ids"].append(ids[end])
+    altered(tiny_artifact, tmp_path / "copy", tokenizer=tokenizer)
     done = run_script("runner/run.py", "--artifact", "copy", "--json", UNICODE, cwd=tmp_path)
     (entry,) = lines(done)
     assert (entry["finish_reason"], entry["token_ids"]) == ("stop", ids[:end])
