@@ -118,7 +118,7 @@ def test_cuts_around_the_number_of_candidates(program, size, rows, extra):
 
 @pytest.mark.parametrize("size, rows", SIZES)
 @given(data=st.data())
-@settings(derandomize=True, deadline=None, database=None, max_examples=25)
+@settings(derandomize=True, deadline=None, database=None, max_examples=12)
 def test_tokens_are_the_samplers_for_all_that_the_types_can_hold(program, size, rows, data):
     drawn = data.draw(st.lists(extremes.rows_of(size), min_size=rows, max_size=rows))
     given = extremes.arguments(drawn, size)
