@@ -584,7 +584,6 @@ def test_a_result_is_unfinished_until_its_last_event(make_model):
         (Request("x", chat="no"), "chat is 'no'; it must be True or False"),
         (Request("\ud800"), "lone surrogate"),
     ],
-    ids=str,
 )
 def test_a_wrong_request_is_refused_alone_in_one_line_with_its_number(
     make_model, request_, message
