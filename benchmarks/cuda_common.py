@@ -1,4 +1,5 @@
-"""What the benchmarks on a CUDA GPU share: artifacts, times, the profiler's view, results."""
+"""What the benchmarks on a CUDA GPU share: artifacts, weights, times, the profiler's view,
+results."""
 
 import argparse
 import datetime
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +27,20 @@ DIRECTIONS = {
     "Memcpy DtoD": "device_to_device",
     "Memcpy DtoH": "device_to_host",
 }
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [outputs, inputs], or where gated [2 * outputs, inputs]."""
+
+    name: str
+    outputs: int
+    inputs: int
+    gated: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.outputs * (2 if self.gated else 1)
 
 
 def export_command(config: str, output: Path, *flags: object) -> list[str]:

@@ -28,6 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
+from benchmarks.chunk_common import index_scalars
 from benchmarks.cuda_common import device_us, median_us, origin
 from tokenloop.models.kernels import cuda
 from tokenloop.models.kernels.causal_conv1d import reference as conv1d
@@ -251,20 +252,6 @@ def sweep(repeats: int) -> None:
         line("NUMBERS", cut, norm_operator, cut, 0, "norm")
 
 
-def interpreter_ranges() -> None:
-    """NumPy 2.4 no longer takes an array of one element as a loop's end, which the interpreter's
-    scalars are."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_lang_tensor(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_lang_tensor
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.delta_chunk", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="only check, in the interpreter")
@@ -287,7 +274,7 @@ def show(row: dict) -> str:
 def main() -> None:
     options = parse()
     if options.dry:
-        interpreter_ranges()
+        index_scalars()
     tokens = 203 if options.dry else 1061
     errors = [check_errors(tokens, dtype) for dtype in BOUNDS]
     same = {}

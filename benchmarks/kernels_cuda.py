@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cuda_common import (
+    Matrix,
     copy_bandwidth,
     heading,
     kernel_options,
@@ -42,16 +43,6 @@ COLD_BYTES = 200e6  # several times the largest L2
 MOST_COPIES = 96
 FORMS = {4: "int4", 0: "bf16", 8: "int8"}
 EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight [outputs, inputs], or where gated [2 * outputs, inputs]."""
-
-    name: str
-    outputs: int
-    inputs: int
-    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,8 +210,7 @@ def measure_matrix(report: Report, matrix: Matrix, bits: int, semaphores: Tensor
     generator = torch.Generator("cuda").manual_seed(matrix.outputs)
     new = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
     activation = "gelu_tanh" if matrix.gated else None
-    rows_of_weight = matrix.outputs * (2 if matrix.gated else 1)
-    weight = torch.randn(rows_of_weight, matrix.inputs, **new) * matrix.inputs**-0.5
+    weight = torch.randn(matrix.rows, matrix.inputs, **new) * matrix.inputs**-0.5
     tensors = [x for x in quantized(weight, bits) if x is not None]
     copies = copies_of(tensors)
     size = sum(x.nbytes for x in tensors)
@@ -279,8 +269,7 @@ def measure_norm(
     """One row's product after a branch is added and normed: a launch of its own, or within."""
     generator = torch.Generator("cuda").manual_seed(matrix.outputs)
     new = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
-    shape = (matrix.outputs * (2 if matrix.gated else 1), matrix.inputs)
-    weight = torch.randn(shape, **new) * matrix.inputs**-0.5
+    weight = torch.randn(matrix.rows, matrix.inputs, **new) * matrix.inputs**-0.5
     copies = copies_of([x for x in quantized(weight, bits) if x is not None])
     size = sum(x.nbytes for x in copies[0])
     x, branch, post_weight, norm_weight = (torch.randn(1, matrix.inputs, **new) for _ in range(4))
@@ -373,8 +362,8 @@ def measure_layer(
     inputs = matrices[0].inputs
     weights = []
     for matrix in matrices:
-        shape = (matrix.outputs * (2 if matrix.gated else 1), matrix.inputs)
-        weights += quantized(torch.randn(shape, **new) * matrix.inputs**-0.5, bits)
+        weight = torch.randn(matrix.rows, matrix.inputs, **new) * matrix.inputs**-0.5
+        weights += quantized(weight, bits)
     size = sum(x.nbytes for x in weights if x is not None)
     count = max(2, min(MOST_COPIES, int(COLD_BYTES // size) + 1))
     layers = [[None if w is None else w.clone() for w in weights] for _ in range(count)]

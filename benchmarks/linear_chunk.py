@@ -9,7 +9,6 @@ those of the operator's own tiles for the largest chunk, of which smaller chunks
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +22,9 @@ from benchmarks.chunk_common import (
     run,
     time_us,
 )
+from benchmarks.cuda_common import Matrix
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import ChunkTiles, chunk_tiles
 from tokenloop.models.kernels.linear_chunk.operator import launch_linear_chunk
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A weight [outputs, inputs], or where gated [2 * outputs, inputs]."""
-
-    name: str
-    outputs: int
-    inputs: int
-    gated: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self.outputs * (2 if self.gated else 1)
-
 
 TOKENS = 256, 512, 1024, 2048
 MATRICES = (

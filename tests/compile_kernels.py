@@ -112,7 +112,7 @@ def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
 
 def write_ptx(directory: Path, name: str, code: str) -> None:
     """Write the instructions of a kernel's PTX, without debugging information."""
-    noise = ".loc", ".file", "//"
+    noise = ".loc", ".file", "//", "$L__tmp"
     lines = [line for line in code.splitlines() if not line.strip().startswith(noise)]
     lines = [line for line in lines if "$L__info" not in line]
     text = re.sub(r"\t*// .*", "", "\n".join(lines).split(".section")[0])

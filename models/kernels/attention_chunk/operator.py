@@ -106,8 +106,7 @@ def _launch_gluon(
         *given, starts, rows, first, k_cache, v_cache, out, tokens, all_rows, slots,
         slots * kv_heads * head_dim,
         UNIT=scale * LOG2_E.value, KV=kv_heads, GROUPS=heads // kv_heads, SIZE=head_dim,
-        SEQUENCES=sequences, PADDED=max(32, triton.next_power_of_2(sequences)),
-        CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
+        SEQUENCES=sequences, CONSUMERS=tiles.consumers, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out

@@ -89,11 +89,26 @@ def place_pairs_kernel(
 
 
 @triton.jit
-def load_block(blocks_ptr, block, BLOCK_M: tl.constexpr):
-    """A block's expert, int64, its slots [BLOCK_M], and the slot after the expert's last."""
+def find_tile(used_ptr, N, BLOCK_N: tl.constexpr):
+    """A program's block of slots, its tile of BLOCK_N outputs, whether it has nothing to do, and
+    the zero of `wait`."""
+    tiles = tl.cdiv(N, BLOCK_N)
+    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    zero = wait(0)
+    return block, tile, block >= tl.load(used_ptr + zero), zero
+
+
+@triton.jit
+def load_tile(blocks_ptr, slots_ptr, block, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(expert, int64, slots [BLOCK_M], the slot after the expert's last, slots to read, their
+    pairs, outputs [BLOCK_N]) of a tile of a block. What is beyond the last slot is read as the
+    last: loads need no masks, and the results are not stored."""
     expert = tl.load(blocks_ptr + block * 3).to(tl.int64)
     slots = tl.load(blocks_ptr + block * 3 + 1) + tl.arange(0, BLOCK_M)
-    return expert, slots, tl.load(blocks_ptr + block * 3 + 2)
+    end = tl.load(blocks_ptr + block * 3 + 2)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    read = tl.minimum(slots, end - 1)
+    return expert, slots, end, read, tl.load(slots_ptr + read), n
 
 
 @triton.jit
@@ -112,18 +127,15 @@ def gate_up_chunk_kernel(
     EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs silu(gate) * up of a block's slots: h [slots, N]."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    zero = wait(0)
-    if block >= tl.load(used_ptr + zero):
+    block, tile, is_idle, zero = find_tile(used_ptr, N, BLOCK_N)
+    if is_idle:
         return
     slots_ptr += zero
     blocks_ptr += zero
     x_ptr += zero
-    expert, slots, end = load_block(blocks_ptr, block, BLOCK_M)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    # What is beyond the last is the last: loads need no masks, and the results are not stored.
-    pairs = tl.load(slots_ptr + tl.minimum(slots, end - 1))
+    expert, slots, end, _, pairs, n = load_tile(
+        blocks_ptr, slots_ptr, block, tile, BLOCK_M, BLOCK_N
+    )
     rows = (pairs // C).to(tl.int64)[None, :] * K
     gates = (expert * 2 * N + tl.minimum(n, N - 1))[:, None] * K
     ups = gates + tl.cast(N, tl.int64) * K
@@ -148,19 +160,17 @@ def down_chunk_kernel(
     EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of the pairs in a block's slots, of h [slots, K]: y [pairs, N]."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    zero = wait(0)
-    if block >= tl.load(used_ptr + zero):
+    block, tile, is_idle, zero = find_tile(used_ptr, N, BLOCK_N)
+    if is_idle:
         return
     slots_ptr += zero
     blocks_ptr += zero
     h_ptr += zero
-    expert, slots, end = load_block(blocks_ptr, block, BLOCK_M)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    last = tl.minimum(slots, end - 1)
-    pairs = tl.load(slots_ptr + last).to(tl.int64)
-    rows = last.to(tl.int64)[None, :] * K
+    expert, slots, end, read, pairs, n = load_tile(
+        blocks_ptr, slots_ptr, block, tile, BLOCK_M, BLOCK_N
+    )
+    pairs = pairs.to(tl.int64)
+    rows = read.to(tl.int64)[None, :] * K
     outputs = (expert * N + tl.minimum(n, N - 1))[:, None] * K
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):

@@ -26,6 +26,14 @@ BLOCKS = {4: (16, 8, 1), 2: (32, 4, 3)}
 STATES = {4: (16, 16, 8, 1), 2: (128, 32, 4, 2)}
 
 
+def _check_strides(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> None:
+    if not state.is_contiguous() or any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise ValueError(
+            f"strides of q, k, v and state are {q.stride()}, {k.stride()}, {v.stride()} and "
+            f"{state.stride()}: heads of q, k and v and the whole state must be contiguous"
+        )
+
+
 @operator("gated_delta_rule_update", mutates_args={"state"})
 def gated_delta_rule_update(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -35,11 +43,7 @@ def gated_delta_rule_update(
     """See reference.gated_delta_rule_update. Raises ValueError also where a head of q, k or v, or
     the state, is not contiguous."""
     check(q, v, state)
-    if not state.is_contiguous() or any(x.stride(-1) != 1 for x in (q, k, v)):
-        raise ValueError(
-            f"strides of q, k, v and state are {q.stride()}, {k.stride()}, {v.stride()} and "
-            f"{state.stride()}: heads of q, k and v and the whole state must be contiguous"
-        )
+    _check_strides(q, k, v, state)
     batch, heads, value_size = v.shape
     key_size = q.shape[2]
     out = torch.empty(batch, heads, value_size, dtype=v.dtype, device=v.device)
@@ -68,11 +72,7 @@ def gated_delta_rule_chunk(
     """
     check(q, v, state)
     check_chunk(q, v, starts)
-    if not state.is_contiguous() or any(x.stride(-1) != 1 for x in (q, k, v)):
-        raise ValueError(
-            f"strides of q, k, v and state are {q.stride()}, {k.stride()}, {v.stride()} and "
-            f"{state.stride()}: heads of q, k and v and the whole state must be contiguous"
-        )
+    _check_strides(q, k, v, state)
     tokens, heads, value_size = v.shape
     key_size, sequences = q.shape[2], rows.shape[0]
     places = tokens // CHUNK + sequences
