@@ -80,7 +80,10 @@ class IntegerHead(nn.Module):
 def check_recipe(network: CausalLM, quant: str) -> None:
     """Errors: ExportError for experts that would have to be integers."""
     if INTEGER_BITS[quant] and any(block.mlp.moe is not None for block in network.model.layers):
-        raise ExportError(f"--quant {quant} is not for experts; bf16 and fp32 are")
+        raise ExportError(
+            f"--quant {quant} is not for experts with --backend inductor or launches; bf16 and "
+            "fp32 are"
+        )
 
 
 def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
