@@ -129,13 +129,13 @@ class Loop:
                 # The first tokens are there, whether the next step is or not.
                 self.prefill_s += time.perf_counter() - start
             # 3. Sequences that are finished leave.
-            for start in range(0, len(ids), self.batch):
+            for line in range(0, len(ids), self.batch):
                 for row, sequence in slots.occupied():
-                    if row in joined and start + self.batch < len(ids):
+                    if row in joined and line + self.batch < len(ids):
                         continue  # Its first token is in the last line.
                     read[row] += 1
                     if sequence.finish_reason is None:
-                        yield sequence, ids[start + row]
+                        yield sequence, ids[line + row]
                     if sequence.finish_reason is not None or read[row] == sequence.limit:
                         slots.leave(row)
             if not ahead:
