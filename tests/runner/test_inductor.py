@@ -23,7 +23,6 @@ from tests.driving import (
 from tokenloop import runner
 from tokenloop.models.kernels.linear.reference import dequantize
 from tokenloop.runner import LoopOptions, RunnerError
-from tokenloop.runner.engines.torch_memory import Aligned
 from tokenloop.runner.program import Choice
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
@@ -76,15 +75,6 @@ def test_sampled_ids_are_those_of_the_pte_in_every_variant(model, pte):
 
 def test_rows_that_join_and_leave_give_what_each_gives_alone(rows_package, pte):
     assert_rows_are_those_alone(runner.load(rows_package), pte, VARIANTS)
-
-
-def test_rows_are_those_alone_where_inputs_have_to_be_aligned(rows_package, pte):
-    several = runner.load(rows_package)
-    program = several.loop.program
-    program._aligned = Aligned(program.transfers, is_cuda=True)
-    assert_rows_are_those_alone(several, pte, VARIANTS[:1])
-    # Of a row's own parameters, some at odd addresses.
-    assert program._aligned._copies
 
 
 def test_the_cache_can_be_filled_to_its_last_position(model, pte):
