@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenloop.export import build_cache
+from tokenloop.export.errors import ExportError
 
 
 class Background:
@@ -43,11 +45,17 @@ class Background:
         results.close()
 
     def result(self) -> Any:
-        """Wait for the result. Raises RuntimeError if the other process failed, which wrote why."""
+        """Wait for the result. Raises ExportError if the other process did, and RuntimeError if it
+        failed otherwise and wrote why."""
+        if self._kept is not None:
+            return build_cache.unpack(self._kept)
         try:
-            return build_cache.unpack(self._kept or self._results.recv_bytes())
+            error, result = self._results.recv(), self._results.recv_bytes()
         except EOFError:
             raise RuntimeError(f"{self._what} could not be exported") from None
+        if error is not None:
+            raise ExportError(error)
+        return build_cache.unpack(result)
 
 
 @contextmanager
@@ -77,7 +85,16 @@ def _send(results, function: Callable, arguments: tuple, file: Path | None) -> N
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     collect_seldom()
-    results.send_bytes(build_cache.result_of(function, arguments, file))
+    error, result = None, b""
+    try:
+        result = build_cache.result_of(function, arguments, file)
+    except ExportError as fault:
+        error = str(fault)
+    except OSError as fault:
+        # A full disk, for one.
+        error = f"{fault.filename or tempfile.gettempdir()}: {fault.strerror}"
+    results.send(error)
+    results.send_bytes(result)
 
 
 def _end_with_parent() -> None:

@@ -138,6 +138,9 @@ def _compile(variant: Variant, architecture: str) -> Cubin:
         source = Source(kernel, dict(variant.signature), dict(variant.constants), attributes)
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
         compiled = triton.compile(source, target=target, options=dict(variant.options))
+    except OSError as error:
+        place = triton.knobs.cache.dir
+        raise RuntimeError(f"kernels cannot be compiled in {place}: {error.strerror}") from None
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RuntimeError(f"{variant.name} cannot be compiled: {reason[-1]}") from None

@@ -11,11 +11,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from torch._inductor import aot_compile
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.package import package_aoti
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 
 from tokenloop.export.background import Background
+from tokenloop.export.errors import ExportError
 from tokenloop.export.methods import Embed, Prefill, Select, integers, prompt_chunk
 from tokenloop.models.decoder import Backbone
 from tokenloop.sampler.greedy import greedy
@@ -123,6 +125,8 @@ def compile_graph(graph: GraphModule, example: tuple[Tensor, ...]) -> dict[str, 
 
     Sources are left empty. They say where they were compiled, so that no two exports would be the
     same. Nobody reads them, but the loader finds the metadata by the source's name.
+
+    Errors: ExportError where there is no C++ compiler, or it fails.
     """
     # Two exports compile the same code in the same place, where a compiler writes. One works at a
     # time, until its files are read. Another place would give the files other names.
@@ -130,8 +134,24 @@ def compile_graph(graph: GraphModule, example: tuple[Tensor, ...]) -> dict[str, 
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / "lock"):
         options = OPTIONS | {"aot_inductor.output_path": str(directory)}
-        files = map(Path, aot_compile(graph, example, options=options))
+        try:
+            files = map(Path, aot_compile(graph, example, options=options))
+        except InductorError as error:
+            raise compiler_fault(error) from error
         return {file.name: b"" if file.suffix == ".cpp" else file.read_bytes() for file in files}
+
+
+def compiler_fault(error: InductorError) -> Exception:
+    """What to raise for an error of Inductor: one line where the C++ compiler is missing or has
+    failed, the system's own error, of a full disk among others, and else the error itself."""
+    cause = error.inner_exception
+    if isinstance(cause, InvalidCxxCompiler):
+        return ExportError("--backend inductor needs a C++ compiler: install g++, or set CXX")
+    if isinstance(cause, CppCompileError):
+        lines = cause.output.splitlines() or [""]
+        line = next((line for line in lines if "error" in line), lines[-1])
+        return ExportError(f"the C++ compiler failed: {line.strip()}")
+    return cause if isinstance(cause, OSError) else error
 
 
 def trace(

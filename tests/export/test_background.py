@@ -1,7 +1,14 @@
 """Processes that an export starts."""
 
+import os
 import subprocess
 import sys
+
+import pytest
+
+from tokenloop.export.background import Background
+from tokenloop.export.checkpoint import read_json
+from tokenloop.export.errors import ExportError
 
 # The first process that is started has multiprocessing start one of its own before it.
 START = """
@@ -27,3 +34,18 @@ def test_an_interrupt_is_for_the_process_that_the_user_sees():
     done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["0", "later", "heard"]
+
+
+def test_what_another_process_refuses_is_refused_here(tmp_path, monkeypatch):
+    monkeypatch.delenv("TOKENLOOP_CACHE", raising=False)
+    (tmp_path / "x.json").write_text("[")
+    begun = Background("a file", read_json, tmp_path / "x.json")
+    with pytest.raises(ExportError, match="x.json is not valid JSON"):
+        begun.result()
+
+
+def test_what_the_system_refuses_another_process_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.delenv("TOKENLOOP_CACHE", raising=False)
+    begun = Background("a directory", os.listdir, tmp_path / "nowhere")
+    with pytest.raises(ExportError, match="nowhere: No such file or directory$"):
+        begun.result()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 from torch._inductor.package import package_aoti
 
 from tokenloop.export.errors import ExportError
@@ -40,6 +41,40 @@ def test_the_same_code_is_compiled_by_one_export_at_a_time(monkeypatch, tmp_path
         compiled = list(pool.map(lambda _: pt2.compile_graph(graph, ()), range(3)))
     assert compiled == [{"c0.wrapper.so": b"compiled", "c0.wrapper.cpp": b""}] * 3
     assert len(places) == 3 and len(set(places)) == 1
+
+
+@pytest.mark.parametrize(
+    ("cause", "message"),
+    [
+        (
+            CppCompileError(["g++"], "In file x.cpp:\nx.cpp:1: fatal error: no space\nended."),
+            "^the C\\+\\+ compiler failed: x.cpp:1: fatal error: no space$",
+        ),
+        (CppCompileError(["g++"], ""), "^the C\\+\\+ compiler failed: $"),
+        (InvalidCxxCompiler("nosuch"), "needs a C\\+\\+ compiler: install g\\+\\+, or set CXX$"),
+    ],
+)
+def test_a_compiler_that_fails_is_one_line(monkeypatch, tmp_path, cause, message):
+    with pytest.raises(ExportError, match=message):
+        compile_with(cause, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "full"), KeyError("a fault of Inductor")])
+def test_what_is_not_the_compilers_fault_is_not_called_so(monkeypatch, tmp_path, cause):
+    with pytest.raises(OSError if isinstance(cause, OSError) else InductorError):
+        compile_with(cause, monkeypatch, tmp_path)
+
+
+def compile_with(cause: Exception, monkeypatch, tmp_path) -> None:
+    """Compile where Inductor raises an error for this cause."""
+
+    def aot_compile(*_, **__):
+        raise InductorError(cause, None)
+
+    monkeypatch.setattr(pt2, "aot_compile", aot_compile)
+    monkeypatch.setattr(pt2, "cache_dir", lambda: str(tmp_path))
+    graph = pt2.trace(nn.Linear(2, 2), (torch.ones(1, 2),), None)
+    pt2.compile_graph(graph, ())
 
 
 def files_of_a_method(directory: Path) -> dict[str, list[str]]:
