@@ -22,7 +22,7 @@ LAYOUTS = [(2, 3, 128, 512), (1, 4, 256, 1024), (2, 2, 512, 100)] if ON_GPU else
 UNEVEN = (1, 2, 128, 100) if ON_GPU else (1, 2, 16, 50)
 FULL_SLOTS = 2100 if ON_GPU else 330
 # A prompt's tokens in its row.
-LENGTHS = {2: 2000, 0: 1111, 1: 64} if ON_GPU else {2: 197, 0: 107, 1: 3}
+LENGTHS = {2: 2000, 0: 1111, 1: 64} if ON_GPU else {2: 133, 0: 70, 1: 3}
 SEQUENCES = 5
 
 
