@@ -69,17 +69,30 @@ THETA = number(1, 1e12)
 FACTOR = number(1e-6, 1e6)
 SHARE = number(1e-6, 1)
 CAP = number(0, 1e6)
+DIVISORS = list_of(FACTOR, f"numbers from {1e-6:g} to {1e6:g}")
 
 ROPE_FIELDS = {
     "rope_type": TEXT,
     "type": TEXT,
     "rope_theta": THETA,
     "factor": FACTOR,
-    "factors": list_of(FACTOR, f"numbers from {1e-6:g} to {1e6:g}"),
+    "factors": DIVISORS,
     "partial_rotary_factor": SHARE,
     "low_freq_factor": FACTOR,
     "high_freq_factor": FACTOR,
     "original_max_position_embeddings": POSITIONS,
+    "attention_factor": FACTOR,
+    "beta_fast": FACTOR,
+    "beta_slow": FACTOR,
+    "mscale": CAP,
+    "mscale_all_dim": CAP,
+    "truncate": FLAG,
+    "short_factor": DIVISORS,
+    "long_factor": DIVISORS,
+    # The axes of an image's positions, which are one for text, and who trained what.
+    "mrope_section": list_of(whole(0, 1 << 16), "whole numbers"),
+    "mrope_interleaved": FLAG,
+    "finetuned": FLAG,
 }
 # rope_parameters may have an entry for each type of layer.
 LAYER_TYPES = "full_attention", "sliding_attention", "linear_attention"
@@ -183,9 +196,9 @@ def check(config: Mapping[str, Any]) -> None:
     check_fields(config, FIELDS)
     for name in ("rope_scaling", "rope_parameters"):
         entry = config.get(name) or {}
-        check_fields(entry, ROPE_FIELDS | dict.fromkeys(LAYER_TYPES, OBJECT), f"{name}.")
+        check_rope(entry, ROPE_FIELDS | dict.fromkeys(LAYER_TYPES, OBJECT), f"{name}.")
         for layer_type in LAYER_TYPES:
-            check_fields(entry.get(layer_type) or {}, ROPE_FIELDS, f"{name}.{layer_type}.")
+            check_rope(entry.get(layer_type) or {}, ROPE_FIELDS, f"{name}.{layer_type}.")
     for layer, shape in (config.get("per_layer_config") or {}).items():
         name = f"per_layer_config.{shown(layer)}"
         if not str(layer).isdecimal():
@@ -193,6 +206,15 @@ def check(config: Mapping[str, Any]) -> None:
         if not isinstance(shape, Mapping):
             raise ValueError(f"{name} = {shown(shape)}: an object is right")
         check_fields(shape, FIELDS, f"{name}.", nullable=False)
+
+
+def check_rope(entry: Mapping[str, Any], kinds: Mapping[str, Kind], of: str) -> None:
+    """Compare an entry of the rotary embedding with its kinds, which are all that there are. Raises
+    ValueError as `check_fields`, and for a field that is not known."""
+    check_fields(entry, kinds, of)
+    for name in entry.keys() - kinds.keys():
+        if entry[name] is not None:
+            raise ValueError(f"{of}{name} = {shown(entry[name])} is not supported: leave it out")
 
 
 def check_products(config: Mapping[str, Any]) -> None:

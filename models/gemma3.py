@@ -34,6 +34,9 @@ ONLY = {
     "use_bidirectional_attention": False,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
+    # Both are in rope_parameters, for each type of layer.
+    "partial_rotary_factor": None,
+    "original_max_position_embeddings": None,
 }
 
 
@@ -63,10 +66,12 @@ class Gemma3Config:
         config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
         configs.rotated("head_dim", config["head_dim"])
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        rope = _rope(config)
+        config = configs.reaching(config, rope[FULL])
         return cls(
             **{key: config[key] for key in plain},
             layer_types=configs.layer_types(config, SLIDING, pattern),
-            rope=_rope(config),
+            rope=rope,
         )
 
 
@@ -77,9 +82,11 @@ def _rope(config: dict) -> dict[str, RopeConfig]:
     full = {"rope_theta": config["rope_theta"]}
     full |= configs.merged(config.get("rope_scaling"), nested.get(FULL))
     sliding = {"rope_theta": config["rope_local_base_freq"]} | (nested.get(SLIDING) or {})
-    return {
-        name: configs.rope(entry, of=name) for name, entry in ((FULL, full), (SLIDING, sliding))
+    ropes = {
+        name: configs.rope(configs.completed(entry, config), of=name)
+        for name, entry in ((FULL, full), (SLIDING, sliding))
     }
+    return {name: configs.fitting(rope, config["head_dim"]) for name, rope in ropes.items()}
 
 
 def text_name(name: str, other_parts: tuple[str, ...]) -> str | None:
@@ -126,7 +133,9 @@ class Gemma3(CausalLM):
             )
 
         blocks = [block(layer_type) for layer_type in c.layer_types]
-        rope = {name: RotaryEmbedding(rope, c.head_dim) for name, rope in c.rope.items()}
+        rope = {
+            name: RotaryEmbedding(rope, c.head_dim, max_seq_len) for name, rope in c.rope.items()
+        }
         max_chunk, scale = min(c.sliding_window, max_seq_len), c.hidden_size**0.5
         cache = max_seq_len, batch, max_chunk
         super().__init__(c, blocks, norm(c.hidden_size), rope, *cache, tied=True, embed_scale=scale)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloop.models.cache import FullCache, KVCache, SlidingCache
+from tokenloop.models.rope_scaling import Scaling
 
 
 class Shard(NamedTuple):
@@ -37,57 +38,34 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling of rotary frequencies, by a Hugging Face config's names.
-
-    The source is transformers' modeling_rope_utils.py. Wavelengths above
-    original_max_position_embeddings / low_freq_factor are `factor` times as long. Those below
-    original_max_position_embeddings / high_freq_factor stay. A line leads from one to the other.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __call__(self, inv_freq: Tensor) -> Tensor:
-        """The scaled frequencies float32 [N] of inv_freq float32 [N]."""
-        length, low, high = (
-            self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor,
-        )  # fmt: skip
-        wavelength = 2 * math.pi / inv_freq
-        is_long, is_short = wavelength > length / low, wavelength < length / high
-        scaled = torch.where(is_long, inv_freq / self.factor, inv_freq)
-        share = (length / wavelength - low) / (high - low)
-        between = (1 - share) * scaled / self.factor + share * scaled
-        return torch.where(is_long | is_short, scaled, between)
-
-
-@dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of one type of layer.
 
     `factor` divides positions (linear scaling). Only the share `partial` of the pairs rotates.
-    `llama3` scales frequencies by their wavelength. `factors` divide them one by one.
+    `scaling` is for longer contexts. `factors` divide frequencies one by one.
     """
 
     theta: float
     factor: float = 1.0
     partial: float = 1.0
-    llama3: Llama3Scaling | None = None
+    scaling: Scaling | None = None
     factors: tuple[float, ...] | None = None
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of rotary angles (arXiv:2104.09864), each [T, 1, dim] for positions [T]."""
+    """cos and sin of rotary angles (arXiv:2104.09864), each [T, 1, dim] for positions [T] below
+    `max_seq_len`, times `attention_factor`."""
 
-    def __init__(self, rope: RopeConfig, dim: int):
+    def __init__(self, rope: RopeConfig, dim: int, max_seq_len: int):
         super().__init__()
         rotated = int(rope.partial * dim // 2)
-        frequency = rope.theta ** (torch.arange(0, 2 * rotated, 2, device="cpu") / dim)
-        inv_freq = 1.0 / frequency / rope.factor
-        if rope.llama3 is not None:
-            inv_freq = rope.llama3(inv_freq)
+        periods = rope.theta ** (torch.arange(0, 2 * rotated, 2, device="cpu") / dim)
+        self.attention_factor = 1.0
+        if rope.scaling is None:
+            inv_freq = 1.0 / periods / rope.factor
+        else:
+            inv_freq = rope.scaling(periods, rope.theta, max_seq_len)
+            self.attention_factor = rope.scaling.attention_factor
         if rope.factors is not None:
             inv_freq = inv_freq / torch.tensor(rope.factors, device="cpu")
         # The other pairs keep the angle 0.
@@ -97,6 +75,8 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = (positions.float()[:, None] * self.inv_freq)[:, None]
         cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 

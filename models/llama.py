@@ -20,7 +20,8 @@ DEFAULTS = {
 }  # fmt: skip
 # Fields for which only one value is implemented.
 ONLY = {"hidden_act": "silu"}
-ROPE_TYPES = "default", "linear", "llama3", "factors"
+# The last is no transformers' own: GGUF files have divisors of their own.
+ROPE_TYPES = *configs.ROPE_TYPES, "factors"
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,8 @@ class LlamaConfig:
         config = configs.read(config, defaults={}, only=ONLY, needed=plain)
         configs.layer_types(config, FULL, 1)
         rope = configs.rope(configs.rope_entry(config), ROPE_TYPES)
-        pairs = configs.rotated("head_dim", config["head_dim"]) // 2
-        if rope.factors is not None and len(rope.factors) != pairs:
-            raise ValueError(
-                f"rope_scaling has {len(rope.factors)} factors; {pairs}, one for each pair of a "
-                "head, are right"
-            )
+        rope = configs.fitting(rope, configs.rotated("head_dim", config["head_dim"]))
+        config = configs.reaching(config, rope)
         return cls(**{key: config[key] for key in plain}, rope=rope)
 
 
@@ -88,7 +85,7 @@ class Llama(CausalLM):
             return Block(attention, mlp, norm)
 
         blocks = [block() for _ in range(c.num_hidden_layers)]
-        rope = {FULL: RotaryEmbedding(c.rope, c.head_dim)}
+        rope = {FULL: RotaryEmbedding(c.rope, c.head_dim, max_seq_len)}
         cache = max_seq_len, batch, max_seq_len
         super().__init__(c, blocks, norm(), rope, *cache, tied=c.tie_word_embeddings)
 

@@ -86,10 +86,12 @@ class Qwen3Config:
         plain = [field.name for field in fields(cls) if field.name not in ("rope", "moe")]
         config = configs.read(config, defaults={}, only=ONLY, needed=plain)
         configs.layer_types(config, FULL, 1)
-        configs.rotated("head_dim", config["head_dim"])
+        size = configs.rotated("head_dim", config["head_dim"])
+        rope = configs.fitting(configs.rope(configs.rope_entry(config)), size)
+        config = configs.reaching(config, rope)
         return cls(
             **{key: config[key] for key in plain},
-            rope=configs.rope(configs.rope_entry(config)),
+            rope=rope,
             moe=moe_config(config) if model_type == "qwen3_moe" else None,
         )
 
@@ -154,7 +156,7 @@ class Qwen3(CausalLM):
             return Block(attention, mlp, partial(norm, c.hidden_size))
 
         blocks = [block() for _ in range(c.num_hidden_layers)]
-        rope = {FULL: layers.RotaryEmbedding(c.rope, c.head_dim)}
+        rope = {FULL: layers.RotaryEmbedding(c.rope, c.head_dim, max_seq_len)}
         cache = max_seq_len, batch, max_seq_len
         norm = norm(c.hidden_size)
         super().__init__(c, blocks, norm, rope, *cache, tied=c.tie_word_embeddings)

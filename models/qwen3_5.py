@@ -99,16 +99,19 @@ class Qwen3_5Config:
                 f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"
             )
         # The three axes of Qwen3.5's positions (mrope_section) are one for text.
-        rope = configs.rope_entry(config)
+        entry = configs.rope_entry(config)
         share = configs.read(
-            rope, defaults={}, only={}, needed=["partial_rotary_factor"], multiples=()
+            entry, defaults={}, only={}, needed=["partial_rotary_factor"], multiples=()
         )
         rotary_dim = int(config["head_dim"] * share["partial_rotary_factor"])
+        configs.rotated("head_dim * partial_rotary_factor", rotary_dim)
+        rope = configs.fitting(configs.rope(entry, partial=True), rotary_dim)
+        config = configs.reaching(config, rope)
         return cls(
             **{key: config[key] for key in plain},
             layer_types=configs.layer_types(config, LINEAR, config["full_attention_interval"]),
-            rope=configs.rope(rope, ("default",), partial=True),
-            rotary_dim=configs.rotated("head_dim * partial_rotary_factor", rotary_dim),
+            rope=rope,
+            rotary_dim=rotary_dim,
             delta_net=DeltaNetConfig(
                 **{key: config[key] for key in linear}, fused_projections=model_type == "qwen3_next"
             ),
@@ -177,7 +180,7 @@ class Qwen3_5(CausalLM):
             Block(mixer(layer_type), mlp(sparse), partial(norm, c.hidden_size))
             for layer_type, sparse in zip(c.layer_types, c.sparse)
         ]
-        rope = {FULL: layers.RotaryEmbedding(c.rope, c.rotary_dim)}
+        rope = {FULL: layers.RotaryEmbedding(c.rope, c.rotary_dim, max_seq_len)}
         cache, norm = (max_seq_len, batch, min(MAX_CHUNK, max_seq_len)), norm(c.hidden_size)
         super().__init__(c, blocks, norm, rope, *cache, tied=c.tie_word_embeddings)
 

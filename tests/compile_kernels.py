@@ -161,7 +161,7 @@ def attention() -> None:
             module.attend_step(
                 empty(rows, width, dtype=dtype), empty(rows, dtype=int64), *caches, *norms,
                 empty(size // 2), semaphores, scale=1.0, eps=1e-6, value_norm=shared,
-                values_are_keys=shared,
+                values_are_keys=shared, attention_factor=1.2 if size == 128 else 1.0,
             )  # fmt: skip
 
 
@@ -182,6 +182,7 @@ def attention_chunk() -> None:
             q, kv = module.rotate_chunk(
                 empty(1024, width, dtype=dtype), *where, *caches, *norms, empty(size // 2),
                 eps=1e-6, value_norm=shared, values_are_keys=shared, is_ring=is_ring,
+                attention_factor=1.2 if size == 128 else 1.0,
             )  # fmt: skip
             module.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=is_ring)
             # Few tokens may be cut otherwise.

@@ -124,11 +124,12 @@ class CudaPrefill(nn.Module):
         them now. `parts` say which of the two there are."""
         q_norm, k_norm, cache = layer.q_norm, layer.k_norm, layer.cache
         eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
+        rope = self.step.rope[layer.layer_type]
         return cuda.rotate_chunk(
             qkv, *chunk, cache.k, cache.v, weight_of(q_norm), weight_of(k_norm),
-            self.step.rope[layer.layer_type].inv_freq, eps=eps, offset=offset,
+            rope.inv_freq, eps=eps, offset=offset,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
-            is_ring=cache.is_ring, **parts,
+            is_ring=cache.is_ring, attention_factor=rope.attention_factor, **parts,
         )  # fmt: skip
 
     def _attend(self, layer: PackedAttention, q: Tensor, kv: Tensor, chunk: Chunk) -> Tensor:

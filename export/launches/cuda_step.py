@@ -107,11 +107,12 @@ class CudaStep(nn.Module):
             projected, gates = projected.split([projected.shape[1] - size, size], 1)
         q_norm, k_norm = layer.q_norm, layer.k_norm
         eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
+        rope = self.rope[layer.layer_type]
         attended = cuda.attend_step(
             projected, position, layer.cache.k, layer.cache.v, weight_of(q_norm), weight_of(k_norm),
-            self.rope[layer.layer_type].inv_freq, self.kernel_semaphores,
-            scale=layer.scale, eps=eps, offset=offset,
+            rope.inv_freq, self.kernel_semaphores, scale=layer.scale, eps=eps, offset=offset,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
+            attention_factor=rope.attention_factor,
         )  # fmt: skip
         return attended if gates is None else cuda.sigmoid_gate(attended, gates)
 

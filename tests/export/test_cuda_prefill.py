@@ -16,14 +16,17 @@ from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 SLOTS, ROWS = 150, 4
 WIDE = {"head_dim": 32}
 HYBRID = WIDE | {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 700.0, "factor": 8.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
 # The kernels' head sizes.
 NETWORKS = {
-    "qwen2": {"hidden_size": 128},
+    "qwen2": {"hidden_size": 128, "rope_parameters": YARN},
     "qwen3": WIDE,
     "qwen3_moe": WIDE,
     "gemma3_text": WIDE,
     "gemma4_text": WIDE | {"global_head_dim": 64},
-    "qwen3_5_text": HYBRID,
+    "qwen3_5_text": HYBRID | {"rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,
 }

@@ -31,9 +31,15 @@ SHAPE = {
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
-def test_steps_give_the_networks_logits(model_type):
-    config = qwen3.Config.from_dict(SHAPE | {"model_type": model_type})
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope_scaling"), [("qwen2", YARN), ("qwen3", None), ("qwen3_moe", None)]
+)
+def test_steps_give_the_networks_logits(model_type, rope_scaling):
+    changes = {"model_type": model_type, "rope_scaling": rope_scaling}
+    config = qwen3.Config.from_dict(SHAPE | changes)
     torch.manual_seed(0)
     plain, fused = (qwen3.Network(config, 9, batch=2).requires_grad_(False) for _ in range(2))
     for parameter in plain.parameters():

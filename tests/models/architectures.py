@@ -134,8 +134,13 @@ GEMMA_3_ROW = Architecture(
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"layer_types": [FULL]}, "layer_types has 1 entries for 3 layers"),
         ({"layer_types": [FULL, FULL, "chunked"]}, r"layer_types .*unknown kinds \['chunked'\]"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
-        ({"rope_parameters": {SLIDING: {"rope_type": "llama3"}}}, "rope_type = 'llama3'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' of full_.* lacks its factor"),
+        ({"rope_parameters": {SLIDING: {"rope_type": "su"}}}, "rope_type = 'su' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "truncate = False of one type of layer",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"rope_type": "linear"}}, "full_attention lacks its factor"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0},
@@ -264,8 +269,10 @@ GEMMA_4_ROW = Architecture(
                 "rope_parameters": GEMMA_4_OTHER_ROTATIONS
                 | {FULL: {"rope_type": "yarn", "rope_theta": 9.0}}
             },
-            "'yarn'",
+            "rope_type = 'yarn' of full_attention lacks its factor",
         ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling = {.*linear"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ]),
     names={
         prefix + name: f"model.{name}"
@@ -335,8 +342,8 @@ QWEN_3_ROW = Architecture(
         ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
         ({"num_experts_per_tok": 8}, "num_experts_per_tok = 8 is not among num_experts = 7"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_type = 'su'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' lacks its factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
@@ -374,6 +381,13 @@ QWEN_3_5_ROW = Architecture(
         "qwen3_5_text": {},
         "qwen3_5_text, tied, as many key heads": {
             "tie_word_embeddings": True, "linear_num_key_heads": 6, "linear_conv_kernel_dim": 2,
+        },
+        "qwen3_5_text, yarn of a part of a head": {
+            "layer_types": [FULL, LINEAR], "num_hidden_layers": 2,
+            "rope_scaling": {
+                "rope_type": "yarn", "rope_theta": 700.0, "partial_rotary_factor": 0.5,
+                "factor": 4.0, "original_max_position_embeddings": 32, "mrope_section": [2, 2, 2],
+            },
         },
         "qwen3_5_text, half of a head turns": {
             "layer_types": [FULL, LINEAR], "num_hidden_layers": 2, "linear_conv_kernel_dim": 3,
@@ -424,7 +438,7 @@ QWEN_3_5_ROW = Architecture(
         ({"num_key_value_heads": 3}, "num_attention_heads = 4 .* num_key_value_heads = 3"),
         ({"layer_types": [FULL]}, "layer_types has 1 entries for 4 layers"),
         ({"layer_types": [FULL] * 3 + ["chunked"]}, r"unknown kinds \['chunked'\]"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn' lacks its factor"),
         ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
     ]),
     names={
@@ -474,6 +488,14 @@ LLAMA_ROW = Architecture(
         "llama, linear rope, as many key heads": {
             "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "num_key_value_heads": 4,
         },
+        "llama, yarn": {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                             "original_max_position_embeddings": 64},
+        },
+        "llama, dynamic rope": {
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": 65_536,
+        },
         "llama, tied, no head size": {
             "head_dim": None, "tie_word_embeddings": True, "rms_norm_eps": 0.1,
         },
@@ -488,10 +510,22 @@ LLAMA_ROW = Architecture(
     refused=("llama, tied, llama3 rope", [
         ({"model_type": "llama4"}, "model_type = 'llama4'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type = 'yarn' lacks its factor"),
         (
             {"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic"}},
-            "rope_type = 'dynamic'",
+            "rope_type = 'dynamic' lacks its factor",
+        ),
+        ({"rope_scaling": {"factor": 4.0}}, "factor = 4.0 has no rope_type: linear or"),
+        ({"rope_scaling": {"rope_type": "linear", "alpha": 4.0}}, "rope_scaling.alpha = 4.0 is"),
+        ({"rope_parameters": {FULL: {"rope_theta": 700.0}}}, "has an entry for full_attention"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 2.0],
+                              "long_factor": [1.0, 2.0]}},
+            "short_factor of .* has 2 numbers; 9, one for",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0.5}},
+            "beta_fast = 0.5 must not be below beta_slow = 1.0",
         ),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),
         ({"rope_scaling": LLAMA_3_ROPE | {"low_freq_factor": None}}, "lacks its low_freq_factor"),
