@@ -16,6 +16,9 @@ from tokenloop.models.config_rope import reaching as reaching
 from tokenloop.models.config_rope import rope as rope
 from tokenloop.models.config_rope import rope_entry as rope_entry
 
+# What transformers reads in any config, and no network here has another value of.
+EVERYWHERE = {"is_causal": True, "is_encoder_decoder": False}
+
 
 def read(
     config: Mapping[str, Any], *, defaults: Mapping[str, Any], only: Mapping[str, Any],
@@ -24,15 +27,15 @@ def read(
 ) -> dict[str, Any]:  # fmt: skip
     """The config over its `defaults`, checked: every field that is known is of its kind.
 
-    `only` has the value of each field for which no other is implemented. A null is the same as that
-    value, and so is any empty value if that is empty. `needed` fields must not be null. The first
-    of each pair in `multiples` is a multiple of the second.
+    `only` has the value of each field for which no other is implemented, besides EVERYWHERE. A null
+    is the same as that value, and so is any empty value if that is empty. `needed` fields must not
+    be null. The first of each pair in `multiples` is a multiple of the second.
 
     Raises ValueError naming the field, its value and what would be right.
     """
     check(config)
     config = {**defaults, **config}
-    for key, supported in only.items():
+    for key, supported in (EVERYWHERE | dict(only)).items():
         value = config.get(key)
         if value is not None and value != supported and (value or supported):
             raise ValueError(f"{key} = {shown(value)} is not supported: only {supported!r}")
@@ -76,6 +79,13 @@ def known_type(config: Mapping[str, Any], known: Collection[str]) -> str:
     if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(f"model_type = {shown(model_type)} is none of {', '.join(known)}")
     return model_type
+
+
+def one_of(config: Mapping[str, Any], name: str, other: str) -> None:
+    """Raises ValueError for a config that has both of two names of a field, with two values."""
+    values = config.get(name), config.get(other)
+    if None not in values and values[0] != values[1]:
+        raise ValueError(f"{name} = {shown(values[0])} and {other} = {shown(values[1])} differ")
 
 
 def layer_types(config: Mapping[str, Any], usual: str, interval: int) -> tuple[str, ...]:

@@ -132,6 +132,8 @@ FIELDS = {
     "per_layer_config": OBJECT,
     "full_attention_interval": FEW,
     "attn_output_gate": FLAG,
+    "is_causal": FLAG,
+    "is_encoder_decoder": FLAG,
     "linear_conv_kernel_dim": FEW,
     "linear_num_key_heads": FEW,
     "linear_num_value_heads": FEW,

@@ -37,6 +37,7 @@ ONLY = {
     # Both are in rope_parameters, for each type of layer.
     "partial_rotary_factor": None,
     "original_max_position_embeddings": None,
+    "per_layer_config": None,
 }
 
 
@@ -61,6 +62,9 @@ class Gemma3Config:
     def from_dict(cls, config: dict) -> "Gemma3Config":
         """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
         is missing, or asks for what is not implemented."""
+        if not config.get("layer_types"):
+            # transformers writes the second, and does not read it.
+            configs.one_of(config, "sliding_window_pattern", "_sliding_window_pattern")
         plain = [field.name for field in fields(cls) if field.name not in ("layer_types", "rope")]
         needed = *plain, "num_hidden_layers", "tie_word_embeddings"
         config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
@@ -92,9 +96,10 @@ def _rope(config: dict) -> dict[str, RopeConfig]:
 def text_name(name: str, other_parts: tuple[str, ...]) -> str | None:
     """A checkpoint's tensor name as the text model's parameter name. None for what is left out.
 
-    Multimodal checkpoints hold the text model under a prefix beside `other_parts`.
+    Multimodal checkpoints hold the text model under a prefix beside `other_parts`, which work on
+    images and sounds and change nothing of a text's logits.
     """
-    if any(f"{part}." in name for part in other_parts):
+    if name.removeprefix("model.").startswith(tuple(f"{part}." for part in other_parts)):
         return None
     for prefix in ("model.language_model.", "language_model.model."):
         if name.startswith(prefix):

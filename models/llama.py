@@ -19,7 +19,7 @@ DEFAULTS = {
     "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
 # Fields for which only one value is implemented.
-ONLY = {"hidden_act": "silu"}
+ONLY = {"hidden_act": "silu", "per_layer_config": None}
 # The last is no transformers' own: GGUF files have divisors of their own.
 ROPE_TYPES = *configs.ROPE_TYPES, "factors"
 
@@ -59,7 +59,8 @@ class LlamaConfig:
 
 def checkpoint_name(name: str) -> str | None:
     """A checkpoint's tensor name as this model's parameter name. None for the rotary frequencies
-    that old checkpoints hold, which follow from the config."""
+    that old checkpoints hold. transformers does not read them either: they follow from the config.
+    """
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 

@@ -50,6 +50,7 @@ ONLY = {
     "use_sliding_window": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+    "per_layer_config": None,
 }
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(?:(\d{1,9})\.)?(gate|up|down)_proj\.weight")
 
@@ -80,6 +81,7 @@ class Qwen3Config:
         """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
         is missing, or asks for what is not implemented."""
         model_type = configs.known_type(config, DEFAULTS)
+        configs.one_of(config, "num_local_experts", "num_experts")
         config = configs.with_heads(DEFAULTS[model_type] | config)
         if other := set(config.get("layer_types") or ()) - {FULL}:
             raise ValueError(f"layer_types has {', '.join(sorted(other))}: only {FULL}")

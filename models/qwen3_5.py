@@ -43,7 +43,10 @@ DEFAULTS = {
 }
 MODEL_TYPES = tuple(DEFAULTS)
 # Fields for which only one value is implemented.
-ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
+ONLY = {
+    "hidden_act": "silu", "attention_bias": False, "attn_output_gate": True,
+    "per_layer_config": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Qwen3_5Config:
         """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
         is missing, or asks for what is not implemented."""
         model_type = configs.known_type(config, DEFAULTS)
+        configs.one_of(config, "num_local_experts", "num_experts")
         names = [field.name for field in fields(cls)]
         plain = names[: names.index("layer_types")]
         linear = [field.name for field in fields(DeltaNetConfig) if field.name.startswith("linear")]
@@ -141,7 +145,8 @@ def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
 
 def checkpoint_name(name: str) -> str | layers.Shard | None:
     """A checkpoint's tensor name as this model's parameter name, or as a shard of one. None for the
-    vision tower, and for the layers that predict several tokens at once."""
+    vision tower, and for the layers that guess tokens after the next one: neither changes a text's
+    logits."""
     if name.startswith(("mtp.", "model.visual.")):
         return None
     return qwen3.checkpoint_name(name.replace("model.language_model.", "model.", 1))

@@ -187,6 +187,21 @@ def test_the_text_config_is_lifted_out_and_inherits_only_what_it_lacks(directory
     assert open_checkpoint(directory).config == text | {"eos_token_id": [1, 106]}
 
 
+def test_a_tie_that_the_text_config_has_otherwise_is_refused(directory):
+    text = {"model_type": "gemma3_text", "tie_word_embeddings": True}
+    outer = {"tie_word_embeddings": False, "text_config": text}
+    (directory / "config.json").write_text(json.dumps(outer))
+    with pytest.raises(ExportError, match="tie_word_embeddings = False and that of text_config = "):
+        open_checkpoint(directory)
+
+
+def test_an_adapter_beside_the_weights_is_refused(directory):
+    """transformers would add it to them."""
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(ExportError, match="adapter_config.json: merge the adapter into"):
+        open_checkpoint(directory)
+
+
 def break_index(directory, change):
     index = directory / "model.safetensors.index.json"
     value = json.loads(index.read_text())

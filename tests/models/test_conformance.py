@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.export import Dim
 
 from tests.models.architectures import ARCHITECTURES, Architecture
@@ -34,6 +35,7 @@ from tests.models.tiny_models import (
     keys,
     logits_of_one_pass,
     make_reference,
+    model_type_of,
     network_of,
     ours,
     randomize,
@@ -42,6 +44,7 @@ from tests.models.tiny_models import (
     states,
 )
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.errors import ExportError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -370,6 +373,32 @@ def test_a_saved_checkpoint_loads_into_a_model_on_meta(tmp_path, case):
     tokens, expected = logits_of_one_pass(case)
     ends = even_ends(12, min(model.max_chunk, 5))
     assert_near(torch.cat(prefill(model, tokens, ends)), expected[[end - 1 for end in ends]])
+
+
+def tied_cases() -> list[str]:
+    """A case of each model_type that has one with a tied head."""
+    tied = [
+        case for case in CASES
+        if reference(case).config.tie_word_embeddings
+    ]  # fmt: skip
+    return list({model_type_of(case): case for case in tied}.values())
+
+
+def test_a_head_that_differs_from_the_embedding_that_it_is_tied_to_is_refused(tmp_path):
+    cases = tied_cases()
+    assert {ROW_OF[case].name for case in cases} == {row.name for row in ARCHITECTURES}
+    for i, case in enumerate(cases):
+        directory = tmp_path / str(i)
+        hf = reference(case)
+        hf.save_pretrained(directory)
+        weights = load_file(directory / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, directory / "model.safetensors")
+        load(directory, ROW_OF[case])
+        weights["lm_head.weight"][3, 5] += 0.25
+        save_file(weights, directory / "model.safetensors")
+        with pytest.raises(ExportError, match="lm_head.weight.* differ, and the model's config"):
+            load(directory, ROW_OF[case])
 
 
 @pytest.mark.parametrize(
