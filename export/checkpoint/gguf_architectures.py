@@ -8,95 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
-from tokenloop.export.checkpoint.gguf_metadata import ARCHITECTURE_KINDS, check_value
-from tokenloop.export.checkpoint.gguf_reader import GgufTensor, read_header
+from tokenloop.export.checkpoint.gguf_keys import Keys
+from tokenloop.export.checkpoint.gguf_parts import read_parts
+from tokenloop.export.checkpoint.gguf_reader import GgufTensor
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import shown
 
 # Divisors of the rotary frequencies, one for each pair of a head.
 ROPE_FACTORS = "rope_freqs.weight"
-# The keys `rope.scaling.*` that need no more than is done here; others are refused.
-ROPE_SCALING_KEYS = {"type", "factor", "finetuned", "original_context_length"}
-
-
-class Keys(NamedTuple):
-    """The values of one architecture's keys, `<architecture>.<key>`.
-
-    Errors: ExportError for a key that is required and missing, for one that has a value for each
-    layer, and for a value that is not of the key's kind (gguf_metadata.py).
-    """
-
-    path: Path
-    metadata: dict[str, Any]
-    architecture: str
-
-    def required(self, key: str) -> Any:
-        name = f"{self.architecture}.{key}"
-        if name not in self.metadata:
-            raise ExportError(f"{self.path} has no key {name}, which the model needs")
-        return self.optional(key, None)
-
-    def optional(self, key: str, default: Any) -> Any:
-        name = f"{self.architecture}.{key}"
-        if name not in self.metadata:
-            return default
-        value = self.metadata[name]
-        if isinstance(value, (list, np.ndarray)):
-            raise ExportError(
-                f"{self.path}: {name} has {len(value)} values; one for all layers is supported"
-            )
-        check_value(self.path, name, value, ARCHITECTURE_KINDS[key])
-        return value
-
-    def head_dim(self, default: int) -> int:
-        """The size of a head's queries, keys and values, all of which the rotary embedding rotates.
-
-        Errors: ExportError for a key that asks for another size.
-        """
-        head_dim = self.optional("attention.key_length", default)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if (size := self.optional(key, head_dim)) != head_dim:
-                raise ExportError(
-                    f"{self.path}: {self.architecture}.{key} is {size}; {head_dim}, the size of a "
-                    "key's head, is supported"
-                )
-        return head_dim
-
-    def rope_scaling(self, factors: GgufTensor | None, head_dim: int) -> dict[str, Any] | None:
-        """As in config.json: None, linear, or a divisor of each pair's frequency as "factors".
-
-        llama.cpp scales linearly where a factor has no type, and 0 is no factor. The tensor
-        `factors` (Llama 3.1's) divides frequencies besides. Errors: ExportError for another type,
-        for a key that is not understood, and for factors that are not those of a head's pairs.
-        """
-        scaling = f"{self.architecture}.rope.scaling."
-        for name in self.metadata:
-            if name.startswith(scaling) and name.removeprefix(scaling) not in ROPE_SCALING_KEYS:
-                raise ExportError(f"{self.path} has the key {name}, which is not supported")
-        kind = self.optional("rope.scaling.type", None)
-        if kind not in (None, "none", "linear"):
-            raise ExportError(
-                f"{self.path}: {scaling}type is {shown(kind)}; none and linear are supported"
-            )
-        # The second name is the older one.
-        factor = self.optional("rope.scaling.factor", self.optional("rope.scale_linear", None))
-        if kind == "linear" and factor is None:
-            self.required("rope.scaling.factor")
-        factor = None if kind == "none" else factor
-        if factors is None:
-            return {"rope_type": "linear", "factor": factor} if factor else None
-        divisors = factors.dequantize() * (factor or 1.0)
-        if divisors.shape != (head_dim // 2,) or not (divisors.isfinite() & (divisors > 0)).all():
-            raise ExportError(
-                f"{self.path}: {factors.name} of the shape {factors.shape} is no list of "
-                f"{head_dim // 2} positive numbers, one for each pair of a head"
-            )
-        return {"rope_type": "factors", "factors": divisors.tolist()}
-
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -153,7 +75,7 @@ def common_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
         "num_key_value_heads": keys.optional("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rms_norm_eps": keys.required("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.required("rope.freq_base"),
+        "rope_theta": keys.optional("rope.freq_base", 10_000.0),
         "rope_scaling": keys.rope_scaling(tensors.get(ROPE_FACTORS), head_dim),
         "max_position_embeddings": keys.required("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -168,16 +90,26 @@ def gemma3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     # The file does not say. llama.cpp tells the 27B, the one exception, by its 62 layers.
     is_27b = common["num_hidden_layers"] == 62
     per_head = common["hidden_size"] // common["num_attention_heads"]
-    return common | {
-        "model_type": "gemma3_text",
-        "intermediate_size": keys.required("feed_forward_length"),
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": per_head if is_27b else head_dim,
-        "rope_local_base_freq": keys.optional("rope.freq_base_swa", 10000.0),
-        "sliding_window": keys.required("attention.sliding_window"),
-        "sliding_window_pattern": keys.optional("attention.sliding_window_pattern", 6),
-        "final_logit_softcapping": keys.optional("final_logit_softcapping", None),
-    }
+    slides = keys.flags("attention.sliding_window_pattern")
+    if slides is None:
+        interval = keys.optional("attention.sliding_window_pattern", 6)
+        pattern = {"sliding_window_pattern": interval}
+    else:
+        types = [f"{'sliding' if each else 'full'}_attention" for each in slides]
+        pattern = {"layer_types": types}
+    return (
+        common
+        | pattern
+        | {
+            "model_type": "gemma3_text",
+            "intermediate_size": keys.required("feed_forward_length"),
+            "head_dim": head_dim,
+            "query_pre_attn_scalar": per_head if is_27b else head_dim,
+            "rope_local_base_freq": keys.optional("rope.freq_base_swa", 10000.0),
+            "sliding_window": keys.required("attention.sliding_window"),
+            "final_logit_softcapping": keys.optional("final_logit_softcapping", None),
+        }
+    )
 
 
 def qwen_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
@@ -206,10 +138,8 @@ def llama_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
             f"{keys.path}: {keys.architecture}.expert_count is {experts}; a mixture of experts is "
             "not supported for it, 0 is right"
         )
-    # llama.cpp's default.
-    rope_theta = {f"{keys.architecture}.rope.freq_base": 10000.0}
     biases = {name.split(".")[-2] for name in tensors if name.endswith(".bias")}
-    return common_config(keys._replace(metadata=rope_theta | keys.metadata), tensors) | {
+    return common_config(keys, tensors) | {
         "model_type": keys.architecture,
         "intermediate_size": keys.required("feed_forward_length"),
         "attention_bias": any(name.startswith("attn_") for name in biases),
@@ -247,20 +177,24 @@ ARCHITECTURES = {
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open the GGUF file `path`. Its tensors are read as float32.
+    """Open the GGUF file `path`, or all parts of a model of which it is one. Tensors are read as
+    float32.
 
-    Errors: those of `read_header`, and ExportError for an unknown architecture, a missing key, or a
-    tensor that the architecture does not have.
+    Errors: those of `read_parts`, and ExportError for an unknown architecture, a missing key, a key
+    or a tensor that the architecture does not have.
     """
-    metadata, tensors = read_header(path)
+    metadata, tensors, files = read_parts(path)
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ExportError(f"{path}: general.type is {shown(kind)}; a model is right")
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ExportError(
             f"{path} has the architecture {shown(name)}; supported in GGUF: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    architecture = ARCHITECTURES[name]
-    config = architecture.config(Keys(path, metadata, name), tensors)
+    architecture, keys = ARCHITECTURES[name], Keys(path, metadata, name, set())
+    config = architecture.config(keys, tensors)
+    keys.check_asked()
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     stored = {}
     for tensor in tensors.values():
@@ -269,7 +203,7 @@ def open_gguf(path: Path) -> Checkpoint:
             permuted = heads.get(tensor.name.split(".")[-2]) if architecture.permuted else None
             read = partial(_read, tensor, architecture.norm_offset, permuted)
             stored[hf_name] = StoredTensor(tensor.shape, "F32", read)
-    return Checkpoint(path, "gguf", config, (path,), stored, metadata)
+    return Checkpoint(path, "gguf", config, files, stored, metadata)
 
 
 def _renamed(architecture: Architecture, tensor: GgufTensor) -> str | None:

@@ -39,7 +39,11 @@ SCALING_FACTOR = number(0, 1e6)
 
 KINDS = {
     "general.architecture": TEXT,
+    "general.type": TEXT,
+    "general.quantization_version": whole(0, (1 << 32) - 1),
     "split.count": whole(0, 65_535),
+    "split.no": whole(0, 65_535),
+    "split.tensors.count": whole(0, (1 << 31) - 1),
     "tokenizer.chat_template": TEXT,
     "tokenizer.ggml.model": TEXT,
     "tokenizer.ggml.pre": TEXT,
@@ -84,6 +88,12 @@ ARCHITECTURE_KINDS = {
     "rope.scaling.type": TEXT,
     "rope.scaling.factor": SCALING_FACTOR,
     "rope.scale_linear": SCALING_FACTOR,
+    "rope.scaling.attn_factor": SCALING_FACTOR,
+    "rope.scaling.original_context_length": FIELDS["original_max_position_embeddings"],
+    **{
+        f"rope.scaling.yarn_{key}": SCALING_FACTOR
+        for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")
+    },
 }
 
 

@@ -102,7 +102,7 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, arch="gemma3", omi
     for key, value in header.items():
         if key in omit:
             continue
-        name = key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}"
+        name = key if key.startswith(("split.", "tokenizer.", "general.")) else f"{arch}.{key}"
         add = {
             int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
             list: writer.add_array,
@@ -588,20 +588,29 @@ def test_an_unknown_architecture_is_named_with_those_supported(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "changes", "message"),
     [
-        (EMBEDDING, {"omit": ["rope.freq_base"]}, "has no key gemma3.rope.freq_base"),
-        (EMBEDDING, {"rope.scaling.type": "yarn"}, "gemma3.rope.scaling.type is 'yarn'"),
+        (EMBEDDING, {"rope.scaling.type": "su"}, "gemma3.rope.scaling.type is 'su'; none, linear"),
+        (EMBEDDING, {"rope.scaling.type": "yarn"}, "has no key gemma3.rope.scaling.factor"),
         (EMBEDDING, {"rope.scaling.type": "linear"}, "no key gemma3.rope.scaling.factor"),
         (EMBEDDING, {"rope.scaling.attn_factor": 0.5}, "the key gemma3.rope.scaling.attn_factor"),
         (EMBEDDING, {"rope.dimension_count": 16}, "rope.dimension_count is 16; 32, the size"),
         (EMBEDDING, {"attention.value_length": 64}, "attention.value_length is 64; 32, the size"),
-        (EMBEDDING, {"feed_forward_length": [128, 64]}, "feed_forward_length has 2 values"),
+        (EMBEDDING, {"feed_forward_length": [128, 64]}, r"feed_forward_length has 2 .*\[128, 64\]"),
+        (EMBEDDING, {"feed_forward_length": [128] * 3}, "feed_forward_length has 3 values"),
+        (EMBEDDING, {"attention.head_count_kv": [1, 2]}, "attention.head_count_kv has 2 values"),
+        (EMBEDDING, {"attention.head_count": [2, 4]}, "attention.head_count has 2 values"),
+        (EMBEDDING, {"attention.scale": 0.5}, "has the key gemma3.attention.scale, which is not"),
+        (EMBEDDING, {"attn_logit_softcapping": 50.0}, "has the key gemma3.attn_logit_softcapping"),
+        (EMBEDDING, {"attention.shared_kv_layers": 1}, "the key gemma3.attention.shared_kv_layers"),
+        (EMBEDDING, {"nobody.knows": "this"}, "has the key gemma3.nobody.knows, which is not"),
+        (EMBEDDING, {"general.type": "adapter"}, "general.type is 'adapter'; a model is right"),
+        (EMBEDDING, {"general.quantization_version": 1}, "quantization_version is 1; 2 is supp"),
         (
             EMBEDDING | factors(np.ones(15)),
             {},
             r"rope_freqs.weight of the shape \(15,\) is no list",
         ),
         (EMBEDDING | factors(np.zeros(16)), {}, "is no list of 16 positive numbers"),
-        (EMBEDDING, {"split.count": 3}, "is one of 3 parts"),
+        (EMBEDDING, {"split.count": 3}, "a.gguf is one of 3 parts, which are found by their names"),
         ({}, {}, "has no tensor token_embd.weight"),
         (
             EMBEDDING | {"blk.0.ssm_a.weight": np.zeros(4, dtype=np.float32)},

@@ -126,7 +126,8 @@ def gguf_tensors(model: torch.nn.Module, permuted: bool) -> dict[str, np.ndarray
 
 
 def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **values) -> Path:
-    """`values` override the header's keys; None leaves one out."""
+    """`values` override the header's keys; None leaves one out, and one after "/" is no
+    architecture's."""
     writer = gguf.GGUFWriter(path, architecture)
     header = {
         "embedding_length": 48, "block_count": 2, "feed_forward_length": 80,
@@ -136,9 +137,13 @@ def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **value
     if architecture == "qwen3moe":
         header |= {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24}
     for key, value in (header | values).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+            bool: writer.add_bool, list: writer.add_array,
+        }  # fmt: skip
         if value is not None:
-            add[type(value)](f"{architecture}.{key}", value)
+            name = key[1:] if key.startswith("/") else f"{architecture}.{key}"
+            add[type(value)](name, value)
     for name, data in tensors.items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -192,10 +197,157 @@ def test_a_llama_without_optional_keys_has_llama_cpps_defaults(tmp_path):
     assert not config["attention_bias"] and not config["mlp_bias"]
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3"])
+def test_every_architecture_without_optional_keys_has_llama_cpps_defaults(tmp_path, architecture):
+    absent = {"rope.freq_base": None, "attention.head_count_kv": None}
+    own = {"attention.key_length": 12, "attention.sliding_window": 8}
+    values = absent | (own if architecture == "gemma3" else {})
+    config = open_checkpoint(write(tmp_path / "a.gguf", architecture, EMBEDDING, **values)).config
+    assert (config["rope_theta"], config["num_key_value_heads"]) == (10000.0, 4)
+
+
+def test_lists_of_one_value_for_all_layers_and_keys_that_do_nothing_are_read(tmp_path):
+    values = {
+        "attention.head_count": [4, 4], "attention.head_count_kv": [2, 2],
+        "feed_forward_length": [80, 80], "vocab_size": 97, "rope.dimension_count": 12,
+        "rope.scaling.finetuned": True, "attention.causal": True, "expert_count": 0,
+        "expert_used_count": 0, "rope.scaling.attn_factor": 1.0, "pooling_type": 0,
+    }  # fmt: skip
+    plain = open_checkpoint(write(tmp_path / "a.gguf", "llama", EMBEDDING)).config
+    assert open_checkpoint(write(tmp_path / "b.gguf", "llama", EMBEDDING, **values)).config == plain
+
+
+def test_a_window_s_pattern_may_be_a_list_of_flags(tmp_path):
+    own = {"attention.key_length": 12, "attention.sliding_window": 8}
+    values = own | {"attention.sliding_window_pattern": [False, True]}
+    config = open_checkpoint(write(tmp_path / "a.gguf", "gemma3", EMBEDDING, **values)).config
+    assert config["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta_fast": 8, "beta_slow": 2}], ids=str)
+def test_yarn_s_keys_are_transformers_yarn_past_the_original_length(tmp_path, changes):
+    """llama.cpp multiplies cosines by 0.1 ln(factor) + 1, as transformers does."""
+    scaling = {
+        "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    case = Model("qwen3", Qwen3Config, Qwen3ForCausalLM, {"rope_parameters": scaling | changes})
+    hf = tiny(case)
+    tensors = gguf_tensors(hf, permuted=False)
+    del tensors["rope_freqs.weight"]
+    keys = {f"rope.scaling.yarn_{key}": float(value) for key, value in changes.items()}
+    values = {
+        "attention.key_length": 128, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 16, **keys,
+    }  # fmt: skip
+    checkpoint = open_checkpoint(write(tmp_path / "a.gguf", "qwen3", tensors, **values))
+    network = by_model_type()["qwen3"]
+    config = network.Config.from_dict(checkpoint.config)
+    with torch.device("meta"):
+        model = network.Network(config, 64)
+    load_weights(model, checkpoint, network.checkpoint_name)
+    tokens = prompt(40)
+    with torch.no_grad():
+        expected = hf(tokens).logits[0]
+    assert_near(torch.cat(prefill(model, tokens, [4, 40])), expected[[3, 39]])
+    # An attention factor of the file multiplies this one.
+    values |= {"rope.scaling.attn_factor": 0.5}
+    other = open_checkpoint(write(tmp_path / "b.gguf", "qwen3", tensors, **values)).config
+    halves = [c["rope_scaling"]["attention_factor"] for c in (other, checkpoint.config)]
+    assert halves[0] == 0.5 * halves[1]
+
+
+# Parts
+
+
+def write_parts(directory: Path, changes: dict[int, dict] | None = None) -> list[Path]:
+    """A Llama in three parts, as llama.cpp's gguf-split writes them: the first has the metadata.
+    `changes` are those of a part's own keys."""
+    tensors = gguf_tensors(tiny(MODELS[0]), permuted=True)
+    paths = [directory / f"a-0000{i + 1}-of-00003.gguf" for i in range(3)]
+    for i, path in enumerate(paths):
+        own = {"split.no": i, "split.count": 3, "split.tensors.count": len(tensors)}
+        own |= (changes or {}).get(i, {})
+        names = sorted(tensors)[i::3]
+        write_part(path, {name: tensors[name] for name in names}, own, whole=i == 0)
+    return paths
+
+
+def write_part(path: Path, tensors: dict[str, np.ndarray], own: dict, whole: bool) -> None:
+    values = {} if whole else dict.fromkeys(
+        ("embedding_length", "block_count", "feed_forward_length", "context_length",
+         "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+         "rope.freq_base")
+    )  # fmt: skip
+    write(path, "llama", tensors, **values, **{f"/{key}": value for key, value in own.items()})
+
+
+def test_the_parts_of_a_model_are_the_whole_model_whichever_is_given(tmp_path):
+    case = MODELS[0]
+    whole = open_checkpoint(
+        write(tmp_path / "whole.gguf", "llama", gguf_tensors(tiny(case), permuted=True))
+    )
+    paths = write_parts(tmp_path)
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.config == whole.config and checkpoint.weight_files == tuple(paths)
+        assert checkpoint.stored.keys() == whole.stored.keys()
+        for name, stored in checkpoint.stored.items():
+            assert torch.equal(stored.read(), whole.stored[name].read()), name
+
+
+def test_parts_that_are_no_whole_model_are_refused_by_what_is_wrong(tmp_path):
+    def refused(message: str) -> None:
+        with pytest.raises(ExportError, match=message) as raised:
+            open_checkpoint(tmp_path / "a-00001-of-00003.gguf")
+        assert "\n" not in str(raised.value)
+
+    write_parts(tmp_path, {1: {"split.no": 2}})
+    refused("a-00002-of-00003.gguf: split.no is 2 and split.count 3; 1 and 3 are right")
+    write_parts(tmp_path, {1: {"split.count": 4}})
+    refused("a-00002-of-00003.gguf: split.no is 1 and split.count 4; 1 and 3 are right")
+    write_parts(tmp_path, {0: {"split.tensors.count": 99}})
+    refused("its 3 parts have 99 tensors; they have 21")
+    paths = write_parts(tmp_path)
+    paths[2].write_bytes(paths[1].read_bytes())
+    refused("a-00003-of-00003.gguf: split.no is 1")
+    paths[2].unlink()
+    refused("a-00003-of-00003.gguf is missing; a-00001-of-00003.gguf is one of 3 parts")
+    first = write_parts(tmp_path)[0]
+    write_part(paths[1], {"output_norm.weight": np.ones(48, np.float32)} | {
+        "token_embd.weight": np.zeros((97, 48), np.float32)
+    }, {"split.no": 1, "split.count": 3}, whole=False)  # fmt: skip
+    refused("another part has the tensor")
+    other = tmp_path / "b.gguf"
+    first.rename(other)
+    with pytest.raises(ExportError, match="b.gguf is one of 3 parts, which are found by their nam"):
+        open_checkpoint(other)
+
+
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
-        ("qwen3moe", {"rope.scaling.type": "yarn"}, "scaling.type is 'yarn'; none and linear"),
+        ("qwen3moe", {"rope.scaling.type": "su"}, "scaling.type is 'su'; none, linear and yarn"),
+        ("qwen3", {"rope.scaling.attn_factor": 1.5}, "the key qwen3.rope.scaling.attn_factor"),
+        (
+            "qwen3",
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.yarn_ext_factor": 0.5,
+            },
+            "qwen3.rope.scaling.yarn_ext_factor is 0.5; 1 is supported",
+        ),
+        (
+            "qwen3",
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.yarn_log_multiplier": 0.1,
+            },
+            "the key qwen3.rope.scaling.yarn_log_multiplier, which is not",
+        ),
+        ("qwen2", {"rope.dimension_sections": [2, 2, 2, 0]}, "key qwen2.rope.dimension_sections"),
         ("qwen3moe", {"expert_count": None}, "has no key qwen3moe.expert_count"),
         ("qwen3moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length"),
         ("qwen3moe", {"embedding_length": None}, "has no key qwen3moe.embedding_length"),
