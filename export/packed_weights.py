@@ -222,6 +222,8 @@ def arrange(network: CausalLM) -> None:
             short = mixer.head_dim // 2 - frequencies.inv_freq.shape[0]
             if short:
                 frequencies.inv_freq = F.pad(frequencies.inv_freq, (0, short))
+                if frequencies.lengths is not None:
+                    frequencies.lengths = F.pad(frequencies.lengths, (0, short), value=1.0)
 
 
 def _arrange_attention(attention: nn.Module, rotated: int) -> None:

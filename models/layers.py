@@ -71,12 +71,16 @@ class RotaryEmbedding(nn.Module):
         # The other pairs keep the angle 0.
         inv_freq = F.pad(inv_freq, (0, dim // 2 - rotated))
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        # Of the pairs that rotate; exporters may add others.
+        is_scaled = self.attention_factor != 1.0
+        lengths = torch.full_like(inv_freq, self.attention_factor) if is_scaled else None
+        self.register_buffer("lengths", lengths, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = (positions.float()[:, None] * self.inv_freq)[:, None]
         cos, sin = angles.cos(), angles.sin()
-        if self.attention_factor != 1.0:
-            cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        if self.lengths is not None:
+            cos, sin = cos * self.lengths, sin * self.lengths
         return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
