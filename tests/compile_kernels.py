@@ -281,6 +281,10 @@ def chunks() -> None:
     wide, norm = empty(8192, 5376, dtype=bfloat16), empty(5376, dtype=bfloat16)
     cuda.add_norm(wide, wide, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(wide, norm, count, eps=1e-6)
+    for number in (None, count):
+        cuda.add_branch(wide, wide, norm, None, number, eps=1e-6)
+        cuda.norm_heads(wide, norm[:4096], norm[:1024], number, eps=1e-6)
+        cuda.norm_heads(wide, None, norm[:1024], number, eps=1e-6)
     cuda.sigmoid_gate(x, empty(8192, 5120, dtype=bfloat16)[:, :2560], count)
     cuda.embed_chunk(empty(8192, dtype=int64), x, count, scale=25.25)
     cuda.last_tokens(x, empty(5, dtype=int32))
