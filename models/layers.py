@@ -37,6 +37,12 @@ class Shard(NamedTuple):
         return whole.narrow(-2, self.part * size, size)
 
 
+class Stacked(NamedTuple):
+    """The parameters `names`, for a tensor that has the rows of all of them, in that order."""
+
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding of one type of layer.
@@ -103,15 +109,16 @@ def normalize(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """normalize(x) * (offset + weight) over the last axis, in float32."""
+    """normalize(x) * (offset + weight) * scale over the last axis, in float32."""
 
-    def __init__(self, size: int, eps: float, offset: float = 0.0):
+    def __init__(self, size: int, eps: float, offset: float = 0.0, scale: float = 1.0):
         super().__init__()
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset, self.scale = eps, offset, scale
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (normalize(x, self.eps) * (self.offset + self.weight.float())).to(x.dtype)
+        x_hat, weight = normalize(x, self.eps), self.offset + self.weight.float()
+        return (x_hat * (weight if self.scale == 1.0 else weight * self.scale)).to(x.dtype)
 
 
 class ValueNorm(nn.Module):
@@ -151,11 +158,13 @@ def kv_cache(
 class Attention(nn.Module):
     """A Mixer: grouped-query attention over a KV cache, whose shape tells K and head_dim.
 
-    It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `values_are_keys`,
-    `output_gate`, and `q_norm`, `k_norm` and `v_norm`, which are modules or None. With
-    `values_are_keys` there is no v_proj, and a value is the key before norm and rotation. With
-    `output_gate` q_proj gives each head's query, then its gate, whose sigmoid multiplies the
-    result.
+    It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `rotation`,
+    `values_are_keys`, `output_gate`, and `q_norm`, `k_norm` and `v_norm`, which are modules or
+    None, with `whole_norms`. `rotation` is the name of the network's rotary embedding for this
+    layer. With `values_are_keys` there is no v_proj, and a value is the key before norm and
+    rotation. With `output_gate` q_proj gives each head's query, then its gate, whose sigmoid
+    multiplies the result. With `whole_norms` q_norm is of all heads' queries at once, and k_norm of
+    all keys.
     """
 
     name, output = "self_attn", "o_proj"
@@ -164,13 +173,15 @@ class Attention(nn.Module):
         self, layer_type: str, hidden_size: int, heads: int, cache: KVCache, scale: float, *,
         norm: Callable[[int], nn.Module] | None = None, v_norm: nn.Module | None = None,
         values_are_keys: bool = False, output_gate: bool = False, bias: bool = False,
-        output_bias: bool = False,
+        output_bias: bool = False, whole_norms: bool = False, rotation: str | None = None,
     ):  # fmt: skip
-        """`norm` makes the norms of queries and keys, given head_dim. `bias` is for queries, keys
-        and values, and `output_bias` for o_proj."""
+        """`norm` makes the norms of queries and keys, given their size. `bias` is for queries, keys
+        and values, and `output_bias` for o_proj. The `rotation` is `layer_type` unless it is given.
+        """
         super().__init__()
         kv_heads, head_dim = cache.k.shape[2:]
         self.layer_type, self.scale = layer_type, scale
+        self.rotation, self.whole_norms = rotation or layer_type, whole_norms
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.values_are_keys, self.output_gate = values_are_keys, output_gate
         size, kv_size = heads * head_dim, kv_heads * head_dim
@@ -180,8 +191,8 @@ class Attention(nn.Module):
         if not values_are_keys:
             self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(size, hidden_size, bias=output_bias)
-        self.q_norm = None if norm is None else norm(head_dim)
-        self.k_norm = None if norm is None else norm(head_dim)
+        self.q_norm = None if norm is None else norm(size if whole_norms else head_dim)
+        self.k_norm = None if norm is None else norm(kv_size if whole_norms else head_dim)
         self.v_norm = v_norm
         self.cache = cache
 
@@ -192,13 +203,13 @@ class Attention(nn.Module):
         if self.output_gate:
             q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
         else:
-            q = self._by_head(self.q_proj(x))
-        k = self._by_head(self.k_proj(x))
+            q = self._by_head(self.q_proj(x), self.q_norm if self.whole_norms else None)
+        k = self._by_head(self.k_proj(x), self.k_norm if self.whole_norms else None)
         v = k if self.values_are_keys else self._by_head(self.v_proj(x))
-        q = q if self.q_norm is None else self.q_norm(q)
-        q = apply_rotary(q, rope[self.layer_type])
-        k = k if self.k_norm is None else self.k_norm(k)
-        k = apply_rotary(k, rope[self.layer_type])
+        q = q if self.q_norm is None or self.whole_norms else self.q_norm(q)
+        q = apply_rotary(q, rope[self.rotation])
+        k = k if self.k_norm is None or self.whole_norms else self.k_norm(k)
+        k = apply_rotary(k, rope[self.rotation])
         return (q, k, v if self.v_norm is None else self.v_norm(v)), gate
 
     def prefill(
@@ -217,7 +228,8 @@ class Attention(nn.Module):
             attended = attended * gate.sigmoid()
         return self.o_proj(attended.reshape(attended.shape[0], -1, self.o_proj.in_features))
 
-    def _by_head(self, projected: Tensor) -> Tensor:
+    def _by_head(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+        projected = projected if norm is None else norm(projected)
         count = projected.shape[2] // self.head_dim
         return projected.view(projected.shape[0], -1, count, self.head_dim)
 

@@ -42,6 +42,7 @@ class DelegatedMethod(nn.Module):
         self.rope = model.model.rope
         mixers = [layer.mixer for layer in model.model.layers]
         self.layer_types = [mixer.layer_type for mixer in mixers]
+        self.rotations = [mixer.rotation for mixer in mixers]
         self.before = nn.ModuleList(layers.before)
         self.after = nn.ModuleList(layers.after)
         mixtures = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
@@ -59,9 +60,9 @@ class DelegatedMethod(nn.Module):
     def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
         """Logits [N, V] of embeddings x [1, T, D]. attend(name, cache, q, k, v) is the attention of
         a layer type. last(x) picks the N positions whose logits are wanted from [1, T, ...]."""
-        rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.layer_types)}
+        rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.rotations)}
         for i, (name, cache) in enumerate(zip(self.layer_types, self.caches)):
-            attended = attend(name, cache, *self.before[i](x, *rope[name]))
+            attended = attend(name, cache, *self.before[i](x, *rope[self.rotations[i]]))
             if i == len(self.layer_types) - 1:
                 x, attended = last(x), last(attended)
             x, *routed = self.after[i](x, attended)

@@ -23,7 +23,7 @@ from tokenloop.export.checkpoint import (
     open_checkpoint,
 )
 from tokenloop.export.errors import ExportError
-from tokenloop.models.layers import Shard
+from tokenloop.models.layers import Shard, Stacked
 
 # Over the names and float32 values of all tensors of the real model, in the order of the file.
 REAL_DIGEST = "6f580c635230f36e048bf6d95690966e32e13767722d750cf1815b424a3bc24f"
@@ -727,7 +727,7 @@ def test_a_tied_head_whose_tensor_is_another_is_refused(tmp_path):
         load_weights(tiny(tied=True), saved(tmp_path, TINY_WEIGHTS), str)
 
 
-class Stacked(torch.nn.Module):
+class Entries(torch.nn.Module):
     """Three entries of two parts, [3, 2 * 2, 5]."""
 
     def __init__(self):
@@ -747,7 +747,7 @@ def test_a_parameter_is_put_together_from_its_shards(tmp_path, whole):
     tensors = parts
     if not whole:
         tensors = {f"{i}.{name}": part[i] for name, part in parts.items() for i in range(3)}
-    model = Stacked()
+    model = Entries()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     load_weights(model, saved(tmp_path, tensors), stacked_shard)
     assert torch.equal(model.both, torch.cat([parts["gate"], parts["up"]], 1))
@@ -758,7 +758,7 @@ def test_a_part_that_two_tensors_hold_is_refused_by_its_second(tmp_path):
     with pytest.raises(
         ExportError, match="with up there is more than one tensor for a part of both"
     ):
-        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_shard)
+        load_weights(Entries(), unreadable(tmp_path, tensors), stacked_shard)
 
 
 @pytest.mark.parametrize(
@@ -773,7 +773,45 @@ def test_shards_that_do_not_fit_are_named_before_anything_is_read(tmp_path, chan
     tensors = {f"{i}.{name}": torch.ones(2, 5) for i in range(3) for name in ("gate", "up")}
     tensors = {k: v for k, v in (tensors | changes).items() if v is not None}
     with pytest.raises(ExportError, match=message):
-        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_shard)
+        load_weights(Entries(), unreadable(tmp_path, tensors), stacked_shard)
+
+
+class Projections(torch.nn.Module):
+    """Two layers of one input, of which a checkpoint has the rows in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.device("meta"):
+            self.q, self.k = (torch.nn.Linear(5, rows, bias=False) for rows in (4, 2))
+
+
+def projections(name):
+    return Stacked(("q.weight", "k.weight")) if name == "qk" else name
+
+
+def test_a_tensor_is_taken_apart_into_the_parameters_that_are_stacked_in_it(tmp_path):
+    whole, model = torch.randn(6, 5), Projections()
+    load_weights(model, saved(tmp_path, {"qk": whole}), projections)
+    assert torch.equal(torch.cat([model.q.weight, model.k.weight]), whole)
+    # Neither keeps the memory of both.
+    for layer in (model.q, model.k):
+        assert layer.weight.untyped_storage().nbytes() == 4 * layer.weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"qk": torch.ones(7, 5)}, r"qk has the shape \(7, 5\), the model needs 4 \+ 2 = 6 rows"),
+        ({"qk": torch.ones(6, 3)}, r"qk has the shape \(4, 3\), the model needs \(4, 5\)"),
+        ({"qk": torch.ones(6, 5), "k.weight": torch.ones(2, 5)}, "k.weight and qk are both k.wei"),
+        ({"qk": torch.ones(6, 5).to(torch.int8)}, "qk has the dtype I8"),
+    ],
+)
+def test_stacked_parameters_that_do_not_fit_are_named_before_anything_is_read(
+    tmp_path, tensors, message
+):
+    with pytest.raises(ExportError, match=message):
+        load_weights(Projections(), unreadable(tmp_path, tensors), projections)
 
 
 def test_a_dropped_tensor_may_have_any_dtype(tmp_path):
