@@ -19,12 +19,18 @@ from tokenloop.models.config_fields import shown
 
 # Divisors of the rotary frequencies, one for each pair of a head.
 ROPE_FACTORS = "rope_freqs.weight"
+# The same for texts of the original length, and for longer ones.
+LONGROPE_FACTORS = {
+    "rope_factors_short.weight": "short_factor",
+    "rope_factors_long.weight": "long_factor",
+}
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
-    ROPE_FACTORS: None,  # the config has it
+    ROPE_FACTORS: None,  # the config has these
+    **dict.fromkeys(LONGROPE_FACTORS),
 }
 # blk.N.<key>.weight -> model.layers.N.<value>.weight; or .bias
 BLOCK_NAMES = {
@@ -132,7 +138,8 @@ def qwen_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
 
 
 def llama_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
-    """The config.json of a LlamaConfig. Errors: ExportError for a mixture of experts (Mixtral)."""
+    """The config.json of a LlamaConfig, or of another with its fields, whose model_type is the
+    architecture. Errors: ExportError for a mixture of experts (Mixtral)."""
     if experts := keys.optional("expert_count", 0):
         raise ExportError(
             f"{keys.path}: {keys.architecture}.expert_count is {experts}; a mixture of experts is "
@@ -147,14 +154,96 @@ def llama_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     }
 
 
+def granite_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a GraniteConfig. A scale of 0, or none, is llama.cpp's for no scale.
+
+    Errors: ExportError as llama_config, and for layers that do not rotate.
+    """
+    config = llama_config(keys, tensors)
+    if not keys.metadata.get("granite.rope.scaling.finetuned", True):
+        raise ExportError(
+            f"{keys.path}: granite.rope.scaling.finetuned is false, for layers that do not "
+            "rotate; true is supported"
+        )
+    return config | {
+        "attention_multiplier": keys.optional("attention.scale", 0) or config["head_dim"] ** -0.5,
+        "embedding_multiplier": keys.optional("embedding_scale", 0) or 1.0,
+        "residual_multiplier": keys.optional("residual_scale", 0) or 1.0,
+        "logits_scaling": keys.required("logit_scale"),
+    }
+
+
+def olmo2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of an Olmo2Config, or of an Olmo3Config where layers slide.
+
+    Errors: ExportError as llama_config, and for a pattern that is no list of flags.
+    """
+    config = llama_config(keys, tensors)
+    window = keys.optional("attention.sliding_window", None)
+    if window is None:
+        return config
+    if (slides := keys.flags("attention.sliding_window_pattern")) is None:
+        name = "olmo2.attention.sliding_window_pattern"
+        raise ExportError(
+            f"{keys.path}: {name} is {shown(keys.metadata.get(name))}; a list of flags is right, "
+            f"one for each of {config['num_hidden_layers']} layers"
+        )
+    # Only full layers are scaled.
+    theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling") or {}
+    return config | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "rope_parameters": {
+            "full_attention": {"rope_theta": theta} | scaling,
+            "sliding_attention": {"rope_theta": keys.optional("rope.freq_base_swa", theta)},
+        },
+    }
+
+
+def phi3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a Phi3Config. A sliding window of 0 is none.
+
+    Errors: ExportError as common_config, and for LongRoPE's divisors of long or of short texts
+    without the others.
+    """
+    partial_keys = "rope.dimension_count", "rope.scaling.attn_factor"
+    whole = {f"{keys.architecture}.{key}" for key in partial_keys}
+    others = {key: value for key, value in keys.metadata.items() if key not in whole}
+    config = common_config(keys._replace(metadata=others), tensors)
+    rotated = keys.optional("rope.dimension_count", config["head_dim"])
+    original = keys.optional(
+        "rope.scaling.original_context_length", config["max_position_embeddings"]
+    )
+    found = [name for name in LONGROPE_FACTORS if name in tensors]
+    attention_factor = keys.optional("rope.scaling.attn_factor", 1.0)
+    if len(found) == 1 or not found and attention_factor != 1:
+        raise ExportError(
+            f"{keys.path} has {found[0] if found else 'phi3.rope.scaling.attn_factor'} alone; "
+            f"{' and '.join(LONGROPE_FACTORS)} are right beside it"
+        )
+    if found:
+        divisors = {LONGROPE_FACTORS[name]: tensors[name].dequantize().tolist() for name in found}
+        config["rope_scaling"] = {
+            "rope_type": "longrope", "attention_factor": attention_factor, **divisors,
+        }  # fmt: skip
+    window = keys.metadata.get(f"{keys.architecture}.attention.sliding_window")
+    return config | {
+        "model_type": "phi3",
+        "intermediate_size": keys.required("feed_forward_length"),
+        "original_max_position_embeddings": original,
+        "partial_rotary_factor": rotated / config["head_dim"],
+        "sliding_window": keys.optional("attention.sliding_window", None) if window else None,
+    }
+
+
+POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 GEMMA3 = Architecture(
     gemma3_config,
-    BLOCK_NAMES
-    | {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    BLOCK_NAMES | {"ffn_norm": "pre_feedforward_layernorm"} | POST_NORMS,
     norm_offset=1.0,
 )
 QWEN = Architecture(
@@ -169,10 +258,18 @@ QWEN = Architecture(
 )
 ARCHITECTURES = {
     "gemma3": GEMMA3,
+    "granite": Architecture(granite_config, permuted=True),
     "llama": Architecture(llama_config, permuted=True),
+    "olmo2": Architecture(olmo2_config, BLOCK_NAMES | POST_NORMS),
+    "phi3": Architecture(
+        phi3_config,
+        BLOCK_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    ),
     "qwen2": QWEN,
     "qwen3": QWEN,
     "qwen3moe": QWEN,
+    # Every fourth layer does not rotate, in llama.cpp as by SmolLM3Config's default.
+    "smollm3": Architecture(llama_config, permuted=True),
 }
 
 

@@ -94,6 +94,9 @@ ARCHITECTURE_KINDS = {
         f"rope.scaling.yarn_{key}": SCALING_FACTOR
         for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")
     },
+    **dict.fromkeys(
+        ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"), SCALING_FACTOR
+    ),
 }
 
 

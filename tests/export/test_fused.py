@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tests.models.tiny_models import DENSE_NETWORKS, dense_network  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
@@ -45,10 +46,27 @@ def test_steps_give_the_networks_logits(model_type, rope_scaling):
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     fused.load_state_dict(plain.state_dict())
-    step = CudaStep(fused.to(DEVICE))
-    tokens = torch.randint(config.vocab_size, (4, 2, 1))
+    check_steps(plain, fused)
+
+
+@pytest.mark.parametrize("name", DENSE_NETWORKS)
+def test_steps_of_llama_s_kin_give_the_networks_logits(name):
+    plain, fused = (dense_network(name, 12, 2) for _ in range(2))
+    # From one end of a ring to the other.
+    check_steps(plain, fused, range(6, 8))
     with torch.no_grad():
-        for position, token in enumerate(tokens):
+        # What the step did to the network's weights and caches, the network takes, too.
+        token, position = torch.tensor([[5], [6]]), torch.tensor([8, 11])
+        actual = fused.decode(token.to(DEVICE), position.to(DEVICE)).cpu()
+        torch.testing.assert_close(actual, plain.decode(token, position), rtol=1e-4, atol=1e-4)
+
+
+def check_steps(plain: torch.nn.Module, fused: torch.nn.Module, steps: range = range(4)) -> None:
+    """That the CUDA step of `fused` gives the logits of `plain`, an equal network."""
+    step = CudaStep(fused.to(DEVICE))
+    tokens = torch.randint(plain.config.vocab_size, (len(steps), 2, 1))
+    with torch.no_grad():
+        for position, token in zip(steps, tokens):
             where = torch.tensor([position, position + 3])
             expected = plain.decode(token, where)
             actual = step(fused.embed(token.to(DEVICE)), where.to(DEVICE)).cpu()

@@ -9,14 +9,26 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from tests.models.eager import assert_near, prefill, prompt
@@ -34,19 +46,23 @@ EMBEDDING = {"token_embd.weight": np.zeros((97, 48), np.float32)}
 
 
 class Model(NamedTuple):
-    """One of transformers' models, with a few changes of its config."""
+    """One of transformers' models, with a few changes of its config, and what a header has of it
+    beside what `write` gives every header."""
 
     architecture: str
     config: type
     model: type
     changes: dict
     permuted: bool = False
+    header: dict = {}
 
 
 LLAMA_3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+# Of 6 pairs, as float32 has them.
+LONGROPE = [1 + i / 8 for i in range(6)]
 MODELS = [
     Model("llama", LlamaConfig, LlamaForCausalLM, {}, permuted=True),
     Model(
@@ -58,6 +74,48 @@ MODELS = [
     Model(
         "qwen3moe", Qwen3MoeConfig, Qwen3MoeForCausalLM,
         EXPERTS | {"head_dim": 18, "norm_topk_prob": True},
+    ),
+    # llama.cpp's converter makes a Llama of a Mistral that does not slide.
+    Model(
+        "llama", MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 18},
+        permuted=True,
+    ),
+    Model(
+        "smollm3", SmolLM3Config, SmolLM3ForCausalLM,
+        {"tie_word_embeddings": True, "num_hidden_layers": 4, "pad_token_id": 0}, permuted=True,
+        header={"block_count": 4},
+    ),
+    Model(
+        "granite", GraniteConfig, GraniteForCausalLM,
+        {"tie_word_embeddings": True, "attention_multiplier": 0.3, "embedding_multiplier": 7.0,
+         "residual_multiplier": 0.5, "logits_scaling": 0.75},
+        permuted=True,
+        header={"attention.scale": 0.3, "embedding_scale": 7.0, "residual_scale": 0.5,
+                "logit_scale": 0.75},
+    ),
+    Model(
+        "phi3", Phi3Config, Phi3ForCausalLM,
+        {"hidden_size": 64, "partial_rotary_factor": 0.5, "pad_token_id": 0, "rms_norm_eps": 1e-6},
+        header={"embedding_length": 64, "rope.dimension_count": 8,
+                "rope.scaling.original_context_length": 4096, "attention.sliding_window": 0},
+    ),
+    Model(
+        "phi3", Phi3Config, Phi3ForCausalLM,
+        {"pad_token_id": 0, "rms_norm_eps": 1e-6, "original_max_position_embeddings": 128,
+         "sliding_window": 7, "tie_word_embeddings": True,
+         "rope_scaling": {
+             "type": "longrope", "attention_factor": 1.25, "short_factor": LONGROPE,
+             "long_factor": LONGROPE[::-1],
+         }},
+        header={"rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.25,
+                "attention.sliding_window": 7},
+    ),
+    Model("olmo2", Olmo2Config, Olmo2ForCausalLM, {"pad_token_id": 0, "rms_norm_eps": 1e-6}),
+    Model(
+        "olmo2", Olmo3Config, Olmo3ForCausalLM,
+        {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+         "rms_norm_eps": 1e-6, "pad_token_id": 0},
+        header={"attention.sliding_window": 5, "attention.sliding_window_pattern": [True, False]},
     ),
 ]  # fmt: skip
 BLOCK_NAMES = {
@@ -99,11 +157,29 @@ def permute(data: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(data.shape)
 
 
-def gguf_tensors(model: torch.nn.Module, permuted: bool) -> dict[str, np.ndarray]:
+def block_names(architecture: str) -> dict[str, str]:
+    """llama.cpp's names of a block's tensors, by Hugging Face's."""
+    post_norms = {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+    stacked = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+    return BLOCK_NAMES | {"olmo2": post_norms, "phi3": stacked}.get(architecture, {})
+
+
+def gguf_tensors(
+    model: torch.nn.Module, permuted: bool, architecture: str = "llama"
+) -> dict[str, np.ndarray]:
     """The model's tensors in llama.cpp's names; gate and up of all experts apart."""
+    names = block_names(architecture)
     heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2} if permuted else {}
     tensors = {}
-    if model.config.rope_parameters["rope_type"] != "default":
+    rope = model.config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        for length in ("short", "long"):
+            factors = np.array(rope[f"{length}_factor"], np.float32)
+            tensors[f"rope_factors_{length}.weight"] = factors
+    elif rope.get("rope_type", "default") != "default":
         scaled = model.model.rotary_emb.inv_freq.numpy()
         plain = 1.0 / SMALL["rope_theta"] ** np.linspace(0, 1, len(scaled), endpoint=False)
         tensors["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
@@ -121,7 +197,7 @@ def gguf_tensors(model: torch.nn.Module, permuted: bool) -> dict[str, np.ndarray
         else:
             module, kind = rest.rsplit(".", 1)
             data = permute(data, heads[module]) if module in heads else data
-            tensors[f"blk.{layer}.{BLOCK_NAMES[module]}.{kind}"] = data
+            tensors[f"blk.{layer}.{names[module]}.{kind}"] = data
     return tensors
 
 
@@ -156,8 +232,8 @@ def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **value
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: "-".join([case[0], *case.changes]))
 def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
     hf = tiny(case)
-    tensors = gguf_tensors(hf, case.permuted)
-    values = {"attention.key_length": case.changes.get("head_dim")}
+    tensors = gguf_tensors(hf, case.permuted, case.architecture)
+    values = {"attention.key_length": case.changes.get("head_dim")} | case.header
     path = write(tmp_path / "tiny.gguf", case.architecture, tensors, **values)
     checkpoint = open_checkpoint(path)
     for name, stored in checkpoint.stored.items():
@@ -167,7 +243,8 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
     config = network.Config.from_dict(checkpoint.config)
     # llama.cpp's converter keeps what the rotary embedding's scaling comes to, not its kind.
     if "rope_freqs.weight" not in tensors:
-        assert config == network.Config.from_dict(hf.config.to_dict())
+        expected = by_model_type()[hf.config.model_type].Config.from_dict(hf.config.to_dict())
+        assert vars(config) == approximately(vars(expected))
     with torch.device("meta"):
         model = network.Network(config, 32)
     load_weights(model, checkpoint, network.checkpoint_name)
@@ -176,6 +253,14 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
         expected = hf(tokens).logits[0]
     assert (expected.amax(-1) - expected.amin(-1)).min() > 2.0
     assert_near(torch.cat(prefill(model, tokens, [4, 11])), expected[[3, 10]])
+
+
+def approximately(fields: dict) -> dict:
+    """Fields whose numbers may be those of float32, as a header has them."""
+    return {
+        name: pytest.approx(value) if isinstance(value, float) else value
+        for name, value in fields.items()
+    }
 
 
 def test_a_permuted_files_biases_come_back_in_order_too(tmp_path):
@@ -352,6 +437,20 @@ def test_parts_that_are_no_whole_model_are_refused_by_what_is_wrong(tmp_path):
         ("qwen3moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length"),
         ("qwen3moe", {"embedding_length": None}, "has no key qwen3moe.embedding_length"),
         ("llama", {"expert_count": 8}, "llama.expert_count is 8; a mixture of experts is not"),
+        ("granite", {}, "has no key granite.logit_scale"),
+        (
+            "granite",
+            {"logit_scale": 2.0, "rope.scaling.finetuned": False},
+            "granite.rope.scaling.finetuned is false",
+        ),
+        ("phi3", {"rope.scaling.type": "ntk"}, "scaling.type is 'ntk'"),
+        ("phi3", {"rope.scaling.attn_factor": 1.2}, "attn_factor alone; rope_factors_short"),
+        ("olmo2", {"attention.sliding_window": 5}, "sliding_window_pattern is None; a list of"),
+        (
+            "olmo2",
+            {"attention.sliding_window": 5, "attention.sliding_window_pattern": [True]},
+            "sliding_window_pattern is .* one for each of 2 layers",
+        ),
     ],
 )
 def test_a_header_that_cannot_be_run_is_refused_by_its_key(tmp_path, architecture, values, message):

@@ -47,6 +47,14 @@ SCALED = {
     "qwen3_5_text, longrope": ("qwen3_5_text", {
         "rope_parameters": LONGROPE | PART | {"short_factor": SHORT[:6], "long_factor": LONG[:6]},
     }),
+    "olmo3, yarn": ("olmo3, sliding and full", {
+        "rope_parameters": GEMMA | {"full_attention": YARN | {"rope_theta": 700.0}},
+    }),
+    "ministral, yarn": ("ministral, sliding and full", {"rope_scaling": YARN}),
+    "phi3, longrope": ("phi3, three quarters of a head turn", {
+        "rope_scaling": LONGROPE | {"short_factor": SHORT[:6], "long_factor": LONG[:6]},
+        "original_max_position_embeddings": ORIGINAL,
+    }),
     "gemma3_text, yarn": ("gemma3_text, four key heads, all full", {
         "rope_parameters": GEMMA | {"full_attention": YARN | {"rope_theta": 700.0}},
         "head_dim": 18,
