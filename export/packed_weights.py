@@ -19,7 +19,7 @@ from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 from tokenloop.models.kernels.linear.reference import dequantize
 
-LINEAR_ATTENTION = "linear_attention"
+LINEAR_ATTENTION, SHORT_CONV = "linear_attention", "conv"
 
 
 class PackedLinear(nn.Module):
@@ -186,10 +186,9 @@ def pack_blocks(network: CausalLM, bits: int) -> list[PackedBlock]:
     """All blocks, packed with `bits` bits, or in the dtype that they have for 0. What the network
     computes stays the same but for the bits."""
     arrange(network)
+    kinds = {LINEAR_ATTENTION: PackedDeltaNet, SHORT_CONV: PackedBlock}
     return [
-        (PackedDeltaNet if block.mixer.layer_type == LINEAR_ATTENTION else PackedAttention)(
-            block, bits
-        )
+        kinds.get(block.mixer.layer_type, PackedAttention)(block, bits)
         for block in network.model.layers
     ]
 
@@ -219,16 +218,16 @@ def arrange(network: CausalLM) -> None:
     rope = network.model.rope
     for block in network.model.layers:
         mixer = block.mixer
-        if mixer.layer_type == LINEAR_ATTENTION:
-            if mixer.fused:
-                _separate_projections(mixer)
+        if mixer.layer_type == LINEAR_ATTENTION and mixer.fused:
+            _separate_projections(mixer)
+        if mixer.layer_type in (LINEAR_ATTENTION, SHORT_CONV):
             continue
         rotated = 2 * rope[mixer.rotation].inv_freq.shape[0]
         if mixer.output_gate or rotated < mixer.head_dim:
             _arrange_attention(mixer, rotated)
     for block in network.model.layers:
         mixer = block.mixer
-        if mixer.layer_type != LINEAR_ATTENTION:
+        if mixer.layer_type not in (LINEAR_ATTENTION, SHORT_CONV):
             frequencies = rope[mixer.rotation]
             short = mixer.head_dim // 2 - frequencies.inv_freq.shape[0]
             if short:

@@ -262,8 +262,10 @@ def lower_layers(
     kv_heads, heads, size = mixer.kv_heads, mixer.heads, mixer.head_dim
     x = torch.zeros(1, traced, model.config.hidden_size)
     attended = torch.zeros(kv_heads, traced, heads // kv_heads * size)
-    # Two tensors, because torch.export takes one that is passed twice for one argument.
-    cos, sin = (torch.zeros(traced, 1, size) for _ in range(2))
+    # Two tensors, because torch.export takes one that is passed twice for one argument. As many
+    # elements of a head rotate in every layer.
+    rotated = 2 * next(iter(model.model.rope.values())).inv_freq.shape[0]
+    cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
 
     regions, kinds = Regions([], []), None

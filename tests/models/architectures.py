@@ -16,6 +16,7 @@ from tokenloop.models import (
     gemma3,
     gemma4,
     granite,
+    lfm2,
     llama,
     mistral,
     olmo2,
@@ -792,7 +793,53 @@ PHI_3_ROW = Architecture(
     },
 )  # fmt: skip
 
+LFM_2_ROW = Architecture(
+    networks=lfm2,
+    classes={"lfm2": (transformers.Lfm2Config, transformers.Lfm2ForCausalLM)},
+    # A third of 90 less is 60, which 8 divide as 64.
+    small={key: value for key, value in DENSE.items() if key not in ("head_dim", "rms_norm_eps")}
+    | {
+        "intermediate_size": 90, "block_multiple_of": 8, "layer_types": ["conv", FULL, "conv"],
+        "pad_token_id": 0,
+    },
+    cases={
+        "lfm2": {},
+        "lfm2, untied, biases, a width of 2": {
+            "tie_word_embeddings": False, "conv_bias": True, "conv_L_cache": 2,
+            "block_auto_adjust_ff_dim": False, "norm_eps": 0.1,
+        },
+    },
+    weights=[
+        ("conv.conv", 0.0, 0.6), ("_layernorm", 2.0, 0.5), ("norm", 1.0, 0.4),
+        ("self_attn", 0.0, 0.8), ("embed_tokens", 0.0, 0.15), ("", 0.0, 0.4),
+    ],
+    max_seq_len=80,
+    prompts=(1, 2, 16),
+    rows=(23, 1, 9),
+    chunks=(1, 1, 7, 1, 33, 37),
+    max_chunk=50,
+    states={(2, 48, 2): torch.bfloat16, (2, 50, 2, 12): torch.bfloat16},
+    refused=("lfm2", [
+        ({"model_type": "lfm2_moe"}, "model_type = 'lfm2_moe'"),
+        ({"conv_L_cache": 5}, "conv_L_cache = 5: one of"),
+        ({"block_ff_dim": 80}, "intermediate_size = 90 and block_ff_dim = 80 differ"),
+        ({"layer_types": ["conv"]}, "layer_types has 1 entries for 3 layers"),
+        ({"layer_types": ["conv", "conv", "mamba"]}, r"unknown kinds \['mamba'\]"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type = 'ntk'"),
+    ]),
+    required=(),
+    names={
+        "model.embedding_norm.weight": "model.norm.weight",
+        "model.layers.3.operator_norm.weight": "model.layers.3.input_layernorm.weight",
+        "model.layers.3.feed_forward.w2.weight": "model.layers.3.mlp.down_proj.weight",
+        "model.layers.3.conv.conv.bias": "model.layers.3.conv.conv.bias",
+        "model.layers.3.self_attn.out_proj.weight": "model.layers.3.self_attn.o_proj.weight",
+    },
+    shallow={"num_hidden_layers": 2, "layer_types": ["conv", FULL]},
+)  # fmt: skip
+
 ARCHITECTURES = [
     GEMMA_3_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW, MISTRAL_ROW, SMOLLM_3_ROW,
-    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW,
+    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW,
 ]  # fmt: skip

@@ -43,6 +43,7 @@ UNDECLARED = {
 # A case of each model_type with all that its config can ask for.
 FULLEST = {case.split(",")[0]: case for case in CASES} | {
     "granitemoehybrid": "granitemoehybrid, dense",
+    "lfm2": "lfm2",
     "qwen3_next": "qwen3_next, experts in some layers",
     "qwen3_5_text": "qwen3_5_text",
 }
