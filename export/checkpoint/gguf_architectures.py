@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
@@ -25,9 +26,12 @@ LONGROPE_FACTORS = {
     "rope_factors_long.weight": "long_factor",
 }
 
+# The tensor of a convolution that has a channel for each of its own.
+CONVOLUTION = ".shortconv.conv.weight"
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "token_embd_norm.weight": "model.norm.weight",  # LFM2's
     "output.weight": "lm_head.weight",
     ROPE_FACTORS: None,  # the config has these
     **dict.fromkeys(LONGROPE_FACTORS),
@@ -173,6 +177,29 @@ def granite_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]
     }
 
 
+def lfm2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of an Lfm2Config. A layer without key/value heads is a short convolution.
+
+    Errors: ExportError as common_config, and for numbers of heads that are not one and 0.
+    """
+    name = "lfm2.attention.head_count_kv"
+    heads = np.asarray(keys.metadata.get(name, ())).tolist()
+    if not isinstance(heads, list) or len(heads) != keys.required("block_count"):
+        raise ExportError(f"{keys.path}: {name} is {shown(heads)}; one for each layer is right")
+    if len(some := set(heads) - {0}) != 1:
+        raise ExportError(f"{keys.path}: {name} is {shown(heads)}; 0 and one more are supported")
+    config = common_config(keys._replace(metadata=keys.metadata | {name: some.pop()}), tensors)
+    return config | {
+        "model_type": "lfm2",
+        "norm_eps": config["rms_norm_eps"],
+        "intermediate_size": keys.required("feed_forward_length"),
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": keys.required("shortconv.l_cache"),
+        "conv_bias": any(".shortconv." in each and each.endswith(".bias") for each in tensors),
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+    }
+
+
 def olmo2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """The config.json of an Olmo2Config, or of an Olmo3Config where layers slide.
 
@@ -259,6 +286,15 @@ QWEN = Architecture(
 ARCHITECTURES = {
     "gemma3": GEMMA3,
     "granite": Architecture(granite_config, permuted=True),
+    "lfm2": Architecture(
+        lfm2_config,
+        BLOCK_NAMES
+        | {
+            "shortconv.conv": "conv.conv",
+            "shortconv.in_proj": "conv.in_proj",
+            "shortconv.out_proj": "conv.out_proj",
+        },
+    ),
     "llama": Architecture(llama_config, permuted=True),
     "olmo2": Architecture(olmo2_config, BLOCK_NAMES | POST_NORMS),
     "phi3": Architecture(
@@ -296,10 +332,15 @@ def open_gguf(path: Path) -> Checkpoint:
     stored = {}
     for tensor in tensors.values():
         hf_name = _renamed(architecture, tensor)
+        if hf_name in stored:
+            raise ExportError(f"{path}: {tensor.name} and another tensor are both {hf_name}")
         if hf_name is not None:
             permuted = heads.get(tensor.name.split(".")[-2]) if architecture.permuted else None
             read = partial(_read, tensor, architecture.norm_offset, permuted)
-            stored[hf_name] = StoredTensor(tensor.shape, "F32", read)
+            shape = tensor.shape
+            if tensor.name.endswith(CONVOLUTION):
+                shape, read = (shape[0], 1, *shape[1:]), partial(_of_channels, read)
+            stored[hf_name] = StoredTensor(shape, "F32", read)
     return Checkpoint(path, "gguf", config, files, stored, metadata)
 
 
@@ -307,9 +348,15 @@ def _renamed(architecture: Architecture, tensor: GgufTensor) -> str | None:
     if tensor.name in NAMES:
         return NAMES[tensor.name]
     match tensor.name.split("."):
-        case ["blk", layer, part, "weight" | "bias" as kind] if part in architecture.block_names:
-            return f"model.layers.{layer}.{architecture.block_names[part]}.{kind}"
+        case ["blk", layer, *parts, "weight" | "bias" as kind]:
+            if (part := ".".join(parts)) in architecture.block_names:
+                return f"model.layers.{layer}.{architecture.block_names[part]}.{kind}"
     raise ExportError(f"{tensor.path} has a tensor of no known meaning: {tensor.name}")
+
+
+def _of_channels(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A convolution's weight [D, W] as torch has it, [D, 1, W]."""
+    return read()[:, None]
 
 
 def _read(tensor: GgufTensor, norm_offset: float, permuted_heads: int | None) -> torch.Tensor:

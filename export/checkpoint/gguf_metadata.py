@@ -81,6 +81,7 @@ ARCHITECTURE_KINDS = {
         "feed_forward_length": "intermediate_size",
         "final_logit_softcapping": "final_logit_softcapping",
         "rope.dimension_count": "head_dim",
+        "shortconv.l_cache": "conv_L_cache",
         "rope.freq_base": "rope_theta",
         "rope.freq_base_swa": "rope_local_base_freq",
     }.items()

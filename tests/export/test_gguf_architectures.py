@@ -11,6 +11,8 @@ import torch
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -94,10 +96,22 @@ MODELS = [
                 "logit_scale": 0.75},
     ),
     Model(
+        "lfm2", Lfm2Config, Lfm2ForCausalLM,
+        {"layer_types": ["conv", "full_attention"], "norm_eps": 1e-6, "pad_token_id": 0,
+         "block_auto_adjust_ff_dim": False, "conv_bias": True},
+        header={"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3},
+    ),
+    Model(
         "phi3", Phi3Config, Phi3ForCausalLM,
         {"hidden_size": 64, "partial_rotary_factor": 0.5, "pad_token_id": 0, "rms_norm_eps": 1e-6},
         header={"embedding_length": 64, "rope.dimension_count": 8,
                 "rope.scaling.original_context_length": 4096, "attention.sliding_window": 0},
+    ),
+    Model(
+        "lfm2", Lfm2Config, Lfm2ForCausalLM,
+        {"layer_types": ["conv", "full_attention"], "norm_eps": 1e-6, "pad_token_id": 0,
+         "block_auto_adjust_ff_dim": False, "conv_bias": True},
+        header={"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3},
     ),
     Model(
         "phi3", Phi3Config, Phi3ForCausalLM,
@@ -135,6 +149,7 @@ BLOCK_NAMES = {
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
+    "model.embedding_norm.weight": "token_embd_norm.weight",
     "lm_head.weight": "output.weight",
 }
 
@@ -164,7 +179,15 @@ def block_names(architecture: str) -> dict[str, str]:
         "post_feedforward_layernorm": "post_ffw_norm",
     }
     stacked = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
-    return BLOCK_NAMES | {"olmo2": post_norms, "phi3": stacked}.get(architecture, {})
+    lfm2 = {
+        "operator_norm": "attn_norm", "ffn_norm": "ffn_norm", "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up", "conv.conv": "shortconv.conv",
+        "conv.in_proj": "shortconv.in_proj", "conv.out_proj": "shortconv.out_proj",
+        "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm",
+        "self_attn.k_layernorm": "attn_k_norm",
+    }  # fmt: skip
+    own = {"olmo2": post_norms, "phi3": stacked, "lfm2": lfm2}
+    return BLOCK_NAMES | own.get(architecture, {})
 
 
 def gguf_tensors(
@@ -197,6 +220,8 @@ def gguf_tensors(
         else:
             module, kind = rest.rsplit(".", 1)
             data = permute(data, heads[module]) if module in heads else data
+            # llama.cpp's converter squeezes a convolution's weight.
+            data = data[:, 0] if rest == "conv.conv.weight" else data
             tensors[f"blk.{layer}.{names[module]}.{kind}"] = data
     return tensors
 
@@ -236,10 +261,14 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
     values = {"attention.key_length": case.changes.get("head_dim")} | case.header
     path = write(tmp_path / "tiny.gguf", case.architecture, tensors, **values)
     checkpoint = open_checkpoint(path)
+    network = by_model_type()[checkpoint.config["model_type"]]
+    theirs = {network.checkpoint_name(name): values for name, values in hf.named_parameters()}
     for name, stored in checkpoint.stored.items():
         # A mixture's experts are stacked in another way.
-        assert ".experts." in name or torch.equal(stored.read(), hf.get_parameter(name)), name
-    network = by_model_type()[checkpoint.config["model_type"]]
+        same = ".experts." in name or torch.equal(
+            stored.read(), theirs[network.checkpoint_name(name)]
+        )
+        assert same and stored.read().shape == stored.shape, name
     config = network.Config.from_dict(checkpoint.config)
     # llama.cpp's converter keeps what the rotary embedding's scaling comes to, not its kind.
     if "rope_freqs.weight" not in tensors:
@@ -261,6 +290,12 @@ def approximately(fields: dict) -> dict:
         name: pytest.approx(value) if isinstance(value, float) else value
         for name, value in fields.items()
     }
+
+
+def test_two_tensors_of_one_meaning_are_refused(tmp_path):
+    norms = {f"{name}_norm.weight": np.ones(48, np.float32) for name in ("output", "token_embd")}
+    with pytest.raises(ExportError, match="token_embd_norm.weight and another tensor are both mod"):
+        open_checkpoint(write(tmp_path / "a.gguf", "llama", EMBEDDING | norms))
 
 
 def test_a_permuted_files_biases_come_back_in_order_too(tmp_path):
@@ -438,6 +473,8 @@ def test_parts_that_are_no_whole_model_are_refused_by_what_is_wrong(tmp_path):
         ("qwen3moe", {"embedding_length": None}, "has no key qwen3moe.embedding_length"),
         ("llama", {"expert_count": 8}, "llama.expert_count is 8; a mixture of experts is not"),
         ("granite", {}, "has no key granite.logit_scale"),
+        ("lfm2", {}, "lfm2.attention.head_count_kv is 2; one for each layer is right"),
+        ("lfm2", {"attention.head_count_kv": [4, 2]}, "0 and one more are supported"),
         (
             "granite",
             {"logit_scale": 2.0, "rope.scaling.finetuned": False},
