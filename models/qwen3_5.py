@@ -104,6 +104,8 @@ class Qwen3_5Config:
         if not config.get("layer_types"):
             needed.append("full_attention_interval")
         config = configs.read(config, defaults={}, only={}, needed=needed, multiples=())
+        if any(sparse) and not config["shared_expert_intermediate_size"]:
+            raise ValueError("shared_expert_intermediate_size = 0: a whole number from 1 is right")
         if config["linear_conv_kernel_dim"] not in WIDTHS:
             raise ValueError(
                 f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"
