@@ -160,7 +160,8 @@ FIELDS = {
     "num_local_experts": whole(0, 1 << 16),
     "num_experts_per_tok": FEW,
     "moe_intermediate_size": WIDTH,
-    "shared_expert_intermediate_size": WIDTH,
+    # 0 is no such expert, in models that have none.
+    "shared_expert_intermediate_size": whole(0, MAX_WIDTH),
     "shared_intermediate_size": WIDTH,
     "norm_topk_prob": FLAG,
     "decoder_sparse_step": FEW,

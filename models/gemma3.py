@@ -63,13 +63,14 @@ class Gemma3Config:
         """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
         is missing, or asks for what is not implemented."""
         if not config.get("layer_types"):
-            # transformers writes the second, and does not read it.
-            configs.one_of(config, "sliding_window_pattern", "_sliding_window_pattern")
+            # transformers writes the second name, and does not read it.
+            read = {"sliding_window_pattern": config.get("sliding_window_pattern") or 6}
+            configs.one_of(config | read, "sliding_window_pattern", "_sliding_window_pattern")
         plain = [field.name for field in fields(cls) if field.name not in ("layer_types", "rope")]
         needed = *plain, "num_hidden_layers", "tie_word_embeddings"
         config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
         configs.rotated("head_dim", config["head_dim"])
-        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        pattern = config.get("sliding_window_pattern") or 6
         rope = _rope(config)
         config = configs.reaching(config, rope[FULL])
         return cls(

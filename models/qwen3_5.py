@@ -45,8 +45,15 @@ MODEL_TYPES = tuple(DEFAULTS)
 # Fields for which only one value is implemented.
 ONLY = {
     "hidden_act": "silu", "attention_bias": False, "attn_output_gate": True,
-    "per_layer_config": None,
+    "per_layer_config": None, "num_local_experts": None,
 }  # fmt: skip
+
+# What transformers' Qwen3.5 does not read, and therefore computes in one way.
+ALWAYS = {
+    "qwen3_5_text": {"num_experts": 0},
+    "qwen3_5_moe_text": {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_next": {},
+}
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,13 @@ class Qwen3_5Config:
         """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
         is missing, or asks for what is not implemented."""
         model_type = configs.known_type(config, DEFAULTS)
-        configs.one_of(config, "num_local_experts", "num_experts")
         names = [field.name for field in fields(cls)]
         plain = names[: names.index("layer_types")]
         linear = [field.name for field in fields(DeltaNetConfig) if field.name.startswith("linear")]
         config = configs.read(
             config,
             defaults=DEFAULTS[model_type],
-            only=ONLY,
+            only=ONLY | ALWAYS[model_type],
             needed=(*plain, *linear, "num_hidden_layers"),
             multiples=(
                 ("num_attention_heads", "num_key_value_heads"),
@@ -98,6 +104,8 @@ class Qwen3_5Config:
         if not config.get("layer_types"):
             needed.append("full_attention_interval")
         config = configs.read(config, defaults={}, only={}, needed=needed, multiples=())
+        if any(sparse) and not config["shared_expert_intermediate_size"]:
+            raise ValueError("shared_expert_intermediate_size = 0: a whole number from 1 is right")
         if config["linear_conv_kernel_dim"] not in WIDTHS:
             raise ValueError(
                 f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"

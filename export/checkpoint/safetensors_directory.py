@@ -65,6 +65,9 @@ def read_config(path: Path) -> dict[str, Any]:
             "right"
         )
     unset = [key for key in SHARED_KEYS if text.get(key) is None and key in config]
+    for key in ("rope_scaling", "rope_parameters"):
+        if text is not config and config.get(key):
+            raise ExportError(f"{path}: {key} is beside text_config, and not read there: put it in")
     tied = text.get("tie_word_embeddings"), config.get("tie_word_embeddings")
     if None not in tied and tied[0] != tied[1]:
         raise ExportError(

@@ -195,6 +195,16 @@ def test_a_tie_that_the_text_config_has_otherwise_is_refused(directory):
         open_checkpoint(directory)
 
 
+def test_a_scaling_beside_the_text_config_is_refused(directory):
+    """transformers does not read it there."""
+    text = {"model_type": "gemma3_text"}
+    for key in ("rope_scaling", "rope_parameters"):
+        outer = {key: {"rope_type": "yarn", "factor": 4.0}, "text_config": text}
+        (directory / "config.json").write_text(json.dumps(outer))
+        with pytest.raises(ExportError, match=f"{key} is beside text_config, and not read there"):
+            open_checkpoint(directory)
+
+
 def test_an_adapter_beside_the_weights_is_refused(directory):
     """transformers would add it to them."""
     (directory / "adapter_config.json").write_text("{}")

@@ -112,6 +112,19 @@ def test_a_key_that_transformers_reads_is_read_or_refused_by_its_name(model_type
             "sliding_window_pattern = 3 and _sliding_window_pattern = 2 differ",
         ),
         (
+            "gemma3_text, one key head, 5 sliding to 1 full", {"_sliding_window_pattern": 2},
+            "sliding_window_pattern = 6 and _sliding_window_pattern = 2 differ",
+        ),
+        ("qwen3_5_moe_text", {"norm_topk_prob": False}, "norm_topk_prob = False is not supported"),
+        ("qwen3_5_moe_text", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not"),
+        ("qwen3_5_moe_text", {"mlp_only_layers": [0]}, "mlp_only_layers = .0. is not supported"),
+        (
+            "qwen3_5_moe_text", {"shared_expert_intermediate_size": 0},
+            "shared_expert_intermediate_size = 0: a whole number from 1 is right",
+        ),
+        ("qwen3_5_text", {"num_experts": 4, "decoder_sparse_step": 1}, "num_experts = 4 is not"),
+        ("qwen3_next, experts in some layers", {"num_local_experts": 3}, "num_local_experts = 3"),
+        (
             "qwen3",
             {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
              "rope_scaling": {"rope_type": "default"}},
