@@ -19,7 +19,7 @@ from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 from tokenloop.models.kernels.linear.reference import dequantize
 
-LINEAR_ATTENTION = "linear_attention"
+LINEAR_ATTENTION, SHORT_CONV = "linear_attention", "conv"
 
 
 class PackedLinear(nn.Module):
@@ -101,6 +101,18 @@ def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         ) from None
 
 
+def unscaled(norm: nn.Module) -> nn.Module:
+    """A norm without a scale, which is in its weights instead: float32, so that they lose nothing.
+    The norm itself where it has no scale."""
+    if norm.scale == 1.0:
+        return norm
+    with torch.device("meta"):
+        folded = type(norm)(norm.weight.shape[0], norm.eps, norm.offset)
+    weight = (norm.offset + norm.weight.float()) * norm.scale - norm.offset
+    folded.weight = nn.Parameter(weight, requires_grad=False)
+    return folded
+
+
 def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:
     """Pack the weights of the linear layers `names` of `parent`, which become views of them."""
     linears = [parent.get_submodule(name) for name in names]
@@ -116,7 +128,7 @@ class PackedBlock(nn.Module):
     `qkv` gives what the mixer takes, and `o` gives its branch. `gate_up` and `down` are the
     feed-forward that every token has. `moe` is the config of routed experts, which stay as they are
     whatever the bits, and which `scores` choose. If `is_shared` the last row of `scores` weighs the
-    result of `down`. Norms, `layer_scalar` and `cache` are the block's.
+    result of `down`. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
     """
 
     def __init__(self, block: Block, bits: int):
@@ -148,7 +160,8 @@ class PackedAttention(PackedBlock):
         super().__init__(block, bits)
         attention = block.mixer
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        self.layer_type, self.scale = attention.layer_type, attention.scale
+        self.rotation, self.scale = attention.rotation, attention.scale
+        self.whole_norms = attention.whole_norms
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
         self.value_norm = attention.v_norm is not None
         self.values_are_keys = attention.values_are_keys
@@ -173,10 +186,9 @@ def pack_blocks(network: CausalLM, bits: int) -> list[PackedBlock]:
     """All blocks, packed with `bits` bits, or in the dtype that they have for 0. What the network
     computes stays the same but for the bits."""
     arrange(network)
+    kinds = {LINEAR_ATTENTION: PackedDeltaNet, SHORT_CONV: PackedBlock}
     return [
-        (PackedDeltaNet if block.mixer.layer_type == LINEAR_ATTENTION else PackedAttention)(
-            block, bits
-        )
+        kinds.get(block.mixer.layer_type, PackedAttention)(block, bits)
         for block in network.model.layers
     ]
 
@@ -200,28 +212,28 @@ def arrange(network: CausalLM) -> None:
     """Reorder weights as the kernels read them, without changing what the network computes.
 
     The queries and gates of an output-gated attention become two layers. Elements of queries' and
-    keys' heads that are rotated together come to lie half a head apart, and the others get an angle
-    of 0. Projections of a delta net that are fused by key head are separated.
+    keys' heads that are rotated together come to lie half a head apart, and others get an angle of
+    0. Projections of a delta net that are fused by key head are separated.
     """
     rope = network.model.rope
     for block in network.model.layers:
         mixer = block.mixer
-        if mixer.layer_type == LINEAR_ATTENTION:
-            if mixer.fused:
-                _separate_projections(mixer)
+        if mixer.layer_type == LINEAR_ATTENTION and mixer.fused:
+            _separate_projections(mixer)
+        if mixer.layer_type in (LINEAR_ATTENTION, SHORT_CONV):
             continue
-        rotated = 2 * rope[mixer.layer_type].inv_freq.shape[0]
-        if mixer.output_gate:
+        rotated = 2 * rope[mixer.rotation].inv_freq.shape[0]
+        if mixer.output_gate or rotated < mixer.head_dim:
             _arrange_attention(mixer, rotated)
-        elif rotated < mixer.head_dim:
-            raise ExportError("partial rotary without an output gate cannot be packed yet")
     for block in network.model.layers:
         mixer = block.mixer
-        if mixer.layer_type in rope:
-            frequencies = rope[mixer.layer_type]
+        if mixer.layer_type not in (LINEAR_ATTENTION, SHORT_CONV):
+            frequencies = rope[mixer.rotation]
             short = mixer.head_dim // 2 - frequencies.inv_freq.shape[0]
             if short:
                 frequencies.inv_freq = F.pad(frequencies.inv_freq, (0, short))
+                if frequencies.lengths is not None:
+                    frequencies.lengths = F.pad(frequencies.lengths, (0, short), value=1.0)
 
 
 def _arrange_attention(attention: nn.Module, rotated: int) -> None:
@@ -231,15 +243,42 @@ def _arrange_attention(attention: nn.Module, rotated: int) -> None:
     first, second, rest = index.split([rotated // 2, rotated // 2, size - rotated])
     left, right = rest.chunk(2)
     order = torch.cat([first, left, second, right])
-    queries, gates = attention.q_proj.weight.unflatten(0, (-1, 2, size)).unbind(1)
-    keys = attention.k_proj.weight.unflatten(0, (-1, size))
-    attention.q_proj = QueriesAndGates(
-        _linear(queries[:, order].flatten(0, 1)), _linear(gates.flatten(0, 1)), size
-    )
-    attention.k_proj = _linear(keys[:, order].flatten(0, 1))
-    attention.projections = "q_proj.queries", "k_proj", "v_proj", "q_proj.gates"
+
+    def ordered(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows.unflatten(0, (-1, size))[:, order].flatten(0, 1)
+
+    if attention.output_gate:
+        queries, gates = attention.q_proj.weight.unflatten(0, (-1, 2, size)).unbind(1)
+        queries = _linear(ordered(queries.flatten(0, 1)))
+        attention.q_proj = QueriesAndGates(queries, _linear(gates.flatten(0, 1)), size)
+        attention.projections = "q_proj.queries", "k_proj", "v_proj", "q_proj.gates"
+    else:
+        attention.q_proj = _linear(*map(ordered, (attention.q_proj.weight, attention.q_proj.bias)))
+    attention.k_proj = _linear(*map(ordered, (attention.k_proj.weight, attention.k_proj.bias)))
     for norm in (attention.q_norm, attention.k_norm):
-        norm.weight = nn.Parameter(norm.weight[order], requires_grad=False)
+        if norm is not None:
+            norm.weight = nn.Parameter(ordered(norm.weight), requires_grad=False)
+
+
+def pad_heads(attention: nn.Module, size: int) -> None:
+    """Make the attention's heads `size` elements long, without changing what it computes: zeros are
+    added to queries, keys and values, and its empty cache is made anew."""
+    old, more = attention.head_dim, size - attention.head_dim
+
+    def padded(rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        heads = rows.unflatten(0, (-1, old))
+        return F.pad(heads, (0, 0) * (rows.ndim - 1) + (0, more)).flatten(0, 1)
+
+    for name in attention.projections:
+        linear = attention.get_submodule(name)
+        attention.set_submodule(name, _linear(padded(linear.weight), padded(linear.bias)))
+    output = attention.get_submodule(attention.output)
+    attention.set_submodule(attention.output, _linear(padded(output.weight.T).T, output.bias))
+    k, attention.head_dim = attention.cache.k, size
+    cache = type(attention.cache)(*k.shape[:3], size, k.dtype)
+    attention.cache = cache.to(k.device)
 
 
 def _separate_projections(net: nn.Module) -> None:
@@ -254,8 +293,10 @@ def _separate_projections(net: nn.Module) -> None:
     net.fused, net.projections = False, PROJECTIONS
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
     return linear

@@ -8,8 +8,11 @@ def unsupported(network: CausalLM, backend: str) -> str | None:
     """The parts of the network that the backend does not take, in words. None if it takes all."""
     blocks = network.model.layers
     mixers = [block.mixer for block in blocks]
-    if backend in ("xnnpack", "cuda") and any(m.layer_type == "linear_attention" for m in mixers):
+    types = {m.layer_type for m in mixers}
+    if backend in ("xnnpack", "cuda") and "linear_attention" in types:
         return "gated delta nets"
+    if backend not in ("portable", "inductor") and "conv" in types:
+        return "short convolutions"
     if backend != "xnnpack":
         return None
     found = {

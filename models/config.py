@@ -1,15 +1,23 @@
-"""Reading a Hugging Face config.json: defaults, refusals, layer types and rotary embedding.
+"""Reading a Hugging Face config.json: defaults, refusals and layer types.
 
 Each family says what its fields are. What can be wrong with a field is said here, once. Types and
-ranges are in models/config_fields.py.
+ranges are in models/config_fields.py, and the rotary embedding in models/config_rope.py.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
 from tokenloop.models.config_fields import check, check_products, shown
-from tokenloop.models.layers import Llama3Scaling, RopeConfig
+from tokenloop.models.config_rope import ROPE_TYPES as ROPE_TYPES
+from tokenloop.models.config_rope import completed as completed
+from tokenloop.models.config_rope import fitting as fitting
+from tokenloop.models.config_rope import merged as merged
+from tokenloop.models.config_rope import reaching as reaching
+from tokenloop.models.config_rope import rope as rope
+from tokenloop.models.config_rope import rope_entry as rope_entry
+
+# What transformers reads in any config, and no network here has another value of.
+EVERYWHERE = {"is_causal": True, "is_encoder_decoder": False}
 
 
 def read(
@@ -19,15 +27,15 @@ def read(
 ) -> dict[str, Any]:  # fmt: skip
     """The config over its `defaults`, checked: every field that is known is of its kind.
 
-    `only` has the value of each field for which no other is implemented. A null is the same as that
-    value, and so is any empty value if that is empty. `needed` fields must not be null. The first
-    of each pair in `multiples` is a multiple of the second.
+    `only` has the value of each field for which no other is implemented, besides EVERYWHERE. A null
+    is the same as that value, and so is any empty value if that is empty. `needed` fields must not
+    be null. The first of each pair in `multiples` is a multiple of the second.
 
     Raises ValueError naming the field, its value and what would be right.
     """
     check(config)
     config = {**defaults, **config}
-    for key, supported in only.items():
+    for key, supported in (EVERYWHERE | dict(only)).items():
         value = config.get(key)
         if value is not None and value != supported and (value or supported):
             raise ValueError(f"{key} = {shown(value)} is not supported: only {supported!r}")
@@ -73,6 +81,13 @@ def known_type(config: Mapping[str, Any], known: Collection[str]) -> str:
     return model_type
 
 
+def one_of(config: Mapping[str, Any], name: str, other: str) -> None:
+    """Raises ValueError for a config that has both of two names of a field, with two values."""
+    values = config.get(name), config.get(other)
+    if None not in values and values[0] != values[1]:
+        raise ValueError(f"{name} = {shown(values[0])} and {other} = {shown(values[1])} differ")
+
+
 def layer_types(config: Mapping[str, Any], usual: str, interval: int) -> tuple[str, ...]:
     """Each layer's type as `layer_types` lists them. Without a list every `interval`-th layer is
     full_attention and the others are `usual`.
@@ -90,66 +105,3 @@ def layer_types(config: Mapping[str, Any], usual: str, interval: int) -> tuple[s
             + (f" and unknown kinds {shown(sorted(unknown))}" if unknown else "")
         )
     return tuple(types)
-
-
-def rope_entry(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's fields of a model with one: those of transformers 4 (rope_theta,
-    rope_scaling) and those of transformers 5 (rope_parameters). Raises ValueError as `merged`."""
-    entry = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
-    entry |= merged(config.get("rope_scaling"), config.get("rope_parameters"))
-    name = "original_max_position_embeddings"
-    if name in entry and config.get(name) not in (None, entry[name]):
-        raise ValueError(f"{name} = {config[name]} and the rotary embedding's {entry[name]} differ")
-    return entry
-
-
-def merged(scaling: Mapping[str, Any] | None, parameters: Mapping[str, Any] | None) -> dict:
-    """The fields of rope_scaling and of an entry of rope_parameters. Raises ValueError where a
-    field of the first is another in the second: transformers would take one of them."""
-    scaling, parameters = dict(scaling or {}), dict(parameters or {})
-    if "type" in scaling:
-        scaling = {"rope_type": scaling.pop("type")} | scaling
-    if parameters and any(parameters.get(key) != value for key, value in scaling.items()):
-        raise ValueError(
-            f"rope_scaling = {shown(scaling)} and rope_parameters = {shown(parameters)} differ: "
-            "keep one of them"
-        )
-    return scaling | parameters
-
-
-def rope(
-    entry: Mapping[str, Any], supported: Collection[str] = ("default", "linear"), of: str = "",
-    partial: bool = False,
-) -> RopeConfig:  # fmt: skip
-    """The rotary embedding that an entry of rope_parameters describes, `of` a layer type.
-
-    Raises ValueError for a rope_type that is not `supported`, for a missing number, and for a
-    partial_rotary_factor where the network does not rotate a part of its heads, `partial`.
-    """
-    kind = entry.get("rope_type", entry.get("type", "default"))
-    if kind not in supported:
-        names = " or ".join(sorted(supported))
-        raise ValueError(f"rope_type = {shown(kind)} is not supported: {names}")
-    share = entry.get("partial_rotary_factor")
-    share = 1.0 if share is None else share
-    if share != 1.0 and not partial and kind != "proportional":
-        raise ValueError(f"partial_rotary_factor = {share} is not supported: only 1.0")
-    scaling = tuple(field.name for field in fields(Llama3Scaling))
-    numbers = {"linear": ("factor",), "factors": ("factors",), "llama3": scaling}.get(kind, ())
-    owner = f" of {of}" if of else ""
-    for name in ("rope_theta", *numbers):
-        if not entry.get(name):
-            raise ValueError(f"rope_type = {kind!r}{owner} lacks its {name}")
-    theta = entry["rope_theta"]
-    if kind == "linear":
-        return RopeConfig(theta, entry["factor"])
-    if kind == "proportional":
-        return RopeConfig(theta, entry.get("factor") or 1.0, share)
-    if kind == "llama3":
-        low, high = entry["low_freq_factor"], entry["high_freq_factor"]
-        if low >= high:
-            raise ValueError(f"high_freq_factor = {high} must be above low_freq_factor = {low}")
-        return RopeConfig(theta, llama3=Llama3Scaling(*(entry[name] for name in numbers)))
-    if kind == "factors":
-        return RopeConfig(theta, factors=tuple(entry["factors"]))
-    return RopeConfig(theta)

@@ -69,17 +69,30 @@ THETA = number(1, 1e12)
 FACTOR = number(1e-6, 1e6)
 SHARE = number(1e-6, 1)
 CAP = number(0, 1e6)
+DIVISORS = list_of(FACTOR, f"numbers from {1e-6:g} to {1e6:g}")
 
 ROPE_FIELDS = {
     "rope_type": TEXT,
     "type": TEXT,
     "rope_theta": THETA,
     "factor": FACTOR,
-    "factors": list_of(FACTOR, f"numbers from {1e-6:g} to {1e6:g}"),
+    "factors": DIVISORS,
     "partial_rotary_factor": SHARE,
     "low_freq_factor": FACTOR,
     "high_freq_factor": FACTOR,
     "original_max_position_embeddings": POSITIONS,
+    "attention_factor": FACTOR,
+    "beta_fast": FACTOR,
+    "beta_slow": FACTOR,
+    "mscale": CAP,
+    "mscale_all_dim": CAP,
+    "truncate": FLAG,
+    "short_factor": DIVISORS,
+    "long_factor": DIVISORS,
+    # The axes of an image's positions, which are one for text, and who trained what.
+    "mrope_section": list_of(whole(0, 1 << 16), "whole numbers"),
+    "mrope_interleaved": FLAG,
+    "finetuned": FLAG,
 }
 # rope_parameters may have an entry for each type of layer.
 LAYER_TYPES = "full_attention", "sliding_attention", "linear_attention"
@@ -100,6 +113,10 @@ FIELDS = {
     "query_pre_attn_scalar": number(1e-6, MAX_WIDTH),
     "attn_logit_softcapping": CAP,
     "final_logit_softcapping": CAP,
+    "embedding_multiplier": FACTOR,
+    "attention_multiplier": FACTOR,
+    "residual_multiplier": FACTOR,
+    "logits_scaling": FACTOR,
     "hidden_act": TEXT,
     "hidden_activation": TEXT,
     "tie_word_embeddings": FLAG,
@@ -111,6 +128,18 @@ FIELDS = {
     "sliding_window_pattern": FEW,
     "_sliding_window_pattern": FEW,
     "layer_types": list_of(TEXT, "strings, one for each layer"),
+    "no_rope_layers": list_of(whole(0, 1), "zeros and ones, one for each layer"),
+    "no_rope_layer_interval": FEW,
+    "position_embedding_type": TEXT,
+    "norm_eps": number(1e-30, 1),
+    "tie_embedding": FLAG,
+    "block_ff_dim": WIDTH,
+    "block_multiple_of": WIDTH,
+    "block_ffn_dim_multiplier": FACTOR,
+    "block_auto_adjust_ff_dim": FLAG,
+    "conv_bias": FLAG,
+    "conv_L_cache": FEW,
+    "full_attn_idxs": list_of(whole(0, 1023), "layers' numbers"),
     "attention_k_eq_v": FLAG,
     "hidden_size_per_layer_input": whole(0, MAX_WIDTH),
     "num_kv_shared_layers": whole(0, 1024),
@@ -119,6 +148,8 @@ FIELDS = {
     "per_layer_config": OBJECT,
     "full_attention_interval": FEW,
     "attn_output_gate": FLAG,
+    "is_causal": FLAG,
+    "is_encoder_decoder": FLAG,
     "linear_conv_kernel_dim": FEW,
     "linear_num_key_heads": FEW,
     "linear_num_value_heads": FEW,
@@ -129,7 +160,9 @@ FIELDS = {
     "num_local_experts": whole(0, 1 << 16),
     "num_experts_per_tok": FEW,
     "moe_intermediate_size": WIDTH,
-    "shared_expert_intermediate_size": WIDTH,
+    # 0 is no such expert, in models that have none.
+    "shared_expert_intermediate_size": whole(0, MAX_WIDTH),
+    "shared_intermediate_size": WIDTH,
     "norm_topk_prob": FLAG,
     "decoder_sparse_step": FEW,
     "mlp_only_layers": list_of(whole(0, 1023), "layers' numbers"),
@@ -159,6 +192,7 @@ PRODUCTS = {
         ("hidden_size", "num_experts", "moe_intermediate_size"),
         ("hidden_size", "num_local_experts", "moe_intermediate_size"),
         ("hidden_size", "shared_expert_intermediate_size"),
+        ("hidden_size", "shared_intermediate_size"),
     ),
     1 << 30: (("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),),
 }
@@ -183,9 +217,9 @@ def check(config: Mapping[str, Any]) -> None:
     check_fields(config, FIELDS)
     for name in ("rope_scaling", "rope_parameters"):
         entry = config.get(name) or {}
-        check_fields(entry, ROPE_FIELDS | dict.fromkeys(LAYER_TYPES, OBJECT), f"{name}.")
+        check_rope(entry, ROPE_FIELDS | dict.fromkeys(LAYER_TYPES, OBJECT), f"{name}.")
         for layer_type in LAYER_TYPES:
-            check_fields(entry.get(layer_type) or {}, ROPE_FIELDS, f"{name}.{layer_type}.")
+            check_rope(entry.get(layer_type) or {}, ROPE_FIELDS, f"{name}.{layer_type}.")
     for layer, shape in (config.get("per_layer_config") or {}).items():
         name = f"per_layer_config.{shown(layer)}"
         if not str(layer).isdecimal():
@@ -193,6 +227,15 @@ def check(config: Mapping[str, Any]) -> None:
         if not isinstance(shape, Mapping):
             raise ValueError(f"{name} = {shown(shape)}: an object is right")
         check_fields(shape, FIELDS, f"{name}.", nullable=False)
+
+
+def check_rope(entry: Mapping[str, Any], kinds: Mapping[str, Kind], of: str) -> None:
+    """Compare an entry of the rotary embedding with its kinds, which are all that there are. Raises
+    ValueError as `check_fields`, and for a field that is not known."""
+    check_fields(entry, kinds, of)
+    for name in entry.keys() - kinds.keys():
+        if entry[name] is not None:
+            raise ValueError(f"{of}{name} = {shown(entry[name])} is not supported: leave it out")
 
 
 def check_products(config: Mapping[str, Any]) -> None:

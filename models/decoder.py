@@ -13,13 +13,17 @@ from torch import Tensor, nn
 
 from tokenloop.models.layers import RotaryEmbedding, rounded
 
-# What checkpoints call a block's norms, by role. Both layouts have norms before the mixer and the
-# feed-forward. The second also has norms of what the two give, each before it is added.
+# What checkpoints call a block's norms, by role: of the inputs of the mixer and the feed-forward,
+# and of what the two give, each before it is added.
 PRE_NORMS = {"mixer": "input_layernorm", "mlp": "post_attention_layernorm"}
 SANDWICH_NORMS = {
     "mixer": "input_layernorm",
     "mixer_branch": "post_attention_layernorm",
     "mlp": "pre_feedforward_layernorm",
+    "mlp_branch": "post_feedforward_layernorm",
+}
+POST_NORMS = {
+    "mixer_branch": "post_attention_layernorm",
     "mlp_branch": "post_feedforward_layernorm",
 }
 
@@ -58,7 +62,7 @@ class Block(nn.Module):
     """x becomes x + mixer_branch_norm(mixer(mixer_norm(x))), and that becomes
     (x + mlp_branch_norm(mlp(mlp_norm(x)))) * layer_scalar.
 
-    A branch norm, and `layer_scalar` [1], are None where a block has none. `mlp` is a
+    A norm, and `layer_scalar` [1], are None where a block has none. `mlp` is a
     models.layers.MLP or a models.moe.SparseMoe. It declares `moe`, the config of its routed experts
     or None, and `dense`, the MLP that every token has or None.
     """
@@ -88,31 +92,33 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """All of the block before its state is used: what `Mixer.project` gives."""
-        return self.mixer.project(self.norm("mixer")(x), rope)
+        return self.mixer.project(self._normed("mixer", x), rope)
 
     def add_mixed(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """x [B, T, D] plus the mixer's branch."""
-        branch, norm = self.mixer.combine(mixed, gate), self.norm("mixer_branch")
-        return x + (branch if norm is None else norm(branch))
+        return x + self._normed("mixer_branch", self.mixer.combine(mixed, gate))
 
     def finish(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """All of the block after its state was used: x [B, T, D] plus both branches, scaled."""
         x = self.add_mixed(x, mixed, gate)
-        branch, norm = self.mlp(self.norm("mlp")(x)), self.norm("mlp_branch")
-        x = x + (branch if norm is None else norm(branch))
+        x = x + self._normed("mlp_branch", self.mlp(self._normed("mlp", x)))
         return x if self.layer_scalar is None else x * self.layer_scalar
+
+    def _normed(self, role: str, x: Tensor) -> Tensor:
+        norm = self.norm(role)
+        return x if norm is None else norm(x)
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and final norm. `rope` has an entry for each type of layer that rotates.
-    Embeddings are multiplied by `embed_scale`."""
+    """Embedding, blocks and final norm. `rope` has an entry for each `rotation` of a mixer.
+    Embeddings are multiplied by `embed_scale`, as the weights' dtype holds it if `rounds_scale`."""
 
     def __init__(
         self, embed_tokens: nn.Embedding, layers: Iterable[Block], norm: nn.Module,
-        rope: dict[str, RotaryEmbedding], embed_scale: float = 1.0,
+        rope: dict[str, RotaryEmbedding], embed_scale: float = 1.0, rounds_scale: bool = True,
     ):  # fmt: skip
         super().__init__()
-        self.embed_scale = embed_scale
+        self.embed_scale, self.rounds_scale = embed_scale, rounds_scale
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
         self.norm = norm
@@ -121,13 +127,15 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Scaled embeddings [B, T, D] of tokens int64 [B, T]."""
         x = self.embed_tokens(tokens)
-        if self.embed_scale == 1.0:
-            return x
-        # transformers keeps the scale in the weights' dtype. In bfloat16 it is another number.
-        return x * rounded(self.embed_scale, x.dtype)
+        return x if self.embed_scale == 1.0 else x * self.scale_in(x.dtype)
+
+    def scale_in(self, dtype: torch.dtype) -> float:
+        """What embeddings of `dtype` are multiplied by."""
+        # transformers keeps Gemma's scale in the weights' dtype. In bfloat16 it is another number.
+        return rounded(self.embed_scale, dtype) if self.rounds_scale else self.embed_scale
 
     def rotations(self, positions: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """cos and sin [T, 1, rotary_dim] of each type of layer at positions int64 [T]."""
+        """cos and sin [T, 1, rotary_dim] of each rotary embedding at positions int64 [T]."""
         return {layer_type: rope(positions) for layer_type, rope in self.rope.items()}
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None) -> Tensor:
@@ -160,16 +168,17 @@ class CausalLM(nn.Module):
     def __init__(
         self, config: Any, layers: Iterable[Block], norm: nn.Module,
         rope: dict[str, RotaryEmbedding], max_seq_len: int, batch: int, max_chunk: int, *,
-        tied: bool, embed_scale: float = 1.0, soft_cap: float | None = None,
+        tied: bool, embed_scale: float = 1.0, rounds_scale: bool = True,
+        soft_cap: float | None = None,
     ):  # fmt: skip
-        """`config` has vocab_size and hidden_size; layers, norm, rope and embed_scale are the
-        Backbone's."""
+        """`config` has vocab_size and hidden_size; layers, norm, rope, embed_scale and rounds_scale
+        are the Backbone's."""
         super().__init__()
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.config, self.soft_cap = config, soft_cap
         self.batch, self.max_seq_len = batch, max_seq_len
         self.longest_chunk = max_chunk
-        self.model = Backbone(embed_tokens, layers, norm, rope, embed_scale)
+        self.model = Backbone(embed_tokens, layers, norm, rope, embed_scale, rounds_scale)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if tied:
             self.lm_head.weight = embed_tokens.weight

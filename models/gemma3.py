@@ -34,6 +34,10 @@ ONLY = {
     "use_bidirectional_attention": False,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
+    # Both are in rope_parameters, for each type of layer.
+    "partial_rotary_factor": None,
+    "original_max_position_embeddings": None,
+    "per_layer_config": None,
 }
 
 
@@ -58,15 +62,21 @@ class Gemma3Config:
     def from_dict(cls, config: dict) -> "Gemma3Config":
         """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
         is missing, or asks for what is not implemented."""
+        if not config.get("layer_types"):
+            # transformers writes the second name, and does not read it.
+            read = {"sliding_window_pattern": config.get("sliding_window_pattern") or 6}
+            configs.one_of(config | read, "sliding_window_pattern", "_sliding_window_pattern")
         plain = [field.name for field in fields(cls) if field.name not in ("layer_types", "rope")]
         needed = *plain, "num_hidden_layers", "tie_word_embeddings"
         config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
         configs.rotated("head_dim", config["head_dim"])
-        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        pattern = config.get("sliding_window_pattern") or 6
+        rope = _rope(config)
+        config = configs.reaching(config, rope[FULL])
         return cls(
             **{key: config[key] for key in plain},
             layer_types=configs.layer_types(config, SLIDING, pattern),
-            rope=_rope(config),
+            rope=rope,
         )
 
 
@@ -77,17 +87,20 @@ def _rope(config: dict) -> dict[str, RopeConfig]:
     full = {"rope_theta": config["rope_theta"]}
     full |= configs.merged(config.get("rope_scaling"), nested.get(FULL))
     sliding = {"rope_theta": config["rope_local_base_freq"]} | (nested.get(SLIDING) or {})
-    return {
-        name: configs.rope(entry, of=name) for name, entry in ((FULL, full), (SLIDING, sliding))
+    ropes = {
+        name: configs.rope(configs.completed(entry, config), of=name)
+        for name, entry in ((FULL, full), (SLIDING, sliding))
     }
+    return {name: configs.fitting(rope, config["head_dim"]) for name, rope in ropes.items()}
 
 
 def text_name(name: str, other_parts: tuple[str, ...]) -> str | None:
     """A checkpoint's tensor name as the text model's parameter name. None for what is left out.
 
-    Multimodal checkpoints hold the text model under a prefix beside `other_parts`.
+    Multimodal checkpoints hold the text model under a prefix beside `other_parts`, which work on
+    images and sounds and change nothing of a text's logits.
     """
-    if any(f"{part}." in name for part in other_parts):
+    if name.removeprefix("model.").startswith(tuple(f"{part}." for part in other_parts)):
         return None
     for prefix in ("model.language_model.", "language_model.model."):
         if name.startswith(prefix):
@@ -126,7 +139,9 @@ class Gemma3(CausalLM):
             )
 
         blocks = [block(layer_type) for layer_type in c.layer_types]
-        rope = {name: RotaryEmbedding(rope, c.head_dim) for name, rope in c.rope.items()}
+        rope = {
+            name: RotaryEmbedding(rope, c.head_dim, max_seq_len) for name, rope in c.rope.items()
+        }
         max_chunk, scale = min(c.sliding_window, max_seq_len), c.hidden_size**0.5
         cache = max_seq_len, batch, max_chunk
         super().__init__(c, blocks, norm(c.hidden_size), rope, *cache, tied=True, embed_scale=scale)

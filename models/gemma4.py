@@ -50,6 +50,7 @@ ROPE_PARAMETERS = {
         "partial_rotary_factor": 0.25,
     },
 }
+ROPE_TYPES = "default", "linear", "dynamic", "llama3", "yarn", "proportional"
 # Fields for which only one value is implemented. The E2B and E4B have per-layer inputs, and shared
 # keys and values. The 26B-A4B has experts.
 ONLY = {
@@ -60,6 +61,10 @@ ONLY = {
     "use_double_wide_mlp": False,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
+    # Both are in rope_parameters, for each type of layer.
+    "rope_scaling": None,
+    "partial_rotary_factor": None,
+    "original_max_position_embeddings": None,
 }
 
 
@@ -106,11 +111,13 @@ class Gemma4Config:
             raise ValueError("final_logit_softcapping = 0 leaves no logits; null is no cap")
         # The last layer is full whatever the list says.
         layer_types = (*configs.layer_types(config, SLIDING, 6)[:-1], FULL)
+        attention = _attention(config, layer_types)
+        config = configs.reaching(config, attention[FULL].rope)
         return cls(
             **{key: config[key] for key in plain},
             final_logit_softcapping=config["final_logit_softcapping"],
             layer_types=layer_types,
-            attention=_attention(config, layer_types),
+            attention=attention,
         )
 
 
@@ -124,10 +131,12 @@ def _attention(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str
                 f"num_attention_heads = {config['num_attention_heads']} is not a multiple of the "
                 f"{heads} key/value heads of {layer_type}"
             )
-        configs.rotated(f"head_dim of {layer_type}", shape["head_dim"])
+        size = configs.rotated(f"head_dim of {layer_type}", shape["head_dim"])
         values_are_keys = config["attention_k_eq_v"] and layer_type == "full_attention"
         attention[layer_type] = AttentionConfig(
-            **shape, values_are_keys=values_are_keys, rope=_rope(config, layer_type)
+            **shape,
+            values_are_keys=values_are_keys,
+            rope=configs.fitting(_rope(config, layer_type), size),
         )
     return attention
 
@@ -165,7 +174,8 @@ def _rope(config: dict[str, Any], layer_type: str) -> layers.RopeConfig:
     parameters = config["rope_parameters"] or ROPE_PARAMETERS
     if "rope_theta" not in (parameters.get(layer_type) or {}):
         raise ValueError(f"rope_parameters lacks rope_theta of {layer_type}")
-    return configs.rope(parameters[layer_type], ("default", "proportional"), layer_type)
+    entry = configs.completed(parameters[layer_type], config)
+    return configs.rope(entry, ROPE_TYPES, layer_type)
 
 
 def checkpoint_name(name: str) -> str | None:
@@ -200,7 +210,7 @@ class Gemma4(CausalLM):
             return Block(attention, mlp, partial(norm, c.hidden_size), SANDWICH_NORMS, scaled=True)
 
         rope = {
-            name: layers.RotaryEmbedding(own.rope, own.head_dim)
+            name: layers.RotaryEmbedding(own.rope, own.head_dim, max_seq_len)
             for name, own in c.attention.items()
         }
         blocks = [block(layer_type) for layer_type in c.layer_types]

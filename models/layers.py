@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloop.models.cache import FullCache, KVCache, SlidingCache
+from tokenloop.models.rope_scaling import Scaling
 
 
 class Shard(NamedTuple):
@@ -36,31 +37,10 @@ class Shard(NamedTuple):
         return whole.narrow(-2, self.part * size, size)
 
 
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling of rotary frequencies, by a Hugging Face config's names.
+class Stacked(NamedTuple):
+    """The parameters `names`, for a tensor that has the rows of all of them, in that order."""
 
-    The source is transformers' modeling_rope_utils.py. Wavelengths above
-    original_max_position_embeddings / low_freq_factor are `factor` times as long. Those below
-    original_max_position_embeddings / high_freq_factor stay. A line leads from one to the other.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __call__(self, inv_freq: Tensor) -> Tensor:
-        """The scaled frequencies float32 [N] of inv_freq float32 [N]."""
-        length, low, high = (
-            self.original_max_position_embeddings, self.low_freq_factor, self.high_freq_factor,
-        )  # fmt: skip
-        wavelength = 2 * math.pi / inv_freq
-        is_long, is_short = wavelength > length / low, wavelength < length / high
-        scaled = torch.where(is_long, inv_freq / self.factor, inv_freq)
-        share = (length / wavelength - low) / (high - low)
-        between = (1 - share) * scaled / self.factor + share * scaled
-        return torch.where(is_long | is_short, scaled, between)
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,35 +48,45 @@ class RopeConfig:
     """Rotary embedding of one type of layer.
 
     `factor` divides positions (linear scaling). Only the share `partial` of the pairs rotates.
-    `llama3` scales frequencies by their wavelength. `factors` divide them one by one.
+    `scaling` is for longer contexts. `factors` divide frequencies one by one.
     """
 
     theta: float
     factor: float = 1.0
     partial: float = 1.0
-    llama3: Llama3Scaling | None = None
+    scaling: Scaling | None = None
     factors: tuple[float, ...] | None = None
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of rotary angles (arXiv:2104.09864), each [T, 1, dim] for positions [T]."""
+    """cos and sin of rotary angles (arXiv:2104.09864), each [T, 1, dim] for positions [T] below
+    `max_seq_len`, times `attention_factor`."""
 
-    def __init__(self, rope: RopeConfig, dim: int):
+    def __init__(self, rope: RopeConfig, dim: int, max_seq_len: int):
         super().__init__()
         rotated = int(rope.partial * dim // 2)
-        frequency = rope.theta ** (torch.arange(0, 2 * rotated, 2, device="cpu") / dim)
-        inv_freq = 1.0 / frequency / rope.factor
-        if rope.llama3 is not None:
-            inv_freq = rope.llama3(inv_freq)
+        periods = rope.theta ** (torch.arange(0, 2 * rotated, 2, device="cpu") / dim)
+        self.attention_factor = 1.0
+        if rope.scaling is None:
+            inv_freq = 1.0 / periods / rope.factor
+        else:
+            inv_freq = rope.scaling(periods, rope.theta, max_seq_len)
+            self.attention_factor = rope.scaling.attention_factor
         if rope.factors is not None:
             inv_freq = inv_freq / torch.tensor(rope.factors, device="cpu")
         # The other pairs keep the angle 0.
         inv_freq = F.pad(inv_freq, (0, dim // 2 - rotated))
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        # Of the pairs that rotate; exporters may add others.
+        is_scaled = self.attention_factor != 1.0
+        lengths = torch.full_like(inv_freq, self.attention_factor) if is_scaled else None
+        self.register_buffer("lengths", lengths, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = (positions.float()[:, None] * self.inv_freq)[:, None]
         cos, sin = angles.cos(), angles.sin()
+        if self.lengths is not None:
+            cos, sin = cos * self.lengths, sin * self.lengths
         return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
 
@@ -119,15 +109,16 @@ def normalize(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """normalize(x) * (offset + weight) over the last axis, in float32."""
+    """normalize(x) * (offset + weight) * scale over the last axis, in float32."""
 
-    def __init__(self, size: int, eps: float, offset: float = 0.0):
+    def __init__(self, size: int, eps: float, offset: float = 0.0, scale: float = 1.0):
         super().__init__()
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset, self.scale = eps, offset, scale
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (normalize(x, self.eps) * (self.offset + self.weight.float())).to(x.dtype)
+        x_hat, weight = normalize(x, self.eps), self.offset + self.weight.float()
+        return (x_hat * (weight if self.scale == 1.0 else weight * self.scale)).to(x.dtype)
 
 
 class ValueNorm(nn.Module):
@@ -167,11 +158,13 @@ def kv_cache(
 class Attention(nn.Module):
     """A Mixer: grouped-query attention over a KV cache, whose shape tells K and head_dim.
 
-    It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `values_are_keys`,
-    `output_gate`, and `q_norm`, `k_norm` and `v_norm`, which are modules or None. With
-    `values_are_keys` there is no v_proj, and a value is the key before norm and rotation. With
-    `output_gate` q_proj gives each head's query, then its gate, whose sigmoid multiplies the
-    result.
+    It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `rotation`,
+    `values_are_keys`, `output_gate`, and `q_norm`, `k_norm` and `v_norm`, which are modules or
+    None, with `whole_norms`. `rotation` is the name of the network's rotary embedding for this
+    layer. With `values_are_keys` there is no v_proj, and a value is the key before norm and
+    rotation. With `output_gate` q_proj gives each head's query, then its gate, whose sigmoid
+    multiplies the result. With `whole_norms` q_norm is of all heads' queries at once, and k_norm of
+    all keys.
     """
 
     name, output = "self_attn", "o_proj"
@@ -180,13 +173,15 @@ class Attention(nn.Module):
         self, layer_type: str, hidden_size: int, heads: int, cache: KVCache, scale: float, *,
         norm: Callable[[int], nn.Module] | None = None, v_norm: nn.Module | None = None,
         values_are_keys: bool = False, output_gate: bool = False, bias: bool = False,
-        output_bias: bool = False,
+        output_bias: bool = False, whole_norms: bool = False, rotation: str | None = None,
     ):  # fmt: skip
-        """`norm` makes the norms of queries and keys, given head_dim. `bias` is for queries, keys
-        and values, and `output_bias` for o_proj."""
+        """`norm` makes the norms of queries and keys, given their size. `bias` is for queries, keys
+        and values, and `output_bias` for o_proj. The `rotation` is `layer_type` unless it is given.
+        """
         super().__init__()
         kv_heads, head_dim = cache.k.shape[2:]
         self.layer_type, self.scale = layer_type, scale
+        self.rotation, self.whole_norms = rotation or layer_type, whole_norms
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.values_are_keys, self.output_gate = values_are_keys, output_gate
         size, kv_size = heads * head_dim, kv_heads * head_dim
@@ -196,8 +191,8 @@ class Attention(nn.Module):
         if not values_are_keys:
             self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(size, hidden_size, bias=output_bias)
-        self.q_norm = None if norm is None else norm(head_dim)
-        self.k_norm = None if norm is None else norm(head_dim)
+        self.q_norm = None if norm is None else norm(size if whole_norms else head_dim)
+        self.k_norm = None if norm is None else norm(kv_size if whole_norms else head_dim)
         self.v_norm = v_norm
         self.cache = cache
 
@@ -208,13 +203,13 @@ class Attention(nn.Module):
         if self.output_gate:
             q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
         else:
-            q = self._by_head(self.q_proj(x))
-        k = self._by_head(self.k_proj(x))
+            q = self._by_head(self.q_proj(x), self.q_norm if self.whole_norms else None)
+        k = self._by_head(self.k_proj(x), self.k_norm if self.whole_norms else None)
         v = k if self.values_are_keys else self._by_head(self.v_proj(x))
-        q = q if self.q_norm is None else self.q_norm(q)
-        q = apply_rotary(q, rope[self.layer_type])
-        k = k if self.k_norm is None else self.k_norm(k)
-        k = apply_rotary(k, rope[self.layer_type])
+        q = q if self.q_norm is None or self.whole_norms else self.q_norm(q)
+        q = apply_rotary(q, rope[self.rotation])
+        k = k if self.k_norm is None or self.whole_norms else self.k_norm(k)
+        k = apply_rotary(k, rope[self.rotation])
         return (q, k, v if self.v_norm is None else self.v_norm(v)), gate
 
     def prefill(
@@ -233,7 +228,8 @@ class Attention(nn.Module):
             attended = attended * gate.sigmoid()
         return self.o_proj(attended.reshape(attended.shape[0], -1, self.o_proj.in_features))
 
-    def _by_head(self, projected: Tensor) -> Tensor:
+    def _by_head(self, projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+        projected = projected if norm is None else norm(projected)
         count = projected.shape[2] // self.head_dim
         return projected.view(projected.shape[0], -1, count, self.head_dim)
 

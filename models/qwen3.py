@@ -50,6 +50,7 @@ ONLY = {
     "use_sliding_window": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+    "per_layer_config": None,
 }
 EXPERT = re.compile(r"(.*\.mlp\.experts)\.(?:(\d{1,9})\.)?(gate|up|down)_proj\.weight")
 
@@ -80,16 +81,19 @@ class Qwen3Config:
         """Read config.json's keys, of transformers 4 or 5. Raises ValueError naming the field that
         is missing, or asks for what is not implemented."""
         model_type = configs.known_type(config, DEFAULTS)
+        configs.one_of(config, "num_local_experts", "num_experts")
         config = configs.with_heads(DEFAULTS[model_type] | config)
         if other := set(config.get("layer_types") or ()) - {FULL}:
             raise ValueError(f"layer_types has {', '.join(sorted(other))}: only {FULL}")
         plain = [field.name for field in fields(cls) if field.name not in ("rope", "moe")]
         config = configs.read(config, defaults={}, only=ONLY, needed=plain)
         configs.layer_types(config, FULL, 1)
-        configs.rotated("head_dim", config["head_dim"])
+        size = configs.rotated("head_dim", config["head_dim"])
+        rope = configs.fitting(configs.rope(configs.rope_entry(config)), size)
+        config = configs.reaching(config, rope)
         return cls(
             **{key: config[key] for key in plain},
-            rope=configs.rope(configs.rope_entry(config)),
+            rope=rope,
             moe=moe_config(config) if model_type == "qwen3_moe" else None,
         )
 
@@ -154,7 +158,7 @@ class Qwen3(CausalLM):
             return Block(attention, mlp, partial(norm, c.hidden_size))
 
         blocks = [block() for _ in range(c.num_hidden_layers)]
-        rope = {FULL: layers.RotaryEmbedding(c.rope, c.head_dim)}
+        rope = {FULL: layers.RotaryEmbedding(c.rope, c.head_dim, max_seq_len)}
         cache = max_seq_len, batch, max_seq_len
         norm = norm(c.hidden_size)
         super().__init__(c, blocks, norm, rope, *cache, tied=c.tie_word_embeddings)

@@ -43,7 +43,17 @@ DEFAULTS = {
 }
 MODEL_TYPES = tuple(DEFAULTS)
 # Fields for which only one value is implemented.
-ONLY = {"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True}
+ONLY = {
+    "hidden_act": "silu", "attention_bias": False, "attn_output_gate": True,
+    "per_layer_config": None, "num_local_experts": None,
+}  # fmt: skip
+
+# What transformers' Qwen3.5 does not read, and therefore computes in one way.
+ALWAYS = {
+    "qwen3_5_text": {"num_experts": 0},
+    "qwen3_5_moe_text": {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_next": {},
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Qwen3_5Config:
         config = configs.read(
             config,
             defaults=DEFAULTS[model_type],
-            only=ONLY,
+            only=ONLY | ALWAYS[model_type],
             needed=(*plain, *linear, "num_hidden_layers"),
             multiples=(
                 ("num_attention_heads", "num_key_value_heads"),
@@ -94,21 +104,26 @@ class Qwen3_5Config:
         if not config.get("layer_types"):
             needed.append("full_attention_interval")
         config = configs.read(config, defaults={}, only={}, needed=needed, multiples=())
+        if any(sparse) and not config["shared_expert_intermediate_size"]:
+            raise ValueError("shared_expert_intermediate_size = 0: a whole number from 1 is right")
         if config["linear_conv_kernel_dim"] not in WIDTHS:
             raise ValueError(
                 f"linear_conv_kernel_dim = {config['linear_conv_kernel_dim']}: one of {WIDTHS}"
             )
         # The three axes of Qwen3.5's positions (mrope_section) are one for text.
-        rope = configs.rope_entry(config)
+        entry = configs.rope_entry(config)
         share = configs.read(
-            rope, defaults={}, only={}, needed=["partial_rotary_factor"], multiples=()
+            entry, defaults={}, only={}, needed=["partial_rotary_factor"], multiples=()
         )
         rotary_dim = int(config["head_dim"] * share["partial_rotary_factor"])
+        configs.rotated("head_dim * partial_rotary_factor", rotary_dim)
+        rope = configs.fitting(configs.rope(entry, partial=True), rotary_dim)
+        config = configs.reaching(config, rope)
         return cls(
             **{key: config[key] for key in plain},
             layer_types=configs.layer_types(config, LINEAR, config["full_attention_interval"]),
-            rope=configs.rope(rope, ("default",), partial=True),
-            rotary_dim=configs.rotated("head_dim * partial_rotary_factor", rotary_dim),
+            rope=rope,
+            rotary_dim=rotary_dim,
             delta_net=DeltaNetConfig(
                 **{key: config[key] for key in linear}, fused_projections=model_type == "qwen3_next"
             ),
@@ -138,7 +153,8 @@ def _feed_forward_keys(sparse: tuple[bool, ...]) -> list[str]:
 
 def checkpoint_name(name: str) -> str | layers.Shard | None:
     """A checkpoint's tensor name as this model's parameter name, or as a shard of one. None for the
-    vision tower, and for the layers that predict several tokens at once."""
+    vision tower, and for the layers that guess tokens after the next one: neither changes a text's
+    logits."""
     if name.startswith(("mtp.", "model.visual.")):
         return None
     return qwen3.checkpoint_name(name.replace("model.language_model.", "model.", 1))
@@ -177,7 +193,7 @@ class Qwen3_5(CausalLM):
             Block(mixer(layer_type), mlp(sparse), partial(norm, c.hidden_size))
             for layer_type, sparse in zip(c.layer_types, c.sparse)
         ]
-        rope = {FULL: layers.RotaryEmbedding(c.rope, c.rotary_dim)}
+        rope = {FULL: layers.RotaryEmbedding(c.rope, c.rotary_dim, max_seq_len)}
         cache, norm = (max_seq_len, batch, min(MAX_CHUNK, max_seq_len)), norm(c.hidden_size)
         super().__init__(c, blocks, norm, rope, *cache, tied=c.tie_word_embeddings)
 

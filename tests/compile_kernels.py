@@ -161,7 +161,7 @@ def attention() -> None:
             module.attend_step(
                 empty(rows, width, dtype=dtype), empty(rows, dtype=int64), *caches, *norms,
                 empty(size // 2), semaphores, scale=1.0, eps=1e-6, value_norm=shared,
-                values_are_keys=shared,
+                values_are_keys=shared, attention_factor=1.2 if size == 128 else 1.0,
             )  # fmt: skip
 
 
@@ -182,6 +182,7 @@ def attention_chunk() -> None:
             q, kv = module.rotate_chunk(
                 empty(1024, width, dtype=dtype), *where, *caches, *norms, empty(size // 2),
                 eps=1e-6, value_norm=shared, values_are_keys=shared, is_ring=is_ring,
+                attention_factor=1.2 if size == 128 else 1.0,
             )  # fmt: skip
             module.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=is_ring)
             # Few tokens may be cut otherwise.
@@ -280,6 +281,10 @@ def chunks() -> None:
     wide, norm = empty(8192, 5376, dtype=bfloat16), empty(5376, dtype=bfloat16)
     cuda.add_norm(wide, wide, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(wide, norm, count, eps=1e-6)
+    for number in (None, count):
+        cuda.add_branch(wide, wide, norm, None, number, eps=1e-6)
+        cuda.norm_heads(wide, norm[:4096], norm[:1024], number, eps=1e-6)
+        cuda.norm_heads(wide, None, norm[:1024], number, eps=1e-6)
     cuda.sigmoid_gate(x, empty(8192, 5120, dtype=bfloat16)[:, :2560], count)
     cuda.embed_chunk(empty(8192, dtype=int64), x, count, scale=25.25)
     cuda.last_tokens(x, empty(5, dtype=int32))

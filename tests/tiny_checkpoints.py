@@ -45,10 +45,20 @@ CONFIGS = {
         },
     },
     "llama": {"rope_parameters": LLAMA_3, "tie_word_embeddings": True},
-    "qwen2": {"head_dim": None, "rope_theta": 1e6},
+    "qwen2": {
+        "head_dim": None, "rope_theta": 1e6,
+        "rope_scaling": {
+            "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+            "beta_fast": 16, "beta_slow": 2, "attention_factor": 1.1,
+        },
+    },
     "qwen3_moe": {
         "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "norm_topk_prob": True,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+        },
     },
     "qwen3_next": {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
@@ -62,7 +72,10 @@ HEADERS = {
         "attention.sliding_window": 16, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0,
     },
     "llama": {},
-    "qwen2": {},
+    "qwen2": {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64, "rope.scaling.yarn_beta_fast": 16.0,
+    },
     "qwen3moe": {
         "expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 32,
     },

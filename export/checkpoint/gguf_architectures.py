@@ -12,97 +12,29 @@ import numpy as np
 import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
-from tokenloop.export.checkpoint.gguf_metadata import ARCHITECTURE_KINDS, check_value
-from tokenloop.export.checkpoint.gguf_reader import GgufTensor, read_header
+from tokenloop.export.checkpoint.gguf_keys import Keys
+from tokenloop.export.checkpoint.gguf_parts import read_parts
+from tokenloop.export.checkpoint.gguf_reader import GgufTensor
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import shown
 
 # Divisors of the rotary frequencies, one for each pair of a head.
 ROPE_FACTORS = "rope_freqs.weight"
-# The keys `rope.scaling.*` that need no more than is done here; others are refused.
-ROPE_SCALING_KEYS = {"type", "factor", "finetuned", "original_context_length"}
+# The same for texts of the original length, and for longer ones.
+LONGROPE_FACTORS = {
+    "rope_factors_short.weight": "short_factor",
+    "rope_factors_long.weight": "long_factor",
+}
 
-
-class Keys(NamedTuple):
-    """The values of one architecture's keys, `<architecture>.<key>`.
-
-    Errors: ExportError for a key that is required and missing, for one that has a value for each
-    layer, and for a value that is not of the key's kind (gguf_metadata.py).
-    """
-
-    path: Path
-    metadata: dict[str, Any]
-    architecture: str
-
-    def required(self, key: str) -> Any:
-        name = f"{self.architecture}.{key}"
-        if name not in self.metadata:
-            raise ExportError(f"{self.path} has no key {name}, which the model needs")
-        return self.optional(key, None)
-
-    def optional(self, key: str, default: Any) -> Any:
-        name = f"{self.architecture}.{key}"
-        if name not in self.metadata:
-            return default
-        value = self.metadata[name]
-        if isinstance(value, (list, np.ndarray)):
-            raise ExportError(
-                f"{self.path}: {name} has {len(value)} values; one for all layers is supported"
-            )
-        check_value(self.path, name, value, ARCHITECTURE_KINDS[key])
-        return value
-
-    def head_dim(self, default: int) -> int:
-        """The size of a head's queries, keys and values, all of which the rotary embedding rotates.
-
-        Errors: ExportError for a key that asks for another size.
-        """
-        head_dim = self.optional("attention.key_length", default)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if (size := self.optional(key, head_dim)) != head_dim:
-                raise ExportError(
-                    f"{self.path}: {self.architecture}.{key} is {size}; {head_dim}, the size of a "
-                    "key's head, is supported"
-                )
-        return head_dim
-
-    def rope_scaling(self, factors: GgufTensor | None, head_dim: int) -> dict[str, Any] | None:
-        """As in config.json: None, linear, or a divisor of each pair's frequency as "factors".
-
-        llama.cpp scales linearly where a factor has no type, and 0 is no factor. The tensor
-        `factors` (Llama 3.1's) divides frequencies besides. Errors: ExportError for another type,
-        for a key that is not understood, and for factors that are not those of a head's pairs.
-        """
-        scaling = f"{self.architecture}.rope.scaling."
-        for name in self.metadata:
-            if name.startswith(scaling) and name.removeprefix(scaling) not in ROPE_SCALING_KEYS:
-                raise ExportError(f"{self.path} has the key {name}, which is not supported")
-        kind = self.optional("rope.scaling.type", None)
-        if kind not in (None, "none", "linear"):
-            raise ExportError(
-                f"{self.path}: {scaling}type is {shown(kind)}; none and linear are supported"
-            )
-        # The second name is the older one.
-        factor = self.optional("rope.scaling.factor", self.optional("rope.scale_linear", None))
-        if kind == "linear" and factor is None:
-            self.required("rope.scaling.factor")
-        factor = None if kind == "none" else factor
-        if factors is None:
-            return {"rope_type": "linear", "factor": factor} if factor else None
-        divisors = factors.dequantize() * (factor or 1.0)
-        if divisors.shape != (head_dim // 2,) or not (divisors.isfinite() & (divisors > 0)).all():
-            raise ExportError(
-                f"{self.path}: {factors.name} of the shape {factors.shape} is no list of "
-                f"{head_dim // 2} positive numbers, one for each pair of a head"
-            )
-        return {"rope_type": "factors", "factors": divisors.tolist()}
-
-
+# The tensor of a convolution that has a channel for each of its own.
+CONVOLUTION = ".shortconv.conv.weight"
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
+    "token_embd_norm.weight": "model.norm.weight",  # LFM2's
     "output.weight": "lm_head.weight",
-    ROPE_FACTORS: None,  # the config has it
+    ROPE_FACTORS: None,  # the config has these
+    **dict.fromkeys(LONGROPE_FACTORS),
 }
 # blk.N.<key>.weight -> model.layers.N.<value>.weight; or .bias
 BLOCK_NAMES = {
@@ -153,7 +85,7 @@ def common_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
         "num_key_value_heads": keys.optional("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rms_norm_eps": keys.required("attention.layer_norm_rms_epsilon"),
-        "rope_theta": keys.required("rope.freq_base"),
+        "rope_theta": keys.optional("rope.freq_base", 10_000.0),
         "rope_scaling": keys.rope_scaling(tensors.get(ROPE_FACTORS), head_dim),
         "max_position_embeddings": keys.required("context_length"),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -168,16 +100,26 @@ def gemma3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     # The file does not say. llama.cpp tells the 27B, the one exception, by its 62 layers.
     is_27b = common["num_hidden_layers"] == 62
     per_head = common["hidden_size"] // common["num_attention_heads"]
-    return common | {
-        "model_type": "gemma3_text",
-        "intermediate_size": keys.required("feed_forward_length"),
-        "head_dim": head_dim,
-        "query_pre_attn_scalar": per_head if is_27b else head_dim,
-        "rope_local_base_freq": keys.optional("rope.freq_base_swa", 10000.0),
-        "sliding_window": keys.required("attention.sliding_window"),
-        "sliding_window_pattern": keys.optional("attention.sliding_window_pattern", 6),
-        "final_logit_softcapping": keys.optional("final_logit_softcapping", None),
-    }
+    slides = keys.flags("attention.sliding_window_pattern")
+    if slides is None:
+        interval = keys.optional("attention.sliding_window_pattern", 6)
+        pattern = {"sliding_window_pattern": interval}
+    else:
+        types = [f"{'sliding' if each else 'full'}_attention" for each in slides]
+        pattern = {"layer_types": types}
+    return (
+        common
+        | pattern
+        | {
+            "model_type": "gemma3_text",
+            "intermediate_size": keys.required("feed_forward_length"),
+            "head_dim": head_dim,
+            "query_pre_attn_scalar": per_head if is_27b else head_dim,
+            "rope_local_base_freq": keys.optional("rope.freq_base_swa", 10000.0),
+            "sliding_window": keys.required("attention.sliding_window"),
+            "final_logit_softcapping": keys.optional("final_logit_softcapping", None),
+        }
+    )
 
 
 def qwen_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
@@ -200,16 +142,15 @@ def qwen_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
 
 
 def llama_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
-    """The config.json of a LlamaConfig. Errors: ExportError for a mixture of experts (Mixtral)."""
+    """The config.json of a LlamaConfig, or of another with its fields, whose model_type is the
+    architecture. Errors: ExportError for a mixture of experts (Mixtral)."""
     if experts := keys.optional("expert_count", 0):
         raise ExportError(
             f"{keys.path}: {keys.architecture}.expert_count is {experts}; a mixture of experts is "
             "not supported for it, 0 is right"
         )
-    # llama.cpp's default.
-    rope_theta = {f"{keys.architecture}.rope.freq_base": 10000.0}
     biases = {name.split(".")[-2] for name in tensors if name.endswith(".bias")}
-    return common_config(keys._replace(metadata=rope_theta | keys.metadata), tensors) | {
+    return common_config(keys, tensors) | {
         "model_type": keys.architecture,
         "intermediate_size": keys.required("feed_forward_length"),
         "attention_bias": any(name.startswith("attn_") for name in biases),
@@ -217,14 +158,119 @@ def llama_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     }
 
 
+def granite_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a GraniteConfig. A scale of 0, or none, is llama.cpp's for no scale.
+
+    Errors: ExportError as llama_config, and for layers that do not rotate.
+    """
+    config = llama_config(keys, tensors)
+    if not keys.metadata.get("granite.rope.scaling.finetuned", True):
+        raise ExportError(
+            f"{keys.path}: granite.rope.scaling.finetuned is false, for layers that do not "
+            "rotate; true is supported"
+        )
+    return config | {
+        "attention_multiplier": keys.optional("attention.scale", 0) or config["head_dim"] ** -0.5,
+        "embedding_multiplier": keys.optional("embedding_scale", 0) or 1.0,
+        "residual_multiplier": keys.optional("residual_scale", 0) or 1.0,
+        "logits_scaling": keys.required("logit_scale"),
+    }
+
+
+def lfm2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of an Lfm2Config. A layer without key/value heads is a short convolution.
+
+    Errors: ExportError as common_config, and for numbers of heads that are not one and 0.
+    """
+    name = "lfm2.attention.head_count_kv"
+    heads = np.asarray(keys.metadata.get(name, ())).tolist()
+    if not isinstance(heads, list) or len(heads) != keys.required("block_count"):
+        raise ExportError(f"{keys.path}: {name} is {shown(heads)}; one for each layer is right")
+    if len(some := set(heads) - {0}) != 1:
+        raise ExportError(f"{keys.path}: {name} is {shown(heads)}; 0 and one more are supported")
+    config = common_config(keys._replace(metadata=keys.metadata | {name: some.pop()}), tensors)
+    return config | {
+        "model_type": "lfm2",
+        "norm_eps": config["rms_norm_eps"],
+        "intermediate_size": keys.required("feed_forward_length"),
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": keys.required("shortconv.l_cache"),
+        "conv_bias": any(".shortconv." in each and each.endswith(".bias") for each in tensors),
+        "layer_types": ["full_attention" if count else "conv" for count in heads],
+    }
+
+
+def olmo2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of an Olmo2Config, or of an Olmo3Config where layers slide.
+
+    Errors: ExportError as llama_config, and for a pattern that is no list of flags.
+    """
+    config = llama_config(keys, tensors)
+    window = keys.optional("attention.sliding_window", None)
+    if window is None:
+        return config
+    if (slides := keys.flags("attention.sliding_window_pattern")) is None:
+        name = "olmo2.attention.sliding_window_pattern"
+        raise ExportError(
+            f"{keys.path}: {name} is {shown(keys.metadata.get(name))}; a list of flags is right, "
+            f"one for each of {config['num_hidden_layers']} layers"
+        )
+    # Only full layers are scaled.
+    theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling") or {}
+    return config | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in slides],
+        "rope_parameters": {
+            "full_attention": {"rope_theta": theta} | scaling,
+            "sliding_attention": {"rope_theta": keys.optional("rope.freq_base_swa", theta)},
+        },
+    }
+
+
+def phi3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a Phi3Config. A sliding window of 0 is none.
+
+    Errors: ExportError as common_config, and for LongRoPE's divisors of long or of short texts
+    without the others.
+    """
+    partial_keys = "rope.dimension_count", "rope.scaling.attn_factor"
+    whole = {f"{keys.architecture}.{key}" for key in partial_keys}
+    others = {key: value for key, value in keys.metadata.items() if key not in whole}
+    config = common_config(keys._replace(metadata=others), tensors)
+    rotated = keys.optional("rope.dimension_count", config["head_dim"])
+    original = keys.optional(
+        "rope.scaling.original_context_length", config["max_position_embeddings"]
+    )
+    found = [name for name in LONGROPE_FACTORS if name in tensors]
+    attention_factor = keys.optional("rope.scaling.attn_factor", 1.0)
+    if len(found) == 1 or not found and attention_factor != 1:
+        raise ExportError(
+            f"{keys.path} has {found[0] if found else 'phi3.rope.scaling.attn_factor'} alone; "
+            f"{' and '.join(LONGROPE_FACTORS)} are right beside it"
+        )
+    if found:
+        divisors = {LONGROPE_FACTORS[name]: tensors[name].dequantize().tolist() for name in found}
+        config["rope_scaling"] = {
+            "rope_type": "longrope", "attention_factor": attention_factor, **divisors,
+        }  # fmt: skip
+    window = keys.metadata.get(f"{keys.architecture}.attention.sliding_window")
+    return config | {
+        "model_type": "phi3",
+        "intermediate_size": keys.required("feed_forward_length"),
+        "original_max_position_embeddings": original,
+        "partial_rotary_factor": rotated / config["head_dim"],
+        "sliding_window": keys.optional("attention.sliding_window", None) if window else None,
+    }
+
+
+POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 GEMMA3 = Architecture(
     gemma3_config,
-    BLOCK_NAMES
-    | {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    BLOCK_NAMES | {"ffn_norm": "pre_feedforward_layernorm"} | POST_NORMS,
     norm_offset=1.0,
 )
 QWEN = Architecture(
@@ -239,46 +285,78 @@ QWEN = Architecture(
 )
 ARCHITECTURES = {
     "gemma3": GEMMA3,
+    "granite": Architecture(granite_config, permuted=True),
+    "lfm2": Architecture(
+        lfm2_config,
+        BLOCK_NAMES
+        | {
+            "shortconv.conv": "conv.conv",
+            "shortconv.in_proj": "conv.in_proj",
+            "shortconv.out_proj": "conv.out_proj",
+        },
+    ),
     "llama": Architecture(llama_config, permuted=True),
+    "olmo2": Architecture(olmo2_config, BLOCK_NAMES | POST_NORMS),
+    "phi3": Architecture(
+        phi3_config,
+        BLOCK_NAMES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    ),
     "qwen2": QWEN,
     "qwen3": QWEN,
     "qwen3moe": QWEN,
+    # Every fourth layer does not rotate, in llama.cpp as by SmolLM3Config's default.
+    "smollm3": Architecture(llama_config, permuted=True),
 }
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open the GGUF file `path`. Its tensors are read as float32.
+    """Open the GGUF file `path`, or all parts of a model of which it is one. Tensors are read as
+    float32.
 
-    Errors: those of `read_header`, and ExportError for an unknown architecture, a missing key, or a
-    tensor that the architecture does not have.
+    Errors: those of `read_parts`, and ExportError for an unknown architecture, a missing key, a key
+    or a tensor that the architecture does not have.
     """
-    metadata, tensors = read_header(path)
+    metadata, tensors, files = read_parts(path)
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ExportError(f"{path}: general.type is {shown(kind)}; a model is right")
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ExportError(
             f"{path} has the architecture {shown(name)}; supported in GGUF: "
             f"{', '.join(ARCHITECTURES)}"
         )
-    architecture = ARCHITECTURES[name]
-    config = architecture.config(Keys(path, metadata, name), tensors)
+    architecture, keys = ARCHITECTURES[name], Keys(path, metadata, name, set())
+    config = architecture.config(keys, tensors)
+    keys.check_asked()
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     stored = {}
     for tensor in tensors.values():
         hf_name = _renamed(architecture, tensor)
+        if hf_name in stored:
+            raise ExportError(f"{path}: {tensor.name} and another tensor are both {hf_name}")
         if hf_name is not None:
             permuted = heads.get(tensor.name.split(".")[-2]) if architecture.permuted else None
             read = partial(_read, tensor, architecture.norm_offset, permuted)
-            stored[hf_name] = StoredTensor(tensor.shape, "F32", read)
-    return Checkpoint(path, "gguf", config, (path,), stored, metadata)
+            shape = tensor.shape
+            if tensor.name.endswith(CONVOLUTION):
+                shape, read = (shape[0], 1, *shape[1:]), partial(_of_channels, read)
+            stored[hf_name] = StoredTensor(shape, "F32", read)
+    return Checkpoint(path, "gguf", config, files, stored, metadata)
 
 
 def _renamed(architecture: Architecture, tensor: GgufTensor) -> str | None:
     if tensor.name in NAMES:
         return NAMES[tensor.name]
     match tensor.name.split("."):
-        case ["blk", layer, part, "weight" | "bias" as kind] if part in architecture.block_names:
-            return f"model.layers.{layer}.{architecture.block_names[part]}.{kind}"
+        case ["blk", layer, *parts, "weight" | "bias" as kind]:
+            if (part := ".".join(parts)) in architecture.block_names:
+                return f"model.layers.{layer}.{architecture.block_names[part]}.{kind}"
     raise ExportError(f"{tensor.path} has a tensor of no known meaning: {tensor.name}")
+
+
+def _of_channels(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A convolution's weight [D, W] as torch has it, [D, 1, W]."""
+    return read()[:, None]
 
 
 def _read(tensor: GgufTensor, norm_offset: float, permuted_heads: int | None) -> torch.Tensor:

@@ -39,7 +39,11 @@ SCALING_FACTOR = number(0, 1e6)
 
 KINDS = {
     "general.architecture": TEXT,
+    "general.type": TEXT,
+    "general.quantization_version": whole(0, (1 << 32) - 1),
     "split.count": whole(0, 65_535),
+    "split.no": whole(0, 65_535),
+    "split.tensors.count": whole(0, (1 << 31) - 1),
     "tokenizer.chat_template": TEXT,
     "tokenizer.ggml.model": TEXT,
     "tokenizer.ggml.pre": TEXT,
@@ -77,6 +81,7 @@ ARCHITECTURE_KINDS = {
         "feed_forward_length": "intermediate_size",
         "final_logit_softcapping": "final_logit_softcapping",
         "rope.dimension_count": "head_dim",
+        "shortconv.l_cache": "conv_L_cache",
         "rope.freq_base": "rope_theta",
         "rope.freq_base_swa": "rope_local_base_freq",
     }.items()
@@ -84,6 +89,15 @@ ARCHITECTURE_KINDS = {
     "rope.scaling.type": TEXT,
     "rope.scaling.factor": SCALING_FACTOR,
     "rope.scale_linear": SCALING_FACTOR,
+    "rope.scaling.attn_factor": SCALING_FACTOR,
+    "rope.scaling.original_context_length": FIELDS["original_max_position_embeddings"],
+    **{
+        f"rope.scaling.yarn_{key}": SCALING_FACTOR
+        for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")
+    },
+    **dict.fromkeys(
+        ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"), SCALING_FACTOR
+    ),
 }
 
 

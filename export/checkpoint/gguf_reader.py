@@ -24,6 +24,8 @@ SCALAR_FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {
     10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 MAX_DIMENSIONS = 4
+# The version of the layouts of quantized blocks.
+LAYOUTS = gguf.GGML_QUANT_VERSION
 ALIGNMENTS = {1 << power for power in range(3, 32)}
 # Elements dequantized at a time. The gguf package holds a few copies of what it is given.
 BLOCK_ELEMENTS = 1 << 20
@@ -134,10 +136,11 @@ class _Header:
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Read the metadata and the table of tensors of the GGUF file `path`; no tensor data.
 
-    Errors: ExportError for a file that is not GGUF, of another version or byte order, truncated
-    anywhere (every length is compared with the file's size), or split into parts; for a value of
-    the wrong kind (gguf_metadata.py); for a tensor of a type that the `gguf` package cannot
-    dequantize, and for tensors that lie at no multiple of the alignment or in one another.
+    Errors: ExportError for a file that is not GGUF, of another version or byte order, or truncated
+    anywhere (every length is compared with the file's size); for a value of the wrong kind
+    (gguf_metadata.py), and another version of the layouts of blocks; for a tensor of a type that
+    the `gguf` package cannot dequantize, and for tensors that lie at no multiple of the alignment
+    or in one another.
     """
     with path.open("rb") as file:
         header = _Header(file, path)
@@ -161,10 +164,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
                 raise ExportError(f"{path} is damaged: it has the key {shown(key)} twice")
             metadata[key] = header.value(header.number("I"))
         check_metadata(path, metadata)
-        if metadata.get("split.count", 1) > 1:
+        if (layouts := metadata.get("general.quantization_version", LAYOUTS)) != LAYOUTS:
             raise ExportError(
-                f"{path} is one of {metadata['split.count']} parts; join them first with "
-                "`llama-gguf-split --merge`"
+                f"{path}: general.quantization_version is {layouts}; {LAYOUTS} is supported"
             )
         infos = [_tensor_info(header) for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)

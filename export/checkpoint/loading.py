@@ -9,29 +9,41 @@ Knows no architecture: the caller's `rename` says what a tensor is called in the
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint
 from tokenloop.export.errors import ExportError
-from tokenloop.models.layers import Shard
+from tokenloop.models.layers import Shard, Stacked
 
 # The values of these dtypes, spelled as in safetensors, are the weights themselves. fp8, fp4 and
 # integer tensors need scales that lie elsewhere.
 PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+# What a checkpoint's tensor is in a model. None is for one that is left out.
+Target = str | Shard | Stacked | None
+
+
+class Part(NamedTuple):
+    """Rows of a stored tensor, or all of it for None, and the parameter or shard that they are."""
+
+    target: str | Shard
+    rows: slice | None
+
+
 def load_weights(
-    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str | Shard | None], *,
+    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], Target], *,
     progress: Callable[[str], None] | None = None, dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Replace every parameter of `model` (on the meta device) by the checkpoint's tensor.
 
-    `rename` maps a checkpoint's name to a parameter's, to the shard of one that the tensor is, or
-    to None for a tensor that is dropped knowingly. Several modules may share a parameter (a tied
-    head): it needs one tensor, under any of its names, and stays shared. It may have a tensor under
-    each name if they are equal. Buffers are left alone. `progress` is called with each tensor's
-    name before it is read.
+    `rename` maps a checkpoint's name to a parameter's, to the shard of one that the tensor is, to
+    those of parameters that are stacked in it, or to None for a tensor that is dropped knowingly.
+    Several modules may share a parameter (a tied head): it needs one tensor, under any of its
+    names, and stays shared. It may have a tensor under each name if they are equal. Buffers are
+    left alone. `progress` is called with each tensor's name before it is read.
 
     Errors: ExportError before any data is read, for a parameter without a tensor or without all of
     its shards, a tensor without a parameter, a wrong shape, two tensors under one name, or a dtype
@@ -44,8 +56,8 @@ def load_weights(
             owners.setdefault(parameter, []).append((module, name))
     parameters, targets = check_fit(model, checkpoint, rename)
     loaded: dict[torch.nn.Parameter, tuple[str, torch.Tensor]] = {}
-    for name, target in targets.items():
-        if target is None:
+    for name, parts in targets.items():
+        if not parts:
             continue
         if progress is not None:
             progress(name)
@@ -56,18 +68,20 @@ def load_weights(
                 f"{checkpoint.path}: {name} cannot be read: {error.strerror}"
             ) from error
         _check_finite(checkpoint, name, tensor)
-        parameter = parameters[_parameter_name(target)]
-        if isinstance(target, Shard):
-            if parameter not in loaded:
-                loaded[parameter] = name, torch.empty(parameter.shape, dtype=dtype)
-            target.of(loaded[parameter][1]).copy_(tensor)
-        elif parameter not in loaded:
-            loaded[parameter] = name, tensor
-        elif not torch.equal(loaded[parameter][1], tensor):
-            raise ExportError(
-                f"{checkpoint.path}: {loaded[parameter][0]} and {name} differ, and the model's "
-                "config ties them"
-            )
+        for target, rows in parts:
+            parameter = parameters[_parameter_name(target)]
+            values = tensor if rows is None else tensor[rows].clone()
+            if isinstance(target, Shard):
+                if parameter not in loaded:
+                    loaded[parameter] = name, torch.empty(parameter.shape, dtype=dtype)
+                target.of(loaded[parameter][1]).copy_(values)
+            elif parameter not in loaded:
+                loaded[parameter] = name, values
+            elif not torch.equal(loaded[parameter][1], values):
+                raise ExportError(
+                    f"{checkpoint.path}: {loaded[parameter][0]} and {name} differ, and the model's "
+                    "config ties them"
+                )
     for parameter, (_, tensor) in loaded.items():
         weight = torch.nn.Parameter(tensor, requires_grad=False)
         for module, attribute in owners[parameter]:
@@ -94,30 +108,57 @@ def _check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> No
 
 
 def check_fit(
-    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str | Shard | None]
-) -> tuple[dict[str, torch.nn.Parameter], dict[str, str | Shard | None]]:
+    model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], Target]
+) -> tuple[dict[str, torch.nn.Parameter], dict[str, list[Part]]]:
     """Compare the names, shapes and dtypes of all tensors with the model's. No data is read.
 
-    Returns the model's parameters by name, and what each tensor's name is renamed to. Errors: those
-    of `load_weights` that need no data.
+    Returns the model's parameters by name, and the parts of each tensor, of which one that is left
+    out has none. Errors: those of `load_weights` that need no data.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets = {name: rename(name) for name in checkpoint.stored}
+    targets = {
+        name: _parts(checkpoint, name, rename(name), parameters) for name in checkpoint.stored
+    }
     _check_targets(checkpoint, parameters, targets)
     return parameters, targets
 
 
+def _parts(
+    checkpoint: Checkpoint, name: str, target: Target, parameters: dict[str, torch.nn.Parameter]
+) -> list[Part]:
+    """The parts of the tensor `name`. Errors: ExportError for stacked parameters that the model
+    does not have, and for rows that are not as many as theirs."""
+    if not isinstance(target, Stacked):
+        return [] if target is None else [Part(target, None)]
+    parts, end = [], 0
+    for each in target.names:
+        if each not in parameters:
+            raise ExportError(
+                f"{checkpoint.path}: the model has no place for the tensor {name} (as {each})"
+            )
+        begin, end = end, end + len(parameters[each])
+        parts.append(Part(each, slice(begin, end)))
+    shape = checkpoint.stored[name].shape
+    if shape[:1] != (end,):
+        rows = " + ".join(str(part.rows.stop - part.rows.start) for part in parts)
+        raise ExportError(
+            f"{checkpoint.path}: {name} has the shape {shape}, the model needs {rows} = {end} rows"
+        )
+    return parts
+
+
 def _check_targets(
     checkpoint: Checkpoint, parameters: dict[str, torch.nn.Parameter],
-    targets: dict[str, str | Shard | None],
+    targets: dict[str, list[Part]],
 ) -> None:  # fmt: skip
     taken: dict[str | Shard, str] = {}
     elements: dict[torch.nn.Parameter, int] = {}
     sharded: set[torch.nn.Parameter] = set()
-    for name, target in targets.items():
-        if target is None:
-            continue
+    for name, target, rows in [(name, *part) for name, parts in targets.items() for part in parts]:
         tensor = checkpoint.stored[name]
+        shape = tensor.shape
+        if rows is not None:
+            shape = rows.stop - rows.start, *shape[1:]
         if _parameter_name(target) not in parameters:
             raise ExportError(
                 f"{checkpoint.path}: the model has no place for the tensor {name} "
@@ -146,9 +187,9 @@ def _check_targets(
                 f"{checkpoint.path}: with {name} there is more than one tensor for a part of "
                 f"{_parameter_name(target)}; one of them is right"
             )
-        if tensor.shape != tuple(place.shape):
+        if shape != tuple(place.shape):
             raise ExportError(
-                f"{checkpoint.path}: {name} has the shape {tensor.shape}, the model needs "
+                f"{checkpoint.path}: {name} has the shape {shape}, the model needs "
                 f"{tuple(place.shape)}"
             )
         if tensor.dtype not in PLAIN_FLOATS:

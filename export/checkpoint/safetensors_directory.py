@@ -29,6 +29,12 @@ def open_directory(path: Path) -> Checkpoint:
         found = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"; for GGUF give the file itself, {path / found[0]}" if found else ""
         raise ExportError(f"{path} has no config.json{hint or '; a Hugging Face model has one'}")
+    if (path / "adapter_config.json").is_file():
+        # transformers would add the adapter to the weights.
+        raise ExportError(
+            f"{path} has an adapter_config.json: merge the adapter into the weights first, with "
+            "peft's merge_and_unload, or take the file out"
+        )
     config = read_config(path / "config.json")
     files = _safetensors_files(path)
     stored: dict[str, StoredTensor] = {}
@@ -59,6 +65,15 @@ def read_config(path: Path) -> dict[str, Any]:
             "right"
         )
     unset = [key for key in SHARED_KEYS if text.get(key) is None and key in config]
+    for key in ("rope_scaling", "rope_parameters"):
+        if text is not config and config.get(key):
+            raise ExportError(f"{path}: {key} is beside text_config, and not read there: put it in")
+    tied = text.get("tie_word_embeddings"), config.get("tie_word_embeddings")
+    if None not in tied and tied[0] != tied[1]:
+        raise ExportError(
+            f"{path}: tie_word_embeddings = {shown(tied[1])} and that of text_config = "
+            f"{shown(tied[0])} differ: keep one of them"
+        )
     return text | {key: config[key] for key in unset}
 
 

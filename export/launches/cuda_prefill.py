@@ -8,11 +8,15 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tokenloop.export.launches.cuda_step import CudaStep, linear_tensors, weight_of
+from tokenloop.export.launches.cuda_step import (
+    CudaStep,
+    add_norm,
+    linear_tensors,
+    normed_heads,
+)
 from tokenloop.export.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
-from tokenloop.models.layers import rounded
 
 
 class Chunk(NamedTuple):
@@ -41,7 +45,7 @@ class CudaPrefill(nn.Module):
     def __init__(self, step: CudaStep, network: CausalLM):
         super().__init__()
         self.step, self.embed_tokens = step, network.model.embed_tokens
-        self.embed_scale = rounded(network.model.embed_scale, self.embed_tokens.weight.dtype)
+        self.embed_scale = network.model.scale_in(self.embed_tokens.weight.dtype)
 
     def forward(
         self, tokens: Tensor, starts: Tensor, rows: Tensor, first: Tensor, last_starts: Tensor,
@@ -66,24 +70,22 @@ class CudaPrefill(nn.Module):
         return self.step.logits(x, branch)
 
     def _norm(
-        self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module,
+        self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
         count: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The residual after the layer `before`, and its norm."""
-        options = {"eps": norm.eps, "offset": norm.offset}
-        if before is None:
-            return x, cuda.norm(x, norm.weight, count, **options)
-        scales = weight_of(before.post_mlp_norm), before.layer_scalar
-        return cuda.add_norm(x, branch, *scales, norm.weight, **options, count=count)
+        if before is not None:
+            return add_norm(x, branch, before.post_mlp_norm, before.layer_scalar, norm, count)
+        if norm is None:
+            return x, x
+        return x, cuda.norm(x, norm.weight, count, eps=norm.eps, offset=norm.offset)
 
     def _finish(
         self, layer: PackedBlock, x: Tensor, mixed: Tensor, count: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The residual after the mixer, whose heads gave `mixed`, and the feed-forward's branch."""
         branch = self._linear(mixed, layer.o, count)
-        norm, post = layer.mlp_norm, weight_of(layer.post_attention_norm)
-        options = {"eps": norm.eps, "offset": norm.offset, "count": count}
-        x, normed = cuda.add_norm(x, branch, post, None, norm.weight, **options)
+        x, normed = add_norm(x, branch, layer.post_attention_norm, None, layer.mlp_norm, count)
         if layer.moe is None:
             return x, self._dense(layer, normed, count)
         config, weights = layer.moe, layer.experts
@@ -122,13 +124,12 @@ class CudaPrefill(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Queries, normed and rotated, and keys and values for a ring. A cache that is no ring has
         them now. `parts` say which of the two there are."""
-        q_norm, k_norm, cache = layer.q_norm, layer.k_norm, layer.cache
-        eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
+        cache, rope = layer.cache, self.step.rope[layer.rotation]
+        qkv, norms, options = normed_heads(layer, qkv, chunk.count, **parts)
         return cuda.rotate_chunk(
-            qkv, *chunk, cache.k, cache.v, weight_of(q_norm), weight_of(k_norm),
-            self.step.rope[layer.layer_type].inv_freq, eps=eps, offset=offset,
+            qkv, *chunk, cache.k, cache.v, *norms, rope.inv_freq,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
-            is_ring=cache.is_ring, **parts,
+            is_ring=cache.is_ring, attention_factor=rope.attention_factor, **options, **parts,
         )  # fmt: skip
 
     def _attend(self, layer: PackedAttention, q: Tensor, kv: Tensor, chunk: Chunk) -> Tensor:

@@ -15,6 +15,21 @@ from tokenloop.models.kernels import cuda
 HEAD_DIMS = 32, 64, 128, 256, 512
 
 
+def fit_heads(attention: nn.Module) -> None:
+    """Pad the heads of an attention to the next size that the kernels take, in place.
+
+    Raises ExportError for heads that are too long, or whose norms and gates are for their size.
+    """
+    size = attention.head_dim
+    if size in HEAD_DIMS:
+        return
+    norms = attention.q_norm, attention.k_norm, attention.v_norm
+    fixed = attention.output_gate or any(norm is not None for norm in norms)
+    if fixed or size > max(HEAD_DIMS):
+        raise ExportError(f"head_dim is {size}; with --device cuda it must be {HEAD_DIMS}")
+    packed.pad_heads(attention, next(each for each in HEAD_DIMS if each > size))
+
+
 class CudaStep(nn.Module):
     """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
     decode_embedded.
@@ -22,17 +37,16 @@ class CudaStep(nn.Module):
     `bits` of the layers' weights are 4 or 8, and the head's are then 8. With 0 both stay as the
     network has them. The embedding stays as it is.
 
-    Raises ExportError for heads that the kernels cannot take.
+    Raises ExportError as `fit_heads`.
     """
 
     def __init__(self, network: CausalLM, bits: int = 0):
         super().__init__()
         backbone = network.model
         for mixer in (block.mixer for block in backbone.layers):
-            if mixer.layer_type != packed.LINEAR_ATTENTION and mixer.head_dim not in HEAD_DIMS:
-                size = mixer.head_dim
-                raise ExportError(f"head_dim is {size}; with --device cuda it must be {HEAD_DIMS}")
-        self.rope, self.norm = backbone.rope, backbone.norm
+            if mixer.layer_type != packed.LINEAR_ATTENTION:
+                fit_heads(mixer)
+        self.rope, self.norm = backbone.rope, packed.unscaled(backbone.norm)
         self.layers = nn.ModuleList(packed.pack_blocks(network, bits))
         if bits:
             network.lm_head = packed.IntegerHead(network.lm_head)
@@ -62,15 +76,11 @@ class CudaStep(nn.Module):
 
     def _feed_forward(self, layer: PackedBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """The residual after the mixer, whose branch is given, and the feed-forward's branch."""
-        norm = layer.mlp_norm
-        residual = x, branch, weight_of(layer.post_attention_norm), None, norm.weight
-        options = {"eps": norm.eps, "offset": norm.offset}
+        added = x, branch, layer.post_attention_norm, None, layer.mlp_norm
         if layer.moe is None:
-            tensors = *linear_tensors(layer.gate_up), self.kernel_semaphores
-            options["activation"] = layer.activation
-            x, gated = cuda.add_norm_linear(*residual, *tensors, **options)
+            x, gated = self._add_norm_linear(*added, layer.gate_up, activation=layer.activation)
             return x, self._linear(gated, layer.down)
-        x, normed = cuda.add_norm(*residual, **options)
+        x, normed = add_norm(*added)
         config, weights = layer.moe, layer.experts
         scores = self._linear(normed, layer.scores)
         counts = config.num_experts, config.num_experts_per_tok
@@ -83,18 +93,31 @@ class CudaStep(nn.Module):
         return x, cuda.experts(normed, *routed, *tables, *shared)
 
     def _after(
-        self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module,
+        self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
         linear: nn.Module, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The residual after the layer `before`, and what `linear` gives for its norm."""
-        options = {"eps": norm.eps, "offset": norm.offset} | options
+        if before is not None:
+            added = x, branch, before.post_mlp_norm, before.layer_scalar, norm
+            return self._add_norm_linear(*added, linear, **options)
+        if norm is None:
+            return x, self._linear(x, linear, **options)
         tensors = *linear_tensors(linear), self.kernel_semaphores
-        if before is None:
-            return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
-        post = weight_of(before.post_mlp_norm)
-        return cuda.add_norm_linear(
-            x, branch, post, before.layer_scalar, norm.weight, *tensors, **options
-        )
+        options |= {"eps": norm.eps, "offset": norm.offset}
+        return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
+
+    def _add_norm_linear(
+        self, x: Tensor, branch: Tensor, post: nn.Module | None, scalar: Tensor | None,
+        norm: nn.Module | None, linear: nn.Module, **options,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The new residual of `add_norm`, and what `linear` gives for its norm."""
+        if norm is None:
+            x, normed = add_norm(x, branch, post, scalar, norm)
+            return x, self._linear(normed, linear, **options)
+        tensors = *linear_tensors(linear), self.kernel_semaphores
+        options |= {"eps": norm.eps, "offset": norm.offset}
+        residual = x, branch, weight_of(post), scalar, norm.weight
+        return cuda.add_norm_linear(*residual, *tensors, **options)
 
     def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
         return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, **options)
@@ -105,13 +128,13 @@ class CudaStep(nn.Module):
         if layer.output_gate:
             size = layer.o.inputs
             projected, gates = projected.split([projected.shape[1] - size, size], 1)
-        q_norm, k_norm = layer.q_norm, layer.k_norm
-        eps, offset = (0.0, 0.0) if q_norm is None else (q_norm.eps, q_norm.offset)
+        projected, norms, options = normed_heads(layer, projected)
+        rope = self.rope[layer.rotation]
         attended = cuda.attend_step(
-            projected, position, layer.cache.k, layer.cache.v, weight_of(q_norm), weight_of(k_norm),
-            self.rope[layer.layer_type].inv_freq, self.kernel_semaphores,
-            scale=layer.scale, eps=eps, offset=offset,
+            projected, position, layer.cache.k, layer.cache.v, *norms,
+            rope.inv_freq, self.kernel_semaphores, scale=layer.scale, **options,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
+            attention_factor=rope.attention_factor,
         )  # fmt: skip
         return attended if gates is None else cuda.sigmoid_gate(attended, gates)
 
@@ -134,6 +157,36 @@ class CudaStep(nn.Module):
 
 
 MIX = {packed.PackedAttention: CudaStep._attend, packed.PackedDeltaNet: CudaStep._recur}
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, post: nn.Module | None, scalar: Tensor | None,
+    norm: nn.Module | None, count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The new residual of cuda.add_norm, and its norm, or itself where there is no `norm`."""
+    if norm is not None:
+        options = {"eps": norm.eps, "offset": norm.offset}
+        return cuda.add_norm(x, branch, weight_of(post), scalar, norm.weight, count, **options)
+    eps, offset = (0.0, 0.0) if post is None else (post.eps, post.offset)
+    x = cuda.add_branch(x, branch, weight_of(post), scalar, count, eps=eps, offset=offset)
+    return x, x
+
+
+def normed_heads(
+    layer: packed.PackedAttention, projected: Tensor, count: Tensor | None = None,
+    queries: bool = True, keys: bool = True,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None], dict[str, float]]:  # fmt: skip
+    """Projections [B, N], the weights of the norms of queries and keys that are left to do, head by
+    head, and their eps and offset. Norms of all heads at once are done here. `queries` and `keys`
+    say which of the two there are."""
+    q_norm, k_norm = layer.q_norm, layer.k_norm
+    if q_norm is None:
+        return projected, (None, None), {"eps": 0.0, "offset": 0.0}
+    weights, options = (q_norm.weight, k_norm.weight), {"eps": q_norm.eps, "offset": q_norm.offset}
+    if not layer.whole_norms:
+        return projected, weights, options
+    weights = [weight if there else None for weight, there in zip(weights, (queries, keys))]
+    return cuda.norm_heads(projected, *weights, count, **options), (None, None), options
 
 
 def weight_of(norm: nn.Module | None) -> Tensor | None:

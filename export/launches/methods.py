@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tokenloop.export.methods import Select, integers
 from tokenloop.models.decoder import Backbone
 from tokenloop.models.kernels import cuda
-from tokenloop.models.layers import rounded
 from tokenloop.sampler.kernels import operator
 
 Method = tuple[nn.Module, dict[str, Tensor]]
@@ -36,7 +35,7 @@ class Table(nn.Module):
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.embed_tokens = backbone.embed_tokens
-        self.scale = rounded(backbone.embed_scale, self.embed_tokens.weight.dtype)
+        self.scale = backbone.scale_in(self.embed_tokens.weight.dtype)
 
 
 class SelectEmbed(Table):

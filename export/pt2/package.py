@@ -101,7 +101,7 @@ def compile_selection(
         # Compiled code is given its weights when it is loaded. These are never looked at.
         table = torch.empty(vocab_size, hidden_size, dtype=dtype)
         table = nn.Embedding.from_pretrained(table)
-        backbone = Backbone(table, [], nn.Identity(), {}, embed_scale)
+        backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, rounds_scale=False)
         files["embed"] = compile_method(Embed(backbone), (integers(batch, 1),))
         for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
             logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)

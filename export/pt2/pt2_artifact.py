@@ -29,7 +29,7 @@ class Pt2Artifact:
         """Begin with what needs no weights."""
         self.selection = Background(
             "the selection methods", _compile_selection, model.batch, model.config.vocab_size,
-            model.config.hidden_size, model.model.embed_scale, self.dtype,
+            model.config.hidden_size, model.model.scale_in(self.dtype), self.dtype,
             processor=processor(self.device),
         )  # fmt: skip
 

@@ -21,7 +21,8 @@ TINY = 1e-5
 
 
 def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
-    """Rescale, in place, the channels that the blocks' linear layers read. Returns the mean float32
+    """Rescale, in place, the channels that the blocks' linear layers read, but for those of the
+    residual itself, which a block without a norm reads. Returns the mean float32
     [K] of what every linear layer then reads.
 
     `ids` are a text's tokens and begin as the model's texts do. The first TOKENS are run in
@@ -31,12 +32,14 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
     seen = observe(model, ids)
     for layer in model.model.layers:
         attention, mlp = layer.mixer, layer.mlp
-        inputs = [attention.get_submodule(name) for name in attention.projections]
-        _divide_norm(layer.norm("mixer"), _rescale(inputs, seen))
+        if layer.norm("mixer") is not None:
+            inputs = [attention.get_submodule(name) for name in attention.projections]
+            _divide_norm(layer.norm("mixer"), _rescale(inputs, seen))
         # Experts' activations are not quantized.
         if mlp.moe is None:
-            inputs = [mlp.gate_proj, mlp.up_proj]
-            _divide_norm(layer.norm("mlp"), _rescale(inputs, seen))
+            if layer.norm("mlp") is not None:
+                inputs = [mlp.gate_proj, mlp.up_proj]
+                _divide_norm(layer.norm("mlp"), _rescale(inputs, seen))
             _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
         # Heads that share a value head share its channels.
         heads = attention.kv_heads, -1, attention.head_dim

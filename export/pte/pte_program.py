@@ -42,6 +42,7 @@ class DelegatedMethod(nn.Module):
         self.rope = model.model.rope
         mixers = [layer.mixer for layer in model.model.layers]
         self.layer_types = [mixer.layer_type for mixer in mixers]
+        self.rotations = [mixer.rotation for mixer in mixers]
         self.before = nn.ModuleList(layers.before)
         self.after = nn.ModuleList(layers.after)
         mixtures = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
@@ -59,9 +60,9 @@ class DelegatedMethod(nn.Module):
     def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
         """Logits [N, V] of embeddings x [1, T, D]. attend(name, cache, q, k, v) is the attention of
         a layer type. last(x) picks the N positions whose logits are wanted from [1, T, ...]."""
-        rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.layer_types)}
+        rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.rotations)}
         for i, (name, cache) in enumerate(zip(self.layer_types, self.caches)):
-            attended = attend(name, cache, *self.before[i](x, *rope[name]))
+            attended = attend(name, cache, *self.before[i](x, *rope[self.rotations[i]]))
             if i == len(self.layer_types) - 1:
                 x, attended = last(x), last(attended)
             x, *routed = self.after[i](x, attended)
@@ -261,8 +262,10 @@ def lower_layers(
     kv_heads, heads, size = mixer.kv_heads, mixer.heads, mixer.head_dim
     x = torch.zeros(1, traced, model.config.hidden_size)
     attended = torch.zeros(kv_heads, traced, heads // kv_heads * size)
-    # Two tensors, because torch.export takes one that is passed twice for one argument.
-    cos, sin = (torch.zeros(traced, 1, size) for _ in range(2))
+    # Two tensors, because torch.export takes one that is passed twice for one argument. As many
+    # elements of a head rotate in every layer.
+    rotated = 2 * next(iter(model.model.rope.values())).inv_freq.shape[0]
+    cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
 
     regions, kinds = Regions([], []), None

@@ -59,7 +59,8 @@ class DelegatedRMSNorm(nn.Module):
         size = norm.weight.numel()
         self.register_buffer("average", torch.full((1, size), 1.0 / size))
         self.register_buffer("eps", torch.tensor([norm.eps]))
-        self.register_buffer("weight", (norm.offset + norm.weight.detach().float()) * scale)
+        weight = norm.offset + norm.weight.detach().float()
+        self.register_buffer("weight", weight * (norm.scale * scale))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(F.linear(x * x, self.average, self.eps)) * self.weight
@@ -150,7 +151,7 @@ class BeforeAttention(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (q, k, v), _ = self.layer.project(x, {self.layer.mixer.layer_type: (cos, sin)})
+        (q, k, v), _ = self.layer.project(x, {self.layer.mixer.rotation: (cos, sin)})
         heads, size = k.shape[2:]
         wide = q.shape[2] // heads * size
         if heads == 1:

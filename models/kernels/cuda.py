@@ -22,15 +22,15 @@ from tokenloop.models.kernels.gated_rms_norm.operator import gated_rms_norm
 from tokenloop.models.kernels.linear.operator import add_norm_linear, linear, norm_linear
 from tokenloop.models.kernels.linear_chunk.operator import dequantize, linear_chunk
 from tokenloop.models.kernels.next_positions.operator import next_positions
-from tokenloop.models.kernels.rms_norm.operator import add_norm, norm
+from tokenloop.models.kernels.rms_norm.operator import add_branch, add_norm, norm, norm_heads
 from tokenloop.models.kernels.sigmoid_gate.operator import sigmoid_gate
 
 __all__ = [
-    "add_norm", "add_norm_linear", "attend_chunk", "attend_step", "causal_conv1d",
+    "add_branch", "add_norm", "add_norm_linear", "attend_chunk", "attend_step", "causal_conv1d",
     "causal_conv1d_update", "dequantize", "embed_chunk", "experts", "experts_chunk",
     "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "last_tokens",
-    "linear", "linear_chunk", "next_positions", "norm", "norm_linear", "rotate_chunk", "route",
-    "semaphores_size", "sigmoid_gate", "store_ring",
+    "linear", "linear_chunk", "next_positions", "norm", "norm_heads", "norm_linear",
+    "rotate_chunk", "route", "semaphores_size", "sigmoid_gate", "store_ring",
 ]  # fmt: skip
 
 

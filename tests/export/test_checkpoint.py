@@ -23,7 +23,7 @@ from tokenloop.export.checkpoint import (
     open_checkpoint,
 )
 from tokenloop.export.errors import ExportError
-from tokenloop.models.layers import Shard
+from tokenloop.models.layers import Shard, Stacked
 
 # Over the names and float32 values of all tensors of the real model, in the order of the file.
 REAL_DIGEST = "6f580c635230f36e048bf6d95690966e32e13767722d750cf1815b424a3bc24f"
@@ -102,7 +102,7 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], *, arch="gemma3", omi
     for key, value in header.items():
         if key in omit:
             continue
-        name = key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}"
+        name = key if key.startswith(("split.", "tokenizer.", "general.")) else f"{arch}.{key}"
         add = {
             int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
             list: writer.add_array,
@@ -185,6 +185,31 @@ def test_the_text_config_is_lifted_out_and_inherits_only_what_it_lacks(directory
     outer = {"model_type": "gemma3", "bos_token_id": 9, "eos_token_id": [1, 106], "hidden_size": 8}
     (directory / "config.json").write_text(json.dumps(outer | {"text_config": text}))
     assert open_checkpoint(directory).config == text | {"eos_token_id": [1, 106]}
+
+
+def test_a_tie_that_the_text_config_has_otherwise_is_refused(directory):
+    text = {"model_type": "gemma3_text", "tie_word_embeddings": True}
+    outer = {"tie_word_embeddings": False, "text_config": text}
+    (directory / "config.json").write_text(json.dumps(outer))
+    with pytest.raises(ExportError, match="tie_word_embeddings = False and that of text_config = "):
+        open_checkpoint(directory)
+
+
+def test_a_scaling_beside_the_text_config_is_refused(directory):
+    """transformers does not read it there."""
+    text = {"model_type": "gemma3_text"}
+    for key in ("rope_scaling", "rope_parameters"):
+        outer = {key: {"rope_type": "yarn", "factor": 4.0}, "text_config": text}
+        (directory / "config.json").write_text(json.dumps(outer))
+        with pytest.raises(ExportError, match=f"{key} is beside text_config, and not read there"):
+            open_checkpoint(directory)
+
+
+def test_an_adapter_beside_the_weights_is_refused(directory):
+    """transformers would add it to them."""
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(ExportError, match="adapter_config.json: merge the adapter into"):
+        open_checkpoint(directory)
 
 
 def break_index(directory, change):
@@ -573,20 +598,29 @@ def test_an_unknown_architecture_is_named_with_those_supported(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "changes", "message"),
     [
-        (EMBEDDING, {"omit": ["rope.freq_base"]}, "has no key gemma3.rope.freq_base"),
-        (EMBEDDING, {"rope.scaling.type": "yarn"}, "gemma3.rope.scaling.type is 'yarn'"),
+        (EMBEDDING, {"rope.scaling.type": "su"}, "gemma3.rope.scaling.type is 'su'; none, linear"),
+        (EMBEDDING, {"rope.scaling.type": "yarn"}, "has no key gemma3.rope.scaling.factor"),
         (EMBEDDING, {"rope.scaling.type": "linear"}, "no key gemma3.rope.scaling.factor"),
         (EMBEDDING, {"rope.scaling.attn_factor": 0.5}, "the key gemma3.rope.scaling.attn_factor"),
         (EMBEDDING, {"rope.dimension_count": 16}, "rope.dimension_count is 16; 32, the size"),
         (EMBEDDING, {"attention.value_length": 64}, "attention.value_length is 64; 32, the size"),
-        (EMBEDDING, {"feed_forward_length": [128, 64]}, "feed_forward_length has 2 values"),
+        (EMBEDDING, {"feed_forward_length": [128, 64]}, r"feed_forward_length has 2 .*\[128, 64\]"),
+        (EMBEDDING, {"feed_forward_length": [128] * 3}, "feed_forward_length has 3 values"),
+        (EMBEDDING, {"attention.head_count_kv": [1, 2]}, "attention.head_count_kv has 2 values"),
+        (EMBEDDING, {"attention.head_count": [2, 4]}, "attention.head_count has 2 values"),
+        (EMBEDDING, {"attention.scale": 0.5}, "has the key gemma3.attention.scale, which is not"),
+        (EMBEDDING, {"attn_logit_softcapping": 50.0}, "has the key gemma3.attn_logit_softcapping"),
+        (EMBEDDING, {"attention.shared_kv_layers": 1}, "the key gemma3.attention.shared_kv_layers"),
+        (EMBEDDING, {"nobody.knows": "this"}, "has the key gemma3.nobody.knows, which is not"),
+        (EMBEDDING, {"general.type": "adapter"}, "general.type is 'adapter'; a model is right"),
+        (EMBEDDING, {"general.quantization_version": 1}, "quantization_version is 1; 2 is supp"),
         (
             EMBEDDING | factors(np.ones(15)),
             {},
             r"rope_freqs.weight of the shape \(15,\) is no list",
         ),
         (EMBEDDING | factors(np.zeros(16)), {}, "is no list of 16 positive numbers"),
-        (EMBEDDING, {"split.count": 3}, "is one of 3 parts"),
+        (EMBEDDING, {"split.count": 3}, "a.gguf is one of 3 parts, which are found by their names"),
         ({}, {}, "has no tensor token_embd.weight"),
         (
             EMBEDDING | {"blk.0.ssm_a.weight": np.zeros(4, dtype=np.float32)},
@@ -703,7 +737,7 @@ def test_a_tied_head_whose_tensor_is_another_is_refused(tmp_path):
         load_weights(tiny(tied=True), saved(tmp_path, TINY_WEIGHTS), str)
 
 
-class Stacked(torch.nn.Module):
+class Entries(torch.nn.Module):
     """Three entries of two parts, [3, 2 * 2, 5]."""
 
     def __init__(self):
@@ -723,7 +757,7 @@ def test_a_parameter_is_put_together_from_its_shards(tmp_path, whole):
     tensors = parts
     if not whole:
         tensors = {f"{i}.{name}": part[i] for name, part in parts.items() for i in range(3)}
-    model = Stacked()
+    model = Entries()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     load_weights(model, saved(tmp_path, tensors), stacked_shard)
     assert torch.equal(model.both, torch.cat([parts["gate"], parts["up"]], 1))
@@ -734,7 +768,7 @@ def test_a_part_that_two_tensors_hold_is_refused_by_its_second(tmp_path):
     with pytest.raises(
         ExportError, match="with up there is more than one tensor for a part of both"
     ):
-        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_shard)
+        load_weights(Entries(), unreadable(tmp_path, tensors), stacked_shard)
 
 
 @pytest.mark.parametrize(
@@ -749,7 +783,45 @@ def test_shards_that_do_not_fit_are_named_before_anything_is_read(tmp_path, chan
     tensors = {f"{i}.{name}": torch.ones(2, 5) for i in range(3) for name in ("gate", "up")}
     tensors = {k: v for k, v in (tensors | changes).items() if v is not None}
     with pytest.raises(ExportError, match=message):
-        load_weights(Stacked(), unreadable(tmp_path, tensors), stacked_shard)
+        load_weights(Entries(), unreadable(tmp_path, tensors), stacked_shard)
+
+
+class Projections(torch.nn.Module):
+    """Two layers of one input, of which a checkpoint has the rows in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.device("meta"):
+            self.q, self.k = (torch.nn.Linear(5, rows, bias=False) for rows in (4, 2))
+
+
+def projections(name):
+    return Stacked(("q.weight", "k.weight")) if name == "qk" else name
+
+
+def test_a_tensor_is_taken_apart_into_the_parameters_that_are_stacked_in_it(tmp_path):
+    whole, model = torch.randn(6, 5), Projections()
+    load_weights(model, saved(tmp_path, {"qk": whole}), projections)
+    assert torch.equal(torch.cat([model.q.weight, model.k.weight]), whole)
+    # Neither keeps the memory of both.
+    for layer in (model.q, model.k):
+        assert layer.weight.untyped_storage().nbytes() == 4 * layer.weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"qk": torch.ones(7, 5)}, r"qk has the shape \(7, 5\), the model needs 4 \+ 2 = 6 rows"),
+        ({"qk": torch.ones(6, 3)}, r"qk has the shape \(4, 3\), the model needs \(4, 5\)"),
+        ({"qk": torch.ones(6, 5), "k.weight": torch.ones(2, 5)}, "k.weight and qk are both k.wei"),
+        ({"qk": torch.ones(6, 5).to(torch.int8)}, "qk has the dtype I8"),
+    ],
+)
+def test_stacked_parameters_that_do_not_fit_are_named_before_anything_is_read(
+    tmp_path, tensors, message
+):
+    with pytest.raises(ExportError, match=message):
+        load_weights(Projections(), unreadable(tmp_path, tensors), projections)
 
 
 def test_a_dropped_tensor_may_have_any_dtype(tmp_path):

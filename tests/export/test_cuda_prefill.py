@@ -9,21 +9,30 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.models.eager import assert_near, even_ends, prefill, prompt  # noqa: E402
-from tests.models.tiny_models import ROW_OF, make_reference, network_of  # noqa: E402
+from tests.models.tiny_models import (  # noqa: E402
+    DENSE_NETWORKS,
+    ROW_OF,
+    dense_network,
+    make_reference,
+    network_of,
+)
 from tokenloop.export.launches.cuda_prefill import CudaPrefill  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 
 SLOTS, ROWS = 150, 4
 WIDE = {"head_dim": 32}
 HYBRID = WIDE | {"linear_key_head_dim": 16, "linear_value_head_dim": 32}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 700.0, "factor": 8.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
 # The kernels' head sizes.
 NETWORKS = {
-    "qwen2": {"hidden_size": 128},
+    "qwen2": {"hidden_size": 128, "rope_parameters": YARN},
     "qwen3": WIDE,
     "qwen3_moe": WIDE,
     "gemma3_text": WIDE,
     "gemma4_text": WIDE | {"global_head_dim": 64},
-    "qwen3_5_text": HYBRID,
+    "qwen3_5_text": HYBRID | {"rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,
 }
@@ -56,12 +65,16 @@ pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 @pytest.fixture
 def networks_of():
-    """A function: model type -> a network, an equal one, and the prefill of that."""
+    """A function: model type, or one of DENSE_NETWORKS -> a network, an equal one, and the prefill
+    of that."""
 
     def networks(model_type: str):
-        case = next(case for case in ROW_OF if case.split(",")[0] == model_type)
-        hf = make_reference(case, **NETWORKS[model_type])
-        network = network_of(ROW_OF[case], hf, SLOTS, ROWS)
+        if model_type in DENSE_NETWORKS:
+            network = dense_network(model_type, SLOTS, ROWS)
+        else:
+            case = next(case for case in ROW_OF if case.split(",")[0] == model_type)
+            hf = make_reference(case, **NETWORKS[model_type])
+            network = network_of(ROW_OF[case], hf, SLOTS, ROWS)
         packed = copy.deepcopy(network)
         method = CudaPrefill(CudaStep(packed), packed)
         return network, packed, method
@@ -69,7 +82,7 @@ def networks_of():
     return networks
 
 
-@pytest.mark.parametrize("model_type", NETWORKS)
+@pytest.mark.parametrize("model_type", [*NETWORKS, *DENSE_NETWORKS])
 def test_a_packed_chunk_gives_each_prompt_s_logits_and_states(model_type, networks_of):
     plain, packed, method = networks_of(model_type)
     lengths = {2: 67, 0: 5}

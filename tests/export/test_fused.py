@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tests.models.tiny_models import DENSE_NETWORKS, dense_network  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
@@ -31,18 +32,41 @@ SHAPE = {
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
-def test_steps_give_the_networks_logits(model_type):
-    config = qwen3.Config.from_dict(SHAPE | {"model_type": model_type})
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope_scaling"), [("qwen2", YARN), ("qwen3", None), ("qwen3_moe", None)]
+)
+def test_steps_give_the_networks_logits(model_type, rope_scaling):
+    changes = {"model_type": model_type, "rope_scaling": rope_scaling}
+    config = qwen3.Config.from_dict(SHAPE | changes)
     torch.manual_seed(0)
     plain, fused = (qwen3.Network(config, 9, batch=2).requires_grad_(False) for _ in range(2))
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     fused.load_state_dict(plain.state_dict())
-    step = CudaStep(fused.to(DEVICE))
-    tokens = torch.randint(config.vocab_size, (4, 2, 1))
+    check_steps(plain, fused)
+
+
+@pytest.mark.parametrize("name", DENSE_NETWORKS)
+def test_steps_of_llama_s_kin_give_the_networks_logits(name):
+    plain, fused = (dense_network(name, 12, 2) for _ in range(2))
+    # From one end of a ring to the other.
+    check_steps(plain, fused, range(6, 8))
     with torch.no_grad():
-        for position, token in enumerate(tokens):
+        # What the step did to the network's weights and caches, the network takes, too.
+        token, position = torch.tensor([[5], [6]]), torch.tensor([8, 11])
+        actual = fused.decode(token.to(DEVICE), position.to(DEVICE)).cpu()
+        torch.testing.assert_close(actual, plain.decode(token, position), rtol=1e-4, atol=1e-4)
+
+
+def check_steps(plain: torch.nn.Module, fused: torch.nn.Module, steps: range = range(4)) -> None:
+    """That the CUDA step of `fused` gives the logits of `plain`, an equal network."""
+    step = CudaStep(fused.to(DEVICE))
+    tokens = torch.randint(plain.config.vocab_size, (len(steps), 2, 1))
+    with torch.no_grad():
+        for position, token in zip(steps, tokens):
             where = torch.tensor([position, position + 3])
             expected = plain.decode(token, where)
             actual = step(fused.embed(token.to(DEVICE)), where.to(DEVICE)).cpu()

@@ -10,6 +10,7 @@ ON_GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.models.eager import assert_near, prompt  # noqa: E402
+from tests.models.tiny_models import ours  # noqa: E402
 from tokenloop.export.checkpoint import load_weights, open_checkpoint  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
@@ -45,6 +46,14 @@ def networks(make_hybrid_checkpoint):
         return network, copy.deepcopy(network)
 
     return make
+
+
+def test_a_packed_network_of_short_convolutions_computes_what_it_did():
+    plain, packed = ours("lfm2"), ours("lfm2")
+    pack_blocks(packed, 0)
+    chunk, step = (prompt(7), torch.arange(7)), (torch.tensor([[3]]), torch.tensor([7]))
+    assert_near(packed.prefill(*chunk), plain.prefill(*chunk))
+    assert_near(packed.decode(*step), plain.decode(*step))
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, EXPERTS])

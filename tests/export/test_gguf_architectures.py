@@ -9,14 +9,28 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from tests.models.eager import assert_near, prefill, prompt
@@ -34,19 +48,23 @@ EMBEDDING = {"token_embd.weight": np.zeros((97, 48), np.float32)}
 
 
 class Model(NamedTuple):
-    """One of transformers' models, with a few changes of its config."""
+    """One of transformers' models, with a few changes of its config, and what a header has of it
+    beside what `write` gives every header."""
 
     architecture: str
     config: type
     model: type
     changes: dict
     permuted: bool = False
+    header: dict = {}
 
 
 LLAMA_3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+# Of 6 pairs, as float32 has them.
+LONGROPE = [1 + i / 8 for i in range(6)]
 MODELS = [
     Model("llama", LlamaConfig, LlamaForCausalLM, {}, permuted=True),
     Model(
@@ -58,6 +76,60 @@ MODELS = [
     Model(
         "qwen3moe", Qwen3MoeConfig, Qwen3MoeForCausalLM,
         EXPERTS | {"head_dim": 18, "norm_topk_prob": True},
+    ),
+    # llama.cpp's converter makes a Llama of a Mistral that does not slide.
+    Model(
+        "llama", MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 18},
+        permuted=True,
+    ),
+    Model(
+        "smollm3", SmolLM3Config, SmolLM3ForCausalLM,
+        {"tie_word_embeddings": True, "num_hidden_layers": 4, "pad_token_id": 0}, permuted=True,
+        header={"block_count": 4},
+    ),
+    Model(
+        "granite", GraniteConfig, GraniteForCausalLM,
+        {"tie_word_embeddings": True, "attention_multiplier": 0.3, "embedding_multiplier": 7.0,
+         "residual_multiplier": 0.5, "logits_scaling": 0.75},
+        permuted=True,
+        header={"attention.scale": 0.3, "embedding_scale": 7.0, "residual_scale": 0.5,
+                "logit_scale": 0.75},
+    ),
+    Model(
+        "lfm2", Lfm2Config, Lfm2ForCausalLM,
+        {"layer_types": ["conv", "full_attention"], "norm_eps": 1e-6, "pad_token_id": 0,
+         "block_auto_adjust_ff_dim": False, "conv_bias": True},
+        header={"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3},
+    ),
+    Model(
+        "phi3", Phi3Config, Phi3ForCausalLM,
+        {"hidden_size": 64, "partial_rotary_factor": 0.5, "pad_token_id": 0, "rms_norm_eps": 1e-6},
+        header={"embedding_length": 64, "rope.dimension_count": 8,
+                "rope.scaling.original_context_length": 4096, "attention.sliding_window": 0},
+    ),
+    Model(
+        "lfm2", Lfm2Config, Lfm2ForCausalLM,
+        {"layer_types": ["conv", "full_attention"], "norm_eps": 1e-6, "pad_token_id": 0,
+         "block_auto_adjust_ff_dim": False, "conv_bias": True},
+        header={"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3},
+    ),
+    Model(
+        "phi3", Phi3Config, Phi3ForCausalLM,
+        {"pad_token_id": 0, "rms_norm_eps": 1e-6, "original_max_position_embeddings": 128,
+         "sliding_window": 7, "tie_word_embeddings": True,
+         "rope_scaling": {
+             "type": "longrope", "attention_factor": 1.25, "short_factor": LONGROPE,
+             "long_factor": LONGROPE[::-1],
+         }},
+        header={"rope.scaling.original_context_length": 128, "rope.scaling.attn_factor": 1.25,
+                "attention.sliding_window": 7},
+    ),
+    Model("olmo2", Olmo2Config, Olmo2ForCausalLM, {"pad_token_id": 0, "rms_norm_eps": 1e-6}),
+    Model(
+        "olmo2", Olmo3Config, Olmo3ForCausalLM,
+        {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+         "rms_norm_eps": 1e-6, "pad_token_id": 0},
+        header={"attention.sliding_window": 5, "attention.sliding_window_pattern": [True, False]},
     ),
 ]  # fmt: skip
 BLOCK_NAMES = {
@@ -77,6 +149,7 @@ BLOCK_NAMES = {
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
+    "model.embedding_norm.weight": "token_embd_norm.weight",
     "lm_head.weight": "output.weight",
 }
 
@@ -99,11 +172,37 @@ def permute(data: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(data.shape)
 
 
-def gguf_tensors(model: torch.nn.Module, permuted: bool) -> dict[str, np.ndarray]:
+def block_names(architecture: str) -> dict[str, str]:
+    """llama.cpp's names of a block's tensors, by Hugging Face's."""
+    post_norms = {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+    stacked = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+    lfm2 = {
+        "operator_norm": "attn_norm", "ffn_norm": "ffn_norm", "feed_forward.w1": "ffn_gate",
+        "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up", "conv.conv": "shortconv.conv",
+        "conv.in_proj": "shortconv.in_proj", "conv.out_proj": "shortconv.out_proj",
+        "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm",
+        "self_attn.k_layernorm": "attn_k_norm",
+    }  # fmt: skip
+    own = {"olmo2": post_norms, "phi3": stacked, "lfm2": lfm2}
+    return BLOCK_NAMES | own.get(architecture, {})
+
+
+def gguf_tensors(
+    model: torch.nn.Module, permuted: bool, architecture: str = "llama"
+) -> dict[str, np.ndarray]:
     """The model's tensors in llama.cpp's names; gate and up of all experts apart."""
+    names = block_names(architecture)
     heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2} if permuted else {}
     tensors = {}
-    if model.config.rope_parameters["rope_type"] != "default":
+    rope = model.config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        for length in ("short", "long"):
+            factors = np.array(rope[f"{length}_factor"], np.float32)
+            tensors[f"rope_factors_{length}.weight"] = factors
+    elif rope.get("rope_type", "default") != "default":
         scaled = model.model.rotary_emb.inv_freq.numpy()
         plain = 1.0 / SMALL["rope_theta"] ** np.linspace(0, 1, len(scaled), endpoint=False)
         tensors["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
@@ -121,12 +220,15 @@ def gguf_tensors(model: torch.nn.Module, permuted: bool) -> dict[str, np.ndarray
         else:
             module, kind = rest.rsplit(".", 1)
             data = permute(data, heads[module]) if module in heads else data
-            tensors[f"blk.{layer}.{BLOCK_NAMES[module]}.{kind}"] = data
+            # llama.cpp's converter squeezes a convolution's weight.
+            data = data[:, 0] if rest == "conv.conv.weight" else data
+            tensors[f"blk.{layer}.{names[module]}.{kind}"] = data
     return tensors
 
 
 def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **values) -> Path:
-    """`values` override the header's keys; None leaves one out."""
+    """`values` override the header's keys; None leaves one out, and one after "/" is no
+    architecture's."""
     writer = gguf.GGUFWriter(path, architecture)
     header = {
         "embedding_length": 48, "block_count": 2, "feed_forward_length": 80,
@@ -136,9 +238,13 @@ def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **value
     if architecture == "qwen3moe":
         header |= {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24}
     for key, value in (header | values).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+            bool: writer.add_bool, list: writer.add_array,
+        }  # fmt: skip
         if value is not None:
-            add[type(value)](f"{architecture}.{key}", value)
+            name = key[1:] if key.startswith("/") else f"{architecture}.{key}"
+            add[type(value)](name, value)
     for name, data in tensors.items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -151,18 +257,23 @@ def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **value
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: "-".join([case[0], *case.changes]))
 def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
     hf = tiny(case)
-    tensors = gguf_tensors(hf, case.permuted)
-    values = {"attention.key_length": case.changes.get("head_dim")}
+    tensors = gguf_tensors(hf, case.permuted, case.architecture)
+    values = {"attention.key_length": case.changes.get("head_dim")} | case.header
     path = write(tmp_path / "tiny.gguf", case.architecture, tensors, **values)
     checkpoint = open_checkpoint(path)
+    network = by_model_type()[checkpoint.config["model_type"]]
+    theirs = {network.checkpoint_name(name): values for name, values in hf.named_parameters()}
     for name, stored in checkpoint.stored.items():
         # A mixture's experts are stacked in another way.
-        assert ".experts." in name or torch.equal(stored.read(), hf.get_parameter(name)), name
-    network = by_model_type()[checkpoint.config["model_type"]]
+        same = ".experts." in name or torch.equal(
+            stored.read(), theirs[network.checkpoint_name(name)]
+        )
+        assert same and stored.read().shape == stored.shape, name
     config = network.Config.from_dict(checkpoint.config)
     # llama.cpp's converter keeps what the rotary embedding's scaling comes to, not its kind.
     if "rope_freqs.weight" not in tensors:
-        assert config == network.Config.from_dict(hf.config.to_dict())
+        expected = by_model_type()[hf.config.model_type].Config.from_dict(hf.config.to_dict())
+        assert vars(config) == approximately(vars(expected))
     with torch.device("meta"):
         model = network.Network(config, 32)
     load_weights(model, checkpoint, network.checkpoint_name)
@@ -171,6 +282,20 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
         expected = hf(tokens).logits[0]
     assert (expected.amax(-1) - expected.amin(-1)).min() > 2.0
     assert_near(torch.cat(prefill(model, tokens, [4, 11])), expected[[3, 10]])
+
+
+def approximately(fields: dict) -> dict:
+    """Fields whose numbers may be those of float32, as a header has them."""
+    return {
+        name: pytest.approx(value) if isinstance(value, float) else value
+        for name, value in fields.items()
+    }
+
+
+def test_two_tensors_of_one_meaning_are_refused(tmp_path):
+    norms = {f"{name}_norm.weight": np.ones(48, np.float32) for name in ("output", "token_embd")}
+    with pytest.raises(ExportError, match="token_embd_norm.weight and another tensor are both mod"):
+        open_checkpoint(write(tmp_path / "a.gguf", "llama", EMBEDDING | norms))
 
 
 def test_a_permuted_files_biases_come_back_in_order_too(tmp_path):
@@ -192,14 +317,177 @@ def test_a_llama_without_optional_keys_has_llama_cpps_defaults(tmp_path):
     assert not config["attention_bias"] and not config["mlp_bias"]
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3"])
+def test_every_architecture_without_optional_keys_has_llama_cpps_defaults(tmp_path, architecture):
+    absent = {"rope.freq_base": None, "attention.head_count_kv": None}
+    own = {"attention.key_length": 12, "attention.sliding_window": 8}
+    values = absent | (own if architecture == "gemma3" else {})
+    config = open_checkpoint(write(tmp_path / "a.gguf", architecture, EMBEDDING, **values)).config
+    assert (config["rope_theta"], config["num_key_value_heads"]) == (10000.0, 4)
+
+
+def test_lists_of_one_value_for_all_layers_and_keys_that_do_nothing_are_read(tmp_path):
+    values = {
+        "attention.head_count": [4, 4], "attention.head_count_kv": [2, 2],
+        "feed_forward_length": [80, 80], "vocab_size": 97, "rope.dimension_count": 12,
+        "rope.scaling.finetuned": True, "attention.causal": True, "expert_count": 0,
+        "expert_used_count": 0, "rope.scaling.attn_factor": 1.0, "pooling_type": 0,
+    }  # fmt: skip
+    plain = open_checkpoint(write(tmp_path / "a.gguf", "llama", EMBEDDING)).config
+    assert open_checkpoint(write(tmp_path / "b.gguf", "llama", EMBEDDING, **values)).config == plain
+
+
+def test_a_window_s_pattern_may_be_a_list_of_flags(tmp_path):
+    own = {"attention.key_length": 12, "attention.sliding_window": 8}
+    values = own | {"attention.sliding_window_pattern": [False, True]}
+    config = open_checkpoint(write(tmp_path / "a.gguf", "gemma3", EMBEDDING, **values)).config
+    assert config["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta_fast": 8, "beta_slow": 2}], ids=str)
+def test_yarn_s_keys_are_transformers_yarn_past_the_original_length(tmp_path, changes):
+    """llama.cpp multiplies cosines by 0.1 ln(factor) + 1, as transformers does."""
+    scaling = {
+        "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    case = Model("qwen3", Qwen3Config, Qwen3ForCausalLM, {"rope_parameters": scaling | changes})
+    hf = tiny(case)
+    tensors = gguf_tensors(hf, permuted=False)
+    del tensors["rope_freqs.weight"]
+    keys = {f"rope.scaling.yarn_{key}": float(value) for key, value in changes.items()}
+    values = {
+        "attention.key_length": 128, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 16, **keys,
+    }  # fmt: skip
+    checkpoint = open_checkpoint(write(tmp_path / "a.gguf", "qwen3", tensors, **values))
+    network = by_model_type()["qwen3"]
+    config = network.Config.from_dict(checkpoint.config)
+    with torch.device("meta"):
+        model = network.Network(config, 64)
+    load_weights(model, checkpoint, network.checkpoint_name)
+    tokens = prompt(40)
+    with torch.no_grad():
+        expected = hf(tokens).logits[0]
+    assert_near(torch.cat(prefill(model, tokens, [4, 40])), expected[[3, 39]])
+    # An attention factor of the file multiplies this one.
+    values |= {"rope.scaling.attn_factor": 0.5}
+    other = open_checkpoint(write(tmp_path / "b.gguf", "qwen3", tensors, **values)).config
+    halves = [c["rope_scaling"]["attention_factor"] for c in (other, checkpoint.config)]
+    assert halves[0] == 0.5 * halves[1]
+
+
+# Parts
+
+
+def write_parts(directory: Path, changes: dict[int, dict] | None = None) -> list[Path]:
+    """A Llama in three parts, as llama.cpp's gguf-split writes them: the first has the metadata.
+    `changes` are those of a part's own keys."""
+    tensors = gguf_tensors(tiny(MODELS[0]), permuted=True)
+    paths = [directory / f"a-0000{i + 1}-of-00003.gguf" for i in range(3)]
+    for i, path in enumerate(paths):
+        own = {"split.no": i, "split.count": 3, "split.tensors.count": len(tensors)}
+        own |= (changes or {}).get(i, {})
+        names = sorted(tensors)[i::3]
+        write_part(path, {name: tensors[name] for name in names}, own, whole=i == 0)
+    return paths
+
+
+def write_part(path: Path, tensors: dict[str, np.ndarray], own: dict, whole: bool) -> None:
+    values = {} if whole else dict.fromkeys(
+        ("embedding_length", "block_count", "feed_forward_length", "context_length",
+         "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+         "rope.freq_base")
+    )  # fmt: skip
+    write(path, "llama", tensors, **values, **{f"/{key}": value for key, value in own.items()})
+
+
+def test_the_parts_of_a_model_are_the_whole_model_whichever_is_given(tmp_path):
+    case = MODELS[0]
+    whole = open_checkpoint(
+        write(tmp_path / "whole.gguf", "llama", gguf_tensors(tiny(case), permuted=True))
+    )
+    paths = write_parts(tmp_path)
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.config == whole.config and checkpoint.weight_files == tuple(paths)
+        assert checkpoint.stored.keys() == whole.stored.keys()
+        for name, stored in checkpoint.stored.items():
+            assert torch.equal(stored.read(), whole.stored[name].read()), name
+
+
+def test_parts_that_are_no_whole_model_are_refused_by_what_is_wrong(tmp_path):
+    def refused(message: str) -> None:
+        with pytest.raises(ExportError, match=message) as raised:
+            open_checkpoint(tmp_path / "a-00001-of-00003.gguf")
+        assert "\n" not in str(raised.value)
+
+    write_parts(tmp_path, {1: {"split.no": 2}})
+    refused("a-00002-of-00003.gguf: split.no is 2 and split.count 3; 1 and 3 are right")
+    write_parts(tmp_path, {1: {"split.count": 4}})
+    refused("a-00002-of-00003.gguf: split.no is 1 and split.count 4; 1 and 3 are right")
+    write_parts(tmp_path, {0: {"split.tensors.count": 99}})
+    refused("its 3 parts have 99 tensors; they have 21")
+    paths = write_parts(tmp_path)
+    paths[2].write_bytes(paths[1].read_bytes())
+    refused("a-00003-of-00003.gguf: split.no is 1")
+    paths[2].unlink()
+    refused("a-00003-of-00003.gguf is missing; a-00001-of-00003.gguf is one of 3 parts")
+    first = write_parts(tmp_path)[0]
+    write_part(paths[1], {"output_norm.weight": np.ones(48, np.float32)} | {
+        "token_embd.weight": np.zeros((97, 48), np.float32)
+    }, {"split.no": 1, "split.count": 3}, whole=False)  # fmt: skip
+    refused("another part has the tensor")
+    other = tmp_path / "b.gguf"
+    first.rename(other)
+    with pytest.raises(ExportError, match="b.gguf is one of 3 parts, which are found by their nam"):
+        open_checkpoint(other)
+
+
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [
-        ("qwen3moe", {"rope.scaling.type": "yarn"}, "scaling.type is 'yarn'; none and linear"),
+        ("qwen3moe", {"rope.scaling.type": "su"}, "scaling.type is 'su'; none, linear and yarn"),
+        ("qwen3", {"rope.scaling.attn_factor": 1.5}, "the key qwen3.rope.scaling.attn_factor"),
+        (
+            "qwen3",
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.yarn_ext_factor": 0.5,
+            },
+            "qwen3.rope.scaling.yarn_ext_factor is 0.5; 1 is supported",
+        ),
+        (
+            "qwen3",
+            {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.yarn_log_multiplier": 0.1,
+            },
+            "the key qwen3.rope.scaling.yarn_log_multiplier, which is not",
+        ),
+        ("qwen2", {"rope.dimension_sections": [2, 2, 2, 0]}, "key qwen2.rope.dimension_sections"),
         ("qwen3moe", {"expert_count": None}, "has no key qwen3moe.expert_count"),
         ("qwen3moe", {"expert_feed_forward_length": None}, "qwen3moe.expert_feed_forward_length"),
         ("qwen3moe", {"embedding_length": None}, "has no key qwen3moe.embedding_length"),
         ("llama", {"expert_count": 8}, "llama.expert_count is 8; a mixture of experts is not"),
+        ("granite", {}, "has no key granite.logit_scale"),
+        ("lfm2", {}, "lfm2.attention.head_count_kv is 2; one for each layer is right"),
+        ("lfm2", {"attention.head_count_kv": [4, 2]}, "0 and one more are supported"),
+        (
+            "granite",
+            {"logit_scale": 2.0, "rope.scaling.finetuned": False},
+            "granite.rope.scaling.finetuned is false",
+        ),
+        ("phi3", {"rope.scaling.type": "ntk"}, "scaling.type is 'ntk'"),
+        ("phi3", {"rope.scaling.attn_factor": 1.2}, "attn_factor alone; rope_factors_short"),
+        ("olmo2", {"attention.sliding_window": 5}, "sliding_window_pattern is None; a list of"),
+        (
+            "olmo2",
+            {"attention.sliding_window": 5, "attention.sliding_window_pattern": [True]},
+            "sliding_window_pattern is .* one for each of 2 layers",
+        ),
     ],
 )
 def test_a_header_that_cannot_be_run_is_refused_by_its_key(tmp_path, architecture, values, message):

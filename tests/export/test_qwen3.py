@@ -35,11 +35,19 @@ class Made:
 
 
 LARGE = {"vocab_size": 16384, "num_hidden_layers": 1}
+# Both are seen in fewer positions than there are.
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [1 + i for i in range(16)],
+    "original_max_position_embeddings": 16, "attention_factor": 1.1,
+}  # fmt: skip
 # Each is an export of its own: what Gemma's tests do not show.
 EXACT = {
-    "qwen2, tied": Made("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, tied, yarn": Made("qwen2", {"tie_word_embeddings": True, "rope_scaling": YARN}),
     "qwen3_moe": Made("qwen3_moe"),
-    "qwen3_moe, portable": Made("qwen3_moe", backend="portable"),
+    "qwen3_moe, portable, longrope": Made(
+        "qwen3_moe", {"rope_scaling": LONGROPE}, backend="portable"
+    ),
 }
 # Biases, and a shortlist whose rows are not the embedding's; experts.
 QUANTIZED = {

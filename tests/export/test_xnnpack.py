@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.models.tiny_models import DENSE_NETWORKS, dense_network
+from tokenloop.export.pte.pte_program import lower_layers
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.pte.xnnpack_regions import (
     DelegatedGELU,
@@ -12,6 +14,7 @@ from tokenloop.export.pte.xnnpack_regions import (
     Head,
     InParts,
     in_parts,
+    prepare,
     trace,
 )
 from tokenloop.models.gemma3 import RMSNorm
@@ -111,6 +114,27 @@ def test_a_head_gives_each_row_the_bits_that_it_has_alone(as_method, bits, group
     for row in range(5):
         alone = run(x[:, [row]])
         assert torch.equal(alone[0], logits[[row]]) and torch.equal(alone[1], hidden[:, [row]])
+
+
+@pytest.mark.parametrize("name", DENSE_NETWORKS)
+def test_regions_of_llama_s_kin_give_what_their_layers_give(as_method, name):
+    plain, network = (dense_network(name, 16, 1) for _ in range(2))
+    prepare(network)
+    regions = lower_layers(network, network.model.layers, 3, None, lambda what: None)
+    # The last layer's are made of the first's.
+    layer, mixer = plain.model.layers[-1], plain.model.layers[-1].mixer
+    x, rope = random(1, 3, plain.config.hidden_size), plain.model.rotations(torch.arange(5, 8))
+    inputs = x, *rope[mixer.rotation]
+    (q, k, v), _ = layer.project(x, rope)
+    expected = [
+        heads[0].unflatten(1, (mixer.kv_heads, -1)).flatten(2).transpose(0, 1).contiguous()
+        for heads in (q * mixer.scale, k, v)
+    ]
+    for got, right in zip(as_method(regions.before[-1], inputs)(*inputs), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+    (got,) = as_method(regions.after[-1], (x, expected[0]))(x, expected[0])
+    right = layer.finish(x, q * mixer.scale, None)
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
 
 
 class Parts(nn.Module):

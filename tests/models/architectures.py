@@ -12,7 +12,20 @@ from types import ModuleType
 import torch
 import transformers
 
-from tokenloop.models import gemma3, gemma4, llama, qwen3, qwen3_5
+from tokenloop.models import (
+    gemma3,
+    gemma4,
+    granite,
+    lfm2,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen3,
+    qwen3_5,
+    smollm3,
+)
+from tokenloop.models.layers import Stacked
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
@@ -36,6 +49,9 @@ class Architecture:
     multimodal: transformers' config and model around the text model, and the config's keys.
     shallow: changes of a case to one layer of each kind.
     scaled: a case whose rotary embedding is scaled, and the change that takes the scaling away.
+    kin: whether the network is Llama's, models/dense.py's: what Llama's own row tests of its states
+    and methods is not tested again.
+    embed_scale: what our embeddings are of those of transformers' embedding layer.
     """
 
     networks: ModuleType
@@ -50,13 +66,15 @@ class Architecture:
     max_chunk: int
     states: dict[tuple[int, ...], torch.dtype]
     refused: tuple[str, list[tuple[dict, str]]]
-    names: dict[str, str | None]
-    shallow: dict
+    names: dict[str, str | Stacked | None]
+    shallow: dict = field(default_factory=dict)
     required: tuple[str, ...] = ("hidden_size", "intermediate_size", "num_hidden_layers")
     says: dict = field(default_factory=dict)
     published: tuple[dict, ...] = ()
     multimodal: tuple[type, type, dict] | None = None
     scaled: tuple[str, dict] | None = None
+    kin: bool = False
+    embed_scale: float = 1.0
 
     @property
     def name(self) -> str:
@@ -134,8 +152,13 @@ GEMMA_3_ROW = Architecture(
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"layer_types": [FULL]}, "layer_types has 1 entries for 3 layers"),
         ({"layer_types": [FULL, FULL, "chunked"]}, r"layer_types .*unknown kinds \['chunked'\]"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
-        ({"rope_parameters": {SLIDING: {"rope_type": "llama3"}}}, "rope_type = 'llama3'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' of full_.* lacks its factor"),
+        ({"rope_parameters": {SLIDING: {"rope_type": "su"}}}, "rope_type = 'su' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "truncate = False of one type of layer",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"rope_type": "linear"}}, "full_attention lacks its factor"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0},
@@ -264,8 +287,10 @@ GEMMA_4_ROW = Architecture(
                 "rope_parameters": GEMMA_4_OTHER_ROTATIONS
                 | {FULL: {"rope_type": "yarn", "rope_theta": 9.0}}
             },
-            "'yarn'",
+            "rope_type = 'yarn' of full_attention lacks its factor",
         ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling = {.*linear"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ]),
     names={
         prefix + name: f"model.{name}"
@@ -335,8 +360,8 @@ QWEN_3_ROW = Architecture(
         ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
         ({"num_experts_per_tok": 8}, "num_experts_per_tok = 8 is not among num_experts = 7"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type = 'dynamic'"),
+        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_type = 'su'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' lacks its factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
         ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
@@ -374,6 +399,13 @@ QWEN_3_5_ROW = Architecture(
         "qwen3_5_text": {},
         "qwen3_5_text, tied, as many key heads": {
             "tie_word_embeddings": True, "linear_num_key_heads": 6, "linear_conv_kernel_dim": 2,
+        },
+        "qwen3_5_text, yarn of a part of a head": {
+            "layer_types": [FULL, LINEAR], "num_hidden_layers": 2,
+            "rope_scaling": {
+                "rope_type": "yarn", "rope_theta": 700.0, "partial_rotary_factor": 0.5,
+                "factor": 4.0, "original_max_position_embeddings": 32, "mrope_section": [2, 2, 2],
+            },
         },
         "qwen3_5_text, half of a head turns": {
             "layer_types": [FULL, LINEAR], "num_hidden_layers": 2, "linear_conv_kernel_dim": 3,
@@ -424,7 +456,7 @@ QWEN_3_5_ROW = Architecture(
         ({"num_key_value_heads": 3}, "num_attention_heads = 4 .* num_key_value_heads = 3"),
         ({"layer_types": [FULL]}, "layer_types has 1 entries for 4 layers"),
         ({"layer_types": [FULL] * 3 + ["chunked"]}, r"unknown kinds \['chunked'\]"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn' lacks its factor"),
         ({"hidden_size": None, "head_dim": None}, "lacks hidden_size, head_dim"),
     ]),
     names={
@@ -474,6 +506,14 @@ LLAMA_ROW = Architecture(
         "llama, linear rope, as many key heads": {
             "rope_scaling": {"rope_type": "linear", "factor": 3.0}, "num_key_value_heads": 4,
         },
+        "llama, yarn": {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                             "original_max_position_embeddings": 64},
+        },
+        "llama, dynamic rope": {
+            "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+            "max_position_embeddings": 65_536,
+        },
         "llama, tied, no head size": {
             "head_dim": None, "tie_word_embeddings": True, "rms_norm_eps": 0.1,
         },
@@ -488,10 +528,22 @@ LLAMA_ROW = Architecture(
     refused=("llama, tied, llama3 rope", [
         ({"model_type": "llama4"}, "model_type = 'llama4'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type = 'yarn' lacks its factor"),
         (
             {"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic"}},
-            "rope_type = 'dynamic'",
+            "rope_type = 'dynamic' lacks its factor",
+        ),
+        ({"rope_scaling": {"factor": 4.0}}, "factor = 4.0 has no rope_type: linear or"),
+        ({"rope_scaling": {"rope_type": "linear", "alpha": 4.0}}, "rope_scaling.alpha = 4.0 is"),
+        ({"rope_parameters": {FULL: {"rope_theta": 700.0}}}, "has an entry for full_attention"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 2.0],
+                              "long_factor": [1.0, 2.0]}},
+            "short_factor of .* has 2 numbers; 9, one for",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0.5}},
+            "beta_fast = 0.5 must not be below beta_slow = 1.0",
         ),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks its factor"),
         ({"rope_scaling": LLAMA_3_ROPE | {"low_freq_factor": None}}, "lacks its low_freq_factor"),
@@ -518,4 +570,276 @@ LLAMA_ROW = Architecture(
     scaled=("llama, tied, llama3 rope", {"rope_scaling": None}),
 )  # fmt: skip
 
-ARCHITECTURES = [GEMMA_3_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW]
+# What families like Llama's have in common: the heads' 4 * 18 values are not the hidden size.
+DENSE = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 18,
+    "max_position_embeddings": 256, "rope_theta": 700.0, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+DENSE_WEIGHTS = [("norm", 1.0, 0.4), ("embed_tokens", 0.0, 0.25), ("", 0.0, 0.4)]
+DENSE_TESTS = {
+    "kin": True, "weights": DENSE_WEIGHTS, "max_seq_len": 80, "prompts": (1, 16),
+    "rows": (23, 1, 9), "chunks": (1, 1, 7, 1, 33, 37),
+}  # fmt: skip
+DENSE_NAMES = {
+    name: name
+    for name in (
+        "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight",
+        "model.layers.3.self_attn.q_proj.weight", "model.layers.3.mlp.gate_proj.weight",
+    )
+}  # fmt: skip
+
+MISTRAL_ROW = Architecture(
+    networks=mistral,
+    classes={
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
+        "ministral3": (transformers.Ministral3Config, transformers.Ministral3ForCausalLM),
+    },
+    small=DENSE | {"sliding_window": 7},
+    cases={
+        "mistral, all sliding": {},
+        "ministral, sliding and full": {"layer_types": [SLIDING, FULL, SLIDING]},
+        "ministral3, tied": {
+            "sliding_window": None, "rope_theta": None, "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 700.0, "factor": 2.0, "mscale": 0.7,
+                "original_max_position_embeddings": 128, "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    },
+    **DENSE_TESTS,
+    max_chunk=7,
+    states={(2, 7, 2, 18): torch.bfloat16},
+    refused=("mistral, all sliding", [
+        ({"model_type": "mixtral"}, "model_type = 'mixtral' is none of mistral, ministral"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"layer_types": [SLIDING, FULL, FULL]}, "layer_types has full_attention: only sliding_"),
+        ({"layer_types": [SLIDING] * 2}, "layer_types has 2 entries for 3 layers"),
+        (
+            {"model_type": "ministral", "sliding_window": None, "layer_types": [SLIDING] * 3},
+            "config lacks its sliding_window",
+        ),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type = 'ntk'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        (
+            {"model_type": "ministral3", "sliding_window": None,
+             "rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            "lacks original_max_position_embeddings",
+        ),
+    ]),
+    required=(),
+    names=DENSE_NAMES
+    | {f"language_model.{name}": name for name in DENSE_NAMES}
+    | {"vision_tower.ln_pre.weight": None, "multi_modal_projector.linear_1.weight": None},
+)  # fmt: skip
+
+SMOLLM_3_ROW = Architecture(
+    networks=smollm3,
+    classes={"smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM)},
+    small=DENSE | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    cases={
+        "smollm3, every other layer rotates": {"no_rope_layer_interval": 2},
+        "smollm3, untied, biases, a list": {
+            "tie_word_embeddings": False, "no_rope_layers": [0, 1, 1], "attention_bias": True,
+        },
+    },
+    **DENSE_TESTS,
+    max_chunk=50,
+    states={(2, 50, 2, 18): torch.bfloat16},
+    refused=("smollm3, every other layer rotates", [
+        ({"model_type": "smollm4"}, "model_type = 'smollm4'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"layer_types": [SLIDING] * 3}, "unknown kinds"),
+        ({"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 3 layers"),
+        ({"no_rope_layers": [1, 2, 1]}, "no_rope_layers = .* zeros and ones"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type = 'ntk'"),
+    ]),
+    required=(),
+    names=DENSE_NAMES,
+)  # fmt: skip
+
+# The 8B's numbers, but for the scores', which would be too small for heads of 18.
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22,
+    "logits_scaling": 0.6,
+}  # fmt: skip
+GRANITE_ROW = Architecture(
+    networks=granite,
+    classes={
+        "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
+        "granitemoehybrid": (
+            transformers.GraniteMoeHybridConfig, transformers.GraniteMoeHybridForCausalLM,
+        ),
+    },
+    small={key: value for key, value in DENSE.items() if key != "head_dim"} | MULTIPLIERS,
+    cases={
+        "granite, tied": {"tie_word_embeddings": True},
+        "granite, biases, one key head": {
+            "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1,
+            "rms_norm_eps": 0.1,
+        },
+        "granitemoehybrid, dense": {
+            "layer_types": ["attention"] * 3, "num_local_experts": 0,
+            "shared_intermediate_size": 56, "position_embedding_type": "rope", "mamba_n_heads": 3,
+        },
+        "granitemoehybrid, dense, no rotation": {
+            "layer_types": [FULL] * 3, "num_local_experts": 0, "shared_intermediate_size": 56,
+            "mamba_n_heads": 3,
+        },
+    },
+    **DENSE_TESTS,
+    max_chunk=50,
+    states={(2, 50, 2, 12): torch.bfloat16},
+    refused=("granitemoehybrid, dense", [
+        ({"model_type": "granitemoe"}, "model_type = 'granitemoe'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"num_local_experts": 4}, "num_local_experts = 4"),
+        ({"layer_types": ["attention", "mamba", "attention"]}, "layer_types has mamba: only att"),
+        ({"layer_types": None}, "lacks layer_types"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi'"),
+        ({"residual_multiplier": 0}, "residual_multiplier = 0"),
+        ({"logits_scaling": None}, "lacks logits_scaling"),
+    ]),
+    required=(),
+    says={"layer_types": [FULL] * 8, "num_local_experts": 0},
+    names=DENSE_NAMES | {
+        "model.layers.3.shared_mlp.input_linear.weight": Stacked(
+            ("model.layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.up_proj.weight")
+        ),
+        "model.layers.3.shared_mlp.output_linear.weight": "model.layers.3.mlp.down_proj.weight",
+    },
+    # Ours are those before a residual whose branches are multiplied.
+    embed_scale=12.0 / 0.22,
+)  # fmt: skip
+
+OLMO_2_ROW = Architecture(
+    networks=olmo2,
+    classes={
+        "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+        "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM),
+    },
+    small={key: value for key, value in DENSE.items() if key != "rope_theta"}
+    | {"pad_token_id": 0, "eos_token_id": 2},
+    cases={
+        "olmo2": {"rope_theta": 700.0},
+        "olmo2, tied, biases, one key head": {
+            "tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1,
+        },
+        "olmo3, sliding and full": {
+            "layer_types": [SLIDING, FULL, SLIDING], "sliding_window": 7,
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 300.0},
+                FULL: {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0},
+            },
+        },
+    },
+    **DENSE_TESTS,
+    max_chunk=50,
+    states={(2, 50, 2, 18): torch.bfloat16},
+    refused=("olmo3, sliding and full", [
+        ({"model_type": "olmo"}, "model_type = 'olmo'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"rope_parameters": None, "rope_theta": 700.0}, "rope_theta = 700.0 is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters must have an entry for each"),
+        ({"sliding_window": None}, "config lacks its sliding_window"),
+        ({"layer_types": [FULL, FULL, "chunked"]}, r"unknown kinds \['chunked'\]"),
+    ]),
+    required=(),
+    names=DENSE_NAMES | {
+        name: name
+        for name in (
+            "model.layers.3.self_attn.q_norm.weight",
+            "model.layers.3.post_feedforward_layernorm.weight",
+        )
+    },
+)  # fmt: skip
+
+PHI_3_ROW = Architecture(
+    networks=phi3,
+    classes={"phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM)},
+    small={key: value for key, value in DENSE.items() if key != "head_dim"}
+    | {"hidden_size": 64, "pad_token_id": 0, "eos_token_id": 2},
+    cases={
+        "phi3, three quarters of a head turn": {"partial_rotary_factor": 0.75},
+        "phi3, tied, all sliding, as many key heads": {
+            "tie_word_embeddings": True, "sliding_window": 7, "num_key_value_heads": 4,
+        },
+    },
+    **DENSE_TESTS,
+    max_chunk=50,
+    states={(2, 50, 2, 16): torch.bfloat16},
+    refused=("phi3, three quarters of a head turn", [
+        ({"model_type": "phi"}, "model_type = 'phi'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ({"rope_scaling": {"type": "su", "long_factor": [1.0]}}, "lacks its short_factor"),
+        ({"partial_rotary_factor": 0.2}, "partial_rotary_factor = 3: an even number"),
+    ]),
+    required=(),
+    names=DENSE_NAMES | {
+        "model.layers.3.self_attn.qkv_proj.weight": Stacked(tuple(
+            f"model.layers.3.self_attn.{name}_proj.weight" for name in "qkv"
+        )),
+        "model.layers.3.mlp.gate_up_proj.weight": Stacked(
+            ("model.layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.up_proj.weight")
+        ),
+    },
+)  # fmt: skip
+
+LFM_2_ROW = Architecture(
+    networks=lfm2,
+    classes={"lfm2": (transformers.Lfm2Config, transformers.Lfm2ForCausalLM)},
+    # A third of 90 less is 60, which 8 divide as 64.
+    small={key: value for key, value in DENSE.items() if key not in ("head_dim", "rms_norm_eps")}
+    | {
+        "intermediate_size": 90, "block_multiple_of": 8, "layer_types": ["conv", FULL, "conv"],
+        "pad_token_id": 0,
+    },
+    cases={
+        "lfm2": {},
+        "lfm2, untied, biases, a width of 2": {
+            "tie_word_embeddings": False, "conv_bias": True, "conv_L_cache": 2,
+            "block_auto_adjust_ff_dim": False, "norm_eps": 0.1,
+        },
+    },
+    weights=[
+        ("conv.conv", 0.0, 0.6), ("_layernorm", 2.0, 0.5), ("norm", 1.0, 0.4),
+        ("self_attn", 0.0, 0.8), ("embed_tokens", 0.0, 0.15), ("", 0.0, 0.4),
+    ],
+    max_seq_len=80,
+    prompts=(1, 2, 16),
+    rows=(23, 1, 9),
+    chunks=(1, 1, 7, 1, 33, 37),
+    max_chunk=50,
+    states={(2, 48, 2): torch.bfloat16, (2, 50, 2, 12): torch.bfloat16},
+    refused=("lfm2", [
+        ({"model_type": "lfm2_moe"}, "model_type = 'lfm2_moe'"),
+        ({"conv_L_cache": 5}, "conv_L_cache = 5: one of"),
+        ({"block_ff_dim": 80}, "intermediate_size = 90 and block_ff_dim = 80 differ"),
+        ({"layer_types": ["conv"]}, "layer_types has 1 entries for 3 layers"),
+        ({"layer_types": ["conv", "conv", "mamba"]}, r"unknown kinds \['mamba'\]"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type = 'ntk'"),
+    ]),
+    required=(),
+    names={
+        "model.embedding_norm.weight": "model.norm.weight",
+        "model.layers.3.operator_norm.weight": "model.layers.3.input_layernorm.weight",
+        "model.layers.3.feed_forward.w2.weight": "model.layers.3.mlp.down_proj.weight",
+        "model.layers.3.conv.conv.bias": "model.layers.3.conv.conv.bias",
+        "model.layers.3.self_attn.out_proj.weight": "model.layers.3.self_attn.o_proj.weight",
+    },
+    shallow={"num_hidden_layers": 2, "layer_types": ["conv", FULL]},
+)  # fmt: skip
+
+ARCHITECTURES = [
+    GEMMA_3_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW, MISTRAL_ROW, SMOLLM_3_ROW,
+    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW,
+]  # fmt: skip

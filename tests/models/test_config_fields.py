@@ -113,7 +113,7 @@ def test_a_config_of_nulls_says_what_is_missing(case):
         (
             "llama",
             {"rope_scaling": {"rope_type": "factors", "factors": [1.0, 2.0]}},
-            "rope_scaling has 2 factors; 9, one for each pair of a head, are right",
+            "factors of the rotary embedding has 2 numbers; 9, one for each pair of a head, are",
         ),
         (
             "llama",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.export import Dim
 
 from tests.models.architectures import ARCHITECTURES, Architecture
@@ -34,6 +35,7 @@ from tests.models.tiny_models import (
     keys,
     logits_of_one_pass,
     make_reference,
+    model_type_of,
     network_of,
     ours,
     randomize,
@@ -42,14 +44,21 @@ from tests.models.tiny_models import (
     states,
 )
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.errors import ExportError
+from tokenloop.models.dense import UNROTATED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # The first case of each row.
 FIRST = [next(iter(row.cases)) for row in ARCHITECTURES]
+# Without the rows whose network is another row's.
+OWN = [case for case in CASES if not ROW_OF[case].kin]
+TYPICAL_OWN = [case for case in TYPICAL if case in OWN]
 
 every_case = pytest.mark.parametrize("case", CASES)
+own_cases = pytest.mark.parametrize("case", OWN)
 typical_cases = pytest.mark.parametrize("case", TYPICAL)
+typical_own_cases = pytest.mark.parametrize("case", TYPICAL_OWN)
 every_row = pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.name)
 
 
@@ -86,7 +95,7 @@ def test_greedy_ids_and_logits_are_those_of_transformers(case, length):
     assert_near(logits, expected)
 
 
-@typical_cases
+@typical_own_cases
 def test_greedy_ids_are_those_of_transformers_own_generation(case):
     tokens, model = prompt(11), reference(case)
     model.generation_config.eos_token_id = None
@@ -95,7 +104,7 @@ def test_greedy_ids_are_those_of_transformers_own_generation(case):
     assert generate(ours(case), tokens, 40)[0] == expected[0, 11:].tolist()
 
 
-@every_case
+@own_cases
 def test_chunks_and_steps_that_fill_the_cache_give_the_logits_of_one_pass(case):
     model, (tokens, expected) = ours(case), logits_of_one_pass(case)
     prefilled = model.max_seq_len - 50
@@ -103,7 +112,7 @@ def test_chunks_and_steps_that_fill_the_cache_give_the_logits_of_one_pass(case):
     assert_near(torch.cat(logits + feed(model, tokens, prefilled)), expected[prefilled - 1 :])
 
 
-@every_case
+@own_cases
 def test_chunks_that_fill_the_cache_give_the_logits_of_one_pass(case):
     model, (tokens, expected) = ours(case), logits_of_one_pass(case)
     ends = even_ends(model.max_seq_len, model.max_chunk)
@@ -122,7 +131,7 @@ def odd_ends(case: str, model: torch.nn.Module) -> list[int]:
     return list(accumulate(min(length, model.max_chunk) for length in ROW_OF[case].chunks))
 
 
-@every_case
+@own_cases
 def test_chunks_of_one_token_give_the_logits_of_one_pass(case):
     tokens, expected = logits_of_one_pass(case)
     assert_near(torch.cat(prefill(ours(case), tokens, list(range(1, 31)))), expected[:30])
@@ -130,7 +139,7 @@ def test_chunks_of_one_token_give_the_logits_of_one_pass(case):
 
 @pytest.mark.parametrize(
     "case",
-    [*TYPICAL, "gemma3_text, linear rope", "gemma3_text, a window beyond the cache"],
+    [*TYPICAL_OWN, "gemma3_text, linear rope", "gemma3_text, a window beyond the cache"],
 )
 @settings(deadline=None, max_examples=12)
 @given(data=st.data())
@@ -142,7 +151,7 @@ def test_chunks_of_any_lengths_give_the_logits_of_one_pass(case, data):
     assert_near(torch.cat(prefill(model, tokens, ends)), expected[[end - 1 for end in ends]])
 
 
-@every_case
+@own_cases
 def test_a_longer_cache_changes_no_logits(case):
     tokens = prompt(6)
     _, short = generate(ours(case, max_seq_len=20), tokens, 15)
@@ -150,7 +159,7 @@ def test_a_longer_cache_changes_no_logits(case):
     assert_near(short, long)
 
 
-@every_case
+@own_cases
 def test_a_token_may_come_as_its_embedding(case):
     whole, parts = ours(case, batch=3), ours(case, batch=3)
     for step in range(9):
@@ -164,8 +173,9 @@ def test_a_token_may_come_as_its_embedding(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_are_those_of_transformers(case, dtype):
     tokens = prompt(20)
-    embed = reference(case, dtype).get_input_embeddings()
-    assert torch.equal(ours(case, dtype=dtype).embed(tokens), embed(tokens))
+    embed, scale = reference(case, dtype).get_input_embeddings(), ROW_OF[case].embed_scale
+    expected = embed(tokens) if scale == 1.0 else embed(tokens) * scale
+    assert torch.equal(ours(case, dtype=dtype).embed(tokens), expected)
 
 
 @typical_cases
@@ -189,8 +199,14 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(case):
 def test_angles_are_those_of_transformers_far_past_any_prompt(case):
     positions, hf = torch.arange(0, 40_000, 7), reference(case)
     rotary = hf.model.rotary_emb
+    if rotary is None:
+        assert not any(sin.any() for _, sin in ours(case).model.rotations(positions).values())
+        return
     several = "layer_type" in inspect.signature(rotary.forward).parameters
     for layer_type, angles in ours(case).model.rotations(positions).items():
+        if layer_type == UNROTATED:
+            assert (angles[0] == 1).all() and (angles[1] == 0).all()
+            continue
         if several and layer_type not in hf.config.layer_types:
             continue
         expected = rotary(torch.empty(0), positions[None], *[layer_type] * several)
@@ -218,7 +234,7 @@ def test_a_scaled_rotary_embedding_holds_past_8192_positions(case):
 # State
 
 
-@typical_cases
+@typical_own_cases
 def test_a_step_at_position_0_begins_anew_as_a_prefill_does(case):
     model = ours(case)
     (expected,) = prefill(model, prompt(1), [1])
@@ -226,7 +242,7 @@ def test_a_step_at_position_0_begins_anew_as_a_prefill_does(case):
     assert_near(model.decode(prompt(1), torch.tensor([0])), expected)
 
 
-@every_case
+@own_cases
 def test_another_prompt_gives_exactly_what_a_fresh_model_gives(case):
     used = ours(case)
     generate(used, prompt(45, seed=1), 10)
@@ -251,7 +267,7 @@ def test_rows_of_ragged_prompts_are_transformers_texts_and_those_of_models_of_on
         assert_near(torch.cat(batch.logits[row]), logits)
 
 
-@every_case
+@own_cases
 def test_rows_that_join_and_are_used_again_are_transformers_texts(case):
     batch = Batch(ours(case, batch=3), reference(case))
     batch.begin(1, prompt(12))
@@ -270,7 +286,7 @@ def test_rows_that_join_and_are_used_again_are_transformers_texts(case):
         batch.check(row)
 
 
-@every_case
+@own_cases
 def test_a_prefill_of_a_row_leaves_the_states_of_the_others_as_they_were(case):
     batch = Batch(ours(case, batch=3), reference(case))
     for row, length in enumerate((20, 5, 11)):
@@ -283,7 +299,7 @@ def test_a_prefill_of_a_row_leaves_the_states_of_the_others_as_they_were(case):
         assert not torch.equal(state[1], before[name][1]), name
 
 
-@typical_cases
+@typical_own_cases
 def test_states_are_updated_in_place(case):
     model = ours(case)
     before = [buffer.data_ptr() for buffer in model.buffers()]
@@ -299,7 +315,7 @@ def test_states_have_the_shapes_and_dtypes_that_the_row_says(row):
     assert not states(model).keys() & model.state_dict().keys()
 
 
-@typical_cases
+@typical_own_cases
 def test_angles_are_computed_in_float32_whatever_the_dtype(case):
     model = ours(case, dtype=torch.bfloat16)
     others = [b for name, b in model.named_buffers() if name not in states(model)]
@@ -310,7 +326,7 @@ def test_angles_are_computed_in_float32_whatever_the_dtype(case):
 
 # A model of one row is given no row, which is of concern to its caches alone: the first case has
 # caches of both kinds.
-EXPORTED = [*((case, 3) for case in TYPICAL), (TYPICAL[0], 1)]
+EXPORTED = [*((case, 3) for case in TYPICAL_OWN), (TYPICAL_OWN[0], 1)]
 
 
 @pytest.mark.parametrize(("case", "batch"), EXPORTED)
@@ -370,6 +386,32 @@ def test_a_saved_checkpoint_loads_into_a_model_on_meta(tmp_path, case):
     tokens, expected = logits_of_one_pass(case)
     ends = even_ends(12, min(model.max_chunk, 5))
     assert_near(torch.cat(prefill(model, tokens, ends)), expected[[end - 1 for end in ends]])
+
+
+def tied_cases() -> list[str]:
+    """A case of each model_type that has one with a tied head."""
+    tied = [
+        case for case in CASES
+        if reference(case).config.tie_word_embeddings
+    ]  # fmt: skip
+    return list({model_type_of(case): case for case in tied}.values())
+
+
+def test_a_head_that_differs_from_the_embedding_that_it_is_tied_to_is_refused(tmp_path):
+    cases = tied_cases()
+    assert {ROW_OF[case].name for case in cases} == {row.name for row in ARCHITECTURES}
+    for i, case in enumerate(cases):
+        directory = tmp_path / str(i)
+        hf = reference(case)
+        hf.save_pretrained(directory)
+        weights = load_file(directory / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, directory / "model.safetensors")
+        load(directory, ROW_OF[case])
+        weights["lm_head.weight"][3, 5] += 0.25
+        save_file(weights, directory / "model.safetensors")
+        with pytest.raises(ExportError, match="lm_head.weight.* differ, and the model's config"):
+            load(directory, ROW_OF[case])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 network of models/ with the same."""
 
 import functools
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from tests.models.architectures import ARCHITECTURES, Architecture
 from tests.models.eager import prompt
+from tokenloop.export.checkpoint import Checkpoint, StoredTensor, load_weights
+from tokenloop.models import dense, olmo2
+from tokenloop.models.layers import RopeConfig
 
 ROW_OF = {case: row for row in ARCHITECTURES for case in row.cases}
 CASES = list(ROW_OF)
@@ -65,11 +70,14 @@ def network_of(
 ) -> torch.nn.Module:
     """The network of models/ with the config and the weights of transformers' model."""
     config = row.networks.Config.from_dict(hf.config.to_dict())
-    model = row.networks.Network(config, max_seq_len, batch, dtype)
-    # Not `to`: what is computed in float32 stays so.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model.load_state_dict(hf.state_dict())
+    with torch.device("meta"):
+        model = row.networks.Network(config, max_seq_len, batch, dtype)
+    stored = {
+        name: StoredTensor(tuple(tensor.shape), "F32", partial(torch.clone, tensor))
+        for name, tensor in hf.state_dict().items()
+    }
+    checkpoint = Checkpoint(Path("tiny"), "safetensors", {}, (), stored)
+    load_weights(model, checkpoint, row.networks.checkpoint_name, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -101,3 +109,40 @@ def logits_of_one_pass(case: str) -> tuple[torch.Tensor, torch.Tensor]:
 def states(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a model remembers of its rows [B, ...], by name."""
     return {name: buffer for name, buffer in model.named_buffers() if buffer.ndim > 1}
+
+
+# Networks of models/dense.py that have all between them that its families have.
+NORMED_AFTER, PADDED = "dense, normed after", "dense, padded heads"
+_DENSE = {
+    "vocab_size": 53, "hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+    "tie_word_embeddings": False, "attention_bias": True, "sliding_window": 7,
+}  # fmt: skip
+DENSE_NETWORKS = {
+    # Norms after, of all heads at once, and a layer that does not rotate.
+    NORMED_AFTER: (olmo2.Olmo2, _DENSE | {
+        "head_dim": 32, "rotary_dim": 32, "mlp_bias": False, "attention_multiplier": 0.2,
+        "layer_types": (dense.SLIDING, dense.FULL), "rotations": (dense.SLIDING, dense.UNROTATED),
+        "rope": {
+            dense.SLIDING: RopeConfig(700.0), dense.UNROTATED: RopeConfig(1.0, partial=0.0),
+        },
+    }),
+    # Heads of no kernel's size, of which a part rotates, and multipliers.
+    PADDED: (dense.Dense, _DENSE | {
+        "head_dim": 24, "rotary_dim": 18, "mlp_bias": True, "attention_multiplier": 0.3,
+        "layer_types": (dense.FULL, dense.SLIDING), "rotations": (dense.FULL, dense.FULL),
+        "rope": {dense.FULL: RopeConfig(700.0)}, "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22, "logits_scaling": 0.6,
+    }),
+}  # fmt: skip
+
+
+def dense_network(name: str, max_seq_len: int, batch: int) -> torch.nn.Module:
+    """One of DENSE_NETWORKS with random weights, the same every time."""
+    network_class, config = DENSE_NETWORKS[name]
+    network = network_class(dense.DenseConfig(**config), max_seq_len, batch)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in network.named_parameters():
+        mean, std = (1.0, 0.4) if "norm" in name else (0.0, 0.25)
+        parameter.data.normal_(mean, std, generator=generator)
+    return network.eval().requires_grad_(False)

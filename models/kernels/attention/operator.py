@@ -13,7 +13,7 @@ def launch_attend(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
     offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
-    tiles: AttendTiles | None = None,
+    attention_factor: float = 1.0, tiles: AttendTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """`attend_step`, cut as `tiles` say.
 
@@ -44,6 +44,7 @@ def launch_attend(
     launch(attend_kernel, (kv_heads, rows, programs))(
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
         out, acc, largest, total, semaphores, slots, scale, eps, offset,
+        attention_factor,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
         VALUE_NORM=value_norm, VALUES_ARE_KEYS=values_are_keys, WIDTH=qkv.stride(0),
         SPLITS=splits, FAN=fan, BLOCK_S=tiles.block_s, LEAST=tiles.least,
@@ -60,10 +61,11 @@ def attend_step(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
     offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
+    attention_factor: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """See reference.attend_step. Tensors are contiguous, but rows of qkv may lie further apart."""
     return launch_attend(
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, semaphores,
         scale=scale, eps=eps, offset=offset,
-        value_norm=value_norm, values_are_keys=values_are_keys,
+        value_norm=value_norm, values_are_keys=values_are_keys, attention_factor=attention_factor,
     )  # fmt: skip

@@ -14,13 +14,14 @@ def attend_step(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
     offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
+    attention_factor: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """One token's attention of each row, after its key and value are put into the caches.
 
     qkv [B, (H + 2 G) * Dh] -> [B, H * Dh]; position int64 [B]; caches [B, S, G, Dh] have position p
     in slot p % S; inv_freq float32 [Dh / 2] is 0 where a pair is not rotated. With values_are_keys
     qkv is [B, (H + G) * Dh], and a value is its key before norm and rotation. With value_norm
-    values are normed, without a weight.
+    values are normed, without a weight. Pairs that are rotated are multiplied by attention_factor.
     """
     rows, slots, kv_heads, head_dim = k_cache.shape
     heads = qkv.shape[1] // head_dim - kv_heads * (1 if values_are_keys else 2)
@@ -29,7 +30,8 @@ def attend_step(
     )
     v = k if values_are_keys else rest[0]
     angles = (position.float()[:, None] * inv_freq)[:, None]
-    cos, sin = angles.cos(), angles.sin()
+    length = torch.where(inv_freq != 0, attention_factor, 1.0)
+    cos, sin = angles.cos() * length, angles.sin() * length
 
     def prepare(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.float() if weight is None else rms_norm(x, weight, eps, offset)

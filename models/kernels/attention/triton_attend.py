@@ -34,6 +34,17 @@ def normed(x1, x2, w1, w2, eps):
 
 
 @triton.jit
+def turned(angle, inv_freq, attention_factor: tl.constexpr):
+    """cos and sin of rotary angles, times attention_factor where a pair is rotated."""
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    if attention_factor != 1.0:
+        # The others have the angle 0, and keep their length.
+        cos = tl.where(inv_freq != 0, cos * attention_factor, cos)
+        sin *= attention_factor
+    return cos, sin
+
+
+@triton.jit
 def rotated(x1, x2, cos, sin, dtype: tl.constexpr):
     return (x1 * cos - x2 * sin).to(dtype), (x2 * cos + x1 * sin).to(dtype)
 
@@ -126,6 +137,7 @@ def attend_kernel(
     qkv_ptr, position_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr,
     out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
     slots, scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
+    attention_factor: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     VALUE_NORM: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, FAN: tl.constexpr, BLOCK_S: tl.constexpr, LEAST: tl.constexpr,
@@ -170,8 +182,7 @@ def attend_kernel(
     if k_norm_ptr is not None:
         k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
     slot = position % slots
-    angle = position.to(tl.float32) * inv_freq
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    cos, sin = turned(position.to(tl.float32) * inv_freq, inv_freq, attention_factor)
 
     # 2. The projections.
     qkv_ptr += row * WIDTH + wait(asked)

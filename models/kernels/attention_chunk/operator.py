@@ -51,7 +51,7 @@ def rotate_chunk(
     qkv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor, v_cache: Tensor,
     q_norm: Tensor | None, k_norm: Tensor | None, inv_freq: Tensor, *, eps: float,
     offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
-    is_ring: bool = False, queries: bool = True, keys: bool = True,
+    is_ring: bool = False, queries: bool = True, keys: bool = True, attention_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.rotate_chunk. qkv's last axis is contiguous, and all else.
 
@@ -77,7 +77,7 @@ def rotate_chunk(
     blocks = count_blocks(tokens, rows.shape[0], block_t)
     launch(rotate_kernel, (kv_heads, blocks))(
         qkv, starts, rows, first, k_cache, v_cache, q_norm, k_norm, inv_freq, q, kv,
-        qkv.stride(0), slots, eps, offset,
+        qkv.stride(0), slots, eps, offset, attention_factor,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2, VALUE_NORM=value_norm,
         VALUES_ARE_KEYS=values_are_keys, KEYS=keys, IS_RING=is_ring, **_sequences(rows),
         BLOCK_T=block_t, num_warps=4,

@@ -26,14 +26,14 @@ def rotate_chunk(
     qkv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor, v_cache: Tensor,
     q_norm: Tensor | None, k_norm: Tensor | None, inv_freq: Tensor, *, eps: float,
     offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
-    is_ring: bool = False, queries: bool = True, keys: bool = True,
+    is_ring: bool = False, queries: bool = True, keys: bool = True, attention_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Norm and rotate the queries and keys of a chunk: q [T, H * Dh] and kv.
 
     qkv [T, (H + 2 G) * Dh]; inv_freq float32 [Dh / 2] is 0 where a pair is not rotated. With
     values_are_keys qkv is [T, (H + G) * Dh], and a value is its key before norm and rotation. With
-    value_norm values are normed, without a weight. Without `queries` H is 0 and q is [0]. Without
-    `keys` qkv is [T, H * Dh].
+    value_norm values are normed, without a weight. Pairs that are rotated are multiplied by
+    attention_factor. Without `queries` H is 0 and q is [0]. Without `keys` qkv is [T, H * Dh].
 
     Keys and values of a full cache are put into it, and kv is [0]. A ring is left as it is, and kv
     [T, 2, G, Dh] are its keys and values.
@@ -47,7 +47,8 @@ def rotate_chunk(
 
     def prepare(x: Tensor, weight: Tensor | None, positions: Tensor) -> Tensor:
         angles = (positions.float()[:, None] * inv_freq)[:, None]
-        cos, sin = angles.cos(), angles.sin()
+        length = torch.where(inv_freq != 0, attention_factor, 1.0)
+        cos, sin = angles.cos() * length, angles.sin() * length
         x = x.float() if weight is None else rms_norm(x, weight, eps, offset)
         one, two = x.chunk(2, dim=-1)
         return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(qkv.dtype)

@@ -7,7 +7,7 @@ first or the second half of a head, which rotation pairs (x1, x2).
 import triton
 import triton.language as tl
 
-from tokenloop.models.kernels.attention.triton_attend import load_halves, normed, rotated
+from tokenloop.models.kernels.attention.triton_attend import load_halves, normed, rotated, turned
 from tokenloop.models.kernels.attention_chunk.triton_sequences import find_tokens
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 
@@ -29,6 +29,7 @@ def store_tokens(ptr, offsets, x1, x2, mask, HALF: tl.constexpr):
 def rotate_kernel(
     qkv_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr,
     q_ptr, kv_ptr, width, slots, eps: tl.constexpr, offset: tl.constexpr,
+    attention_factor: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, VALUE_NORM: tl.constexpr,
     VALUES_ARE_KEYS: tl.constexpr, KEYS: tl.constexpr, IS_RING: tl.constexpr,
     SEQUENCES: tl.constexpr, PADDED: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -49,8 +50,8 @@ def rotate_kernel(
     t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = (t < count)[:, None]
     position = tl.load(first_ptr + sequence) + t
-    angle = position.to(tl.float32)[:, None] * tl.load(inv_freq_ptr + i)[None, :]
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    inv_freq = tl.load(inv_freq_ptr + i)[None, :]
+    cos, sin = turned(position.to(tl.float32)[:, None] * inv_freq, inv_freq, attention_factor)
     token = (start + t).to(tl.int64)[:, None]
     in_offsets = token * width + i[None, :]
     if HEADS > 0 and q_norm_ptr is not None:

@@ -31,8 +31,10 @@ def inverse_rms(squares, size, eps):
 
 @triton.jit
 def norm_weights(norm_ptr, post_ptr, k, K, ADD: tl.constexpr):
-    """float32 weights [len(k)] of a norm, and of the norm of a branch if there is one."""
-    weight = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    """float32 weights [len(k)] of a norm and of the norm of a branch, if there are any."""
+    weight = tl.zeros(k.shape, tl.float32)
+    if norm_ptr is not None:
+        weight = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     post = weight
     if ADD and post_ptr is not None:
         post = tl.load(post_ptr + k, mask=k < K, other=0.0).to(tl.float32)
@@ -82,7 +84,39 @@ def norm_kernel(
     )
     if ADD:
         tl.store(total_ptr + b * K + k, total, mask=k < K)
-    tl.store(h_ptr + b * K + k, h, mask=k < K)
+    if norm_ptr is not None:
+        tl.store(h_ptr + b * K + k, h, mask=k < K)
+
+
+@waits  # once it has the weights and the count, which the host wrote
+@triton.jit
+def norm_heads_kernel(
+    x_ptr, q_norm_ptr, k_norm_ptr, y_ptr, count_ptr, width, size, q_size, k_size,
+    eps: tl.constexpr, offset: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A row's queries, keys or what comes after them, by the program's second number. Rows of x are
+    `width` elements apart, and have `size`."""
+    b, part = tl.program_id(0), tl.program_id(1)
+    begin = tl.where(part == 0, 0, tl.where(part == 1, q_size, q_size + k_size))
+    count = tl.where(part == 0, q_size, tl.where(part == 1, k_size, size - q_size - k_size))
+    k = tl.arange(0, BLOCK_K)
+    mask = k < count
+    weight = tl.zeros([BLOCK_K], tl.float32)
+    if q_norm_ptr is not None:
+        weight += tl.load(q_norm_ptr + k, mask=mask & (part == 0), other=0.0).to(tl.float32)
+    if k_norm_ptr is not None:
+        weight += tl.load(k_norm_ptr + k, mask=mask & (part == 1), other=0.0).to(tl.float32)
+    rows = b + 1
+    if count_ptr is not None:
+        rows = tl.load(count_ptr)
+    zero = wait(0)
+    if b + zero >= rows:
+        return
+    x = tl.load(x_ptr + (b + zero) * width + begin + k, mask=mask, other=0.0)
+    h = x
+    if part < 2:
+        h = rms_norm(x.to(tl.float32), offset + weight, tl.maximum(count, 1), eps).to(x.dtype)
+    tl.store(y_ptr + b * size + begin + k, h, mask=mask)
 
 
 @waits
@@ -126,15 +160,16 @@ def norm_parts_kernel(
             tl.store(total_ptr + start + k, x, mask=mask)
         x64 = x.to(tl.float32).to(tl.float64)
         squares += x64 * x64
-    # The sum has barriers, behind which every thread sees what was stored.
-    scale = inverse_rms(squares, K, eps)
-    for part in tl.static_range(PARTS):
-        k = part * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = k < K
-        weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
-        if ADD:
-            x = tl.load(total_ptr + start + k, mask=mask, other=0.0)
-        else:
-            x = tl.load(x_ptr + start + k, mask=mask, other=0.0)
-        h = x.to(tl.float32) * scale * (offset + weight)
-        tl.store(h_ptr + start + k, h.to(x.dtype), mask=mask)
+    if norm_ptr is not None:
+        # The sum has barriers, behind which every thread sees what was stored.
+        scale = inverse_rms(squares, K, eps)
+        for part in tl.static_range(PARTS):
+            k = part * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask = k < K
+            weight = tl.load(norm_ptr + k, mask=mask, other=0.0).to(tl.float32)
+            if ADD:
+                x = tl.load(total_ptr + start + k, mask=mask, other=0.0)
+            else:
+                x = tl.load(x_ptr + start + k, mask=mask, other=0.0)
+            h = x.to(tl.float32) * scale * (offset + weight)
+            tl.store(h_ptr + start + k, h.to(x.dtype), mask=mask)

@@ -26,6 +26,7 @@ def attention(normal, layout, slots, dtype, values_are_keys):
     options = {
         "scale": head_dim**-0.5, "eps": EPS, "offset": 1.0,
         "values_are_keys": values_are_keys, "value_norm": values_are_keys,
+        "attention_factor": 1.0 if values_are_keys else 1.3,
     }  # fmt: skip
     return qkv, caches, norms, inv_freq, options
 

@@ -50,7 +50,8 @@ class Prompts:
         self.inv_freq = torch.rand(self.head_dim // 2, device=DEVICE)
         self.inv_freq[self.head_dim // 3 :] = 0
         # Flat softmaxes: steep ones turn a rounding of a key into another result.
-        self.options = {"eps": EPS, "offset": 1.0, "is_ring": is_ring, **options}
+        factor = {} if is_ring else {"attention_factor": 1.3}
+        self.options = {"eps": EPS, "offset": 1.0, "is_ring": is_ring, **factor, **options}
         self.scale = 0.5 * self.head_dim**-0.5
 
     def chunk(self, pieces, spare=0):

@@ -68,3 +68,45 @@ def test_wide_rows_have_the_same_bits_in_parts(normal, monkeypatch, dtype, with_
         got = *got, operator.norm(x, weight, number, **options)
         for ours, right in zip(got, whole):
             assert torch.equal(ours[:count], right[:count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_post, with_scalar", [(False, False), (True, False), (True, True)])
+def test_a_residual_alone_has_the_bits_that_it_has_beside_its_norm(
+    normal, monkeypatch, dtype, with_post, with_scalar
+):
+    size, count = 40, 3
+    x, branch = normal(5, size, dtype=dtype), normal(5, size, dtype=dtype)
+    post = normal(size, dtype=dtype) if with_post else None
+    scalar = normal(1, dtype=dtype) if with_scalar else None
+    residual, options = (x, branch, post, scalar), {"eps": EPS, "offset": 1.0}
+    total, _ = operator.add_norm(*residual, normal(size, dtype=dtype), **options)
+    assert torch.equal(operator.add_branch(*residual, **options), total)
+    assert_close(total, reference.add_branch(*residual, **options), dtype)
+    number = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    for whole in (size, 16):
+        monkeypatch.setattr(operator, "WHOLE", whole)
+        got = operator.add_branch(*residual, number, **options)
+        assert torch.equal(got[:count], total[:count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("queries, keys", [(24, 12), (24, 0), (0, 12)])
+def test_queries_and_keys_are_normed_all_heads_at_once(normal, dtype, offset, queries, keys):
+    rows, values, count = 5, 12, 3
+    # Rows that lie further apart than they are wide.
+    x = normal(rows, queries + keys + values + 7, dtype=dtype)[:, : queries + keys + values]
+    weights = [normal(size, dtype=dtype) if size else None for size in (queries, keys)]
+    options = {"eps": EPS, "offset": offset}
+    got = operator.norm_heads(x, *weights, **options)
+    assert_close(got, reference.norm_heads(x, *weights, **options), dtype)
+    assert torch.equal(got[:, queries + keys :], x[:, queries + keys :])
+    number = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    x[count:] = float("nan")
+    assert torch.equal(operator.norm_heads(x, *weights, number, **options)[:count], got[:count])
+
+
+def test_norms_of_more_than_a_row_has_are_refused(normal):
+    with pytest.raises(ValueError, match=r"norms of 24 and 12: contiguous rows as long as both"):
+        operator.norm_heads(normal(2, 30), normal(24), normal(12), eps=EPS)
