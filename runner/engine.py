@@ -32,12 +32,13 @@ class EngineClosed(RunnerError):
 @dataclass(frozen=True)
 class Counts:
     """Requests that are `waiting` and `running` now; and since the engine began, tokens of prompts
-    that got a row, `new_tokens` that were generated, and how often the program `failed`."""
+    that got a row, `new_tokens` that were generated, steps, and how often the program `failed`."""
 
     waiting: int
     running: int
     prompt_tokens: int
     new_tokens: int
+    steps: int
     failed: int
 
 
@@ -74,6 +75,7 @@ class Engine:
         self._running: list[Ticket] = []
         self._is_closed = False
         self._prompt_tokens = self._new_tokens = self._failed = 0
+        self._steps_before = model.loop.steps
         # Of a user of the model's Turn.
         self.is_finished = False
         begun: Future[None] = Future()
@@ -125,7 +127,7 @@ class Engine:
             self._forget_ended()
             return Counts(
                 len(self._waiting), len(self._running), self._prompt_tokens, self._new_tokens,
-                self._failed,
+                self.model.loop.steps - self._steps_before, self._failed,
             )  # fmt: skip
 
     @property

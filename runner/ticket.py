@@ -50,7 +50,7 @@ class Ticket(Result):
         return self
 
     def __next__(self) -> Token:
-        """Errors: RunnerError for a request that was refused when its turn had come, EngineError."""
+        """Errors: RunnerError for a request that was refused when its turn came, EngineError."""
         with self._changed:
             while not self._tokens:
                 if self._is_over():

@@ -108,10 +108,10 @@ class Tokenizer:
         return SimpleNamespace(push=lambda token_id: f"{token_id} ", finish=lambda: "")
 
 
-def yielding_model(batch: int = 3) -> Model:
+def yielding_model(batch: int = 3, max_seq_len: int = 64) -> Model:
     """A model of YieldingProgram, which no artifact is needed for."""
     model = Model.__new__(Model)
-    model.loop = Loop(YieldingProgram(batch))
+    model.loop = Loop(YieldingProgram(batch, max_seq_len))
     model.manifest = model.loop.program.manifest
     model.vocab_size, model.max_seq_len = VOCABULARY, model.manifest["max_seq_len"]
     model.batch, model.tokenizer, model.load_s = batch, Tokenizer(), 0.0

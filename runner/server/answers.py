@@ -1,0 +1,87 @@
+"""The objects that are answered with, in the protocol's two kinds: chat and plain completions."""
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tokenloop.runner.result import Result
+
+
+class Answer:
+    """One answer's objects: whole, or as the chunks of a stream. Its choices are `results`."""
+
+    def __init__(self, is_chat: bool, model: str, fingerprint: str, results: Sequence[Result]):
+        """`fingerprint` says which artifact it is."""
+        self._is_chat, self._results = is_chat, results
+        self._head = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": "chat.completion" if is_chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+
+    def whole(self, prompt_tokens: int) -> dict[str, Any]:
+        """The answer, once all results have ended."""
+        choices = []
+        for index, result in enumerate(self._results):
+            content: dict[str, Any] = {"text": result.text}
+            if self._is_chat:
+                message = {"role": "assistant", "content": result.text, "refusal": None}
+                content = {"message": message}
+            choices.append(self._choice(index, content, result.finish_reason))
+        return self._head | {"choices": choices, "usage": self.usage(prompt_tokens)}
+
+    def usage(self, prompt_tokens: int) -> dict[str, int]:
+        """Tokens of prompts, each counted once, and of all choices."""
+        new = sum(len(result.token_ids) for result in self._results)
+        return {
+            "prompt_tokens": prompt_tokens, "completion_tokens": new,
+            "total_tokens": prompt_tokens + new,
+        }  # fmt: skip
+
+    def first_chunks(self) -> list[dict]:
+        """What a stream begins with."""
+        if not self._is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(i, {"delta": delta}, None) for i in range(len(self._results))]
+
+    def text_chunk(self, index: int, text: str) -> dict:
+        """More text of a choice."""
+        content = {"delta": {"content": text}} if self._is_chat else {"text": text}
+        return self._chunk(index, content, None)
+
+    def last_chunk(self, index: int) -> dict:
+        """The end of a choice."""
+        content = {"delta": {}} if self._is_chat else {"text": ""}
+        return self._chunk(index, content, self._results[index].finish_reason)
+
+    def usage_chunk(self, prompt_tokens: int) -> dict:
+        """What ends a stream whose options include usage."""
+        return self._chunks_head() | {"choices": [], "usage": self.usage(prompt_tokens)}
+
+    def _chunks_head(self) -> dict:
+        return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})
+
+    def _chunk(self, index: int, content: dict, finish_reason: str | None) -> dict:
+        return self._chunks_head() | {"choices": [self._choice(index, content, finish_reason)]}
+
+    def _choice(self, index: int, content: dict, finish_reason: str | None) -> dict:
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+
+
+def as_json(value: Any) -> bytes:
+    """JSON in UTF-8. Half a surrogate pair, which a refusal may quote, is written as JSON's own."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")
+
+
+def as_event(value: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + as_json(value) + b"\n\n"
+
+
+END = b"data: [DONE]\n\n"
