@@ -124,7 +124,7 @@ def serve(options: argparse.Namespace) -> int:
     with process.InterruptsRaised() as interrupts:
         model = Model(options.artifact, options.threads, options.verify)
         interrupts.check()
-    name = options.model_name or options.artifact.resolve().name
+    name = options.model_name or options.artifact.absolute().name
     host, port = listener.getsockname()[:2]
     only_here = is_loopback(host)
     settings = Settings(name, options.api_key, options.timeout, only_here, options.log_prompts)
