@@ -13,7 +13,7 @@ from tokenloop.runner.model import Model
 from tokenloop.runner.server.app import Server, Settings
 from tokenloop.runner.server.listening import Listening
 
-SECONDS = 30  # after which whatever is waited for fails
+SECONDS = 120  # after which whatever is waited for fails
 
 
 class TextTokenizer:

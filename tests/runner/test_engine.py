@@ -19,7 +19,7 @@ from tokenloop.runner import (
     ticket,
 )
 
-SECONDS = 30  # after which a test gives up, and fails
+SECONDS = 120  # after which a test gives up, and fails
 
 
 class Gate:

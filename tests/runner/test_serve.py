@@ -119,13 +119,15 @@ def test_the_clients_chat_is_answered_and_streamed():
         with client_of(found.port) as client:
             whole = client.chat.completions.create(**asked)
         texts, usage = asyncio.run(stream(found.port))
-    expected = []
+    model, alone = text_model(1), []
+    ids = model.tokenizer.encode("<user>Hello<model>")
     for seed in (5, 6):
-        model = text_model(1)
-        ids = model.tokenizer.encode("<user>Hello<model>")
-        expected.append(model.generate(Request(ids, 12, temperature=1.0, seed=seed)).run().text)
+        alone.append(model.generate(Request(ids, 12, temperature=1.0, seed=seed)).run())
+    expected = [one.text for one in alone]
     assert [choice.message.content for choice in whole.choices] == texts == expected
-    assert usage == whole.usage and usage.completion_tokens == 24
+    assert [choice.finish_reason for choice in whole.choices] == [a.finish_reason for a in alone]
+    assert usage == whole.usage
+    assert usage.completion_tokens == sum(len(one.token_ids) for one in alone)
 
 
 def test_of_a_thousand_requests_at_64_clients_none_is_lost_or_mixed_up(served, tiny_artifact):
@@ -178,7 +180,7 @@ def test_a_hundred_megabytes_are_refused_and_dropped(served):
 )
 def test_a_signal_ends_it_once_what_runs_has_ended(batch_artifact, tmp_path, number, status):
     found = Process("--artifact", batch_artifact, "--threads", 1, cwd=tmp_path)
-    body = {"prompt": "Once", "max_tokens": 150, "temperature": 0, "stream": True}
+    body = {"prompt": "Once", "max_tokens": 100, "temperature": 0, "stream": True}
     head = {"content-type": "application/json"}
     with socket.create_connection(("127.0.0.1", found.port), SECONDS) as connection:
         connection.sendall(request_of("POST", COMPLETIONS, json.dumps(body).encode(), head))
