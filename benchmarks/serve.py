@@ -142,6 +142,27 @@ def measure_server(artifact: Path, requests: list[dict], stream: bool, stall_ms:
         server.close()
 
 
+def logprobs_ms(artifact: Path, repeats: int = 101) -> dict[str, float]:
+    """What a token's log probability costs the host, by the number of alternatives, in milliseconds
+    of a processor."""
+    import numpy as np
+
+    from tokenloop.runner.logprobs import logprobs_of
+    from tokenloop.runner.manifest import open_artifact
+
+    size = open_artifact(artifact).manifest["vocab_size"]
+    logits = np.random.default_rng(0).normal(0, 5, size).astype(np.float32)
+    found = {}
+    for count in (0, 5, 20):
+        times = []
+        for _ in range(repeats):
+            start = time.process_time()
+            logprobs_of(logits, 5, count)
+            times.append(time.process_time() - start)
+        found[str(count)] = 1e3 * statistics.median(times)
+    return found
+
+
 def benchmark(options: argparse.Namespace) -> dict:
     artifact, found = options.artifact.resolve(), machine()
     print_machine(found)
@@ -185,6 +206,7 @@ def benchmark(options: argparse.Namespace) -> dict:
             f"p{p}": gaps[min(len(gaps) - 1, len(gaps) * p // 100)] for p in (50, 99)
         },
         "ready_s": [min(ready), statistics.median(ready), max(ready)],
+        "logprobs_ms": logprobs_ms(artifact),
         "repeats": options.repeats,
         "machine": found,
         "date": datetime.date.today().isoformat(),
@@ -195,6 +217,8 @@ def benchmark(options: argparse.Namespace) -> dict:
     between = result["between_chunks_ms"]
     print(f"between chunks    {between['p50']:.1f} ms, and 99 % within {between['p99']:.1f} ms")
     print(f"start to ready    {result['ready_s'][1]:.2f} s, at most {result['ready_s'][2]:.2f} s")
+    for count, ms in result["logprobs_ms"].items():
+        print(f"log probability   {ms:.2f} ms of a processor, with {count} alternatives")
     return result
 
 

@@ -1,11 +1,13 @@
 """The loop: tokens go from method to method in place, and the host only reads them."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.logprobs import Logprobs, logprobs_of
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
 from tokenloop.runner.program import Program, Selected, can_wait
 from tokenloop.runner.request import is_integer, shown
@@ -149,6 +151,8 @@ class Loop:
                         continue  # Its first token is in the last line.
                     read[row] += 1
                     if sequence.finish_reason is None:
+                        if sequence.request.logprobs is not None:
+                            sequence.logprobs.append(steps.logprobs[row].popleft())
                         yield sequence, ids[line + row]
                     if sequence.finish_reason is not None or read[row] == sequence.limit:
                         slots.leave(row)
@@ -202,6 +206,8 @@ class Steps:
         self._newest = Selected(token, token)
         self._run_ahead = options.run_ahead
         self._gathered = Gathered(program, options.run_ahead) if options.run_ahead > 1 else None
+        # Of each row's tokens that are not read yet, where they are asked for.
+        self.logprobs: list[deque[Logprobs]] = [deque() for _ in range(program.manifest["batch"])]
 
     def begin(self, row: int, logits: Any) -> None:
         """Choose the row's first token from its prompt's logits [1, V], and put it beside the
@@ -215,6 +221,9 @@ class Steps:
             self._newest = Selected(token, program.feed(token, self._buffer))
         if self._gathered:
             self._gathered.join(row, self._newest.token)
+        self.logprobs[row].clear()
+        if (alternatives := self._slots.request(row).logprobs) is not None:
+            self._note(row, alternatives, logits[0])
 
     def unread(self) -> Any:
         """The tokens int64 [N, B] or [B, 1] of the newest steps, in memory that the steps which are
@@ -236,10 +245,18 @@ class Steps:
                 out = self._program.next_id(self._buffer)
                 fed = self._program.transfers.upload([[i] for i in ids], out=out)
             self._buffer = 1 - self._buffer
+            wanted = self._slots.want_logprobs()
             self._newest = self._program.step(fed, self._slots.next_step(), self._buffer)
+            for row, alternatives in wanted:
+                self._note(row, alternatives, self._program.logits[row])
             if self._gathered:
                 self._gathered.add(self._newest.token)
         return self._run_ahead
+
+    def _note(self, row: int, count: int, logits: Any) -> None:
+        """Keep the log probabilities of the row's newest token, before its logits are gone."""
+        (token_id,) = self._program.transfers.download(self._newest.token[row])
+        self.logprobs[row].append(logprobs_of(logits, token_id, count))
 
 
 class Gathered:

@@ -165,6 +165,11 @@ class Model:
         """The request's prompt as ids, and how many tokens can come after it. The program is not
         touched. Errors: RunnerError for what `generate` refuses."""
         request.check()
+        if request.logprobs is not None and not self.loop.program.has_logits:
+            raise RunnerError(
+                f"logprobs is {request.logprobs}; an artifact of {self.manifest['engine']} for "
+                f"{self.manifest['device']} gives no log probabilities: it must be None"
+            )
         ids = self._prompt_ids(request)
         if len(ids) == 0:
             raise RunnerError("the prompt is empty, and no bos is put before it: give some text")

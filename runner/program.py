@@ -80,6 +80,10 @@ class Program(Protocol):
     # How prompts are packed, or None where each is prefilled by itself.
     packing: Packing | None = None
     step_inputs: dict[str, Any] = {}
+    # The logits float32 [B, V] of the newest `decode`, where they lie in the host's memory; others
+    # give no log probabilities.
+    has_logits: bool = False
+    logits: Any = None
     # Whether steps are fed embeddings, as the newest run has it. Before any run it is tokens.
     embedding: bool = False
 

@@ -12,6 +12,7 @@ from typing import Any
 from tokenloop.runner.errors import RunnerError
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Request:
     softmax(logits / temperature). `top_k` restricts it to so many most likely tokens (0: to none),
     and `top_p` to the most likely of these that together have that probability (1: to none). A
     draw is determined by `seed` (int64), the position and the token id, and by nothing else.
+
+    `logprobs` asks for the log probability of each token and of so many of the likeliest; an
+    artifact for a GPU gives none.
     """
 
     prompt: str | list[int]
@@ -36,6 +40,7 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     chat: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):
@@ -88,4 +93,8 @@ RULES = {
         "each must be a text of at least one character",
     ),
     "chat": (lambda x: isinstance(x, bool), "it must be True or False"),
+    "logprobs": (
+        lambda x: x is None or (is_integer(x) and 0 <= x <= MOST_LOGPROBS),
+        f"it must be 0 to {MOST_LOGPROBS}, or None",
+    ),
 }

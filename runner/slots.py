@@ -5,18 +5,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Step, selection_method
 from tokenloop.runner.request import Request
 
 
 class Sequence(Protocol):
     """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
-    `finish_reason`."""
+    `finish_reason`. Where the request asks for them, `logprobs` gets the log probabilities of each
+    token before the token comes."""
 
     prompt_ids: list[int]
     limit: int
     request: Request
     finish_reason: str | None
+    logprobs: list[Logprobs]
 
 
 class Slots:
@@ -89,9 +92,19 @@ class Slots:
         """Those of them that have none yet."""
         return [(row, sequence) for row, sequence in self.occupied() if not self._begun[row]]
 
+    def want_logprobs(self) -> list[tuple[int, int]]:
+        """The rows whose next step's log probabilities are asked for, each with the number of
+        alternatives."""
+        found = [(row, s.request.logprobs) for row, s in self.begun() if self._runs(row)]
+        return [(row, count) for row, count in found if count is not None]
+
     def need_a_step(self) -> bool:
         """Whether any sequence has more tokens to come than are submitted."""
         return any(map(self._runs, range(self._used)))
+
+    def request(self, row: int) -> Request:
+        """What the row's sequence asks for."""
+        return self._sequences[row].request
 
     def first_choice(self, row: int) -> Choice:
         """How the row's first token is chosen, after the last position of its prompt."""

@@ -33,6 +33,12 @@ class TextTokenizer:
     def apply_chat_template(self, messages: list[dict]) -> str:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<model>"
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return self._text(token_id).encode() if token_id else None
+
+    def token_name(self, token_id: int) -> str:
+        return "<end>"
+
     def stream(self):
         return self
 

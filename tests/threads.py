@@ -35,6 +35,8 @@ class YieldingProgram(Program):
     """Its logits depend on all tokens of a row's sequence and on nothing else. Each method lets
     another thread run while it is under way, and `intruders` counts methods that began then."""
 
+    has_logits = True
+
     def __init__(self, batch: int, max_seq_len: int = 64, max_prefill: int = 5):
         self.manifest = {
             "batch": batch, "max_seq_len": max_seq_len, "max_prefill": max_prefill,
@@ -84,7 +86,9 @@ class YieldingProgram(Program):
     def _decode(self, fed, positions):
         for row, position in enumerate(positions):
             self._state[row, position] = fed[row, 0]
-        return np.concatenate([self._logits(r, p) for r, p in enumerate(positions)])
+        rows = [self._logits(row, position) for row, position in enumerate(positions)]
+        self.logits = np.concatenate(rows)
+        return self.logits
 
     def _logits(self, row, last):
         logits = np.zeros((1, VOCABULARY), np.float32)

@@ -6,15 +6,24 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tokenloop.runner.result import Result
+from tokenloop.runner.result import Result, Token
+from tokenloop.runner.server.logprobs import ChatLogprobs, CompletionLogprobs
+from tokenloop.runner.tokenizer import Tokenizer
 
 
 class Answer:
     """One answer's objects: whole, or as the chunks of a stream. Its choices are `results`."""
 
-    def __init__(self, is_chat: bool, model: str, fingerprint: str, results: Sequence[Result]):
+    def __init__(
+        self, is_chat: bool, model: str, fingerprint: str, results: Sequence[Result],
+        tokenizer: Tokenizer,
+    ):  # fmt: skip
         """`fingerprint` says which artifact it is."""
         self._is_chat, self._results = is_chat, results
+        kind = ChatLogprobs if is_chat else CompletionLogprobs
+        self._logprobs = [
+            None if result.request.logprobs is None else kind(tokenizer) for result in results
+        ]
         self._head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if is_chat else "text_completion",
@@ -31,7 +40,8 @@ class Answer:
             if self._is_chat:
                 message = {"role": "assistant", "content": result.text, "refusal": None}
                 content = {"message": message}
-            choices.append(self._choice(index, content, result.finish_reason))
+            tokens = [Token(i, "", found) for i, found in zip(result.token_ids, result.logprobs)]
+            choices.append(self._choice(index, content, tokens, result.finish_reason))
         return self._head | {"choices": choices, "usage": self.usage(prompt_tokens)}
 
     def usage(self, prompt_tokens: int) -> dict[str, int]:
@@ -47,17 +57,18 @@ class Answer:
         if not self._is_chat:
             return []
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(i, {"delta": delta}, None) for i in range(len(self._results))]
+        return [self._chunk(i, {"delta": delta}, [], None) for i in range(len(self._results))]
 
-    def text_chunk(self, index: int, text: str) -> dict:
+    def text_chunk(self, index: int, tokens: Sequence[Token]) -> dict:
         """More text of a choice."""
+        text = "".join(token.text for token in tokens)
         content = {"delta": {"content": text}} if self._is_chat else {"text": text}
-        return self._chunk(index, content, None)
+        return self._chunk(index, content, tokens, None)
 
     def last_chunk(self, index: int) -> dict:
         """The end of a choice."""
         content = {"delta": {}} if self._is_chat else {"text": ""}
-        return self._chunk(index, content, self._results[index].finish_reason)
+        return self._chunk(index, content, [], self._results[index].finish_reason)
 
     def usage_chunk(self, prompt_tokens: int) -> dict:
         """What ends a stream whose options include usage."""
@@ -66,11 +77,18 @@ class Answer:
     def _chunks_head(self) -> dict:
         return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})
 
-    def _chunk(self, index: int, content: dict, finish_reason: str | None) -> dict:
-        return self._chunks_head() | {"choices": [self._choice(index, content, finish_reason)]}
+    def _chunk(
+        self, index: int, content: dict, tokens: Sequence[Token], finish_reason: str | None
+    ) -> dict:
+        choice = self._choice(index, content, tokens, finish_reason)
+        return self._chunks_head() | {"choices": [choice]}
 
-    def _choice(self, index: int, content: dict, finish_reason: str | None) -> dict:
-        return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self, index: int, content: dict, tokens: Sequence[Token], finish_reason: str | None
+    ) -> dict:
+        found = self._logprobs[index]
+        logprobs = None if found is None or not tokens else found.of(tokens)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def as_json(value: Any) -> bytes:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tokenloop.runner.request import Request, fault_of
+from tokenloop.runner.request import MOST_LOGPROBS, Request, fault_of
 from tokenloop.runner.server.errors import ApiError
 
 # They say who asks, and what may be cached, and change no answer.
@@ -20,14 +20,14 @@ HINTS = {"user", "safety_identifier", "prompt_cache_key"}
 PENALTIES = {"frequency_penalty": [0], "presence_penalty": [0], "repetition_penalty": [1]}
 LACKING = PENALTIES | {"logit_bias": [{}], "min_p": [0], "service_tier": ["auto", "default"]}
 LACKING_IN_CHAT = LACKING | {
-    "logprobs": [False], "top_logprobs": [0], "response_format": [{"type": "text"}],
+    "response_format": [{"type": "text"}],
     "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True, False],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]],
     "audio": [], "prediction": [], "reasoning_effort": [], "verbosity": [],
     "web_search_options": [], "store": [False], "metadata": [{}],
 }  # fmt: skip
 LACKING_IN_COMPLETIONS = LACKING | {
-    "logprobs": [], "echo": [False], "suffix": [], "best_of": [1],
+    "echo": [False], "suffix": [], "best_of": [1],
 }  # fmt: skip
 LACKING_IN_MESSAGES = {
     "name": [], "tool_calls": [[]], "tool_call_id": [], "function_call": [], "refusal": [],
@@ -114,12 +114,11 @@ class Asked(Fields):
         seed = secrets.randbits(63) if self.seed is None else self.seed
         # An int64 that overflows begins again at its least.
         seeds = [(seed + i + 2**63) % 2**64 - 2**63 for i in range(self.n)]
-        return [
-            Request(
-                prompt_ids, limit, self.temperature, self.top_k, self.top_p, seed, tuple(self.stop)
-            )
-            for seed in seeds
-        ]
+        parameters = {
+            "max_new_tokens": limit, "temperature": self.temperature, "top_k": self.top_k,
+            "top_p": self.top_p, "stop": tuple(self.stop), "logprobs": self.alternatives,
+        }  # fmt: skip
+        return [Request(prompt_ids, seed=seed, **parameters) for seed in seeds]
 
     def check(self) -> None:
         """Errors: ApiError for values that only together, or for the runner, are wrong."""
@@ -136,9 +135,13 @@ class ChatFields(Asked):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
 
     def check(self) -> None:
         super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs is only for logprobs true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ApiError(
                 400, "max_tokens and max_completion_tokens are one limit by two names: give one",
@@ -149,11 +152,22 @@ class ChatFields(Asked):
     def limit(self) -> int | None:
         return self.max_tokens or self.max_completion_tokens
 
+    @property
+    def alternatives(self) -> int | None:
+        """Of how many likely tokens the log probability is asked for, beside the chosen one's."""
+        return self.top_logprobs if self.logprobs else None
+
 
 class CompletionFields(Asked):
     """The body of /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(several_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As of ChatFields."""
+        return self.logprobs
 
     @property
     def limit(self) -> int:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from tokenloop.runner.engine import Engine, EngineClosed, QueueFull
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.request import Request
+from tokenloop.runner.result import Token
 from tokenloop.runner.server.answers import END, Answer, as_event, as_json
 from tokenloop.runner.server.body import unless_gone
 from tokenloop.runner.server.errors import ApiError
@@ -24,8 +25,8 @@ LOG = logging.getLogger(__name__)
 # What a client has beyond the time of its request to read what was generated.
 READING_SECONDS = 60
 
-# The number of a choice, and more of its text, or None at its end.
-Piece = tuple[int, str | None]
+# The number of a choice, and more of its tokens, or None at its end.
+Piece = tuple[int, list[Token] | None]
 
 
 def json_response(value: object, status: int = 200, headers: dict | None = None) -> Response:
@@ -54,7 +55,9 @@ class Generating:
             tickets = self._submit(fields, prompts, param)
         except RunnerError as error:
             raise ApiError(400, str(error), param) from None
-        answer = Answer(param == "messages", self._name, self._fingerprint, tickets)
+        answer = Answer(
+            param == "messages", self._name, self._fingerprint, tickets, self._model.tokenizer
+        )
         prompt_tokens = sum(map(len, prompts))
         pieces = self._pieces(tickets, start)
         with ExitStack() as given_up:
@@ -108,12 +111,12 @@ class Generating:
             raise ApiError(503, "the server is shutting down", code="shutting_down") from None
 
     async def _pieces(self, tickets: list[Ticket], start: float) -> AsyncIterator[Piece]:
-        """The choices' texts as they come, of all requests together. Errors: ApiError."""
+        """The choices' tokens as they come, of all requests together. Errors: ApiError."""
         if len(tickets) == 1:
             async for piece in self._pieces_of(0, tickets[0], start):
                 yield piece
             return
-        # Of one piece: text that nobody has read yet is kept by its ticket, and comes as one.
+        # Of one piece: what nobody has read yet is kept by its ticket, and comes as one.
         queue: asyncio.Queue[Piece | ApiError] = asyncio.Queue(1)
 
         async def pump(index: int, ticket: Ticket) -> None:
@@ -147,9 +150,9 @@ class Generating:
                 else:
                     self._metrics.next_token.observe(now - before)
                 before = now
-                text = token.text + "".join(more.text for more in ticket.arrived())
-                if text:
-                    yield index, text
+                tokens = [token, *ticket.arrived()]
+                if any(one.text or one.logprobs for one in tokens):
+                    yield index, tokens
         except EngineError as error:
             raise ApiError(500, str(error)) from None
         except RunnerError as error:
@@ -210,10 +213,10 @@ class EventStream(Response):
         yield END
 
     def _chunk(self, piece: Piece) -> dict:
-        index, text = piece
-        if text is None:
+        index, tokens = piece
+        if tokens is None:
             return self._answer.last_chunk(index)
-        return self._answer.text_chunk(index, text)
+        return self._answer.text_chunk(index, tokens)
 
     def _event(self, chunk: dict) -> bytes:
         # Usage comes last, and before that it is said that it comes.

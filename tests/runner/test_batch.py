@@ -4,7 +4,7 @@ is counted. The program is an oracle in NumPy, so that thousands of steps cost l
 import itertools
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ class Oracle(Program):
     `selected_by` are the methods that chose, in order. "sample_unfiltered", which only some have,
     does not look at top_k and top_p."""
 
-    embeds = True
+    embeds = has_logits = True
 
     def __init__(
         self, batch: int, max_seq_len: int, max_prefill: int, can_sample: bool = True,
@@ -90,6 +90,7 @@ class Oracle(Program):
         for row, (id_, at) in enumerate(zip(token[:, 0], position)):
             self.state[row, at] = id_
             self.decode_logits[row] = logits_of(self.state[row, : at + 1])
+        self.logits = self.decode_logits
         return self.decode_logits
 
     def select(self, logits, buffer, choice=GREEDY):
@@ -162,6 +163,7 @@ class Sequence:
     request: Request
     wanted: int = 1000
     finish_reason: str | None = None
+    logprobs: list = field(default_factory=list)
 
     def expected(self) -> list[int]:
         return alone(self.prompt_ids, min(self.limit, self.wanted), self.request)
@@ -406,6 +408,41 @@ def test_nobody_waits_for_the_rest_of_a_prompt_that_is_given_up():
     assert found[order[2]] == [] and len(found[order[3]]) == 3
     assert found[order[0]] == sequences[0].expected()
     assert max(line[1] for line in loop.program.positions) == 4
+
+
+# Log probabilities
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    sequences=st.lists(SEQUENCES, max_size=7),
+    counts=st.lists(st.sampled_from([None, 0, 3, 20]), min_size=7, max_size=7),
+    options=st.sampled_from(VARIANTS),
+)
+def test_log_probabilities_are_those_of_the_logits_that_chose_the_token(
+    batch, sequences, counts, options
+):
+    for sequence, count in zip(sequences, counts):
+        sequence.request = replace(sequence.request, logprobs=count)
+        sequence.logprobs = []
+    loop = make_loop(batch, 27)
+    events = drive(loop, sequences, batch, options)
+    for number, sequence in enumerate(sequences):
+        ids = ids_of(events, number)
+        assert ids == sequence.expected()
+        if sequence.request.logprobs is None:
+            assert sequence.logprobs == []
+            continue
+        assert len(sequence.logprobs) == len(ids)
+        for i, found in enumerate(sequence.logprobs):
+            logits = logits_of(sequence.prompt_ids + ids[:i]).astype(np.float64)
+            expected = logits - np.log(np.exp(logits).sum())
+            assert abs(found.logprob - expected[ids[i]]) < 1e-6
+            # Of equal ones the lower id comes first, as in `greedy`.
+            order = np.lexsort((np.arange(VOCABULARY), -logits))[: sequence.request.logprobs]
+            assert [token_id for token_id, _ in found.top] == order.tolist()
+            assert all(abs(value - expected[token_id]) < 1e-6 for token_id, value in found.top)
 
 
 # The method that chooses

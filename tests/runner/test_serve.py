@@ -77,21 +77,27 @@ def test_the_client_lists_completes_and_streams(served):
         (model,) = client.models.list().data
         assert model.id == "gemma3-xnnpack"
         whole = client.completions.create(
-            model=model.id, prompt="Once", max_tokens=20, temperature=0, extra_body={"top_k": 5}
-        )
+            model=model.id, prompt="Once", max_tokens=20, temperature=0, logprobs=3,
+            extra_body={"top_k": 5},
+        )  # fmt: skip
         stream = client.completions.create(
             model=model.id, prompt="Once", max_tokens=20, temperature=0, stream=True
         )
         pieces = [chunk.choices[0].text for chunk in stream]
     assert whole.choices[0].text == "".join(pieces)
     assert whole.usage.completion_tokens == 20
+    found = whole.choices[0].logprobs
+    # The likeliest token was taken, and the others are less likely.
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs):
+        assert logprob == max(top.values()) == top[token] <= 0
+    assert len(found.tokens) == 20
 
 
 def test_the_client_knows_what_it_is_refused_for(served):
     with client_of(served.port) as client:
         with pytest.raises(openai.BadRequestError) as refused:
-            client.completions.create(model="no", prompt="Once", logprobs=3)
-        assert refused.value.param == "logprobs" and refused.value.code == "unsupported_parameter"
+            client.completions.create(model="no", prompt="Once", echo=True)
+        assert refused.value.param == "echo" and refused.value.code == "unsupported_parameter"
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             message = {"role": "user", "content": "Hello"}
             client.chat.completions.create(model="gemma3-xnnpack", messages=[message])

@@ -136,6 +136,39 @@ def test_text_ends_before_a_stop_and_no_chunk_has_part_of_one(server, stream):
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_log_probabilities_are_those_of_each_token(server):
+    alone = text_model(1)
+    ids = alone.tokenizer.encode("<user>Hello<model>")
+    result = alone.generate(Request(ids, 9, logprobs=2)).run()
+    body = HELLO | GREEDY | {"logprobs": True, "top_logprobs": 2}
+    whole = json.loads(server.post(CHAT, body)[2])["choices"][0]
+    chunks = events_of(server.post(CHAT, body | {"stream": True})[2])[:-1]
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    entries = [entry for part in streamed if part for entry in part["content"]]
+    assert whole["logprobs"] == {"content": entries, "refusal": None}
+    assert "".join(entry["token"] for entry in entries) == whole["message"]["content"]
+    assert [entry["logprob"] for entry in entries] == [one.logprob for one in result.logprobs]
+    for entry, found in zip(entries, result.logprobs):
+        assert bytes(entry["bytes"]).decode() == entry["token"]
+        assert [top["logprob"] for top in entry["top_logprobs"]] == [p for _, p in found.top]
+        # What gives no text has a name and no bytes.
+        names = [(top["token"], top["bytes"]) for top in entry["top_logprobs"]]
+        assert all(name == "<end>" for name, data in names if data is None)
+    assert any(None in [top["bytes"] for top in entry["top_logprobs"]] for entry in entries)
+    body = {"prompt": "<user>Hello<model>", "max_tokens": 9, "logprobs": 2} | GREEDY
+    plain = json.loads(server.post(COMPLETIONS, body)[2])["choices"][0]
+    found = plain["logprobs"]
+    assert found["tokens"] == [entry["token"] for entry in entries]
+    assert found["token_logprobs"] == [entry["logprob"] for entry in entries]
+    for token, offset in zip(found["tokens"], found["text_offset"]):
+        assert plain["text"][offset:].startswith(token)
+    body |= {"logprobs": 0, "stream": True}
+    chunks = events_of(server.post(COMPLETIONS, body)[2])[:-1]
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert sum((part["text_offset"] for part in parts if part), []) == found["text_offset"]
+    assert all(top == {} for part in parts if part for top in part["top_logprobs"])
+
+
 def test_without_a_limit_the_output_fills_the_context(server):
     _, _, data = server.post(CHAT, {"messages": HELLO["messages"]} | GREEDY)
     answer = json.loads(data)
@@ -170,9 +203,9 @@ def test_what_is_there_besides(server):
 @pytest.mark.parametrize(
     ("change", "param", "reason"),
     [
-        ({"logprobs": True}, "logprobs", "true; it is not supported"),
-        ({"logprobs": 0}, "logprobs", "0; it is not supported"),
-        ({"top_logprobs": 3}, "top_logprobs", "3; it is not supported"),
+        ({"logprobs": 0}, "logprobs", "valid boolean"),
+        ({"top_logprobs": 3}, "top_logprobs", "only for logprobs true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "it is not supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "it is not supported (only 0, which"),
         ({"presence_penalty": False}, "presence_penalty", "it is not supported"),
@@ -234,7 +267,7 @@ def test_what_a_chat_may_not_ask_is_refused_with_the_fields_name(server, change,
     ("change", "param", "reason"),
     [
         ({"echo": True}, "echo", "it is not supported"),
-        ({"logprobs": 0}, "logprobs", "it is not supported"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
         ({"best_of": 2}, "best_of", "it is not supported"),
         ({"suffix": "x"}, "suffix", "it is not supported"),
         ({"prompt": []}, "prompt", "a list of one or more"),
