@@ -124,7 +124,7 @@ class Loop:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
             start = time.perf_counter()
             for row, sequence in slots.join(waiting):
-                prefill.add(row, sequence.prompt_ids)
+                prefill.add(row, sequence.prompt_ids, sequence.request.prompt_logprobs)
             if not slots.occupied():
                 return
             prefills = bool(prefill.prompts)
@@ -174,10 +174,15 @@ class Loop:
             if given_up:
                 continue
             start = time.perf_counter()
-            for row, logits in prefill.advance():
-                slots.begin(row)
-                steps.begin(row, logits)
-                begun.add(row)
+            for prompt, logits in prefill.advance():
+                if prompt.is_done:
+                    slots.begin(prompt.row)
+                    steps.begin(prompt.row, logits)
+                    begun.add(prompt.row)
+                else:
+                    sequence, next_id = slots.sequence(prompt.row), prompt.ids[prompt.first]
+                    found = logprobs_of(logits[0], next_id, sequence.request.logprobs)
+                    sequence.prompt_logprobs.append(found)
             now = time.perf_counter()
             if stalled_since is None and begun:
                 stalled_since = now
@@ -222,7 +227,7 @@ class Steps:
         if self._gathered:
             self._gathered.join(row, self._newest.token)
         self.logprobs[row].clear()
-        if (alternatives := self._slots.request(row).logprobs) is not None:
+        if (alternatives := self._slots.sequence(row).request.logprobs) is not None:
             self._note(row, alternatives, logits[0])
 
     def unread(self) -> Any:

@@ -15,11 +15,17 @@ from tokenloop.runner.program import Program
 
 @dataclass
 class Prompt:
-    """A prompt and the row that it is for. `first` is how many of its ids are prefilled."""
+    """A prompt and the row that it is for. `first` is how many of its ids are prefilled. With
+    `by_token` a chunk has one, and the logits after each are wanted."""
 
     row: int
     ids: list[int]
     first: int = 0
+    by_token: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.first == len(self.ids)
 
 
 class Prefill:
@@ -29,9 +35,9 @@ class Prefill:
         self.program = program
         self.prompts: list[Prompt] = []
 
-    def add(self, row: int, ids: list[int]) -> None:
-        """Let a prompt wait for its turn."""
-        self.prompts.append(Prompt(row, ids))
+    def add(self, row: int, ids: list[int], by_token: bool = False) -> None:
+        """Let a prompt wait for its turn. `by_token` is for a program that has logits."""
+        self.prompts.append(Prompt(row, ids, by_token=by_token))
 
     def drop(self, row: int) -> None:
         """Forget the row's prompt, if it waits."""
@@ -41,9 +47,9 @@ class Prefill:
         """The prompts of which a beginning is prefilled."""
         return [prompt for prompt in self.prompts if prompt.first]
 
-    def advance(self) -> list[tuple[int, Any]]:
-        """Prefill one more chunk. Returns the rows whose prompts end in it, and the logits float32
-        [1, V] after them, which are valid until the next call."""
+    def advance(self) -> list[tuple[Prompt, Any]]:
+        """Prefill one more chunk. Returns the prompts that are done with it, or go by tokens, and
+        the logits float32 [1, V] after what is prefilled, which are valid until the next call."""
         raise NotImplementedError
 
 
@@ -60,22 +66,21 @@ class ChunkedPrefill(Prefill):
         # The ids int64 [1, N] of the first prompt: they go up once, and chunks are views of them.
         self._ids: Any = None
 
-    def advance(self) -> list[tuple[int, Any]]:
+    def advance(self) -> list[tuple[Prompt, Any]]:
         prompt, upload = self.prompts[0], self.program.transfers.upload
         if prompt.first == 0:
             self._ids = upload([prompt.ids])
         start = prompt.first
-        chunk = self._ids[:, start : start + self._most]
+        chunk = self._ids[:, start : start + (1 if prompt.by_token else self._most)]
         prompt.first += chunk.shape[1]
         positions = self._table[start : prompt.first]
         if self._from_host:
             positions = upload(range(start, prompt.first))
         where = (self._table[prompt.row : prompt.row + 1],) if self._several else ()
         logits = self.program.prefill(chunk, positions, *where)
-        if prompt.first < len(prompt.ids):
-            return []
-        del self.prompts[0]
-        return [(prompt.row, logits)]
+        if prompt.is_done:
+            del self.prompts[0]
+        return [(prompt, logits)] if prompt.is_done or prompt.by_token else []
 
 
 class Part(NamedTuple):
@@ -124,10 +129,12 @@ class PackedPrefill(Prefill):
     """Prompts that come together share chunks, without padding between them. Where a chunk begins
     always goes up with its tokens. `program` has `packing`."""
 
-    def advance(self) -> list[tuple[int, Any]]:
+    def advance(self) -> list[tuple[Prompt, Any]]:
+        prompts = {prompt.row: prompt for prompt in self.prompts}
         chunk = next_chunk(self.prompts, *self.program.packing)
         logits = self.program.prefill_packed(chunk)
-        return [(part.row, logits[i : i + 1]) for i, part in enumerate(chunk) if part.ends]
+        ended = [(i, part) for i, part in enumerate(chunk) if part.ends]
+        return [(prompts[part.row], logits[i : i + 1]) for i, part in ended]
 
 
 def layout(chunk: list[Part], parts: int) -> dict[str, np.ndarray]:

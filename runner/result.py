@@ -36,8 +36,9 @@ class Result:
         self.request, self.index = request, index
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
-        # Of each of these, if the request asks for them.
+        # Of each of these, and of the prompt's but for the first, if the request asks for them.
         self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs] = []
         self.text = ""
         self.finish_reason: str | None = None
         self.error: str | None = None

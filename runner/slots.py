@@ -13,13 +13,15 @@ from tokenloop.runner.request import Request
 class Sequence(Protocol):
     """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
     `finish_reason`. Where the request asks for them, `logprobs` gets the log probabilities of each
-    token before the token comes."""
+    token before the token comes, and `prompt_logprobs` those of the prompt's tokens, but for the
+    first."""
 
     prompt_ids: list[int]
     limit: int
     request: Request
     finish_reason: str | None
     logprobs: list[Logprobs]
+    prompt_logprobs: list[Logprobs]
 
 
 class Slots:
@@ -102,9 +104,9 @@ class Slots:
         """Whether any sequence has more tokens to come than are submitted."""
         return any(map(self._runs, range(self._used)))
 
-    def request(self, row: int) -> Request:
-        """What the row's sequence asks for."""
-        return self._sequences[row].request
+    def sequence(self, row: int) -> Sequence:
+        """The sequence of a row that has one."""
+        return self._sequences[row]
 
     def first_choice(self, row: int) -> Choice:
         """How the row's first token is chosen, after the last position of its prompt."""

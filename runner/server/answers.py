@@ -16,14 +16,16 @@ class Answer:
 
     def __init__(
         self, is_chat: bool, model: str, fingerprint: str, results: Sequence[Result],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer, echoes: Sequence[str] = (),
     ):  # fmt: skip
-        """`fingerprint` says which artifact it is."""
+        """`fingerprint` says which artifact it is. `echoes` are the prompts that the choices of a
+        completion begin with, if they do."""
         self._is_chat, self._results = is_chat, results
         kind = ChatLogprobs if is_chat else CompletionLogprobs
         self._logprobs = [
             None if result.request.logprobs is None else kind(tokenizer) for result in results
         ]
+        self._echoes = echoes
         self._head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if is_chat else "text_completion",
@@ -40,8 +42,15 @@ class Answer:
             if self._is_chat:
                 message = {"role": "assistant", "content": result.text, "refusal": None}
                 content = {"message": message}
+            echo = self._echo(index) if self._echoes else None
             tokens = [Token(i, "", found) for i, found in zip(result.token_ids, result.logprobs)]
-            choices.append(self._choice(index, content, tokens, result.finish_reason))
+            choice = self._choice(index, content, tokens, result.finish_reason)
+            if echo is not None:
+                choice["text"] = echo["text"] + result.text
+                if choice["logprobs"] is not None:
+                    both = echo["logprobs"], choice["logprobs"]
+                    choice["logprobs"] = {name: both[0][name] + both[1][name] for name in both[0]}
+            choices.append(choice)
         return self._head | {"choices": choices, "usage": self.usage(prompt_tokens)}
 
     def usage(self, prompt_tokens: int) -> dict[str, int]:
@@ -54,6 +63,9 @@ class Answer:
 
     def first_chunks(self) -> list[dict]:
         """What a stream begins with."""
+        if self._echoes:
+            choices = map(self._echo, range(len(self._results)))
+            return [self._chunks_head() | {"choices": [choice]} for choice in choices]
         if not self._is_chat:
             return []
         delta = {"role": "assistant", "content": ""}
@@ -87,8 +99,20 @@ class Answer:
         self, index: int, content: dict, tokens: Sequence[Token], finish_reason: str | None
     ) -> dict:
         found = self._logprobs[index]
-        logprobs = None if found is None or not tokens else found.of(tokens)
+        logprobs = None
+        # A chunk without tokens says nothing of them.
+        if found is not None and (tokens or finish_reason is not None):
+            logprobs = found.of(tokens)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _echo(self, index: int) -> dict:
+        """A choice that is the prompt alone."""
+        result, found = self._results[index], self._logprobs[index]
+        logprobs = None
+        if found is not None:
+            logprobs = found.of_prompt(result.prompt_ids, result.prompt_logprobs)
+        echo = {"index": index, "text": self._echoes[index]}
+        return echo | {"logprobs": logprobs, "finish_reason": None}
 
 
 def as_json(value: Any) -> bytes:

@@ -27,7 +27,7 @@ LACKING_IN_CHAT = LACKING | {
     "web_search_options": [], "store": [False], "metadata": [{}],
 }  # fmt: skip
 LACKING_IN_COMPLETIONS = LACKING | {
-    "echo": [False], "suffix": [], "best_of": [1],
+    "suffix": [], "best_of": [1],
 }  # fmt: skip
 LACKING_IN_MESSAGES = {
     "name": [], "tool_calls": [[]], "tool_call_id": [], "function_call": [], "refusal": [],
@@ -117,6 +117,7 @@ class Asked(Fields):
         parameters = {
             "max_new_tokens": limit, "temperature": self.temperature, "top_k": self.top_k,
             "top_p": self.top_p, "stop": tuple(self.stop), "logprobs": self.alternatives,
+            "prompt_logprobs": self.echoes and self.alternatives is not None,
         }  # fmt: skip
         return [Request(prompt_ids, seed=seed, **parameters) for seed in seeds]
 
@@ -157,17 +158,28 @@ class ChatFields(Asked):
         """Of how many likely tokens the log probability is asked for, beside the chosen one's."""
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is answered with, before the text."""
+        return False
+
 
 class CompletionFields(Asked):
     """The body of /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(several_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool = False
 
     @property
     def alternatives(self) -> int | None:
         """As of ChatFields."""
         return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """As of ChatFields."""
+        return self.echo
 
     @property
     def limit(self) -> int:

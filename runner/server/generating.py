@@ -56,8 +56,9 @@ class Generating:
         except RunnerError as error:
             raise ApiError(400, str(error), param) from None
         answer = Answer(
-            param == "messages", self._name, self._fingerprint, tickets, self._model.tokenizer
-        )
+            param == "messages", self._name, self._fingerprint, tickets, self._model.tokenizer,
+            self._echoes(fields, prompts),
+        )  # fmt: skip
         prompt_tokens = sum(map(len, prompts))
         pieces = self._pieces(tickets, start)
         with ExitStack() as given_up:
@@ -83,6 +84,14 @@ class Generating:
             return [tokenizer.encode(p) if isinstance(p, str) else p for p in fields.prompt]
         messages = [message.as_dict() for message in fields.messages]
         return [tokenizer.encode(tokenizer.apply_chat_template(messages))]
+
+    def _echoes(self, fields: ChatFields | CompletionFields, prompts: list[list[int]]) -> list[str]:
+        """The prompt's text for each choice, if it is asked for."""
+        if not fields.echoes:
+            return []
+        decode = self._model.tokenizer.decode
+        texts = [p if isinstance(p, str) else decode(ids) for p, ids in zip(fields.prompt, prompts)]
+        return [text for text in texts for _ in range(fields.n)]
 
     def _submit(
         self, fields: ChatFields | CompletionFields, prompts: list[list[int]], param: str

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.result import Token
 from tokenloop.runner.tokenizer import Tokenizer
 
@@ -45,21 +46,27 @@ class CompletionLogprobs:
 
     def of(self, tokens: Sequence[Token]) -> dict[str, list]:
         """The next tokens' entries."""
+        return self._lists([(t.id, t.logprobs) for t in tokens if t.logprobs is not None])
+
+    def of_prompt(self, ids: Sequence[int], found: Sequence[Logprobs]) -> dict[str, list]:
+        """The prompt's entries, where it comes before the tokens. Its first token is after nothing
+        and has no probability."""
+        return self._lists(list(zip(ids, [None, *found])))
+
+    def _lists(self, tokens: list[tuple[int, Logprobs | None]]) -> dict[str, list]:
         lists: dict[str, list] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
         }  # fmt: skip
-        for token in tokens:
-            if (found := token.logprobs) is None:
-                continue
+        for token_id, found in tokens:
             # Of two ids with one text the likelier one comes first.
             top: dict[str, float] = {}
-            for token_id, logprob in found.top:
-                top.setdefault(self._key(token_id), max(logprob, LEAST))
-            lists["tokens"].append(self._key(token.id))
-            lists["token_logprobs"].append(max(found.logprob, LEAST))
-            lists["top_logprobs"].append(top)
+            for other, logprob in found.top if found else ():
+                top.setdefault(self._key(other), max(logprob, LEAST))
+            lists["tokens"].append(self._key(token_id))
+            lists["token_logprobs"].append(max(found.logprob, LEAST) if found else None)
+            lists["top_logprobs"].append(top if found else None)
             lists["text_offset"].append(self._offset)
-            self._offset += len(self._stream.push(token.id))
+            self._offset += len(self._stream.push(token_id))
         return lists
 
     def _key(self, token_id: int) -> str:

@@ -164,6 +164,7 @@ class Sequence:
     wanted: int = 1000
     finish_reason: str | None = None
     logprobs: list = field(default_factory=list)
+    prompt_logprobs: list = field(default_factory=list)
 
     def expected(self) -> list[int]:
         return alone(self.prompt_ids, min(self.limit, self.wanted), self.request)
@@ -419,13 +420,15 @@ def test_nobody_waits_for_the_rest_of_a_prompt_that_is_given_up():
     sequences=st.lists(SEQUENCES, max_size=7),
     counts=st.lists(st.sampled_from([None, 0, 3, 20]), min_size=7, max_size=7),
     options=st.sampled_from(VARIANTS),
+    of_prompts=st.booleans(),
 )
 def test_log_probabilities_are_those_of_the_logits_that_chose_the_token(
-    batch, sequences, counts, options
+    batch, sequences, counts, options, of_prompts
 ):
     for sequence, count in zip(sequences, counts):
-        sequence.request = replace(sequence.request, logprobs=count)
-        sequence.logprobs = []
+        too = of_prompts and count is not None
+        sequence.request = replace(sequence.request, logprobs=count, prompt_logprobs=too)
+        sequence.logprobs, sequence.prompt_logprobs = [], []
     loop = make_loop(batch, 27)
     events = drive(loop, sequences, batch, options)
     for number, sequence in enumerate(sequences):
@@ -435,10 +438,15 @@ def test_log_probabilities_are_those_of_the_logits_that_chose_the_token(
             assert sequence.logprobs == []
             continue
         assert len(sequence.logprobs) == len(ids)
-        for i, found in enumerate(sequence.logprobs):
-            logits = logits_of(sequence.prompt_ids + ids[:i]).astype(np.float64)
+        whole, start = sequence.prompt_ids + ids, len(sequence.prompt_ids)
+        if of_prompts:
+            start = 1
+        assert len(sequence.prompt_logprobs) == len(sequence.prompt_ids) - start
+        every = sequence.prompt_logprobs + sequence.logprobs
+        for i, found in enumerate(every, start):
+            logits = logits_of(whole[:i]).astype(np.float64)
             expected = logits - np.log(np.exp(logits).sum())
-            assert abs(found.logprob - expected[ids[i]]) < 1e-6
+            assert abs(found.logprob - expected[whole[i]]) < 1e-6
             # Of equal ones the lower id comes first, as in `greedy`.
             order = np.lexsort((np.arange(VOCABULARY), -logits))[: sequence.request.logprobs]
             assert [token_id for token_id, _ in found.top] == order.tolist()

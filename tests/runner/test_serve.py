@@ -96,8 +96,8 @@ def test_the_client_lists_completes_and_streams(served):
 def test_the_client_knows_what_it_is_refused_for(served):
     with client_of(served.port) as client:
         with pytest.raises(openai.BadRequestError) as refused:
-            client.completions.create(model="no", prompt="Once", echo=True)
-        assert refused.value.param == "echo" and refused.value.code == "unsupported_parameter"
+            client.completions.create(model="no", prompt="Once", suffix="x")
+        assert refused.value.param == "suffix" and refused.value.code == "unsupported_parameter"
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             message = {"role": "user", "content": "Hello"}
             client.chat.completions.create(model="gemma3-xnnpack", messages=[message])
@@ -105,6 +105,21 @@ def test_the_client_knows_what_it_is_refused_for(served):
             client.completions.create(model="no", prompt="Once")
     with client_of(served.port, key="wrong") as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
+
+
+def test_a_prompts_log_probabilities_are_those_it_was_generated_with(served, batch_artifact):
+    prompt = [2, *range(60, 79)]
+    model = runner.load(batch_artifact, 1)
+    result = model.generate(Request(prompt, 20, logprobs=0)).run()
+    with client_of(served.port) as client:
+        echo = client.completions.create(
+            model="gemma3-xnnpack", prompt=prompt + result.token_ids, max_tokens=1, echo=True,
+            logprobs=0, temperature=0,
+        )  # fmt: skip
+    found = echo.choices[0].logprobs.token_logprobs
+    assert found[0] is None and len(found) == 20 + 20 + 1
+    generated = [one.logprob for one in result.logprobs]
+    assert found[20:40] == pytest.approx(generated, abs=1e-4)
 
 
 def test_the_clients_chat_is_answered_and_streamed():

@@ -169,6 +169,31 @@ def test_log_probabilities_are_those_of_each_token(server):
     assert all(top == {} for part in parts if part for top in part["top_logprobs"])
 
 
+def test_an_echo_has_the_prompt_and_its_log_probabilities(server):
+    alone = text_model(1)
+    ids = alone.tokenizer.encode("Once öre")
+    result = alone.generate(Request(ids, 3, logprobs=1, prompt_logprobs=True)).run()
+    every = [None] + [one.logprob for one in result.prompt_logprobs + result.logprobs]
+    body = {"max_tokens": 3, "echo": True, "logprobs": 1, "n": 2} | GREEDY
+    for prompt, echo in (("Once öre", "Once öre"), (ids, alone.tokenizer.decode(ids))):
+        for choice in json.loads(server.post(COMPLETIONS, body | {"prompt": prompt})[2])["choices"]:
+            assert choice["text"] == echo + result.text
+            assert choice["logprobs"]["token_logprobs"] == every
+            assert choice["logprobs"]["top_logprobs"][0] is None
+        chunks = events_of(
+            server.post(COMPLETIONS, body | {"prompt": prompt, "n": 1, "stream": True})[2]
+        )
+        parts = [chunk["choices"][0] for chunk in chunks[:-1]]
+        assert "".join(part["text"] for part in parts) == echo + result.text
+        values = [part["logprobs"] or {"token_logprobs": []} for part in parts]
+        assert sum((one["token_logprobs"] for one in values), []) == every
+    # As lm-eval reads it: whether each token of the prompt is the likeliest one.
+    for value, top in list(zip(every, choice["logprobs"]["top_logprobs"]))[1:]:
+        assert (value == max(top.values())) or value < max(top.values())
+    plain = server.post(COMPLETIONS, body | {"prompt": "Once öre", "logprobs": None})
+    assert json.loads(plain[2])["choices"][0]["text"] == "Once öre" + result.text
+
+
 def test_without_a_limit_the_output_fills_the_context(server):
     _, _, data = server.post(CHAT, {"messages": HELLO["messages"]} | GREEDY)
     answer = json.loads(data)
@@ -266,7 +291,7 @@ def test_what_a_chat_may_not_ask_is_refused_with_the_fields_name(server, change,
 @pytest.mark.parametrize(
     ("change", "param", "reason"),
     [
-        ({"echo": True}, "echo", "it is not supported"),
+        ({"echo": 1}, "echo", "valid boolean"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"best_of": 2}, "best_of", "it is not supported"),
         ({"suffix": "x"}, "suffix", "it is not supported"),
