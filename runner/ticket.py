@@ -154,6 +154,7 @@ class Ticket(Result):
     def _is_over(self) -> bool:
         if self.finish_reason is None and self._seconds_left() == 0:
             self.finish_reason = "timeout"
+            self._tell()
         return self.finish_reason is not None
 
     def _seconds_left(self) -> float | None:

@@ -4,7 +4,8 @@ import contextlib
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 from tests.threads import yielding_model
 from tokenloop.runner.engine import Engine
@@ -104,6 +105,14 @@ class Running:
         given = {name.replace("_", "-"): text for name, text in headers.items()}
         headers = {"content-type": "application/json"} | given
         return self.raw(request_of("POST", path, data, headers))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for what another thread brings about."""
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def request_of(method: str, path: str, body: bytes, headers: dict[str, str]) -> bytes:

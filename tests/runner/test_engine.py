@@ -16,7 +16,6 @@ from tokenloop.runner import (
     QueueFull,
     Request,
     RunnerError,
-    ticket,
 )
 
 SECONDS = 120  # after which a test gives up, and fails
@@ -168,16 +167,6 @@ def test_a_prompt_that_is_given_up_is_not_prefilled_to_its_end(model):
         next_one.run()
     assert gate.calls == ["P0", "P0", "P0", "P0"]
     assert long.token_ids == []
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The time of deadlines, in seconds."""
-    now = SimpleNamespace(value=0.0)
-    fake = SimpleNamespace(monotonic=lambda: now.value)
-    monkeypatch.setattr(ticket, "time", fake)
-    monkeypatch.setattr("tokenloop.runner.engine.time", fake)
-    return now
 
 
 def test_time_is_up_wherever_a_request_is(model, clock):

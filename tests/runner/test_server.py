@@ -1,14 +1,17 @@
 """The protocol over HTTP: what is answered, what is refused, and who comes and goes. The program is
 one that no artifact is needed for; test_serve.py has artifacts and real clients."""
 
+import asyncio
 import json
+import random
 import socket
 import threading
 
 import pytest
 
 from tests.runner.test_engine import Gate
-from tests.serving import Running, answer_of, events_of, request_of, running, text_model
+from tests.serve_soak import Soak, requests_of
+from tests.serving import Running, answer_of, events_of, request_of, running, text_model, wait_until
 from tokenloop.runner.request import Request
 from tokenloop.runner.server import body as server_body
 from tokenloop.runner.server.app import Settings
@@ -459,8 +462,7 @@ def test_more_requests_than_may_wait_are_told_to_come_again():
         with open_stream(found, 9) as first:
             gate.reached()
             with open_stream(found, 9) as second:
-                while found.engine.counts.waiting < 1:
-                    pass
+                wait_until(lambda: found.engine.counts.waiting == 1)
                 status, headers, data = found.post(COMPLETIONS, {"prompt": "x"})
                 assert (status, headers["retry-after"]) == (429, "1")
                 error = json.loads(data)["error"]
@@ -481,8 +483,7 @@ def test_a_client_that_hangs_up_frees_its_row(stream):
             gate.go(3)
             if stream:
                 assert connection.recv(1)
-        while found.engine.counts.running:
-            pass
+        wait_until(lambda: not found.engine.counts.running)
         gate.open()
         answer = json.loads(found.post(COMPLETIONS, {"prompt": "x"} | GREEDY)[2])
         assert answer["choices"][0]["text"] == text_alone("x", 16)
@@ -501,8 +502,7 @@ def test_who_does_not_read_stalls_nobody_else():
             for _ in range(5):
                 answer = json.loads(found.post(COMPLETIONS, {"prompt": "x"} | GREEDY)[2])
                 assert answer["choices"][0]["text"] == text_alone("x", 16)
-            while found.engine.counts.running:
-                pass
+            wait_until(lambda: not found.engine.counts.running)
             # All of it has been generated. What did not go out piece by piece comes as one.
             chunks = events_of(answer_of(slow)[2])[:-1]
         text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
@@ -514,16 +514,31 @@ def long_text(prompt: str, count: int) -> str:
     return model.generate(Request(model.tokenizer.encode(prompt), count)).run().text
 
 
+def test_of_clients_that_come_all_the_time_none_has_a_wrong_answer():
+    asked = requests_of(text_model(1), random.Random(0), 40)
+    with running(max_stall_s=0) as found:
+        soak = Soak(found.port, asked)
+        asyncio.run(soak.run(tokens=1000, clients=12))
+        wait_until(lambda: not found.engine.counts.running)
+    assert soak.counts["wrong"] == 0
+    assert min(soak.counts[kind] for kind in ("whole", "streamed", "refused", "hung up")) > 3
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_time_that_is_up_is_an_error(stream):
+def test_time_that_is_up_is_an_error(stream, clock):
     model = text_model(1)
     gate = Gate(model)
-    with running(model, Settings("toy", timeout_s=0.2)) as found:
-        with open_stream(found, 150, stream=stream) as connection:
-            gate.reached()
-            gate.go(3)
-            status, _, data = answer_of(connection)
+    with (
+        running(model, Settings("toy", timeout_s=1000)) as found,
+        open_stream(found, 150, stream=stream) as connection,
+    ):
+        gate.reached()
+        gate.go(3)
+        if stream:
+            assert connection.recv(1, socket.MSG_PEEK)
+        clock.value = 1000.0
         gate.open()
+        status, _, data = answer_of(connection)
     if stream:
         *_, last = events_of(data)
         assert status == 200 and last["error"]["code"] == "timeout"
@@ -539,12 +554,10 @@ def test_a_server_that_ends_says_so_to_those_that_run():
         gate.reached()
         gate.go(3)
         assert first.recv(1) == b"H"
-        while found.engine.counts.waiting < 1:
-            pass
+        wait_until(lambda: found.engine.counts.waiting == 1)
         closing = threading.Thread(target=found.close)
         closing.start()
-        while found.engine.is_open:
-            pass
+        wait_until(lambda: not found.engine.is_open)
         gate.open()
         status, _, data = answer_of(second)
         assert (status, json.loads(data)["error"]["code"]) == (503, "shutting_down")
