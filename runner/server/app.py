@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,14 +23,23 @@ from tokenloop.runner.server.metrics import CONTENT_TYPE, Metrics
 
 LOG = logging.getLogger(__name__)
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+PAGE = Path(__file__).with_name("page.html")
+# Nothing but itself and this server, and in no frame of another page.
+PAGE_HEADERS = {
+    "content-type": "text/html; charset=utf-8",
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'",
+}
 HUNG_UP = 499  # of nginx, for the log and the metrics: nobody receives it
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`name` is the model's. With an `api_key` everything but /health asks for it. A request ends
-    `timeout_s` after it came. `only_loopback` refuses what names another host than this machine, as
-    a page does that a name server sends here. `log_prompts` puts prompts and outputs in the log."""
+    """`name` is the model's. With an `api_key` everything but /health and the page asks for it. A
+    request ends `timeout_s` after it came. `only_loopback` refuses what names another host than
+    this machine, as a page does that a name server sends here. `log_prompts` puts prompts and
+    outputs in the log."""
 
     name: str
     api_key: str | None = None
@@ -55,6 +65,7 @@ class Server:
             "/v1/models/{name:path}": ("GET", self._one_model),
             "/metrics": ("GET", self._metrics_text),
             "/health": ("GET", self._health),
+            "/": ("GET", self._page),
         }
         routes = [
             Route(path, Endpoint(self, path, answer), methods=[method])
@@ -115,6 +126,9 @@ class Server:
     async def _metrics_text(self, request: Request) -> Response:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
+    async def _page(self, request: Request) -> Response:
+        return Response(PAGE.read_bytes(), headers=PAGE_HEADERS)
+
     async def _health(self, request: Request) -> Response:
         if self._engine.is_open:
             return json_response({"status": "ok"})
@@ -132,7 +146,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, start = Request(scope, receive, send), time.perf_counter()
-        is_open = self._path == "/health"
+        is_open = self._path in ("/health", "/")
         try:
             if not is_open:
                 self._server.check_client(request)

@@ -214,6 +214,10 @@ def test_what_is_there_besides(server):
     assert json.loads(server.get("/v1/models/toy")[2]) == model
     assert refusal_of(server.get("/v1/models/no/such"))["code"] == "model_not_found"
     assert server.get("/health")[0] == 200
+    status, headers, page = server.get("/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    # Nothing comes from elsewhere.
+    assert "default-src 'none'" in headers["content-security-policy"] and b"://" not in page
     server.post(CHAT, HELLO)
     status, headers, data = server.get("/metrics")
     assert headers["content-type"].startswith("text/plain")
@@ -419,6 +423,8 @@ def test_a_key_is_asked_for_everywhere_but_at_health():
         assert found.post(CHAT, HELLO, authorization="Bearer é")[0] == 401
         assert found.post(CHAT, HELLO, authorization="Bearer sesame")[0] == 200
         assert found.get("/health")[0] == 200
+        # It asks for the key itself.
+        assert found.get("/")[0] == 200
 
 
 def test_a_page_that_a_name_server_sends_here_is_refused():
