@@ -7,13 +7,18 @@ from importlib import import_module
 
 HOMES = {
     "BatchGeneration": "generation",
+    "Engine": "engine",
+    "EngineClosed": "engine",
+    "EngineError": "ticket",
     "Generation": "generation",
     "LoopOptions": "loop",
     "Model": "model",
+    "QueueFull": "engine",
     "Request": "request",
     "Result": "result",
     "RunnerError": "errors",
     "Stats": "generation",
+    "Ticket": "ticket",
     "Token": "result",
 }
 

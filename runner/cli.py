@@ -1,4 +1,4 @@
-"""The console command `tokenloop`: `tokenloop export`, `tokenloop run`, `tokenloop compare`.
+"""The console command `tokenloop`: `tokenloop export`, `run`, `compare` and `serve`.
 
 The runner's own sub-commands are named here. The others are entry points of the installed package,
 so that the runner does not know the export.
@@ -10,7 +10,7 @@ from importlib import import_module
 from tokenloop.runner import process
 
 # Of each the file and its function of the arguments after the name.
-OWN = {"run": ("run", "main"), "compare": ("run", "main_compare")}
+OWN = {"run": ("run", "main"), "compare": ("run", "main_compare"), "serve": ("serve", "main")}
 GROUP = "tokenloop.commands"
 
 

@@ -1,13 +1,15 @@
 """The loop: tokens go from method to method in place, and the host only reads them."""
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
-from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill
-from tokenloop.runner.program import Program, Selected
+from tokenloop.runner.logprobs import Logprobs, logprobs_of
+from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
+from tokenloop.runner.program import Program, Selected, can_wait
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
 from tokenloop.runner.turn import Turn
@@ -75,8 +77,7 @@ class Loop:
         count = max(program.manifest["max_seq_len"], self.batch)
         self._table = self.transfers.upload(range(count))
         program.capture(self._table)
-        chunked = program.packing is None
-        self._prefill = ChunkedPrefill(program, self._table) if chunked else PackedPrefill(program)
+        self._can_wait = can_wait(program.manifest)
 
     def variant(self, options: LoopOptions | None) -> LoopOptions:
         """The variant that `options` mean here, with its feed decided. Errors: RunnerError for one
@@ -94,52 +95,109 @@ class Loop:
         return options
 
     def tokens(
-        self, sequences: Iterable[Sequence], used: int, options: LoopOptions
-    ) -> Iterator[tuple[Sequence, int]]:
+        self, sequences: Iterable[Sequence], used: int, options: LoopOptions,
+        max_stall_s: float | None = None,
+    ) -> Iterator[tuple[Sequence, int]]:  # fmt: skip
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
-        A sequence is taken when a row is free for it. It leaves when `limit` ids have come or it
-        has a `finish_reason`. Surplus steps may have been submitted by then; their results are
+        A sequence is taken when a row is free for it. `sequences` may be an iterator that has none
+        now and some later: it is asked before each step, and the run ends when no row has one. A
+        sequence leaves when `limit` ids have come or it has a `finish_reason`, which may be given
+        to it in any thread. Surplus steps may have been submitted by then; their results are
         dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being at least 1,
         and has `options` from `variant`.
+
+        With `max_stall_s` a step does not wait longer than that for the prompts of sequences that
+        join, or than one chunk takes. The rest of a prompt is prefilled after the step, where the
+        program can do that; otherwise a step waits for a whole prompt. It changes no token.
         """
         waiting, read = iter(sequences), [0] * self.batch
         ahead = options.double_buffering and options.feed != "host"
-        slots = Slots(self.program, used, self._table, options.positions == "host")
+        from_host = options.positions == "host"
+        slots = Slots(self.program, used, self._table, from_host)
         steps = Steps(self.program, slots, options)
+        if self.program.packing is None:
+            prefill = ChunkedPrefill(self.program, self._table, from_host)
+        else:
+            prefill = PackedPrefill(self.program)
         while True:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
             start = time.perf_counter()
-            prompts = [(row, sequence.prompt_ids) for row, sequence in slots.join(waiting)]
-            for row, logits in self._prefill.logits(prompts, options.positions == "host"):
-                steps.begin(row, logits)
-                read[row] = 0
-            if prompts and not self.program.is_asynchronous:
-                self.prefill_s += time.perf_counter() - start
-            joined = {row for row, _ in prompts}
+            for row, sequence in slots.join(waiting):
+                prefill.add(row, sequence.prompt_ids, sequence.request.prompt_logprobs)
             if not slots.occupied():
                 return
+            prefills = bool(prefill.prompts)
+            joined = self._first_tokens(slots, steps, prefill, max_stall_s)
+            for row in joined:
+                read[row] = 0
+            if prefills and not self.program.is_asynchronous:
+                self.prefill_s += time.perf_counter() - start
+            if not slots.begun():
+                continue
             # 2. The next steps are submitted, and then the tokens before them are read.
             unread = steps.unread()
             self.transfers.prefetch(unread)
             if ahead:
                 self.steps += steps.submit()
             ids = self.transfers.download(unread)
-            if prompts and self.program.is_asynchronous:
+            if prefills and self.program.is_asynchronous:
                 # The first tokens are there, whether the next step is or not.
                 self.prefill_s += time.perf_counter() - start
             # 3. Sequences that are finished leave.
             for line in range(0, len(ids), self.batch):
-                for row, sequence in slots.occupied():
+                for row, sequence in slots.begun():
                     if row in joined and line + self.batch < len(ids):
                         continue  # Its first token is in the last line.
                     read[row] += 1
                     if sequence.finish_reason is None:
+                        if sequence.request.logprobs is not None:
+                            sequence.logprobs.append(steps.logprobs[row].popleft())
                         yield sequence, ids[line + row]
                     if sequence.finish_reason is not None or read[row] == sequence.limit:
                         slots.leave(row)
             if not ahead:
                 self.steps += steps.submit(ids if options.feed == "host" else None)
+
+    def _first_tokens(
+        self, slots: Slots, steps: "Steps", prefill: Prefill, max_stall_s: float | None
+    ) -> set[int]:
+        """Prefill the prompts that wait, as long as rows that have begun may stall; the rows that
+        begin now."""
+        begun: set[int] = set()
+        stalled_since = time.perf_counter() if slots.begun() else None
+        while prefill.prompts:
+            given_up = [row for row, s in slots.waiting() if s.finish_reason is not None]
+            for row in given_up:
+                prefill.drop(row)
+                slots.leave(row)
+            if given_up:
+                continue
+            start = time.perf_counter()
+            for prompt, logits in prefill.advance():
+                if prompt.is_done:
+                    slots.begin(prompt.row)
+                    steps.begin(prompt.row, logits)
+                    begun.add(prompt.row)
+                else:
+                    sequence, next_id = slots.sequence(prompt.row), prompt.ids[prompt.first]
+                    found = logprobs_of(logits[0], next_id, sequence.request.logprobs)
+                    sequence.prompt_logprobs.append(found)
+            now = time.perf_counter()
+            if stalled_since is None and begun:
+                stalled_since = now
+            if max_stall_s is None or stalled_since is None:
+                continue
+            part_done = prefill.part_done()
+            if part_done and not self._can_wait:
+                continue
+            # The next chunk takes as long as this one. A program that returns before it is done
+            # does not say how long that is.
+            if self.program.is_asynchronous or 2 * now - stalled_since - start > max_stall_s:
+                for prompt in part_done:
+                    slots.wait(prompt.row, prompt.first)
+                break
+        return begun
 
 
 class Steps:
@@ -153,6 +211,8 @@ class Steps:
         self._newest = Selected(token, token)
         self._run_ahead = options.run_ahead
         self._gathered = Gathered(program, options.run_ahead) if options.run_ahead > 1 else None
+        # Of each row's tokens that are not read yet, where they are asked for.
+        self.logprobs: list[deque[Logprobs]] = [deque() for _ in range(program.manifest["batch"])]
 
     def begin(self, row: int, logits: Any) -> None:
         """Choose the row's first token from its prompt's logits [1, V], and put it beside the
@@ -166,6 +226,9 @@ class Steps:
             self._newest = Selected(token, program.feed(token, self._buffer))
         if self._gathered:
             self._gathered.join(row, self._newest.token)
+        self.logprobs[row].clear()
+        if (alternatives := self._slots.sequence(row).request.logprobs) is not None:
+            self._note(row, alternatives, logits[0])
 
     def unread(self) -> Any:
         """The tokens int64 [N, B] or [B, 1] of the newest steps, in memory that the steps which are
@@ -187,10 +250,18 @@ class Steps:
                 out = self._program.next_id(self._buffer)
                 fed = self._program.transfers.upload([[i] for i in ids], out=out)
             self._buffer = 1 - self._buffer
+            wanted = self._slots.want_logprobs()
             self._newest = self._program.step(fed, self._slots.next_step(), self._buffer)
+            for row, alternatives in wanted:
+                self._note(row, alternatives, self._program.logits[row])
             if self._gathered:
                 self._gathered.add(self._newest.token)
         return self._run_ahead
+
+    def _note(self, row: int, count: int, logits: Any) -> None:
+        """Keep the log probabilities of the row's newest token, before its logits are gone."""
+        (token_id,) = self._program.transfers.download(self._newest.token[row])
+        self.logprobs[row].append(logprobs_of(logits, token_id, count))
 
 
 class Gathered:

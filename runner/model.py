@@ -112,8 +112,8 @@ class Model:
                 "it all"
             )
         options = self.loop.variant(options)
-        fitted = self._fit(prompt)
-        prepare = partial(self._load_sampling, prompt, options)
+        fitted = self.fit(prompt)
+        prepare = partial(self.load_sampling, prompt, options)
         return Generation(self.loop, prompt, self.tokenizer, *fitted, options, prepare)
 
     def generate_batch(
@@ -154,17 +154,22 @@ class Model:
             if not isinstance(request, Request):
                 request = Request(request)
             try:
-                result = Result(request, self.tokenizer, *self._fit(request), index)
-                self._load_sampling(request, options)
+                result = Result(request, self.tokenizer, *self.fit(request), index)
+                self.load_sampling(request, options)
             except RunnerError as error:
                 result = Result(request, self.tokenizer, [], 0, index)
                 result.refuse(f"request {index + 1}: {error}")
             yield result
 
-    def _fit(self, request: Request) -> tuple[list[int], int]:
+    def fit(self, request: Request) -> tuple[list[int], int]:
         """The request's prompt as ids, and how many tokens can come after it. The program is not
         touched. Errors: RunnerError for what `generate` refuses."""
         request.check()
+        if request.logprobs is not None and not self.loop.program.has_logits:
+            raise RunnerError(
+                f"logprobs is {request.logprobs}; an artifact of {self.manifest['engine']} for "
+                f"{self.manifest['device']} gives no log probabilities: it must be None"
+            )
         ids = self._prompt_ids(request)
         if len(ids) == 0:
             raise RunnerError("the prompt is empty, and no bos is put before it: give some text")
@@ -176,7 +181,7 @@ class Model:
         ids = checked_ids(ids, self.vocab_size)
         return ids, min(request.max_new_tokens, self.max_seq_len - len(ids))
 
-    def _load_sampling(self, request: Request, options: LoopOptions) -> None:
+    def load_sampling(self, request: Request, options: LoopOptions) -> None:
         """Load what the request needs to be sampled. Errors: RunnerError for an artifact that
         cannot sample."""
         if request.temperature > 0:

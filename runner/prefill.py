@@ -1,40 +1,86 @@
-"""Prompts, cut into the chunks that a program's prefill takes."""
+"""Prompts, cut into the chunks that a program's prefill takes.
 
-from collections.abc import Iterator
+A prompt may wait between two of its chunks while other rows step. What a row computes meanwhile is
+written at the position where its next chunk begins (slots.py), and the chunk overwrites it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tokenloop.runner.program import Program
 
-# A prompt and the row that it is for.
-Prompt = tuple[int, list[int]]
+
+@dataclass
+class Prompt:
+    """A prompt and the row that it is for. `first` is how many of its ids are prefilled. With
+    `by_token` a chunk has one, and the logits after each are wanted."""
+
+    row: int
+    ids: list[int]
+    first: int = 0
+    by_token: bool = False
+
+    @property
+    def is_done(self) -> bool:
+        return self.first == len(self.ids)
 
 
-class ChunkedPrefill:
+class Prefill:
+    """The prompts of one run of the loop that are not prefilled to their end, in their order."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.prompts: list[Prompt] = []
+
+    def add(self, row: int, ids: list[int], by_token: bool = False) -> None:
+        """Let a prompt wait for its turn. `by_token` is for a program that has logits."""
+        self.prompts.append(Prompt(row, ids, by_token=by_token))
+
+    def drop(self, row: int) -> None:
+        """Forget the row's prompt, if it waits."""
+        self.prompts = [prompt for prompt in self.prompts if prompt.row != row]
+
+    def part_done(self) -> list[Prompt]:
+        """The prompts of which a beginning is prefilled."""
+        return [prompt for prompt in self.prompts if prompt.first]
+
+    def advance(self) -> list[tuple[Prompt, Any]]:
+        """Prefill one more chunk. Returns the prompts that are done with it, or go by tokens, and
+        the logits float32 [1, V] after what is prefilled, which are valid until the next call."""
+        raise NotImplementedError
+
+
+class ChunkedPrefill(Prefill):
     """One prompt after the other, each in chunks of up to max_prefill tokens."""
 
-    def __init__(self, program: Program, table: Any):
-        """`table` int64 [N] has the numbers from 0 on, on the device."""
-        self._program, self._table = program, table
+    def __init__(self, program: Program, table: Any, from_host: bool):
+        """`table` int64 [N] has the numbers from 0 on, on the device. Positions are uploaded for
+        each chunk if `from_host`."""
+        super().__init__(program)
+        self._table, self._from_host = table, from_host
         self._most: int = program.manifest["max_prefill"]
         self._several: bool = program.manifest["batch"] > 1
+        # The ids int64 [1, N] of the first prompt: they go up once, and chunks are views of them.
+        self._ids: Any = None
 
-    def logits(self, prompts: list[Prompt], from_host: bool) -> Iterator[tuple[int, Any]]:
-        """The rows, and the logits float32 [1, V] after their prompts, each valid until the next is
-        asked for. Positions are uploaded for each chunk if `from_host`."""
-        upload = self._program.transfers.upload
-        for row, prompt_ids in prompts:
-            # The prompt goes up once; chunks are views of it.
-            ids = upload([prompt_ids])
-            where = (self._table[row : row + 1],) if self._several else ()
-            for start in range(0, ids.shape[1], self._most):
-                chunk = ids[:, start : start + self._most]
-                positions = self._table[start : start + chunk.shape[1]]
-                if from_host:
-                    positions = upload(range(start, start + chunk.shape[1]))
-                logits = self._program.prefill(chunk, positions, *where)
-            yield row, logits
+    def advance(self) -> list[tuple[Prompt, Any]]:
+        prompt, upload = self.prompts[0], self.program.transfers.upload
+        if prompt.first == 0:
+            self._ids = upload([prompt.ids])
+        start = prompt.first
+        chunk = self._ids[:, start : start + (1 if prompt.by_token else self._most)]
+        prompt.first += chunk.shape[1]
+        positions = self._table[start : prompt.first]
+        if self._from_host:
+            positions = upload(range(start, prompt.first))
+        where = (self._table[prompt.row : prompt.row + 1],) if self._several else ()
+        logits = self.program.prefill(chunk, positions, *where)
+        if prompt.is_done:
+            del self.prompts[0]
+        return [(prompt, logits)] if prompt.is_done or prompt.by_token else []
 
 
 class Part(NamedTuple):
@@ -47,44 +93,48 @@ class Part(NamedTuple):
     ends: bool
 
 
-def packed(prompts: list[Prompt], capacity: int, parts: int, multiple: int) -> Iterator[list[Part]]:
-    """The prompts in chunks of up to `capacity` tokens and `parts` parts, in their order.
+def next_chunk(prompts: list[Prompt], capacity: int, parts: int, multiple: int) -> list[Part]:
+    """The next of the chunks that `packed` says. What it has of the prompts is taken from them."""
+    chunk, free = [], capacity
+    while prompts and len(chunk) < parts:
+        prompt = prompts[0]
+        rest = len(prompt.ids) - prompt.first
+        size = rest if rest <= free else free // multiple * multiple
+        if size == 0:
+            break
+        first, ends = prompt.first, size == rest
+        chunk.append(Part(prompt.row, first, prompt.ids[first : first + size], ends))
+        prompt.first, free = first + size, free - size
+        if not ends:
+            break
+        del prompts[0]
+    return chunk
+
+
+def packed(
+    prompts: Iterable[tuple[int, list[int]]], capacity: int, parts: int, multiple: int
+) -> Iterator[list[Part]]:
+    """Prompts, each a row and its ids, in chunks of up to `capacity` tokens and `parts` parts, in
+    their order.
 
     A part that does not end its prompt has a number of tokens that `multiple` divides, and so every
     part begins at a position that it divides. `capacity` is at least `multiple`.
     """
-    chunk, free = [], capacity
-    for row, ids in prompts:
-        first = 0
-        while first < len(ids):
-            rest = len(ids) - first
-            size = rest if rest <= free else free // multiple * multiple
-            if size == 0 or len(chunk) == parts:
-                yield chunk
-                chunk, free = [], capacity
-                continue
-            ends = size == rest
-            chunk.append(Part(row, first, ids[first : first + size], ends))
-            first, free = first + size, free - size
-    if chunk:
-        yield chunk
+    waiting = [Prompt(row, ids) for row, ids in prompts]
+    while waiting:
+        yield next_chunk(waiting, capacity, parts, multiple)
 
 
-class PackedPrefill:
-    """Prompts that come together share chunks, without padding between them."""
+class PackedPrefill(Prefill):
+    """Prompts that come together share chunks, without padding between them. Where a chunk begins
+    always goes up with its tokens. `program` has `packing`."""
 
-    def __init__(self, program: Program):
-        """`program` has `packing`."""
-        self._program, self._packing = program, program.packing
-
-    def logits(self, prompts: list[Prompt], from_host: bool) -> Iterator[tuple[int, Any]]:
-        """As ChunkedPrefill.logits. Where a chunk begins always goes up with its tokens, so
-        `from_host` changes nothing."""
-        for chunk in packed(prompts, *self._packing):
-            logits = self._program.prefill_packed(chunk)
-            for i, part in enumerate(chunk):
-                if part.ends:
-                    yield part.row, logits[i : i + 1]
+    def advance(self) -> list[tuple[Prompt, Any]]:
+        prompts = {prompt.row: prompt for prompt in self.prompts}
+        chunk = next_chunk(self.prompts, *self.program.packing)
+        logits = self.program.prefill_packed(chunk)
+        ended = [(i, part) for i, part in enumerate(chunk) if part.ends]
+        return [(prompts[part.row], logits[i : i + 1]) for i, part in ended]
 
 
 def layout(chunk: list[Part], parts: int) -> dict[str, np.ndarray]:

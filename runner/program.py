@@ -80,6 +80,10 @@ class Program(Protocol):
     # How prompts are packed, or None where each is prefilled by itself.
     packing: Packing | None = None
     step_inputs: dict[str, Any] = {}
+    # The logits float32 [B, V] of the newest `decode`, where they lie in the host's memory; others
+    # give no log probabilities.
+    has_logits: bool = False
+    logits: Any = None
     # Whether steps are fed embeddings, as the newest run has it. Before any run it is tokens.
     embedding: bool = False
 
@@ -129,6 +133,14 @@ class Program(Protocol):
 
     def empty(self, *shape: int) -> Any:
         """Memory int64 of that shape, for tokens."""
+
+
+def can_wait(manifest: dict[str, Any]) -> bool:
+    """Whether a prompt may wait between two of its chunks while other rows step: a step of its row
+    then writes what the next chunk overwrites. So it is where all state lies in caches by position.
+    A delta net's state goes on with every step."""
+    kinds = {tensor["name"].rpartition(".")[2] for tensor in manifest.get("state", [])}
+    return kinds <= {"k", "v", "kernel_semaphores"}
 
 
 def selection_method(requests: Iterable[Request], manifest: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from tokenloop.runner.errors import RunnerError
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Request:
     softmax(logits / temperature). `top_k` restricts it to so many most likely tokens (0: to none),
     and `top_p` to the most likely of these that together have that probability (1: to none). A
     draw is determined by `seed` (int64), the position and the token id, and by nothing else.
+
+    `logprobs` asks for the log probability of each token and of so many of the likeliest, and
+    `prompt_logprobs` for those of the prompt's tokens, too. The prompt is then prefilled token by
+    token, which takes as long as steps do, and may round otherwise than longer chunks. An artifact
+    for a GPU gives none.
     """
 
     prompt: str | list[int]
@@ -36,6 +42,8 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     chat: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):
@@ -47,6 +55,8 @@ class Request:
         for name in RULES:
             if fault := fault_of(name, getattr(self, name)):
                 raise RunnerError(f"{name} is {getattr(self, name)!r}; {fault}")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise RunnerError("prompt_logprobs is True; logprobs must then be a number, 0 or more")
 
 
 def fault_of(name: str, value: Any) -> str | None:
@@ -88,4 +98,9 @@ RULES = {
         "each must be a text of at least one character",
     ),
     "chat": (lambda x: isinstance(x, bool), "it must be True or False"),
+    "logprobs": (
+        lambda x: x is None or (is_integer(x) and 0 <= x <= MOST_LOGPROBS),
+        f"it must be 0 to {MOST_LOGPROBS}, or None",
+    ),
+    "prompt_logprobs": (lambda x: isinstance(x, bool), "it must be True or False"),
 }

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.request import Request
 from tokenloop.runner.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its id, and the text that became certain with it (maybe none)."""
+    """One generated token: its id, and the text that became certain with it (maybe none). And its
+    log probabilities, if the request asks for them."""
 
     id: int
     text: str
+    logprobs: Logprobs | None = None
 
 
 class Result:
@@ -33,6 +36,9 @@ class Result:
         self.request, self.index = request, index
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
+        # Of each of these, and of the prompt's but for the first, if the request asks for them.
+        self.logprobs: list[Logprobs] = []
+        self.prompt_logprobs: list[Logprobs] = []
         self.text = ""
         self.finish_reason: str | None = None
         self.error: str | None = None
@@ -63,6 +69,7 @@ class Result:
         if token_id in self._end_ids:
             text = self._stream.finish()
             self.finish_reason = "stop"
+            del self.logprobs[len(self.token_ids) :]
         else:
             self.token_ids.append(token_id)
             text = self._stream.push(token_id)
@@ -73,7 +80,9 @@ class Result:
             if self._stream.stopped:
                 self.finish_reason = "stop"
         self.text += text
-        return Token(token_id, text) if text or token_id not in self._end_ids else None
+        if token_id in self._end_ids:
+            return Token(token_id, text) if text else None
+        return Token(token_id, text, self.logprobs[-1] if self.logprobs else None)
 
     def as_dict(self) -> dict:
         """The object that `run.py --json` prints."""

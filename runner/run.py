@@ -112,7 +112,7 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         "and copies, or with --json a line for each; exit status 1 if any text differs",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    for name in RULES:
+    for name in (name for name in RULES if name in options):
         if fault := fault_of(name, getattr(options, name)):
             parser.error(f"{flag_of(name)} is {getattr(options, name)}; {fault}")
     for name in ("threads", "batch", "run_ahead"):

@@ -5,27 +5,34 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Step, selection_method
 from tokenloop.runner.request import Request
 
 
 class Sequence(Protocol):
     """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
-    `finish_reason`."""
+    `finish_reason`. Where the request asks for them, `logprobs` gets the log probabilities of each
+    token before the token comes, and `prompt_logprobs` those of the prompt's tokens, but for the
+    first."""
 
     prompt_ids: list[int]
     limit: int
     request: Request
     finish_reason: str | None
+    logprobs: list[Logprobs]
+    prompt_logprobs: list[Logprobs]
 
 
 class Slots:
     """The rows of one run of the loop, of which the first `used` take sequences.
 
-    A row is idle when it has no sequence, or one that needs no more steps. It computes along at
-    position 0, and nobody reads what comes of it. That spoils nothing, and neither does a step
-    too many after an end token: a sequence that takes the row later sees only what it wrote itself
-    at the positions before its own.
+    A sequence joins, begins once its prompt is prefilled, and leaves. A row is idle when it has no
+    sequence that has begun, or one that needs no more steps. It computes along at position 0, and
+    nobody reads what comes of it. That spoils nothing, and neither does a step too many after an
+    end token: a sequence that takes the row later sees only what it wrote itself at the positions
+    before its own. A row whose prompt is prefilled in part computes along where the next chunk
+    begins, which overwrites it.
     """
 
     def __init__(self, program: Program, used: int, table: Any, positions_from_host: bool):
@@ -34,8 +41,11 @@ class Slots:
         self._from_host = positions_from_host
         count = program.manifest["batch"]
         self._sequences: list[Sequence | None] = [None] * count
-        # Of each row's sequence: tokens whose computation was submitted.
+        # Of each row's sequence: whether it has begun, tokens whose computation was submitted, and
+        # how much of the prompt is prefilled while it has not begun.
+        self._begun = [False] * count
         self._submitted = [0] * count
+        self._prefilled = np.zeros(count, np.int64)
         # Lines of positions for the steps to come, and the next one's number. They hold until a
         # sequence joins or leaves early; those of a single row are the table, and always hold.
         self._lines = table[:, None] if count == 1 else None
@@ -50,24 +60,53 @@ class Slots:
         for row in range(self._used):
             if self._sequences[row] is None and (sequence := next(waiting, None)) is not None:
                 self._sequences[row], self._submitted[row] = sequence, 1
-                self._forget_lines()
                 self._members_changed = True
                 joined.append((row, sequence))
         return joined
+
+    def wait(self, row: int, prefilled: int) -> None:
+        """Let a row wait whose prompt is prefilled in part, up to the position `prefilled`."""
+        self._prefilled[row] = prefilled
+        self._forget_lines()
+
+    def begin(self, row: int) -> None:
+        """Let a row run that has a first token."""
+        self._begun[row] = True
+        self._prefilled[row] = 0
+        self._forget_lines()
 
     def leave(self, row: int) -> None:
         """Free the row of a sequence that is finished."""
         if self._runs(row):
             self._forget_lines()
         self._sequences[row], self._members_changed = None, True
+        self._begun[row], self._prefilled[row] = False, 0
 
     def occupied(self) -> list[tuple[int, Sequence]]:
         """The rows that have a sequence, in their order."""
         return [(row, s) for row, s in enumerate(self._sequences) if s is not None]
 
+    def begun(self) -> list[tuple[int, Sequence]]:
+        """Those of them that have a first token."""
+        return [(row, sequence) for row, sequence in self.occupied() if self._begun[row]]
+
+    def waiting(self) -> list[tuple[int, Sequence]]:
+        """Those of them that have none yet."""
+        return [(row, sequence) for row, sequence in self.occupied() if not self._begun[row]]
+
+    def want_logprobs(self) -> list[tuple[int, int]]:
+        """The rows whose next step's log probabilities are asked for, each with the number of
+        alternatives."""
+        found = [(row, s.request.logprobs) for row, s in self.begun() if self._runs(row)]
+        return [(row, count) for row, count in found if count is not None]
+
     def need_a_step(self) -> bool:
         """Whether any sequence has more tokens to come than are submitted."""
         return any(map(self._runs, range(self._used)))
+
+    def sequence(self, row: int) -> Sequence:
+        """The sequence of a row that has one."""
+        return self._sequences[row]
 
     def first_choice(self, row: int) -> Choice:
         """How the row's first token is chosen, after the last position of its prompt."""
@@ -78,7 +117,7 @@ class Slots:
     def next_step(self) -> Step:
         """What the next step is given."""
         running = {row: s for row, s in self.occupied() if self._runs(row)}
-        starts, steps = np.zeros((2, len(self._sequences)), np.int64)
+        starts, steps = self._prefilled.copy(), np.zeros(len(self._sequences), np.int64)
         for row, sequence in running.items():
             starts[row] = len(sequence.prompt_ids) + self._submitted[row] - 1
             steps[row] = sequence.limit - self._submitted[row]
@@ -91,8 +130,7 @@ class Slots:
         return Step(positions, line, self._choice([s.request for s in running.values()], positions))
 
     def _runs(self, row: int) -> bool:
-        sequence = self._sequences[row]
-        return sequence is not None and self._submitted[row] < sequence.limit
+        return self._begun[row] and self._submitted[row] < self._sequences[row].limit
 
     def _forget_lines(self) -> None:
         if len(self._sequences) > 1:
@@ -105,7 +143,7 @@ class Slots:
             return int(starts[0])
         if self._lines is None:
             ahead = np.arange(steps.max())[:, None]
-            lines = np.where(ahead < steps, starts + ahead, 0)
+            lines = np.where(ahead < steps, starts + ahead, self._prefilled)
             out = self._program.step_inputs.get("lines")
             self._lines, self._line = self._program.transfers.upload(lines, out=out), 0
         self._line += 1

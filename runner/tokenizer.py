@@ -104,6 +104,17 @@ class Tokenizer:
         stream = self.stream()
         return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """Return the bytes that the id has in the middle of a text, or None for one that gives no
+        text there, such as a control token."""
+        if token_id in self._hidden:
+            return None
+        return self._vocabulary.token_bytes(token_id, False)[0] or None
+
+    def token_name(self, token_id: int) -> str:
+        """Return what the vocabulary calls the id; nothing for one outside of it."""
+        return self._vocabulary.token_name(token_id)
+
     def stream(self) -> "StreamDecoder":
         """Return a decoder for one text whose ids arrive one at a time."""
         return StreamDecoder(self._vocabulary, self._hidden)
@@ -203,6 +214,9 @@ class _SentencePiece:
                     break
         return ids + self._processor.encode(text[done:])
 
+    def token_name(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id) if 0 <= token_id < self._size else ""
+
     def token_bytes(self, token_id: int, at_start: bool) -> tuple[bytes, bool]:
         """Return the bytes of `token_id`, and whether the text still has not begun after it."""
         processor = self._processor
@@ -275,6 +289,9 @@ class _TokenizerJson:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; `tokenizers` reads added tokens from text by itself."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_name(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or "" if 0 <= token_id < 2**32 else ""
 
     def token_bytes(self, token_id: int, at_start: bool) -> tuple[bytes, bool]:
         """Return the bytes of `token_id`, and whether the text still has not begun after it."""

@@ -55,14 +55,23 @@ class Turn:
         """The result of `action`, which uses the program for `user`. Errors: RunnerError where the
         turn is another's by now, or the program is in use, before `action` is called."""
         with self._unlocked():
-            # Even the first step would overwrite the state of the generation that was begun later.
-            if self._user() is not user:
-                raise RunnerError(
-                    "another generation was started on this model, and its state is shared: "
-                    "finish one before you start the next"
-                )
-            self._thread = current_thread()
-            return action()
+            return self._use(user, action)
+
+    def hold(self, user: User, action: Callable[[], Done]) -> Done:
+        """As `use`, but where the program is in use it waits. For an action of many steps, which
+        must not be refused because another thread was just being refused."""
+        with self._lock:
+            return self._use(user, action)
+
+    def _use(self, user: User, action: Callable[[], Done]) -> Done:
+        # Even the first step would overwrite the state of the generation that was begun later.
+        if self._user() is not user:
+            raise RunnerError(
+                "another generation was started on this model, and its state is shared: "
+                "finish one before you start the next"
+            )
+        self._thread = current_thread()
+        return action()
 
     def _unlocked(self) -> Lock:
         """The lock, for a `with`, if nobody has it. Errors: RunnerError where somebody has.

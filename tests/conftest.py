@@ -46,7 +46,7 @@ SLOW_FILES = {
     *("models/kernels/test_causal_conv1d.py", "models/kernels/test_gated_delta_rule_chunk.py"),
     "models/kernels/test_linear_chunk.py",
     *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
-    "runner/test_inductor.py",
+    *("runner/test_inductor.py", "runner/test_serve.py"),
     "test_compiled_kernels.py",
 }
 

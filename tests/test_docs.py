@@ -43,13 +43,16 @@ def test_every_file_that_is_named_exists(page):
     assert not missing
 
 
-@pytest.mark.parametrize("script", ["export/gemma.py", "runner/run.py"])
-def test_every_flag_is_described(script):
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [("export/gemma.py", "cli.md"), ("runner/run.py", "cli.md"), ("runner/serve.py", "serve.md")],
+)
+def test_every_flag_is_described(script, page):
     command = [sys.executable, str(ROOT / script), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     flags = set(FLAG.findall(done.stdout)) - {"--help"}
     assert len(flags) > 5
-    described = set(FLAG.findall((ROOT / "docs" / "cli.md").read_text(encoding="utf-8")))
+    described = set(FLAG.findall((ROOT / "docs" / page).read_text(encoding="utf-8")))
     assert flags <= described
 
 

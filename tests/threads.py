@@ -35,6 +35,8 @@ class YieldingProgram(Program):
     """Its logits depend on all tokens of a row's sequence and on nothing else. Each method lets
     another thread run while it is under way, and `intruders` counts methods that began then."""
 
+    has_logits = True
+
     def __init__(self, batch: int, max_seq_len: int = 64, max_prefill: int = 5):
         self.manifest = {
             "batch": batch, "max_seq_len": max_seq_len, "max_prefill": max_prefill,
@@ -87,7 +89,9 @@ class YieldingProgram(Program):
     def _decode(self, fed, positions):
         for row, position in enumerate(positions):
             self._state[row, position] = fed[row, 0]
-        return np.concatenate([self._logits(r, p) for r, p in enumerate(positions)])
+        rows = [self._logits(row, position) for row, position in enumerate(positions)]
+        self.logits = np.concatenate(rows)
+        return self.logits
 
     def _logits(self, row, last):
         logits = np.zeros((1, VOCABULARY), np.float32)
@@ -111,10 +115,10 @@ class Tokenizer:
         return SimpleNamespace(push=lambda token_id: f"{token_id} ", finish=lambda: "")
 
 
-def yielding_model(batch: int = 3) -> Model:
+def yielding_model(batch: int = 3, max_seq_len: int = 64) -> Model:
     """A model of YieldingProgram, which no artifact is needed for."""
     model = Model.__new__(Model)
-    model.loop = Loop(YieldingProgram(batch))
+    model.loop = Loop(YieldingProgram(batch, max_seq_len))
     model.manifest = model.loop.program.manifest
     model.vocab_size, model.max_seq_len = VOCABULARY, model.manifest["max_seq_len"]
     model.batch, model.tokenizer, model.load_s = batch, Tokenizer(), 0.0

@@ -33,6 +33,8 @@ class ExecuTorchProgram(Program):
     """The methods of a .pte on NumPy arrays. Each method owns the memory of its outputs, so that
     greedy selection and sampling have next_id buffers of their own."""
 
+    has_logits = True
+
     def __init__(self, artifact: Artifact, threads: int | None = None):
         """Load the methods of a greedy loop. Those that sample, and those that feed the loop in
         another way, are loaded when they are first needed: nobody waits for what is never called.
@@ -85,7 +87,9 @@ class ExecuTorchProgram(Program):
         return self._call("prefill", tokens, positions, *row)[0]
 
     def decode(self, fed: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return self._call("decode_embedded" if self.embedding else "decode", fed, positions)[0]
+        name = "decode_embedded" if self.embedding else "decode"
+        self.logits = self._call(name, fed, positions)[0]
+        return self.logits
 
     def select(self, logits: np.ndarray, buffer: int, choice: Choice = GREEDY) -> Selected:
         name = choice.method + "_embed" * self.embedding

@@ -23,6 +23,8 @@ class InductorProgram(Program):
     """The methods of a .pt2 on torch tensors, on a CPU. Selection writes the same two buffers
     whatever it chooses by."""
 
+    has_logits = True
+
     def __init__(self, artifact: Artifact, threads: int | None = None):
         """Load weights and methods. `threads` is how many compute.
 
@@ -55,7 +57,8 @@ class InductorProgram(Program):
 
     def decode(self, fed: Tensor, positions: Tensor) -> Tensor:
         hidden = fed if self.embedding else self._call("embed", fed)
-        return self._call("decode_embedded", hidden, positions)
+        self.logits = self._call("decode_embedded", hidden, positions)
+        return self.logits
 
     def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
         token = self._buffers[buffer]

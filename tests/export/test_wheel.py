@@ -97,6 +97,7 @@ def test_the_wheel_has_every_file_of_the_package_under_one_name(wheel, sources):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {f"tokenloop/{name}" for name in sources}
     assert "tokenloop/export/pte/calibration.txt" in names
+    assert "tokenloop/runner/server/page.html" in names
 
 
 def test_nothing_of_the_installed_package_is_the_checkouts(environment, run):

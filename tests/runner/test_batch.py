@@ -4,7 +4,7 @@ is counted. The program is an oracle in NumPy, so that thousands of steps cost l
 import itertools
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ class Oracle(Program):
     `selected_by` are the methods that chose, in order. "sample_unfiltered", which only some have,
     does not look at top_k and top_p."""
 
-    embeds = True
+    embeds = has_logits = True
 
     def __init__(
         self, batch: int, max_seq_len: int, max_prefill: int, can_sample: bool = True,
@@ -90,6 +90,7 @@ class Oracle(Program):
         for row, (id_, at) in enumerate(zip(token[:, 0], position)):
             self.state[row, at] = id_
             self.decode_logits[row] = logits_of(self.state[row, : at + 1])
+        self.logits = self.decode_logits
         return self.decode_logits
 
     def select(self, logits, buffer, choice=GREEDY):
@@ -162,6 +163,8 @@ class Sequence:
     request: Request
     wanted: int = 1000
     finish_reason: str | None = None
+    logprobs: list = field(default_factory=list)
+    prompt_logprobs: list = field(default_factory=list)
 
     def expected(self) -> list[int]:
         return alone(self.prompt_ids, min(self.limit, self.wanted), self.request)
@@ -316,6 +319,138 @@ def test_a_program_that_cannot_embed_feeds_tokens_and_refuses_to_do_otherwise(mo
         loop.variant(LoopOptions(feed="embed"))
     with pytest.raises(RunnerError, match="^feed is 'wire'; it must be one of auto, embed, alias"):
         LoopOptions(feed="wire")
+
+
+# Prompts between steps
+
+
+class Coming:
+    """Sequences of which one more is there each time that a row asks, and sometimes none."""
+
+    def __init__(self, sequences, gaps):
+        self.left, self.gaps = list(sequences), itertools.cycle(gaps)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left or next(self.gaps):
+            raise StopIteration
+        return self.left.pop(0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    batch=st.integers(1, 5),
+    max_prefill=st.integers(1, 5),
+    sequences=st.lists(SEQUENCES, max_size=12),
+    gaps=st.lists(st.booleans(), min_size=1, max_size=5),
+    options=st.sampled_from(VARIANTS),
+    can_wait=st.booleans(),
+)
+def test_sequences_that_come_late_and_are_prefilled_between_steps_give_what_they_give_alone(
+    batch, max_prefill, sequences, gaps, options, can_wait
+):
+    loop = make_loop(batch, 27, max_prefill)
+    loop._can_wait = can_wait
+    coming, events = Coming(sequences, [*gaps, False]), {id(s): [] for s in sequences}
+    for sequence in sequences:
+        sequence.finish_reason = None
+    while coming.left:
+        # Without time to stall there is one chunk between two steps.
+        for sequence, token_id in loop.tokens(coming, batch, loop.variant(options), 0):
+            events[id(sequence)].append(token_id)
+            if len(events[id(sequence)]) == sequence.wanted:
+                sequence.finish_reason = "enough"
+    assert [events[id(s)] for s in sequences] == [s.expected() for s in sequences]
+
+
+def calls_of(loop: Loop, sequences, max_stall_s, used: int = 2) -> str:
+    """P for each chunk of a prompt, D for each step, in their order."""
+    calls, program = [], loop.program
+    for letter, name in (("P", "prefill"), ("D", "decode")):
+        method = getattr(program, name)
+        setattr(program, name, lambda *a, m=method, x=letter: calls.append(x) or m(*a))
+    for _ in loop.tokens(sequences, used, loop.variant(None), max_stall_s):
+        pass
+    return "".join(calls)
+
+
+def late_prompt() -> list[Sequence]:
+    """A row that runs, one that ends at once, and a prompt of three chunks that takes its place."""
+    greedy = Request("")
+    return [Sequence([5], 9, greedy), Sequence([6], 1, greedy), Sequence([7] * 10, 2, greedy)]
+
+
+def test_a_step_waits_for_one_chunk_where_there_is_no_time_to_stall():
+    assert calls_of(make_loop(2), late_prompt(), 0) == "PDPDPDPDPDDDD"
+    assert calls_of(make_loop(2), late_prompt(), 1e9) == "PPDPPPDDDDDDD"
+    assert calls_of(make_loop(2), late_prompt(), None) == "PPDPPPDDDDDDD"
+
+
+def test_a_step_waits_for_a_whole_prompt_where_a_step_would_spoil_half_of_one():
+    loop = make_loop(2)
+    loop.program.manifest["state"] = [{"name": "layers.0.linear_attn.cache.recurrent"}]
+    assert calls_of(Loop(loop.program), late_prompt(), 0) == "PDPDPPPDDDDDD"
+    loop.program.manifest["state"] = [{"name": "layers.0.cache.k"}, {"name": "layers.0.cache.v"}]
+    assert calls_of(Loop(loop.program), late_prompt(), 0) == "PDPDPDPDPDDDD"
+
+
+def test_nobody_waits_for_the_rest_of_a_prompt_that_is_given_up():
+    loop, sequences = make_loop(2), late_prompt()
+    coming = Coming([*sequences, Sequence([8], 3, Request(""))], [False])
+    found = {id(s): [] for s in coming.left}
+    order = list(found)
+    for sequence, token_id in loop.tokens(coming, 2, loop.variant(None), 0):
+        found[id(sequence)].append(token_id)
+        if loop.program.positions and loop.program.positions[-1][1] == 4:
+            # One chunk of it is prefilled.
+            sequences[2].finish_reason = "cancelled"
+    assert found[order[2]] == [] and len(found[order[3]]) == 3
+    assert found[order[0]] == sequences[0].expected()
+    assert max(line[1] for line in loop.program.positions) == 4
+
+
+# Log probabilities
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    sequences=st.lists(SEQUENCES, max_size=7),
+    counts=st.lists(st.sampled_from([None, 0, 3, 20]), min_size=7, max_size=7),
+    options=st.sampled_from(VARIANTS),
+    of_prompts=st.booleans(),
+)
+def test_log_probabilities_are_those_of_the_logits_that_chose_the_token(
+    batch, sequences, counts, options, of_prompts
+):
+    for sequence, count in zip(sequences, counts):
+        too = of_prompts and count is not None
+        sequence.request = replace(sequence.request, logprobs=count, prompt_logprobs=too)
+        sequence.logprobs, sequence.prompt_logprobs = [], []
+    loop = make_loop(batch, 27)
+    events = drive(loop, sequences, batch, options)
+    for number, sequence in enumerate(sequences):
+        ids = ids_of(events, number)
+        assert ids == sequence.expected()
+        if sequence.request.logprobs is None:
+            assert sequence.logprobs == []
+            continue
+        assert len(sequence.logprobs) == len(ids)
+        whole, start = sequence.prompt_ids + ids, len(sequence.prompt_ids)
+        if of_prompts:
+            start = 1
+        assert len(sequence.prompt_logprobs) == len(sequence.prompt_ids) - start
+        every = sequence.prompt_logprobs + sequence.logprobs
+        for i, found in enumerate(every, start):
+            logits = logits_of(whole[:i]).astype(np.float64)
+            expected = logits - np.log(np.exp(logits).sum())
+            assert abs(found.logprob - expected[whole[i]]) < 1e-6
+            # Of equal ones the lower id comes first, as in `greedy`.
+            order = np.lexsort((np.arange(VOCABULARY), -logits))[: sequence.request.logprobs]
+            assert [token_id for token_id, _ in found.top] == order.tolist()
+            assert all(abs(value - expected[token_id]) < 1e-6 for token_id, value in found.top)
 
 
 # The method that chooses

@@ -52,7 +52,7 @@ def test_help_names_every_command(tokenloop, flag):
     done = tokenloop(flag)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: tokenloop COMMAND ...\n")
-    assert "commands: export, run, compare\n" in done.stdout
+    assert "commands: export, run, compare, serve\n" in done.stdout
 
 
 def test_the_version_is_the_installed_one(tokenloop):
@@ -72,7 +72,9 @@ def test_the_version_is_the_installed_one(tokenloop):
 def test_what_is_no_command_is_refused_in_one_line(tokenloop, arguments, fault):
     done = tokenloop(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"tokenloop: error: {fault}; the commands are export, run, compare\n"
+    assert (
+        done.stderr == f"tokenloop: error: {fault}; the commands are export, run, compare, serve\n"
+    )
 
 
 def test_closed_streams_are_no_tracebacks(tmp_path):

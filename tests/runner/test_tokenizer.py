@@ -324,6 +324,25 @@ def test_any_text_comes_back(cases, name, text):
     assert_round_trip(cases(name), text)
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_id_alone_has_the_bytes_and_the_name_that_it_has_in_a_text(cases, name):
+    case = cases(name)
+    before = case.tokenizer.encode("x")
+    for token_id in range(-1, case.size + 2):
+        found = case.tokenizer.token_bytes(token_id)
+        # A byte that begins no character gives the same as many: one replacement for each.
+        text = "" if found is None else found.decode(errors="replace")
+        assert found != b"" and case.tokenizer.decode([*before, token_id]) == f"x{text}"
+        library = case.library
+        if not 0 <= token_id < case.size:
+            expected = ""
+        elif case.is_sentencepiece:
+            expected = library.id_to_piece(token_id)
+        else:
+            expected = library.id_to_token(token_id)
+        assert case.tokenizer.token_name(token_id) == expected
+
+
 @pytest.mark.parametrize("text", HARD_TEXTS)
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_hard_texts_come_back(cases, name, text):

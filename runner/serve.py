@@ -1,0 +1,166 @@
+"""Serve an artifact by OpenAI's protocol: `tokenloop serve`, and from a checkout
+`python runner/serve.py`."""
+
+if __name__ == "__main__":
+    # Before the imports, which take longest.
+    from tokenloop.runner.process import end_when_interrupted
+
+    end_when_interrupted()
+
+import argparse
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from tokenloop.runner import process
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.run import DEFAULT_ARTIFACT, flag_of
+
+HOST, PORT = "127.0.0.1", 8000
+MAX_QUEUE, MAX_STALL_MS, TIMEOUT_S = 256, 100, 600
+KEY_VARIABLE = "TOKENLOOP_API_KEY"
+# What those that run have when the server is told to end.
+GRACE_S = 5
+
+
+def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Serve an artifact that export/ made, by OpenAI's protocol.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--artifact", type=Path, default=DEFAULT_ARTIFACT, help="its directory")
+    parser.add_argument("--host", default=HOST, help="the address to listen at")
+    parser.add_argument("--port", type=int, default=PORT, help="0 takes one that is free")
+    parser.add_argument(
+        "--api-key", metavar="KEY",
+        help=f"what clients must send as their key (default: the variable {KEY_VARIABLE}, which "
+        "other users of the machine do not see in the list of processes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model-name", metavar="NAME", help="what clients call it (default: the directory's name)"
+    )
+    parser.add_argument(
+        "--max-queue", type=int, default=MAX_QUEUE, metavar="N",
+        help="how many requests may wait for a row; more are answered with status 429",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-stall-ms", type=float, default=MAX_STALL_MS, metavar="MS",
+        help="how long running rows stand still for others' prompts between two steps: so long at "
+        "most, or as long as one chunk takes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT_S, metavar="S",
+        help="seconds after which a request ends, wherever it is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=int, metavar="N",
+        help="how many threads compute (default: the processors that this process may use)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=None,
+        help="hash every file before it is read, or neither program nor weights (default: those "
+        "that were not hashed since they were last changed)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--log-prompts", action="store_true", help="put prompts and outputs in the log"
+    )
+    options = parser.parse_args(arguments)
+    for name, least in (("threads", 1), ("max_queue", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            parser.error(f"{flag_of(name)} is {value}; it must be at least {least}")
+    if not 0 <= options.max_stall_ms < float("inf"):
+        stall = options.max_stall_ms
+        parser.error(f"--max-stall-ms is {stall}; it must be a finite number, 0 or more")
+    if not 0 < options.timeout < float("inf"):
+        parser.error(f"--timeout is {options.timeout}; it must be a finite number above 0")
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port is {options.port}; it must be 0 to 65535")
+    if options.api_key is None:
+        options.api_key = os.environ.get(KEY_VARIABLE)
+    if options.api_key is not None and (not options.api_key or not options.api_key.isascii()):
+        parser.error("--api-key must be of one or more ASCII characters")
+    return options
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket at the address, which does not listen yet. Errors: RunnerError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise RunnerError(f"--host {host}: {getattr(error, 'strerror', error)}") from None
+    family, kind, number, _, address = found[0]
+    listener = socket.socket(family, kind, number)
+    # What a server before this one has left behind there is no other's.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise RunnerError(f"--port {port} of {host}: {error.strerror}") from None
+    return listener
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until a signal ends it; the exit status. Errors: RunnerError."""
+    start = time.perf_counter()
+    listener = bound_socket(options.host, options.port)
+    try:
+        import logging
+
+        from tokenloop.runner.server.app import Server, Settings
+        from tokenloop.runner.server.listening import Listening, is_loopback
+    except ImportError as error:
+        raise RunnerError(
+            f"serving needs starlette, uvicorn, pydantic and prometheus-client ({error}): "
+            "pip install 'tokenloop[serve]'"
+        ) from None
+    from tokenloop.runner.engine import Engine
+    from tokenloop.runner.model import Model
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    with process.InterruptsRaised() as interrupts:
+        model = Model(options.artifact, options.threads, options.verify)
+        interrupts.check()
+    name = options.model_name or options.artifact.absolute().name
+    host, port = listener.getsockname()[:2]
+    only_here = is_loopback(host)
+    settings = Settings(name, options.api_key, options.timeout, only_here, options.log_prompts)
+    if not only_here and options.api_key is None:
+        process.say(f"{options.program}: warning: whoever reaches {host} can use it: --api-key")
+    with Engine(
+        model, max_queue=options.max_queue, max_stall_s=options.max_stall_ms / 1000
+    ) as engine:
+        host = f"[{host}]" if ":" in host else host
+        rows = f"{engine.rows} row{'s' * (engine.rows > 1)}"
+
+        def ready() -> None:
+            seconds = time.perf_counter() - start
+            process.say(f"{name}, {rows}, on http://{host}:{port} after {seconds:.1f} s")
+
+        Listening(Server(engine, settings), engine, GRACE_S, ready).run(sockets=[listener])
+    return 0
+
+
+def main(arguments: list[str] | None = None, program: str = "tokenloop serve") -> int:
+    """Run the command line that `program` is the name of; the exit status."""
+    process.open_streams()
+    options = parse_arguments(arguments, program)
+    options.program = program
+    try:
+        return serve(options)
+    except RunnerError as error:
+        process.say(f"{program}: error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return process.INTERRUPTED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        process.say(f"{program}: error: {where}{error.strerror or error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(program="runner/serve.py"))

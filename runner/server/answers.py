@@ -1,0 +1,129 @@
+"""The objects that are answered with, in the protocol's two kinds: chat and plain completions."""
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tokenloop.runner.result import Result, Token
+from tokenloop.runner.server.logprobs import ChatLogprobs, CompletionLogprobs
+from tokenloop.runner.tokenizer import Tokenizer
+
+
+class Answer:
+    """One answer's objects: whole, or as the chunks of a stream. Its choices are `results`."""
+
+    def __init__(
+        self, is_chat: bool, model: str, fingerprint: str, results: Sequence[Result],
+        tokenizer: Tokenizer, echoes: Sequence[str] = (),
+    ):  # fmt: skip
+        """`fingerprint` says which artifact it is. `echoes` are the prompts that the choices of a
+        completion begin with, if they do."""
+        self._is_chat, self._results = is_chat, results
+        kind = ChatLogprobs if is_chat else CompletionLogprobs
+        self._logprobs = [
+            None if result.request.logprobs is None else kind(tokenizer) for result in results
+        ]
+        self._echoes = echoes
+        self._head = {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "object": "chat.completion" if is_chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+
+    def whole(self, prompt_tokens: int) -> dict[str, Any]:
+        """The answer, once all results have ended."""
+        choices = []
+        for index, result in enumerate(self._results):
+            content: dict[str, Any] = {"text": result.text}
+            if self._is_chat:
+                message = {"role": "assistant", "content": result.text, "refusal": None}
+                content = {"message": message}
+            echo = self._echo(index) if self._echoes else None
+            tokens = [Token(i, "", found) for i, found in zip(result.token_ids, result.logprobs)]
+            choice = self._choice(index, content, tokens, result.finish_reason)
+            if echo is not None:
+                choice["text"] = echo["text"] + result.text
+                if choice["logprobs"] is not None:
+                    both = echo["logprobs"], choice["logprobs"]
+                    choice["logprobs"] = {name: both[0][name] + both[1][name] for name in both[0]}
+            choices.append(choice)
+        return self._head | {"choices": choices, "usage": self.usage(prompt_tokens)}
+
+    def usage(self, prompt_tokens: int) -> dict[str, int]:
+        """Tokens of prompts, each counted once, and of all choices."""
+        new = sum(len(result.token_ids) for result in self._results)
+        return {
+            "prompt_tokens": prompt_tokens, "completion_tokens": new,
+            "total_tokens": prompt_tokens + new,
+        }  # fmt: skip
+
+    def first_chunks(self) -> list[dict]:
+        """What a stream begins with."""
+        if self._echoes:
+            choices = map(self._echo, range(len(self._results)))
+            return [self._chunks_head() | {"choices": [choice]} for choice in choices]
+        if not self._is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(i, {"delta": delta}, [], None) for i in range(len(self._results))]
+
+    def text_chunk(self, index: int, tokens: Sequence[Token]) -> dict:
+        """More text of a choice."""
+        text = "".join(token.text for token in tokens)
+        content = {"delta": {"content": text}} if self._is_chat else {"text": text}
+        return self._chunk(index, content, tokens, None)
+
+    def last_chunk(self, index: int) -> dict:
+        """The end of a choice."""
+        content = {"delta": {}} if self._is_chat else {"text": ""}
+        return self._chunk(index, content, [], self._results[index].finish_reason)
+
+    def usage_chunk(self, prompt_tokens: int) -> dict:
+        """What ends a stream whose options include usage."""
+        return self._chunks_head() | {"choices": [], "usage": self.usage(prompt_tokens)}
+
+    def _chunks_head(self) -> dict:
+        return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})
+
+    def _chunk(
+        self, index: int, content: dict, tokens: Sequence[Token], finish_reason: str | None
+    ) -> dict:
+        choice = self._choice(index, content, tokens, finish_reason)
+        return self._chunks_head() | {"choices": [choice]}
+
+    def _choice(
+        self, index: int, content: dict, tokens: Sequence[Token], finish_reason: str | None
+    ) -> dict:
+        found = self._logprobs[index]
+        logprobs = None
+        # A chunk without tokens says nothing of them.
+        if found is not None and (tokens or finish_reason is not None):
+            logprobs = found.of(tokens)
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _echo(self, index: int) -> dict:
+        """A choice that is the prompt alone."""
+        result, found = self._results[index], self._logprobs[index]
+        logprobs = None
+        if found is not None:
+            logprobs = found.of_prompt(result.prompt_ids, result.prompt_logprobs)
+        echo = {"index": index, "text": self._echoes[index]}
+        return echo | {"logprobs": logprobs, "finish_reason": None}
+
+
+def as_json(value: Any) -> bytes:
+    """JSON in UTF-8. Half a surrogate pair, which a refusal may quote, is written as JSON's own."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")
+
+
+def as_event(value: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + as_json(value) + b"\n\n"
+
+
+END = b"data: [DONE]\n\n"

@@ -1,0 +1,232 @@
+"""From a request's fields to tokens of the engine, and on to the answer."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tokenloop.runner.engine import Engine, EngineClosed, QueueFull
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.request import Request
+from tokenloop.runner.result import Token
+from tokenloop.runner.server.answers import END, Answer, as_event, as_json
+from tokenloop.runner.server.body import unless_gone
+from tokenloop.runner.server.errors import ApiError
+from tokenloop.runner.server.fields import ChatFields, CompletionFields
+from tokenloop.runner.server.metrics import Metrics
+from tokenloop.runner.ticket import EngineError, Ticket
+
+LOG = logging.getLogger(__name__)
+# What a client has beyond the time of its request to read what was generated.
+READING_SECONDS = 60
+
+# The number of a choice, and more of its tokens, or None at its end.
+Piece = tuple[int, list[Token] | None]
+
+
+def json_response(value: object, status: int = 200, headers: dict | None = None) -> Response:
+    return Response(as_json(value), status, headers, "application/json")
+
+
+class Generating:
+    """The requests that are generated for."""
+
+    def __init__(
+        self, engine: Engine, metrics: Metrics, name: str, timeout_s: float, log_prompts: bool
+    ):
+        """`name` is the model's. A request ends `timeout_s` after it came. With `log_prompts`
+        prompts and outputs are logged."""
+        self._engine, self._model, self._metrics = engine, engine.model, metrics
+        self._name, self._timeout_s, self._log_prompts = name, timeout_s, log_prompts
+        self._fingerprint = f"fp_{self._model.manifest['sha256'][:12]}"
+
+    async def answer(self, request: HttpRequest, fields: ChatFields | CompletionFields) -> Response:
+        """Generate what the fields of a request ask for. Errors: ApiError, HungUp."""
+        start = time.perf_counter()
+        param = "messages" if isinstance(fields, ChatFields) else "prompt"
+        try:
+            # A template may take seconds.
+            prompts = await asyncio.to_thread(self._encode, fields)
+            tickets = self._submit(fields, prompts, param)
+        except RunnerError as error:
+            raise ApiError(400, str(error), param) from None
+        answer = Answer(
+            param == "messages", self._name, self._fingerprint, tickets, self._model.tokenizer,
+            self._echoes(fields, prompts),
+        )  # fmt: skip
+        prompt_tokens = sum(map(len, prompts))
+        pieces = self._pieces(tickets, start)
+        with ExitStack() as given_up:
+            for ticket in tickets:
+                given_up.enter_context(ticket)
+            if fields.stream:
+                # What goes wrong before the first token has a status of its own.
+                first = await unless_gone(request.receive, anext(pieces))
+                with_usage = (
+                    fields.stream_options is not None and fields.stream_options.include_usage
+                )
+                return EventStream(
+                    answer, first, pieces, prompt_tokens if with_usage else None,
+                    self._timeout_s + READING_SECONDS, given_up.pop_all(),
+                )  # fmt: skip
+            await unless_gone(request.receive, exhaust(pieces))
+        return json_response(answer.whole(prompt_tokens))
+
+    def _encode(self, fields: ChatFields | CompletionFields) -> list[list[int]]:
+        """The ids of each prompt. Errors: RunnerError for text that cannot be one."""
+        tokenizer = self._model.tokenizer
+        if isinstance(fields, CompletionFields):
+            return [tokenizer.encode(p) if isinstance(p, str) else p for p in fields.prompt]
+        messages = [message.as_dict() for message in fields.messages]
+        return [tokenizer.encode(tokenizer.apply_chat_template(messages))]
+
+    def _echoes(self, fields: ChatFields | CompletionFields, prompts: list[list[int]]) -> list[str]:
+        """The prompt's text for each choice, if it is asked for."""
+        if not fields.echoes:
+            return []
+        decode = self._model.tokenizer.decode
+        texts = [p if isinstance(p, str) else decode(ids) for p, ids in zip(fields.prompt, prompts)]
+        return [text for text in texts for _ in range(fields.n)]
+
+    def _submit(
+        self, fields: ChatFields | CompletionFields, prompts: list[list[int]], param: str
+    ) -> list[Ticket]:
+        """A ticket for each choice, in their order. Errors: ApiError, RunnerError."""
+        most = self._model.max_seq_len
+        for ids in prompts:
+            if len(ids) >= most:
+                raise ApiError(
+                    400, f"the prompt has {len(ids)} tokens; {most - 1} are the most, for one of "
+                    "the context is for the output", param, "context_length_exceeded",
+                )  # fmt: skip
+        requests: list[Request] = []
+        for ids in prompts:
+            requests += fields.requests(ids, fields.limit or most)
+        room = self._engine.rows + self._engine.max_queue
+        if len(requests) > room:
+            reason = f"{len(requests)} choices are asked for; {room} are the most"
+            raise ApiError(400, reason, "n" if len(prompts) == 1 else param)
+        try:
+            return self._engine.submit_all(requests, self._timeout_s)
+        except QueueFull as error:
+            again = {"retry-after": "1"}
+            raise ApiError(429, str(error), code="queue_full", headers=again) from None
+        except EngineClosed:
+            raise ApiError(503, "the server is shutting down", code="shutting_down") from None
+
+    async def _pieces(self, tickets: list[Ticket], start: float) -> AsyncIterator[Piece]:
+        """The choices' tokens as they come, of all requests together. Errors: ApiError."""
+        if len(tickets) == 1:
+            async for piece in self._pieces_of(0, tickets[0], start):
+                yield piece
+            return
+        # Of one piece: what nobody has read yet is kept by its ticket, and comes as one.
+        queue: asyncio.Queue[Piece | ApiError] = asyncio.Queue(1)
+
+        async def pump(index: int, ticket: Ticket) -> None:
+            try:
+                async for piece in self._pieces_of(index, ticket, start):
+                    await queue.put(piece)
+            except ApiError as error:
+                await queue.put(error)
+
+        pumps = [asyncio.ensure_future(pump(*numbered)) for numbered in enumerate(tickets)]
+        try:
+            left = len(tickets)
+            while left:
+                piece = await queue.get()
+                if isinstance(piece, ApiError):
+                    raise piece
+                left -= piece[1] is None
+                yield piece
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.wait(pumps)
+
+    async def _pieces_of(self, index: int, ticket: Ticket, start: float) -> AsyncIterator[Piece]:
+        before = None
+        try:
+            async for token in ticket:
+                now = time.perf_counter()
+                if before is None:
+                    self._metrics.first_token.observe(now - start)
+                else:
+                    self._metrics.next_token.observe(now - before)
+                before = now
+                tokens = [token, *ticket.arrived()]
+                if any(one.text or one.logprobs for one in tokens):
+                    yield index, tokens
+        except EngineError as error:
+            raise ApiError(500, str(error)) from None
+        except RunnerError as error:
+            raise ApiError(400, str(error)) from None
+        if ticket.finish_reason == "timeout":
+            raise ApiError(504, f"it took more than {self._timeout_s:g} s", code="timeout")
+        if ticket.finish_reason == "cancelled":
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if self._log_prompts:
+            prompt = self._model.tokenizer.decode(ticket.prompt_ids)
+            LOG.info("prompt %r gave %r", prompt, ticket.text)
+        yield index, None
+
+
+async def exhaust(pieces: AsyncIterator[Piece]) -> None:
+    async for _ in pieces:
+        pass
+
+
+class EventStream(Response):
+    """An answer as server-sent events, while it is generated."""
+
+    def __init__(
+        self, answer: Answer, first: Piece, pieces: AsyncIterator[Piece], prompt_tokens: int | None,
+        seconds: float, given_up: ExitStack,
+    ):  # fmt: skip
+        """`first` has come, and `pieces` are the others. With `prompt_tokens` usage ends it. After
+        `seconds` a client that has not read it is given up; `given_up` then ends what runs."""
+        super().__init__(headers={"cache-control": "no-cache"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._answer, self._first, self._pieces = answer, first, pieces
+        self._prompt_tokens, self._seconds, self._given_up = prompt_tokens, seconds, given_up
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Errors: HungUp."""
+        with self._given_up:
+            await unless_gone(receive, self._send(send), self._seconds)
+
+    async def _send(self, send: Send) -> None:
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(head)
+        async for event in self._events():
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        answer = self._answer
+        beginning = answer.first_chunks() + [self._chunk(self._first)]
+        yield b"".join(map(self._event, beginning))
+        try:
+            async for piece in self._pieces:
+                yield self._event(self._chunk(piece))
+        except ApiError as error:
+            yield as_event(error.as_dict())
+            return
+        if self._prompt_tokens is not None:
+            yield as_event(answer.usage_chunk(self._prompt_tokens))
+        yield END
+
+    def _chunk(self, piece: Piece) -> dict:
+        index, tokens = piece
+        if tokens is None:
+            return self._answer.last_chunk(index)
+        return self._answer.text_chunk(index, tokens)
+
+    def _event(self, chunk: dict) -> bytes:
+        # Usage comes last, and before that it is said that it comes.
+        return as_event(chunk if self._prompt_tokens is None else chunk | {"usage": None})
