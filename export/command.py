@@ -147,9 +147,11 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
     return None
 
 
-def export(family: Family, options: argparse.Namespace, progress: Callable[[str], None]) -> None:
-    """Make the artifact that `options` (of parse_arguments) describe. Sets those options that
-    follow from the checkpoint.
+def export(
+    family: Family, options: argparse.Namespace, progress: Callable[[str], None]
+) -> list[str]:
+    """Make the artifact that `options` (of parse_arguments) describe, and return lines about what
+    of the checkpoint is not in it. Sets those options that follow from the checkpoint.
 
     `progress` is called with what is being done. Errors: ExportError.
     """
@@ -235,6 +237,13 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
                 "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},
             },
         )
+    lines = []
+    if checkpoint.unused:
+        lines.append(
+            f"{len(checkpoint.unused)} tensors about activations, such as {checkpoint.unused[0]}, "
+            "are not used: activations are as --quant says"
+        )
+    return lines
 
 
 def find_backend(
@@ -280,13 +289,15 @@ def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
                 interrupts.check()
                 bar.update(task, description=what)
 
-            export(family, options, progress)
+            lines = export(family, options, progress)
     except ExportError as error:
         process.say(f"{family.command}: error: {error}")
         return 2
     except KeyboardInterrupt:
         process.say(f"{family.command}: interrupted; nothing was written")
         return process.INTERRUPTED
+    for line in lines:
+        process.say(line)
     size = sum(file.stat().st_size for file in options.output.iterdir())
     print(f"{options.output}: {size / 1e6:.0f} MB in {time.perf_counter() - start:.0f} s")
     return 0

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
+from tokenloop.export.checkpoint.quantized import as_floats
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import shown
 
@@ -41,7 +42,11 @@ def open_directory(path: Path) -> Checkpoint:
         for name, file in _weight_map(path).items():
             if name not in stored:
                 raise ExportError(f"{path / file} lacks the tensor {name}, which the index names")
-    return Checkpoint(path, "safetensors", config, files, stored)
+    whole = read_json(path / "config.json")
+    stored, quantization, unused = as_floats(path, whole, stored)
+    return Checkpoint(
+        path, "safetensors", config, files, stored, quantization=quantization, unused=unused
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
