@@ -75,7 +75,9 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         help="xnnpack: 8da8w or 8da4w, weights of 8 bits per output channel or most of them of 4 "
         "in groups of 32, with int8 activations and a head of 4 bits whose best tokens are scored "
         "again in 8; cuda: bf16; inductor: bf16, or with it layers of int8 or int4 "
-        "weights; all: fp32 (default: 8da8w with xnnpack, bf16 with a GPU, else fp32)",
+        "weights; all: fp32; keep: a quantized checkpoint's own integers, where the backend has a "
+        "layout for them (default: keep for a quantized directory, else 8da8w with xnnpack, bf16 "
+        "with a GPU, fp32)",
     )
     parser.add_argument(
         "--max-seq-len",
@@ -139,6 +141,7 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
     options.device = device
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
+    options.quant_by_default = options.quant is None
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[backend][0]
     if options.quant not in FOR_BACKEND[backend]:
@@ -163,6 +166,7 @@ def export(
     from tokenloop.export.checkpoint import check_fit, load_weights, open_checkpoint
     from tokenloop.export.checkpoint.network import describe, without_memory
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
+    from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
 
     # 1. The checkpoint, the network it describes, and the backend for that.
@@ -176,6 +180,14 @@ def export(
     model_type, architecture, config = described
     smallest = without_memory(described)
     find_backend(options, checkpoint.path, model_type, smallest)
+    if options.quant == "keep" and not can_keep(checkpoint, options.backend):
+        raise ExportError(
+            f"--quant keep: {checkpoint.path} has no integers that --backend {options.backend} has "
+            "a layout for; leave --quant out, or give another"
+        )
+    is_default = options.quant_by_default and checkpoint.quantization is not None
+    if is_default and can_keep(checkpoint, options.backend):
+        options.quant = "keep"
     if options.random_weights is None:
         # Before memory is taken for sizes that only the config has.
         check_fit(smallest, checkpoint, architecture.checkpoint_name)
@@ -217,6 +229,7 @@ def export(
                 architecture.checkpoint_name,
                 progress=lambda name: progress(f"reading {name}"),
                 dtype=engine.dtype,
+                grids=options.quant == "keep",
             )
         model.eval().requires_grad_(False)
 
@@ -237,7 +250,7 @@ def export(
                 "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},
             },
         )
-    lines = []
+    lines = list(engine.lines)
     if checkpoint.unused:
         lines.append(
             f"{len(checkpoint.unused)} tensors about activations, such as {checkpoint.unused[0]}, "

@@ -22,6 +22,18 @@ class Grid(NamedTuple):
     scales: Callable[[], torch.Tensor]
 
 
+class NamedGrid(NamedTuple):
+    """The grid of a linear layer's weight, and what the checkpoint calls the weight."""
+
+    name: str
+    grid: Grid
+
+    def rows(self, index: torch.Tensor) -> "NamedGrid":
+        """That of the weight's rows `index`."""
+        scales = self.grid.scales
+        return self._replace(grid=self.grid._replace(scales=lambda: scales()[index]))
+
+
 class StoredTensor(NamedTuple):
     """A tensor that is not read yet. `read` gives it in `dtype`, spelled as in safetensors.
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
+from tokenloop.export.checkpoint.contents import Checkpoint, Grid, StoredTensor
 from tokenloop.export.checkpoint.gguf_metadata import ARCHITECTURE_KINDS, check_value
-from tokenloop.export.checkpoint.gguf_reader import GgufTensor, read_header
+from tokenloop.export.checkpoint.gguf_reader import GRIDS, GgufTensor, read_header
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import shown
 
@@ -268,7 +268,8 @@ def open_gguf(path: Path) -> Checkpoint:
         if hf_name is not None:
             permuted = heads.get(tensor.name.split(".")[-2]) if architecture.permuted else None
             read = partial(_read, tensor, architecture.norm_offset, permuted)
-            stored[hf_name] = StoredTensor(tensor.shape, "F32", read)
+            grid = partial(_grid, tensor, permuted) if tensor.type in GRIDS else None
+            stored[hf_name] = StoredTensor(tensor.shape, "F32", read, grid)
     return Checkpoint(path, "gguf", config, (path,), stored, metadata)
 
 
@@ -284,6 +285,21 @@ def _renamed(architecture: Architecture, tensor: GgufTensor) -> str | None:
 def _read(tensor: GgufTensor, norm_offset: float, permuted_heads: int | None) -> torch.Tensor:
     values = tensor.dequantize()
     if permuted_heads is not None:
-        pairs = values.reshape(permuted_heads, -1, 2, *values.shape[1:])
-        return pairs.transpose(1, 2).reshape(values.shape)
+        return _permuted(values, permuted_heads)
     return values.sub_(norm_offset) if tensor.name.endswith("norm.weight") else values
+
+
+def _permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of pairs as Hugging Face has them, half a head apart."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def _grid(tensor: GgufTensor, permuted_heads: int | None) -> Grid:
+    least, most, size, _ = GRIDS[tensor.type]
+
+    def scales() -> torch.Tensor:
+        found = tensor.scales()
+        return found if permuted_heads is None else _permuted(found, permuted_heads)
+
+    return Grid(least, most, size, scales)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from tokenloop.export.checkpoint.contents import Checkpoint
+from tokenloop.export.checkpoint.contents import Checkpoint, NamedGrid
 from tokenloop.export.errors import ExportError
 from tokenloop.models.layers import Shard
 
@@ -24,6 +24,7 @@ PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 def load_weights(
     model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str | Shard | None], *,
     progress: Callable[[str], None] | None = None, dtype: torch.dtype = torch.float32,
+    grids: bool = False,
 ) -> None:  # fmt: skip
     """Replace every parameter of `model` (on the meta device) by the checkpoint's tensor.
 
@@ -31,7 +32,8 @@ def load_weights(
     to None for a tensor that is dropped knowingly. Several modules may share a parameter (a tied
     head): it needs one tensor, under any of its names, and stays shared. It may have a tensor under
     each name if they are equal. Buffers are left alone. `progress` is called with each tensor's
-    name before it is read.
+    name before it is read. With `grids` a linear layer whose weight lies on a grid has a NamedGrid
+    as `grid`.
 
     Errors: ExportError before any data is read, for a parameter without a tensor or without all of
     its shards, a tensor without a parameter, a wrong shape, two tensors under one name, or a dtype
@@ -68,10 +70,14 @@ def load_weights(
                 f"{checkpoint.path}: {loaded[parameter][0]} and {name} differ, and the model's "
                 "config ties them"
             )
-    for parameter, (_, tensor) in loaded.items():
+    for parameter, (name, tensor) in loaded.items():
         weight = torch.nn.Parameter(tensor, requires_grad=False)
+        read_grid = checkpoint.stored[name].grid if grids and targets[name] in parameters else None
+        grid = read_grid() if read_grid is not None else None
         for module, attribute in owners[parameter]:
             setattr(module, attribute, weight)
+            if grid is not None and isinstance(module, torch.nn.Linear):
+                module.grid = NamedGrid(name, grid)
 
 
 def _parameter_name(target: str | Shard) -> str:
