@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tokenloop.export import process
+from tokenloop.export import hub, process
 from tokenloop.export.background import collect_seldom
 from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
@@ -55,7 +55,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     parser.add_argument(
         "--model",
         type=Path,
-        help="a .gguf file or a Hugging Face directory; without it the installed demo model",
+        help="a .gguf file or a Hugging Face directory, or a repository of the Hugging Face hub, "
+        "organization/name or organization/name@revision; without it the installed demo model",
     )
     parser.add_argument(
         "--backend",
@@ -295,14 +296,19 @@ def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
         transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     try:
-        with process.InterruptsRaised() as interrupts, bar:
-            task = bar.add_task("importing torch", total=None)
-
-            def progress(what: str) -> None:
+        with process.InterruptsRaised() as interrupts:
+            if options.model is not None:
+                # With progress of its own.
+                options.model = hub.find(options.model)
                 interrupts.check()
-                bar.update(task, description=what)
+            with bar:
+                task = bar.add_task("importing torch", total=None)
 
-            lines = export(family, options, progress)
+                def progress(what: str) -> None:
+                    interrupts.check()
+                    bar.update(task, description=what)
+
+                lines = export(family, options, progress)
     except ExportError as error:
         process.say(f"{family.command}: error: {error}")
         return 2

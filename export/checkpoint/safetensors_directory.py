@@ -39,7 +39,7 @@ def open_directory(path: Path) -> Checkpoint:
                 raise ExportError(f"{file}: another file has the tensor {name} too")
             stored[name] = tensor
     if files[0].name != "model.safetensors":
-        for name, file in _weight_map(path).items():
+        for name, file in weight_map(path).items():
             if name not in stored:
                 raise ExportError(f"{path / file} lacks the tensor {name}, which the index names")
     whole = read_json(path / "config.json")
@@ -72,7 +72,7 @@ def _safetensors_files(path: Path) -> tuple[Path, ...]:
     if (path / "model.safetensors").is_file():
         return (path / "model.safetensors",)
     if (path / "model.safetensors.index.json").is_file():
-        files = tuple(path / name for name in sorted(set(_weight_map(path).values())))
+        files = tuple(path / name for name in sorted(set(weight_map(path).values())))
         for file in files:
             if not file.is_file():
                 raise ExportError(f"{file} is missing; model.safetensors.index.json names it")
@@ -84,20 +84,20 @@ def _safetensors_files(path: Path) -> tuple[Path, ...]:
     )
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def weight_map(path: Path) -> dict[str, str]:
     """Tensors' names to files' names. Errors: ExportError for a value that is no name of a file in
     the directory, such as a path."""
     index = path / "model.safetensors.index.json"
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise ExportError(f"{index} has no weight_map from tensors to files")
-    for name, file in weight_map.items():
+    for name, file in found.items():
         if not isinstance(file, str) or FILE_NAME.fullmatch(file) is None:
             raise ExportError(
                 f"{index}: weight_map has {shown(file)} for {shown(name)}; the name of a "
                 ".safetensors file in the same directory is right"
             )
-    return weight_map
+    return found
 
 
 def _safetensors_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
