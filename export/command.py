@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tokenloop.export import process
+from tokenloop.export import hub, process
 from tokenloop.export.background import collect_seldom
 from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
@@ -55,7 +55,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     parser.add_argument(
         "--model",
         type=Path,
-        help="a .gguf file or a Hugging Face directory; without it the installed demo model",
+        help="a .gguf file or a Hugging Face directory, or a repository of the Hugging Face hub, "
+        "organization/name or organization/name@revision; without it the installed demo model",
     )
     parser.add_argument(
         "--backend",
@@ -75,7 +76,9 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         help="xnnpack: 8da8w or 8da4w, weights of 8 bits per output channel or most of them of 4 "
         "in groups of 32, with int8 activations and a head of 4 bits whose best tokens are scored "
         "again in 8; cuda: bf16; inductor: bf16, or with it layers of int8 or int4 "
-        "weights; all: fp32 (default: 8da8w with xnnpack, bf16 with a GPU, else fp32)",
+        "weights; all: fp32; keep: a quantized checkpoint's own integers, where the backend has a "
+        "layout for them (default: keep for a quantized directory, else 8da8w with xnnpack, bf16 "
+        "with a GPU, fp32)",
     )
     parser.add_argument(
         "--max-seq-len",
@@ -139,6 +142,7 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
     options.device = device
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
+    options.quant_by_default = options.quant is None
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[backend][0]
     if options.quant not in FOR_BACKEND[backend]:
@@ -147,9 +151,11 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
     return None
 
 
-def export(family: Family, options: argparse.Namespace, progress: Callable[[str], None]) -> None:
-    """Make the artifact that `options` (of parse_arguments) describe. Sets those options that
-    follow from the checkpoint.
+def export(
+    family: Family, options: argparse.Namespace, progress: Callable[[str], None]
+) -> list[str]:
+    """Make the artifact that `options` (of parse_arguments) describe, and return lines about what
+    of the checkpoint is not in it. Sets those options that follow from the checkpoint.
 
     `progress` is called with what is being done. Errors: ExportError.
     """
@@ -161,6 +167,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     from tokenloop.export.checkpoint import check_fit, load_weights, open_checkpoint
     from tokenloop.export.checkpoint.network import describe, without_memory
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
+    from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
 
     # 1. The checkpoint, the network it describes, and the backend for that.
@@ -174,6 +181,14 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
     model_type, architecture, config = described
     smallest = without_memory(described)
     find_backend(options, checkpoint.path, model_type, smallest)
+    if options.quant == "keep" and not can_keep(checkpoint, options.backend):
+        raise ExportError(
+            f"--quant keep: {checkpoint.path} has no integers that --backend {options.backend} has "
+            "a layout for; leave --quant out, or give another"
+        )
+    is_default = options.quant_by_default and checkpoint.quantization is not None
+    if is_default and can_keep(checkpoint, options.backend):
+        options.quant = "keep"
     if options.random_weights is None:
         # Before memory is taken for sizes that only the config has.
         check_fit(smallest, checkpoint, architecture.checkpoint_name)
@@ -215,6 +230,7 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
                 architecture.checkpoint_name,
                 progress=lambda name: progress(f"reading {name}"),
                 dtype=engine.dtype,
+                grids=options.quant == "keep",
             )
         model.eval().requires_grad_(False)
 
@@ -235,6 +251,13 @@ def export(family: Family, options: argparse.Namespace, progress: Callable[[str]
                 "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},
             },
         )
+    lines = list(engine.lines)
+    if checkpoint.unused:
+        lines.append(
+            f"{len(checkpoint.unused)} tensors about activations, such as {checkpoint.unused[0]}, "
+            "are not used: activations are as --quant says"
+        )
+    return lines
 
 
 def find_backend(
@@ -273,20 +296,27 @@ def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
         transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     try:
-        with process.InterruptsRaised() as interrupts, bar:
-            task = bar.add_task("importing torch", total=None)
-
-            def progress(what: str) -> None:
+        with process.InterruptsRaised() as interrupts:
+            if options.model is not None:
+                # With progress of its own.
+                options.model = hub.find(options.model)
                 interrupts.check()
-                bar.update(task, description=what)
+            with bar:
+                task = bar.add_task("importing torch", total=None)
 
-            export(family, options, progress)
+                def progress(what: str) -> None:
+                    interrupts.check()
+                    bar.update(task, description=what)
+
+                lines = export(family, options, progress)
     except ExportError as error:
         process.say(f"{family.command}: error: {error}")
         return 2
     except KeyboardInterrupt:
         process.say(f"{family.command}: interrupted; nothing was written")
         return process.INTERRUPTED
+    for line in lines:
+        process.say(line)
     size = sum(file.stat().st_size for file in options.output.iterdir())
     print(f"{options.output}: {size / 1e6:.0f} MB in {time.perf_counter() - start:.0f} s")
     return 0

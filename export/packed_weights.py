@@ -13,10 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloop.export.errors import ExportError
+from tokenloop.export.kept_weights import Keeping, Layout, codes_and_scales, grid_of
 from tokenloop.export.recipes import INTEGER_BITS
 from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import PROJECTIONS
-from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.linear.packing import (
+    pack as pack_words,
+)
+from tokenloop.models.kernels.linear.packing import (
+    quantize_int4,
+    quantize_int8,
+)
 from tokenloop.models.kernels.linear.reference import dequantize
 
 LINEAR_ATTENTION, SHORT_CONV = "linear_attention", "conv"
@@ -26,11 +33,15 @@ class PackedLinear(nn.Module):
     """The weights of linear layers, one below the other: float [N, K], or words of
     models/kernels/linear/packing.py with its scales."""
 
-    def __init__(self, linears: list[nn.Linear], bits: int):
+    def __init__(self, linears: list[nn.Linear], bits: int | Layout):
         super().__init__()
-        weight = torch.cat([linear.weight for linear in linears])
-        self.inputs = weight.shape[1]
-        weight, scale = quantized(weight, bits) if bits else (weight, None)
+        self.inputs = linears[0].weight.shape[1]
+        if isinstance(bits, Layout):
+            weight, scale = kept(linears, *bits)
+        else:
+            weight, scale = torch.cat([linear.weight for linear in linears]), None
+            if bits:
+                weight, scale = quantized(weight, bits)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -65,16 +76,27 @@ class LinearView(nn.Module):
 
 
 class IntegerHead(nn.Module):
-    """An output head whose weights are int8: hidden [B, 1, D] -> logits float32 [B, 1, V]. An
+    """An output head whose weights are integers: hidden [B, 1, D] -> logits float32 [B, 1, V]. An
     embedding that was tied to it keeps the weights as they were."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, rows: PackedLinear):
         super().__init__()
-        self.rows = PackedLinear([linear], 8)
+        self.rows = rows
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight, scale = self.rows.weight, self.rows.scale
         return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
+
+
+def pack_head(network: CausalLM, bits: int | Keeping) -> None:
+    """Pack the network's head, in 8 bits or as it is kept. One that is floating point stays."""
+    head = network.lm_head
+    if isinstance(bits, Keeping):
+        # A head without a layout would be copied for nothing.
+        if layout := bits.layout([head]):
+            network.lm_head = IntegerHead(PackedLinear([head], layout))
+    elif bits:
+        network.lm_head = IntegerHead(PackedLinear([head], 8))
 
 
 def check_recipe(network: CausalLM, quant: str) -> None:
@@ -113,9 +135,21 @@ def unscaled(norm: nn.Module) -> nn.Module:
     return folded
 
 
-def pack(parent: nn.Module, names: Sequence[str], bits: int) -> PackedLinear:
+def kept(linears: list[nn.Linear], bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Words and scales of layers that have them from the checkpoint. Scales of 4 bits are of the
+    smallest dtype that has their values."""
+    parts = [codes_and_scales(linear, group_size) for linear in linears]
+    codes, scales = (torch.cat(part) for part in zip(*parts))
+    dtypes = (torch.bfloat16, torch.float16) if bits == 4 else ()
+    exact = next((dtype for dtype in dtypes if torch.equal(scales.to(dtype).float(), scales)), None)
+    return pack_words(codes, bits), scales.to(exact or torch.float32).T.contiguous()
+
+
+def pack(parent: nn.Module, names: Sequence[str], bits: int | Keeping) -> PackedLinear:
     """Pack the weights of the linear layers `names` of `parent`, which become views of them."""
     linears = [parent.get_submodule(name) for name in names]
+    if isinstance(bits, Keeping):
+        bits = bits.layout(linears) or 0
     packed = PackedLinear(linears, bits)
     for name, view in zip(names, packed.views(linears)):
         parent.set_submodule(name, view)
@@ -131,7 +165,7 @@ class PackedBlock(nn.Module):
     result of `down`. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
     """
 
-    def __init__(self, block: Block, bits: int):
+    def __init__(self, block: Block, bits: int | Keeping):
         super().__init__()
         mixer, mlp, dense = block.mixer, block.mlp, block.mlp.dense
         self.moe, self.is_shared = mlp.moe, mlp.moe is not None and dense is not None
@@ -156,7 +190,7 @@ class PackedAttention(PackedBlock):
     """A block whose mixer is attention. Rows of `qkv` are queries, keys and values, and gates where
     the layer has an output gate."""
 
-    def __init__(self, block: Block, bits: int):
+    def __init__(self, block: Block, bits: int | Keeping):
         super().__init__(block, bits)
         attention = block.mixer
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
@@ -174,7 +208,7 @@ class PackedDeltaNet(PackedBlock):
 
     kv_heads = 0
 
-    def __init__(self, block: Block, bits: int):
+    def __init__(self, block: Block, bits: int | Keeping):
         super().__init__(block, bits)
         net = block.mixer
         self.conv1d, self.norm = net.conv1d, net.norm
@@ -182,9 +216,9 @@ class PackedDeltaNet(PackedBlock):
         self.key_size, self.value_size, self.parts = net.key_size, net.value_size, net.parts
 
 
-def pack_blocks(network: CausalLM, bits: int) -> list[PackedBlock]:
-    """All blocks, packed with `bits` bits, or in the dtype that they have for 0. What the network
-    computes stays the same but for the bits."""
+def pack_blocks(network: CausalLM, bits: int | Keeping) -> list[PackedBlock]:
+    """All blocks, packed with `bits` bits, in the dtype that they have for 0, or as they are kept.
+    What the network computes stays the same but for the bits."""
     arrange(network)
     kinds = {LINEAR_ATTENTION: PackedDeltaNet, SHORT_CONV: PackedBlock}
     return [
@@ -243,21 +277,22 @@ def _arrange_attention(attention: nn.Module, rotated: int) -> None:
     first, second, rest = index.split([rotated // 2, rotated // 2, size - rotated])
     left, right = rest.chunk(2)
     order = torch.cat([first, left, second, right])
-
-    def ordered(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else rows.unflatten(0, (-1, size))[:, order].flatten(0, 1)
-
+    rows = torch.arange(attention.q_proj.out_features, device=index.device)
+    keys = rows[: attention.k_proj.out_features].unflatten(0, (-1, size))
     if attention.output_gate:
-        queries, gates = attention.q_proj.weight.unflatten(0, (-1, 2, size)).unbind(1)
-        queries = _linear(ordered(queries.flatten(0, 1)))
-        attention.q_proj = QueriesAndGates(queries, _linear(gates.flatten(0, 1)), size)
+        queries, gates = rows.unflatten(0, (-1, 2, size)).unbind(1)
+        attention.q_proj = QueriesAndGates(
+            _rows(attention.q_proj, queries[:, order]), _rows(attention.q_proj, gates), size
+        )
         attention.projections = "q_proj.queries", "k_proj", "v_proj", "q_proj.gates"
     else:
-        attention.q_proj = _linear(*map(ordered, (attention.q_proj.weight, attention.q_proj.bias)))
-    attention.k_proj = _linear(*map(ordered, (attention.k_proj.weight, attention.k_proj.bias)))
+        queries = rows.unflatten(0, (-1, size))
+        attention.q_proj = _rows(attention.q_proj, queries[:, order])
+    attention.k_proj = _rows(attention.k_proj, keys[:, order])
     for norm in (attention.q_norm, attention.k_norm):
         if norm is not None:
-            norm.weight = nn.Parameter(ordered(norm.weight), requires_grad=False)
+            heads = norm.weight.unflatten(0, (-1, size))[:, order]
+            norm.weight = nn.Parameter(heads.flatten(), requires_grad=False)
 
 
 def pad_heads(attention: nn.Module, size: int) -> None:
@@ -284,13 +319,26 @@ def pad_heads(attention: nn.Module, size: int) -> None:
 def _separate_projections(net: nn.Module) -> None:
     shared = net.value_heads // net.key_heads
     sizes = [net.key_size] * 2 + [shared * net.value_size] * 2
-    grouped = net.in_proj_qkvz.weight.unflatten(0, (net.key_heads, -1))
-    q, k, v, z = (part.flatten(0, 1) for part in grouped.split(sizes, 1))
-    b, a = net.in_proj_ba.weight.unflatten(0, (net.key_heads, -1)).split(shared, 1)
-    net.in_proj_qkv, net.in_proj_z = _linear(torch.cat([q, k, v])), _linear(z)
-    net.in_proj_b, net.in_proj_a = _linear(b.flatten(0, 1)), _linear(a.flatten(0, 1))
+    weight = net.in_proj_qkvz.weight
+    rows = torch.arange(len(weight), device=weight.device)
+    grouped = rows.unflatten(0, (net.key_heads, -1))
+    q, k, v, z = (part.flatten() for part in grouped.split(sizes, 1))
+    rows = torch.arange(net.in_proj_ba.out_features, device=rows.device)
+    b, a = rows.unflatten(0, (net.key_heads, -1)).split(shared, 1)
+    net.in_proj_qkv = _rows(net.in_proj_qkvz, torch.cat([q, k, v]))
+    net.in_proj_z = _rows(net.in_proj_qkvz, z)
+    net.in_proj_b, net.in_proj_a = _rows(net.in_proj_ba, b), _rows(net.in_proj_ba, a)
     del net.in_proj_qkvz, net.in_proj_ba
     net.fused, net.projections = False, PROJECTIONS
+
+
+def _rows(linear: nn.Linear, index: Tensor) -> nn.Linear:
+    """A layer of those rows, in the order of `index`."""
+    index = index.flatten()
+    rows = _linear(linear.weight[index], None if linear.bias is None else linear.bias[index])
+    if grid := grid_of(linear):
+        rows.grid = grid.rows(index.cpu())
+    return rows
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -24,17 +24,19 @@ class Recipe:
 
 RECIPES: dict[str, Recipe | None] = {
     "fp32": None,
+    # What is not kept stays floating point.
+    "keep": None,
     "8da8w": Recipe(bits=8, group_size=None, head_bits=4),
     "8da4w": Recipe(bits=4, group_size=32, head_bits=4, int8=("v_proj", "o_proj", "down_proj")),
 }
 
 # What --quant takes with each --backend, both with the default first.
 FOR_BACKEND = {
-    "xnnpack": ("8da8w", "8da4w", "fp32"),
-    "inductor": ("fp32", "bf16", "int8", "int4"),
-    "launches": ("bf16", "fp32", "int8", "int4"),
+    "xnnpack": ("8da8w", "8da4w", "fp32", "keep"),
+    "inductor": ("fp32", "bf16", "int8", "int4", "keep"),
+    "launches": ("bf16", "fp32", "int8", "int4", "keep"),
     "portable": ("fp32",),
     "cuda": ("bf16", "fp32"),
 }
-# Bits of the layers' weights with --backend inductor or launches, 0 where they are no integers.
-INTEGER_BITS = {"fp32": 0, "bf16": 0, "int8": 8, "int4": 4}
+# Bits of the layers' weights with --backend inductor or launches, 0 where none are made integers.
+INTEGER_BITS = {"fp32": 0, "bf16": 0, "int8": 8, "int4": 4, "keep": 0}

@@ -110,9 +110,13 @@ def random_weights(config: dict) -> dict[str, torch.Tensor]:
     }
 
 
-def write_directory(path: Path, model_type: str, tokenizer: str, sharded: bool) -> Path:
+def write_directory(
+    path: Path, model_type: str, tokenizer: str, sharded: bool, **changes: int
+) -> Path:
+    """`changes` are of the config."""
     path.mkdir()
-    config = {key: value for key, value in config_of(model_type).items() if value is not None}
+    config = config_of(model_type) | changes
+    config = {key: value for key, value in config.items() if value is not None}
     weights = {name: tensor.half() for name, tensor in random_weights(config).items()}
     if sharded:
         names = sorted(weights)

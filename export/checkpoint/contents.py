@@ -11,12 +11,40 @@ import torch
 HASH_CHUNK_BYTES = 1 << 20
 
 
+class Grid(NamedTuple):
+    """What the values of a weight [N, K] are multiples of: whole numbers from `least` to `most`,
+    times the scale that `group_size` neighbours of a row share. `scales` reads those, float
+    [N, K / group_size]."""
+
+    least: int
+    most: int
+    group_size: int
+    scales: Callable[[], torch.Tensor]
+
+
+class NamedGrid(NamedTuple):
+    """The grid of a linear layer's weight, and what the checkpoint calls the weight."""
+
+    name: str
+    grid: Grid
+
+    def rows(self, index: torch.Tensor) -> "NamedGrid":
+        """That of the weight's rows `index`."""
+        scales = self.grid.scales
+        return self._replace(grid=self.grid._replace(scales=lambda: scales()[index]))
+
+
 class StoredTensor(NamedTuple):
-    """A tensor that is not read yet. `read` gives it in `dtype`, spelled as in safetensors."""
+    """A tensor that is not read yet. `read` gives it in `dtype`, spelled as in safetensors.
+
+    `grid` is there for a weight that may lie on one, and gives the grid or None. It reads no more
+    than scales and zero points.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], torch.Tensor]
+    grid: Callable[[], Grid | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +53,8 @@ class Checkpoint:
 
     `config` is the text model's config.json, as Hugging Face has it. `metadata` has a GGUF file's
     own keys and values and is empty for safetensors. Tensors are read in the order of `stored`.
+    `quantization` names the method of a quantized directory, whose weights are read as floats.
+    `unused` are names of its tensors that describe activations, of which nothing is used.
     """
 
     path: Path
@@ -33,6 +63,8 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     stored: dict[str, StoredTensor] = field(repr=False)
     metadata: dict[str, Any] = field(default_factory=dict, repr=False)
+    quantization: str | None = None
+    unused: tuple[str, ...] = ()
 
     def sha256(self) -> str:
         """The hexadecimal hash of the weight files' bytes, joined in the order of their names."""

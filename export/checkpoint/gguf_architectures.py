@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
+from tokenloop.export.checkpoint.contents import Checkpoint, Grid, StoredTensor
 from tokenloop.export.checkpoint.gguf_keys import Keys
 from tokenloop.export.checkpoint.gguf_parts import read_parts
-from tokenloop.export.checkpoint.gguf_reader import GgufTensor
+from tokenloop.export.checkpoint.gguf_reader import GRIDS, GgufTensor
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import shown
 
@@ -337,10 +337,12 @@ def open_gguf(path: Path) -> Checkpoint:
         if hf_name is not None:
             permuted = heads.get(tensor.name.split(".")[-2]) if architecture.permuted else None
             read = partial(_read, tensor, architecture.norm_offset, permuted)
+            grid = partial(_grid, tensor, permuted) if tensor.type in GRIDS else None
             shape = tensor.shape
             if tensor.name.endswith(CONVOLUTION):
                 shape, read = (shape[0], 1, *shape[1:]), partial(_of_channels, read)
-            stored[hf_name] = StoredTensor(shape, "F32", read)
+                grid = None
+            stored[hf_name] = StoredTensor(shape, "F32", read, grid)
     return Checkpoint(path, "gguf", config, files, stored, metadata)
 
 
@@ -362,6 +364,21 @@ def _of_channels(read: Callable[[], torch.Tensor]) -> torch.Tensor:
 def _read(tensor: GgufTensor, norm_offset: float, permuted_heads: int | None) -> torch.Tensor:
     values = tensor.dequantize()
     if permuted_heads is not None:
-        pairs = values.reshape(permuted_heads, -1, 2, *values.shape[1:])
-        return pairs.transpose(1, 2).reshape(values.shape)
+        return _permuted(values, permuted_heads)
     return values.sub_(norm_offset) if tensor.name.endswith("norm.weight") else values
+
+
+def _permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of pairs as Hugging Face has them, half a head apart."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def _grid(tensor: GgufTensor, permuted_heads: int | None) -> Grid:
+    least, most, size, _ = GRIDS[tensor.type]
+
+    def scales() -> torch.Tensor:
+        found = tensor.scales()
+        return found if permuted_heads is None else _permuted(found, permuted_heads)
+
+    return Grid(least, most, size, scales)

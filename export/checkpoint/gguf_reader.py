@@ -33,6 +33,28 @@ BLOCK_ELEMENTS = 1 << 20
 STRING_BYTES, VALUE_BYTES, INFO_BYTES = 8, 13, 32
 
 
+def _first_half(blocks: np.ndarray) -> np.ndarray:
+    """The scale of a block that begins with it, as float16."""
+    return blocks[:, :2].copy().view(np.float16).astype(np.float32)
+
+
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
+    """The 16 scales of a block of Q6_K: int8 each, times a float16 at the end."""
+    whole = blocks[:, 208:].copy().view(np.float16).astype(np.float32)
+    return whole * blocks[:, 192:208].copy().view(np.int8).astype(np.float32)
+
+
+# Types whose values are whole numbers times a scale: the least and the most of those, how many
+# share a scale, and the scales of blocks of bytes (ggml's block_q4_0 and so on). The other types
+# add a minimum, or look values up.
+GRIDS = {
+    gguf.GGMLQuantizationType.Q4_0: (-8, 7, 32, _first_half),
+    gguf.GGMLQuantizationType.Q5_0: (-16, 15, 32, _first_half),
+    gguf.GGMLQuantizationType.Q8_0: (-128, 127, 32, _first_half),
+    gguf.GGMLQuantizationType.Q6_K: (-32, 31, 16, _q6_k),
+}
+
+
 class GgufTensor(NamedTuple):
     """Where one tensor lies: `shape` in PyTorch order, `offset` in bytes from the file's start."""
 
@@ -67,6 +89,24 @@ class GgufTensor(NamedTuple):
                     raise ExportError(f"{self.path} became shorter while {self.name} was read")
                 block[:] = gguf.dequantize(data.reshape(len(block), self.row_bytes), self.type)
         return torch.from_numpy(output).reshape(self.shape)
+
+    def scales(self) -> torch.Tensor:
+        """The scale of each group of a type of GRIDS, float32 [..., shape[-1] / group size]."""
+        _, _, size, parts = GRIDS[self.type]
+        groups = self.shape[-1] // size
+        rows = math.prod(self.shape[:-1])
+        output = np.empty((rows, groups), dtype=np.float32)
+        block_bytes = gguf.GGML_QUANT_SIZES[self.type][1]
+        step = max(1, BLOCK_ELEMENTS // self.shape[-1])
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, rows, step):
+                block = output[start : start + step]
+                data = np.fromfile(file, dtype=np.uint8, count=len(block) * self.row_bytes)
+                if data.size != len(block) * self.row_bytes:
+                    raise ExportError(f"{self.path} became shorter while {self.name} was read")
+                block[:] = parts(data.reshape(-1, block_bytes)).reshape(len(block), groups)
+        return torch.from_numpy(output).reshape(*self.shape[:-1], groups)
 
 
 class _Header:

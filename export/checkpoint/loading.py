@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from tokenloop.export.checkpoint.contents import Checkpoint
+from tokenloop.export.checkpoint.contents import Checkpoint, Grid, NamedGrid
 from tokenloop.export.errors import ExportError
 from tokenloop.models.layers import Shard, Stacked
 
@@ -36,6 +36,7 @@ class Part(NamedTuple):
 def load_weights(
     model: torch.nn.Module, checkpoint: Checkpoint, rename: Callable[[str], Target], *,
     progress: Callable[[str], None] | None = None, dtype: torch.dtype = torch.float32,
+    grids: bool = False,
 ) -> None:  # fmt: skip
     """Replace every parameter of `model` (on the meta device) by the checkpoint's tensor.
 
@@ -43,7 +44,8 @@ def load_weights(
     those of parameters that are stacked in it, or to None for a tensor that is dropped knowingly.
     Several modules may share a parameter (a tied head): it needs one tensor, under any of its
     names, and stays shared. It may have a tensor under each name if they are equal. Buffers are
-    left alone. `progress` is called with each tensor's name before it is read.
+    left alone. `progress` is called with each tensor's name before it is read. With `grids` a
+    linear layer whose weight lies on a grid, and is no shard, has a NamedGrid as `grid`.
 
     Errors: ExportError before any data is read, for a parameter without a tensor or without all of
     its shards, a tensor without a parameter, a wrong shape, two tensors under one name, or a dtype
@@ -56,6 +58,7 @@ def load_weights(
             owners.setdefault(parameter, []).append((module, name))
     parameters, targets = check_fit(model, checkpoint, rename)
     loaded: dict[torch.nn.Parameter, tuple[str, torch.Tensor]] = {}
+    on_grid: dict[torch.nn.Parameter, NamedGrid | None] = {}
     for name, parts in targets.items():
         if not parts:
             continue
@@ -77,6 +80,8 @@ def load_weights(
                 target.of(loaded[parameter][1]).copy_(values)
             elif parameter not in loaded:
                 loaded[parameter] = name, values
+                if grids and (read_grid := checkpoint.stored[name].grid) is not None:
+                    on_grid[parameter] = _grid_of(name, read_grid(), rows)
             elif not torch.equal(loaded[parameter][1], values):
                 raise ExportError(
                     f"{checkpoint.path}: {loaded[parameter][0]} and {name} differ, and the model's "
@@ -84,8 +89,18 @@ def load_weights(
                 )
     for parameter, (_, tensor) in loaded.items():
         weight = torch.nn.Parameter(tensor, requires_grad=False)
+        grid = on_grid.get(parameter)
         for module, attribute in owners[parameter]:
             setattr(module, attribute, weight)
+            if grid is not None and isinstance(module, torch.nn.Linear):
+                module.grid = grid
+
+
+def _grid_of(name: str, grid: Grid | None, rows: slice | None) -> NamedGrid | None:
+    """The grid of some rows of a tensor, or of all."""
+    if grid is None or rows is None:
+        return grid and NamedGrid(name, grid)
+    return NamedGrid(name, grid).rows(torch.arange(rows.start, rows.stop))
 
 
 def _parameter_name(target: str | Shard) -> str:

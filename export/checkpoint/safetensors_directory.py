@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokenloop.export.checkpoint.contents import Checkpoint, StoredTensor
+from tokenloop.export.checkpoint.quantized import as_floats
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import shown
 
@@ -44,10 +45,14 @@ def open_directory(path: Path) -> Checkpoint:
                 raise ExportError(f"{file}: another file has the tensor {name} too")
             stored[name] = tensor
     if files[0].name != "model.safetensors":
-        for name, file in _weight_map(path).items():
+        for name, file in weight_map(path).items():
             if name not in stored:
                 raise ExportError(f"{path / file} lacks the tensor {name}, which the index names")
-    return Checkpoint(path, "safetensors", config, files, stored)
+    whole = read_json(path / "config.json")
+    stored, quantization, unused = as_floats(path, whole, stored)
+    return Checkpoint(
+        path, "safetensors", config, files, stored, quantization=quantization, unused=unused
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def _safetensors_files(path: Path) -> tuple[Path, ...]:
     if (path / "model.safetensors").is_file():
         return (path / "model.safetensors",)
     if (path / "model.safetensors.index.json").is_file():
-        files = tuple(path / name for name in sorted(set(_weight_map(path).values())))
+        files = tuple(path / name for name in sorted(set(weight_map(path).values())))
         for file in files:
             if not file.is_file():
                 raise ExportError(f"{file} is missing; model.safetensors.index.json names it")
@@ -94,20 +99,20 @@ def _safetensors_files(path: Path) -> tuple[Path, ...]:
     )
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def weight_map(path: Path) -> dict[str, str]:
     """Tensors' names to files' names. Errors: ExportError for a value that is no name of a file in
     the directory, such as a path."""
     index = path / "model.safetensors.index.json"
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise ExportError(f"{index} has no weight_map from tensors to files")
-    for name, file in weight_map.items():
+    for name, file in found.items():
         if not isinstance(file, str) or FILE_NAME.fullmatch(file) is None:
             raise ExportError(
                 f"{index}: weight_map has {shown(file)} for {shown(name)}; the name of a "
                 ".safetensors file in the same directory is right"
             )
-    return weight_map
+    return found
 
 
 def _safetensors_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tokenloop.export import packed_weights as packed
 from tokenloop.export.errors import ExportError
+from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.packed_weights import PackedBlock
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
@@ -35,12 +36,12 @@ class CudaStep(nn.Module):
     decode_embedded.
 
     `bits` of the layers' weights are 4 or 8, and the head's are then 8. With 0 both stay as the
-    network has them. The embedding stays as it is.
+    network has them; or both are kept. The embedding stays as it is.
 
     Raises ExportError as `fit_heads`.
     """
 
-    def __init__(self, network: CausalLM, bits: int = 0):
+    def __init__(self, network: CausalLM, bits: int | Keeping = 0):
         super().__init__()
         backbone = network.model
         for mixer in (block.mixer for block in backbone.layers):
@@ -48,9 +49,9 @@ class CudaStep(nn.Module):
                 fit_heads(mixer)
         self.rope, self.norm = backbone.rope, packed.unscaled(backbone.norm)
         self.layers = nn.ModuleList(packed.pack_blocks(network, bits))
-        if bits:
-            network.lm_head = packed.IntegerHead(network.lm_head)
-        self.head: nn.Module = network.lm_head.rows if bits else network.lm_head
+        packed.pack_head(network, bits)
+        head = network.lm_head
+        self.head: nn.Module = head.rows if isinstance(head, packed.IntegerHead) else head
         self.soft_cap = network.soft_cap or 0.0
         linears = [part for part in self.layers.modules() if isinstance(part, packed.PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tokenloop.export.errors import ExportError
+from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.launches.cubins import ARCHITECTURES
 from tokenloop.export.packed_weights import check_recipe
 from tokenloop.export.recipes import INTEGER_BITS
@@ -22,7 +23,8 @@ CHUNK_MULTIPLE = 64
 
 
 class LaunchArtifact:
-    """Makes lists of launches of the methods, and compiles the kernels."""
+    """Makes lists of launches of the methods, and compiles the kernels. `lines` is what the user
+    should know after `write`."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -60,7 +62,8 @@ class LaunchArtifact:
         Errors: ExportError for experts that would have to be integers, for heads that the kernels
         cannot take, and for a kernel that cannot be compiled.
         """
-        bits = INTEGER_BITS[self.options.quant]
+        keep = self.options.quant == "keep"
+        bits = Keeping("launches", self.dtype) if keep else INTEGER_BITS[self.options.quant]
         check_recipe(model, self.options.quant)
         progress("importing Triton")
         from tokenloop.export.launches.cuda_prefill import CudaPrefill
@@ -74,6 +77,7 @@ class LaunchArtifact:
         backbone, batch, config = model.model, model.batch, model.config
         step = CudaStep(model, bits)
         prefill = CudaPrefill(step, model)
+        self.lines = bits.lines() if keep else []
         with self.device:
             hidden = torch.zeros(batch, 1, config.hidden_size, dtype=self.dtype)
             position = torch.zeros(batch, dtype=torch.int64)

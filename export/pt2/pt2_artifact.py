@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from tokenloop.export.background import Background
+from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.methods import DecodeEmbedded, Embed, Prefill, processor
-from tokenloop.export.packed_weights import IntegerHead, check_recipe, pack_blocks
+from tokenloop.export.packed_weights import check_recipe, pack_blocks, pack_head
 from tokenloop.export.recipes import INTEGER_BITS
 from tokenloop.export.tensors import entries, tensors_of, write_weights
 from tokenloop.models.decoder import CausalLM
@@ -18,7 +19,7 @@ from tokenloop.models.decoder import CausalLM
 
 class Pt2Artifact:
     """Compiles the methods for the CPU. `begin` starts compiling those of selection in another
-    process, and `write` compiles the others."""
+    process, and `write` compiles the others. `lines` is what the user should know after that."""
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.device = options, torch.device("cpu")
@@ -40,7 +41,8 @@ class Pt2Artifact:
 
         Errors: ExportError for experts that would have to be integers.
         """
-        bits = INTEGER_BITS[self.options.quant]
+        keep = self.options.quant == "keep"
+        bits = Keeping("inductor", self.dtype) if keep else INTEGER_BITS[self.options.quant]
         check_recipe(model, self.options.quant)
         progress("importing torch.export")
         from tokenloop.export.pt2.package import write_package
@@ -49,7 +51,8 @@ class Pt2Artifact:
         whole = []
         if bits:
             whole = [nn.ModuleDict({"layers": nn.ModuleList(pack_blocks(model, bits))})]
-            model.lm_head = IntegerHead(model.lm_head)
+            pack_head(model, bits)
+        self.lines = bits.lines() if keep else []
         decode = DecodeEmbedded(model)
         program = directory / "model.pt2"
         methods = write_package(model, decode, self.selection, program, progress)

@@ -12,6 +12,7 @@ from tokenloop.export.artifact import SmallWrites
 from tokenloop.export.background import Background
 from tokenloop.export.checkpoint.tokenizer_files import encode
 from tokenloop.export.errors import ExportError
+from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.methods import Decode, processor
 from tokenloop.export.recipes import RECIPES
 from tokenloop.export.tensors import entries, tensors_of
@@ -48,10 +49,12 @@ def _export_selection(batch: int, vocab_size: int, backend: str) -> dict[str, by
 
 
 class PteArtifact:
-    """`begin` starts exporting the selection methods in another process. `write` does the rest."""
+    """`begin` starts exporting the selection methods in another process. `write` does the rest.
+    `lines` is what the user should know after that."""
 
     # The dtype of the weights as they are read, and of the caches.
     dtype = torch.float32
+    lines: tuple[str, ...] | list[str] = ()
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -72,9 +75,14 @@ class PteArtifact:
         progress("importing executorch")
         from tokenloop.export.pte.calibrate import TEXT, calibrate
         from tokenloop.export.pte.pte_program import build_program, state_entries
-        from tokenloop.export.pte.quantize import quantize
+        from tokenloop.export.pte.quantize import keep, quantize
 
         # 1. Weights as the recipe says.
+        if self.options.quant == "keep":
+            progress("keeping integers")
+            keeping = Keeping("xnnpack", self.dtype)
+            keep(model, keeping)
+            self.lines = keeping.lines()
         recipe = RECIPES[self.options.quant]
         means = None
         if recipe is not None:
@@ -112,6 +120,8 @@ class PteArtifact:
 class CudaPteArtifact:
     """Compiles the network's methods for the GPU that is here, with ExecuTorch's CudaBackend. It
     writes model.pte, and model.ptd with the weights and the state."""
+
+    lines = ()
 
     def __init__(self, options: argparse.Namespace):
         self.options = options

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torchao  # noqa: F401  (registers torch.ops.torchao)
 from torch import Tensor, nn
 
+from tokenloop.export.kept_weights import Keeping, codes_and_scales
 from tokenloop.export.recipes import Recipe
 from tokenloop.models.moe import Experts
 
@@ -71,12 +72,18 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, linear: nn.Linear, bits: int, group_size: int | None, mean: Tensor | None = None
-    ):
+        self, linear: nn.Linear, bits: int, group_size: int | None, mean: Tensor | None = None,
+        kept: bool = False,
+    ):  # fmt: skip
+        """With `kept` the integers are the checkpoint's own, of so many bits and such groups."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = bits, group_size
-        values, scales = quantize_rows(linear.weight, bits, group_size or self.in_features)
+        size = group_size or self.in_features
+        if kept:
+            values, scales = codes_and_scales(linear, size)
+        else:
+            values, scales = quantize_rows(linear.weight, bits, size)
         self.register_buffer("weight", values)
         self.register_buffer("scales", scales if group_size else scales[:, 0].contiguous())
         zeros = torch.zeros(self.scales.shape, dtype=torch.int64)
@@ -256,13 +263,30 @@ def quantize(
         model.lm_head = ShortlistHead(head, rows, means.pop(head, None))
     else:
         model.lm_head = QuantizedLinear(head, 8, None, means.pop(head, None))
-    # Routers stay floating point: a small error in a score can choose another expert.
-    routers = set()
+    routers = routers_of(model)
     for mlp in (layer.mlp for layer in model.model.layers if layer.mlp.moe is not None):
         mlp.experts = QuantizedExperts(mlp.experts)
-        routers |= {mlp.get_submodule(name) for name in mlp.routers}
     for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and child not in routers:
                 quantized = QuantizedLinear(child, *recipe.of(name), means.pop(child, None))
                 setattr(module, name, quantized)
+
+
+def routers_of(model: nn.Module) -> set[nn.Module]:
+    """Layers that stay floating point: a small error in a score can choose another expert."""
+    mlps = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
+    return {mlp.get_submodule(name) for mlp in mlps for name in mlp.routers}
+
+
+def keep(model: nn.Module, keeping: Keeping) -> None:
+    """Replace, in place, the linear layers of `model` whose integers are kept. All else stays as it
+    is, the embedding, the head and experts among it."""
+    routers = routers_of(model)
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or linear in routers:
+            continue
+        if layout := keeping.layout([linear]):
+            group_size = None if layout.group_size == linear.in_features else layout.group_size
+            quantized = QuantizedLinear(linear, layout.bits, group_size, kept=True)
+            model.set_submodule(name, quantized)

@@ -39,10 +39,14 @@ else:
 
     @triton.jit
     def scaled(values, scale, BITS: tl.constexpr):
-        """bfloat16 weights [n, k] of what `field` gave and scales [n]: bfloat16 for 4 bits, float32
-        for 8."""
+        """bfloat16 weights [n, k] of what `field` gave and scales [n]: float32 for 8 bits, and for
+        4 bits bfloat16, or what a checkpoint has."""
         if BITS == 8:
             return (values.to(tl.float32) * scale[:, None]).to(tl.bfloat16)
+        if scale.dtype != tl.bfloat16:
+            # The difference has 5 bits, and the product with float16 is exact in float32.
+            centred = values.to(tl.float32) - OFFSET
+            return (centred * scale.to(tl.float32)[:, None]).to(tl.bfloat16)
         scales = tl.broadcast_to(scale[:, None], values.shape)
         return tl.inline_asm_elementwise(
             SCALE_NIBBLES, "=r,r,r", [values, scales], dtype=tl.bfloat16, is_pure=True, pack=2

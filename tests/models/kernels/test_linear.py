@@ -46,6 +46,16 @@ def test_linear_is_the_reference(normal, semaphores, dtype, tiles, activation):
             assert_close(got, expected, dtype)
 
 
+def test_scales_of_a_checkpoint_may_be_float16(normal, semaphores):
+    x, weight = normal(3, 384, dtype=torch.bfloat16), normal(OUTPUTS, 384, scale=384**-0.5)
+    words, scale = quantized(weight, 4, 128)
+    arguments = x, words, (scale.float() * 1.003).half(), None, semaphores
+    got = operator.linear(*arguments, out_float32=True)
+    expected = reference.linear(*arguments, out_float32=True)
+    assert_close(got, expected, torch.float32)
+    assert not torch.equal(expected, reference.linear(x, words, scale, None, semaphores))
+
+
 @pytest.mark.parametrize("bits, group_size", [(8, 0), (4, 64), (4, 128), (4, 256)])
 @pytest.mark.parametrize("activation, splits", [(None, 1), ("silu", 2)])
 def test_linear_of_integer_weights_is_the_reference_s_in_float32(

@@ -97,9 +97,13 @@ def test_a_chunk_without_tokens_is_left_alone(normal, form):
 
 
 @pytest.mark.parametrize("bits, outputs, inputs", [(4, 70, 256), (4, 33, 448), (8, 70, 200)])
-def test_dequantized_weights_are_the_reference_s(normal, bits, outputs, inputs):
+@pytest.mark.parametrize("scales", [None, torch.float16, torch.float32])
+def test_dequantized_weights_are_the_reference_s(normal, bits, outputs, inputs, scales):
     weight = normal(outputs, inputs)
     weight, scale = quantize_int8(weight) if bits == 8 else quantize_int4(weight, 64)
+    if scales is not None:
+        # A checkpoint's have more digits than bfloat16.
+        scale = (scale.float() * 1.003).to(scales)
     got = operator.dequantize(weight, scale, inputs)
     assert torch.equal(got, reference.dequantize(weight, scale, inputs))
 

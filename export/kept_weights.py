@@ -1,0 +1,130 @@
+"""`--quant keep`: a checkpoint's own integers and scales, where a backend has a layout for them.
+
+Weights are loaded as floats like any others. A linear layer whose weight lies on a grid
+(export/checkpoint/contents.py) has it as `grid`, and its integers are found again with the grid's
+own scales: exactly, which is checked. What a backend has no layout for stays floating point. So
+nothing is quantized anew.
+
+Shapes: N outputs and K inputs of a linear layer, G groups of inputs.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenloop.export.checkpoint.contents import Checkpoint, Grid, NamedGrid
+from tokenloop.export.errors import ExportError
+from tokenloop.models.kernels.linear.packing import GROUP_SIZES, SPAN_WORDS
+
+BACKENDS = "xnnpack", "inductor", "launches"
+# Rows of 4 bits are longer (packing.py).
+SHORTEST_4_BIT_ROW = 2 * SPAN_WORDS + 1
+# XNNPACK's groups of 4 bits are multiples of this.
+XNNPACK_GROUP = 32
+
+
+class Layout(NamedTuple):
+    """Integers of `bits`, 4 or 8. `group_size` neighbours in a row share a scale."""
+
+    bits: int
+    group_size: int
+
+
+def layout(backend: str, grids: Sequence[Grid], inputs: int) -> Layout | None:
+    """The backend's layout that layers of those grids have together, or None."""
+    # A scale may be repeated, so that all have groups of one size.
+    size = math.gcd(*(grid.group_size for grid in grids))
+    least, most = min(grid.least for grid in grids), max(grid.most for grid in grids)
+    if backend not in BACKENDS or least < -128 or most > 127:
+        return None
+    is_row = size == inputs
+    if least >= -8 and most <= 7:
+        if backend == "launches" and inputs >= SHORTEST_4_BIT_ROW:
+            # 256 is a layout, too. Kernels have been tuned for 128.
+            fitting = [known for known in GROUP_SIZES[1::-1] if size % known == 0]
+            if fitting:
+                return Layout(4, fitting[0])
+        if backend == "inductor" and inputs >= SHORTEST_4_BIT_ROW:
+            return Layout(4, size)
+        if backend == "xnnpack" and (is_row or size % XNNPACK_GROUP == 0 and _bfloat16(grids)):
+            return Layout(4, size)
+    return Layout(8, size) if is_row or backend == "inductor" else None
+
+
+def _bfloat16(grids: Iterable[Grid]) -> bool:
+    """Whether all scales are numbers of bfloat16, as XNNPACK has those of groups."""
+    return all(bool((s := grid.scales()).bfloat16().eq(s).all()) for grid in grids)
+
+
+def can_keep(checkpoint: Checkpoint, backend: str) -> bool:
+    """Whether there is a weight whose integers the backend has a layout for."""
+    for tensor in checkpoint.stored.values():
+        if backend in BACKENDS and tensor.grid is not None and len(tensor.shape) == 2:
+            grid = tensor.grid()
+            if grid is not None and layout(backend, [grid], tensor.shape[1]):
+                return True
+    return False
+
+
+def grid_of(linear: nn.Module) -> NamedGrid | None:
+    """What load_weights gave the layer."""
+    return getattr(linear, "grid", None)
+
+
+def codes_and_scales(linear: nn.Module, group_size: int) -> tuple[Tensor, Tensor]:
+    """The integers int8 [N, K] and the scales float32 [N, K / group_size] of a layer with a grid.
+
+    Errors: ExportError where they are not the weight, which no format that is read gives.
+    """
+    name, grid = linear.grid
+    weight, scales = linear.weight.detach(), grid.scales().float()
+    each = scales.repeat_interleave(grid.group_size, 1)
+    # bfloat16 has 8 bits, and so tells 257 neighbours of integers apart.
+    codes = (weight.float() / each).round_().nan_to_num_().clamp_(grid.least, grid.most)
+    if not torch.equal((codes * each).to(weight.dtype), weight):
+        raise ExportError(
+            f"{name} is no whole multiple of its scales in {weight.dtype}; another --quant makes "
+            "integers of it anew"
+        )
+    scales = scales.repeat_interleave(grid.group_size // group_size, 1)
+    return codes.to(torch.int8), scales
+
+
+class Keeping:
+    """What of a network's linear layers one backend keeps; `lines` says it when all are done."""
+
+    def __init__(self, backend: str, floats: torch.dtype):
+        self.backend, self.floats = backend, str(floats).removeprefix("torch.")
+        self.kept: list[str] = []
+        self.left: list[NamedGrid] = []
+        self.without = 0
+
+    def layout(self, linears: Sequence[nn.Module]) -> Layout | None:
+        """How layers that lie together are kept, None for not at all. Counts them."""
+        grids = [grid for linear in linears if (grid := grid_of(linear)) is not None]
+        found = None
+        if len(grids) == len(linears):
+            found = layout(self.backend, [grid.grid for grid in grids], linears[0].weight.shape[1])
+        if found is None:
+            self.left += grids
+        else:
+            self.kept += [grid.name for grid in grids]
+        self.without += len(linears) - len(grids)
+        return found
+
+    def lines(self) -> list[str]:
+        """One line."""
+        line = f"--quant keep: {len(self.kept)} layers have the checkpoint's integers and scales"
+        if self.left:
+            name, grid = self.left[0]
+            line += (
+                f"; {len(self.left)} are {self.floats}, for --backend {self.backend} has no layout "
+                f"for them or not the same for all that it packs together: {name} with "
+                f"{grid.least} to {grid.most} in groups of {grid.group_size}, for one"
+            )
+        if self.without:
+            line += f"; {self.without} are no integers in the checkpoint"
+        return [line]

@@ -1,0 +1,211 @@
+"""Quantized Hugging Face checkpoints are read as what their formats' own packages make of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from tests.conftest import ROOT
+from tests.quantized_references import LAYER
+from tokenloop.export.checkpoint import open_checkpoint
+from tokenloop.export.errors import ExportError
+
+REFERENCES = sorted((ROOT / "tests" / "data" / "quantized").glob("*.safetensors"))
+NAME = f"{LAYER}.weight"
+
+
+def directory(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint of these tensors, whose quantization_config is `config`."""
+    path.mkdir(exist_ok=True)
+    config = {"model_type": "llama", "quantization_config": config}
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(
+        {name: tensor.clone() for name, tensor in tensors.items()}, path / "model.safetensors"
+    )
+    return path
+
+
+def reference(file: Path) -> tuple[dict, dict[str, torch.Tensor], torch.Tensor]:
+    """quantization_config, tensors and the expected weight of a file of REFERENCES."""
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+        config = json.loads(opened.metadata()["config"])
+    return config, tensors, tensors.pop("expected")
+
+
+@pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.stem)
+def test_a_weight_is_what_the_formats_own_package_makes_of_it(tmp_path, file):
+    config, tensors, expected = reference(file)
+    checkpoint = open_checkpoint(directory(tmp_path, config, tensors))
+    assert list(checkpoint.stored) == [NAME]
+    stored = checkpoint.stored[NAME]
+    weight = stored.read()
+    assert (stored.shape, weight.dtype) == (tuple(expected.shape), torch.float32)
+    assert checkpoint.quantization == config["quant_method"]
+    # What bitsandbytes makes of int8, and GPTQ's runtime, is rounded a little otherwise.
+    exact = file.stem.startswith(("compressed", "awq", "nf4", "fp4"))
+    torch.testing.assert_close(weight, expected, rtol=0 if exact else 1e-6, atol=0)
+    # Integers lie on a grid.
+    if file.stem.startswith(("nf4", "fp4", "compressed_fp8")):
+        assert stored.grid is None
+        return
+    grid = stored.grid()
+    scales = grid.scales().float()
+    assert scales.shape == (weight.shape[0], weight.shape[1] // grid.group_size)
+    codes = weight / scales.repeat_interleave(grid.group_size, 1)
+    torch.testing.assert_close(codes, codes.round(), rtol=1e-5, atol=1e-5)
+    assert grid.least <= codes.round().min() and codes.round().max() <= grid.most
+    if "asymmetric" not in file.stem and config["quant_method"] == "gptq":
+        half = 2 ** (config["bits"] - 1)
+        assert (grid.least, grid.most) == (-half, half - 1)
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "scale", "suffix"),
+    [
+        ((64, 96), (32, 32), (2, 3), "weight_scale_inv"),
+        ((64, 96), (32, 32), (2, 3), "weight_scale"),
+        ((64, 96), None, (64, 1), "weight_scale"),
+        ((64, 96), None, (1, 1), "weight_scale"),
+        ((5, 64, 96), (32, 32), (5, 2, 3), "weight_scale_inv"),
+    ],
+)
+def test_fp8_is_what_transformers_makes_of_it(tmp_path, shape, block, scale, suffix):
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(torch.float8_e4m3fn)
+    config = FP8 | {"weight_block_size": block and list(block)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e8m0fnu):
+        scales = (torch.rand(scale) + 0.1).to(dtype)
+        tensors = {NAME: weight, f"{LAYER}.{suffix}": scales}
+        stored = open_checkpoint(directory(tmp_path, config, tensors)).stored
+        assert list(stored) == [NAME]
+        expected = Fp8Dequantize(None)._dequantize_one(weight, scales, torch.float32)
+        assert torch.equal(stored[NAME].read(), expected)
+
+
+@pytest.mark.parametrize("scale", [(), (1,), (33,)])
+def test_fp8_scales_may_leave_out_sizes_of_one(tmp_path, scale):
+    weight, scales = torch.randn(33, 70).to(torch.float8_e4m3fn), torch.rand(scale)
+    tensors = {NAME: weight, f"{LAYER}.weight_scale": scales, f"{LAYER}.input_scale": scales}
+    checkpoint = open_checkpoint(directory(tmp_path, FP8, tensors))
+    expected = weight.float() * scales.view(-1, 1)
+    assert torch.equal(checkpoint.stored[NAME].read(), expected)
+    assert checkpoint.unused == (f"{LAYER}.input_scale",)
+
+
+def test_the_last_fp8_blocks_may_be_cut_off(tmp_path):
+    weight, scales = torch.randn(70, 33).to(torch.float8_e4m3fn), torch.rand(3, 2)
+    config = FP8 | {"weight_block_size": [32, 32]}
+    tensors = {NAME: weight, f"{LAYER}.weight_scale_inv": scales}
+    read = open_checkpoint(directory(tmp_path, config, tensors)).stored[NAME].read()
+    for row in range(70):
+        for column in range(33):
+            value = weight[row, column].float() * scales[row // 32, column // 32]
+            assert read[row, column] == value
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 20, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, (3, 20, 2), dtype=torch.uint8)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    stored = open_checkpoint(directory(tmp_path, config, tensors)).stored[name]
+    expected = convert_moe_packed_tensors(blocks, scales)
+    assert (stored.shape, stored.dtype) == ((3, 64, 20), "BF16")
+    assert torch.equal(stored.read(), expected)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2"])
+def test_gptq_in_act_order_has_groups_by_index(tmp_path, kind):
+    file = next(file for file in REFERENCES if file.stem == f"{kind}_4_asymmetric")
+    config, tensors, expected = reference(file)
+    # The same groups, whose inputs are elsewhere.
+    order = torch.randperm(expected.shape[1], generator=torch.Generator().manual_seed(1))
+    shifts = 4 * torch.arange(8)[:, None]
+    codes = (tensors[f"{LAYER}.qweight"][:, None] >> shifts).bitwise_and(15).flatten(0, 1)[order]
+    words = (codes.view(-1, 8, codes.shape[1]).long() << shifts).sum(1)
+    tensors[f"{LAYER}.qweight"] = (words - (words >> 31 << 32)).int()
+    tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"][order]
+    stored = open_checkpoint(directory(tmp_path, config | {"desc_act": True}, tensors)).stored[NAME]
+    torch.testing.assert_close(stored.read(), expected[:, order], rtol=1e-6, atol=0)
+    assert stored.grid() is None
+
+
+def test_compressed_tensors_in_act_order_have_groups_by_index(tmp_path):
+    file = next(file for file in REFERENCES if file.stem == "compressed_w4a16_asymmetric")
+    config, tensors, expected = reference(file)
+    groups = torch.arange(expected.shape[1]) % 2
+    swapped = {f"{LAYER}.weight_g_idx": groups.int()}
+    stored = open_checkpoint(directory(tmp_path, config, tensors | swapped)).stored[NAME]
+    scales = tensors[f"{LAYER}.weight_scale"].float()
+    assert stored.grid() is None
+    # Where the index agrees with the order, so do the weights.
+    same = groups == torch.arange(expected.shape[1]) // 64
+    assert torch.equal(stored.read()[:, same], expected[:, same])
+    steps = stored.read() / scales[:, groups]
+    torch.testing.assert_close(steps, steps.round(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_config_asks_for_and_no_reader_knows_is_refused(tmp_path):
+    config, tensors, _ = reference(next(f for f in REFERENCES if f.stem == "compressed_w4a16"))
+    gptq = reference(next(file for file in REFERENCES if file.stem == "gptq_4"))[0]
+    plain = {NAME: torch.zeros(32, 128)}
+
+    def refused(config: dict, tensors: dict, words: str) -> None:
+        with pytest.raises(ExportError, match=words):
+            open_checkpoint(directory(tmp_path, config, tensors))
+
+    # Weights of these are plain floats, or look like it.
+    refused({"quant_method": "bitnet"}, plain, "quant_method is 'bitnet'; fp8, .* can be read")
+    refused({"bits": 4}, plain, "quant_method is None")
+    refused(FP8 | {"fmt": "e5m2"}, plain, "fmt is 'e5m2'; 'e4m3'")
+    refused(FP8 | {"expert_dtype": "fp4"}, plain, "expert_dtype is 'fp4'")
+    refused(FP8 | {"hadamard": True}, plain, "hadamard is True; what it asks for is not known")
+    refused(FP8 | {"weight_block_size": [128]}, plain, "two sizes are right")
+    refused(config | {"transform_config": {"config_groups": {"R1": {}}}}, tensors, "rotations")
+    refused(config | {"sparsity_config": {"format": "sparse-bitmask"}}, tensors, "sparse format")
+    refused(config | {"format": "nvfp4-pack-quantized"}, tensors, "format is 'nvfp4")
+    refused(config | {"format": "dense"}, tensors, "format is 'dense'")
+    refused(gptq | {"bits": 3}, plain, "bits is 3; 2 or 4 or 8 can be read")
+    refused(gptq | {"checkpoint_format": "marlin"}, plain, "checkpoint_format is 'marlin'")
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"}
+    refused(awq, plain, "version is 'gemv'; 'gemm'")
+    refused({"quant_method": "bitsandbytes", "load_in_2bit": True}, plain, "load_in_2bit is True")
+
+
+def test_tensors_that_do_not_belong_together_are_refused(tmp_path):
+    def refused(stem: str, words: str, changes: dict | None = None, **settings) -> None:
+        file = next(file for file in REFERENCES if file.stem == stem)
+        config, tensors, _ = reference(file)
+        for end, tensor in (changes or {}).items():
+            tensors.pop(LAYER + end)
+            if tensor is not None:
+                tensors[LAYER + end] = tensor
+        with pytest.raises(ExportError, match=words):
+            stored = open_checkpoint(directory(tmp_path, config | settings, tensors)).stored
+            stored[NAME].read()
+
+    integers = torch.zeros(1, dtype=torch.int32)
+    refused("gptq_4", "has no scales", {".scales": None})
+    refused("gptq_4", r"scales of .* has the shape \(4, 32\); \(2, 32\) is right", group_size=64)
+    refused("gptq_4", "has no g_idx", {".g_idx": None}, desc_act=True)
+    refused("gptq_4", "g_idx of .* has the groups 9 to 9", {".g_idx": integers.repeat(128) + 9})
+    refused("gptq_4", "zero point of 0", {".qzeros": integers.new_full((4, 4), -1)})
+    refused("awq", "zeros of .* has the shape", {".qzeros": integers})
+    refused("nf4", "has no absmax", {".weight.absmax": None})
+    refused("nf4", "is no JSON", {".weight.quant_state.bitsandbytes__nf4": torch.zeros(9).byte()})
+    refused("nf4", "bytes for 4 bits of 4096 values", {".weight": torch.zeros(9).byte()})
+    refused("bnb_int8", "weight_format|is 1", {".weight_format": torch.tensor(1).byte()})
+    refused("compressed_w4a16", "fits none of config_groups", {".weight_scale": torch.zeros(32, 3)})
+    refused("compressed_w8a8", "scale", {".weight_scale": torch.zeros(32, 1, dtype=torch.int32)})
+    refused("compressed_fp8_block", "codes of .* is F32", {".weight": torch.zeros(32, 128)})
