@@ -7,16 +7,19 @@ import math
 import reprlib
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
+from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
 
+Prompt: TypeAlias = str | list[int] | list[dict[str, Any]] | Conversation
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, as text or token ids, and what to do with it.
+    """One prompt, and what to do with it: text, token ids, or a conversation, of which a list of
+    messages ({"role": ..., "content": ...}) is the shortest form.
 
     Output ends at an end token, after `max_new_tokens`, when prompt and output fill the cache, or
     before the first of the texts `stop` (one text, or several). With `chat` a prompt of text is a
@@ -28,7 +31,7 @@ class Request:
     draw is determined by `seed` (int64), the position and the token id, and by nothing else.
     """
 
-    prompt: str | list[int]
+    prompt: Prompt
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
@@ -47,6 +50,17 @@ class Request:
         for name in RULES:
             if fault := fault_of(name, getattr(self, name)):
                 raise RunnerError(f"{name} is {getattr(self, name)!r}; {fault}")
+
+    def conversation(self) -> Conversation | None:
+        """What is put through the chat template, if anything is."""
+        if self.chat and isinstance(self.prompt, str):
+            return Conversation([{"role": "user", "content": self.prompt}])
+        return as_conversation(self.prompt)
+
+    def prompt_as_json(self) -> Any:
+        """The prompt as JSON has it: text, or a list of ids or messages."""
+        found = as_conversation(self.prompt)
+        return self.prompt if found is None else found.messages
 
 
 def fault_of(name: str, value: Any) -> str | None:

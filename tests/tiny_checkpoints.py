@@ -121,7 +121,7 @@ def write_directory(path: Path, model_type: str, tokenizer: str, sharded: bool) 
         write_byte_tokenizer(path / tokenizer)
     else:
         metadata = {f"tokenizer.ggml.{key}": value for key, value in sentencepiece_keys().items()}
-        (path / tokenizer).write_bytes(sentencepiece_model(path, metadata))
+        (path / tokenizer).write_bytes(sentencepiece_model(path, metadata)[0])
     return path
 
 

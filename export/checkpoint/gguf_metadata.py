@@ -41,6 +41,7 @@ KINDS = {
     "general.architecture": TEXT,
     "split.count": whole(0, 65_535),
     "tokenizer.chat_template": TEXT,
+    "tokenizer.chat_template.tool_use": TEXT,
     "tokenizer.ggml.model": TEXT,
     "tokenizer.ggml.pre": TEXT,
     "tokenizer.ggml.tokens": STRINGS,
@@ -48,6 +49,7 @@ KINDS = {
     "tokenizer.ggml.scores": NUMBERS,
     "tokenizer.ggml.token_type": INTEGERS,
     "tokenizer.ggml.add_bos_token": FLAG,
+    "tokenizer.ggml.add_eos_token": FLAG,
     "tokenizer.ggml.add_space_prefix": FLAG,
     **{
         f"tokenizer.ggml.{role}_token_id": TOKEN_ID
