@@ -246,7 +246,7 @@ def benchmark(options: argparse.Namespace) -> dict:
             f"{options.artifact} has {manifest['max_seq_len']} positions; the windows have {WINDOW}"
         )
     tokenizer = Tokenizer(options.artifact, manifest["tokenizer"])
-    bos = tokenizer.bos_token_id if manifest["tokenizer"]["add_bos"] else None
+    bos = next(iter(manifest["tokenizer"]["prefix_ids"]), None)
     try:
         text = options.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

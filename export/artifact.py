@@ -14,7 +14,7 @@ from tokenloop.export.errors import ExportError
 from tokenloop.export.new_directory import new_directory
 
 # Raised when the runner of an older tokenloop could no longer drive the artifact.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 PACKAGES = ("tokenloop", "torch", "executorch")
 
@@ -99,14 +99,20 @@ def write_manifest(directory: Path, entries: dict) -> None:
     Errors: ExportError for a token id that the vocabulary does not have.
     """
     tokenizer, vocab_size = entries["tokenizer"], entries["vocab_size"]
-    for token_id in (tokenizer["bos_token_id"], *tokenizer["eos_token_ids"]):
-        if token_id is not None and not 0 <= token_id < vocab_size:
-            raise ExportError(
-                f"the tokenizer's bos or end token is {token_id}; the network's vocabulary has the "
-                f"ids 0 to {vocab_size - 1}"
-            )
+    check_ids(tokenizer, vocab_size)
     versions = {name: installed_version(name) for name in PACKAGES}
     seal(directory, {"format": FORMAT_VERSION, **entries, "versions": versions})
+
+
+def check_ids(tokenizer: dict, vocab_size: int) -> None:
+    """Errors: ExportError for an id of the manifest's tokenizer entry that the network lacks."""
+    ids = [id for key in ("eos_token_ids", "prefix_ids", "suffix_ids") for id in tokenizer[key]]
+    for token_id in (tokenizer["bos_token_id"], *ids):
+        if token_id is not None and not 0 <= token_id < vocab_size:
+            raise ExportError(
+                f"a token that the tokenizer begins or ends with has the id {token_id}; the "
+                f"network's vocabulary has the ids 0 to {vocab_size - 1}"
+            )
 
 
 def seal(directory: Path, manifest: dict) -> None:
@@ -114,7 +120,7 @@ def seal(directory: Path, manifest: dict) -> None:
     own hash: that of its other entries as JSON without spaces, with sorted keys and in ASCII."""
     tokenizer = manifest["tokenizer"]
     names = [manifest["program"]["file"], manifest.get("weights", {}).get("file")]
-    names += [tokenizer["file"], tokenizer["chat_template"]]
+    names += [tokenizer[key] for key in ("file", "chat_template", "tool_template")]
     files = {name: _digest(directory / name) for name in sorted(filter(None, names))}
     manifest = manifest | {"files": files}
     manifest.pop("sha256", None)

@@ -165,10 +165,12 @@ def export(
 
     from tokenloop.export.artifact import new_artifact, write_manifest
     from tokenloop.export.checkpoint import check_fit, load_weights, open_checkpoint
+    from tokenloop.export.checkpoint.directory_tokenizer import ignored_setting
     from tokenloop.export.checkpoint.network import describe, without_memory
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
+    from tokenloop.export.tokenizer_check import check_tokenizer
 
     # 1. The checkpoint, the network it describes, and the backend for that.
     if options.random_weights is not None:
@@ -217,6 +219,10 @@ def export(
         engine.begin(model)
         if options.random_weights is None:
             tokenizer = write_tokenizer(checkpoint, directory)
+            progress("checking the tokenizer")
+            check_tokenizer(checkpoint.path, directory, tokenizer)
+            if note := ignored_setting(checkpoint, tokenizer):
+                process.say(f"{family.command}: note: {note}")
         else:
             tokenizer = write_byte_tokenizer(directory)
 

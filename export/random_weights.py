@@ -31,10 +31,12 @@ def write_byte_tokenizer(directory: Path) -> dict:
         "file": "tokenizer.json",
         "bos_token_id": None,
         "eos_token_ids": [],
-        "add_bos": False,
-        "bos_token": None,
-        "eos_token": None,
+        "prefix_ids": [],
+        "suffix_ids": [],
+        "shown_ids": [],
+        "special_tokens": {},
         "chat_template": None,
+        "tool_template": None,
     }
 
 

@@ -7,6 +7,7 @@ from importlib import import_module
 
 HOMES = {
     "BatchGeneration": "generation",
+    "Conversation": "conversation",
     "Engine": "engine",
     "EngineClosed": "engine",
     "EngineError": "ticket",

@@ -31,6 +31,7 @@ CHARACTERS = 8_000_000
 LONGEST_ANSWER = 12 * CHARACTERS + 100
 # A template may give its own reason.
 LONGEST_REASON = 500
+REMEDY = "mend the template or the messages, or run without --chat"
 
 
 class ChatTemplate:
@@ -58,10 +59,17 @@ class ChatTemplate:
             line = json.dumps(context).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
             raise self._refusal(f"the messages are no JSON ({error})") from None
+        return self._answer(line)
+
+    def check(self) -> None:
+        """Errors: RunnerError if `source` is no template."""
+        self._answer(b"null\n", "it must be a jinja2 template")
+
+    def _answer(self, line: bytes, right: str = REMEDY) -> str:
         with self._lock:
             answer = self._ask(line)
         if "error" in answer:
-            raise self._refusal(answer["error"])
+            raise self._refusal(answer["error"], right)
         return answer["text"]
 
     def _ask(self, line: bytes) -> dict:
@@ -114,11 +122,9 @@ class ChatTemplate:
         with suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(setup).encode() + b"\n")
 
-    def _refusal(self, reason: str) -> RunnerError:
+    def _refusal(self, reason: str, right: str = REMEDY) -> RunnerError:
         reason = " ".join(reason[:LONGEST_REASON].split()).rstrip(".")
-        return RunnerError(
-            f"{self._path}: {reason}: mend the template or the messages, or run without --chat"
-        )
+        return RunnerError(f"{self._path}: {reason}: {right}")
 
 
 def _end(process: "subprocess.Popen") -> None:

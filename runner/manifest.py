@@ -14,7 +14,7 @@ from tokenloop.runner.files import Digest, Identity, check, check_size, read_fil
 from tokenloop.runner.manifest_schema import Fault, check_manifest, named_files
 
 # The one manifest format that this runner drives; export/artifact.py writes it.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 
 

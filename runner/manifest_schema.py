@@ -90,7 +90,6 @@ def is_name(value: Any) -> bool:
 MISSING = Missing()
 TEXT = Rule("a string", lambda x: isinstance(x, str))
 NAME = Rule("a name", is_name)
-FLAG = Rule("true or false", lambda x: isinstance(x, bool))
 FILE = Rule(PLAIN_NAME, is_plain_name)
 SHA256 = Rule("a sha256 of 64 hexadecimal digits", is_sha256)
 STEP = integer(0, MAX_BYTES)
@@ -124,10 +123,12 @@ COMMON = {
         ),
         "bos_token_id": or_null(TOKEN),
         "eos_token_ids": [TOKEN],
-        "add_bos": FLAG,
-        "bos_token": or_null(TEXT),
-        "eos_token": or_null(TEXT),
+        "prefix_ids": [TOKEN],
+        "suffix_ids": [TOKEN],
+        "shown_ids": [TOKEN],
+        "special_tokens": Named(TEXT),
         "chat_template": or_null(FILE),
+        "tool_template": or_null(FILE),
     },
     "program": {"file": FILE},
     "checkpoint": {"file": TEXT, "sha256": SHA256},
@@ -173,6 +174,7 @@ def named_files(manifest: dict[str, Any]) -> dict[str, str]:
         "weights.file": weights.get("file"),
         "tokenizer.file": tokenizer["file"],
         "tokenizer.chat_template": tokenizer["chat_template"],
+        "tokenizer.tool_template": tokenizer["tool_template"],
     }
     return {key: name for key, name in names.items() if name is not None}
 
@@ -220,13 +222,12 @@ def _list(names: Any) -> str:
 def _check_tokens(manifest: dict[str, Any]) -> None:
     tokenizer, right = manifest["tokenizer"], f"below vocab_size, {manifest['vocab_size']}"
     bos = tokenizer["bos_token_id"]
-    if bos is None and tokenizer["add_bos"]:
-        raise _fault("tokenizer.bos_token_id", bos, "an id, for add_bos is true")
     if bos is not None and bos >= manifest["vocab_size"]:
         raise _fault("tokenizer.bos_token_id", bos, right)
-    for i, token_id in enumerate(tokenizer["eos_token_ids"]):
-        if token_id >= manifest["vocab_size"]:
-            raise _fault(f"tokenizer.eos_token_ids[{i}]", token_id, right)
+    for key in ("eos_token_ids", "prefix_ids", "suffix_ids"):
+        for i, token_id in enumerate(tokenizer[key]):
+            if token_id >= manifest["vocab_size"]:
+                raise _fault(f"tokenizer.{key}[{i}]", token_id, right)
 
 
 def _check_methods(manifest: dict[str, Any]) -> None:

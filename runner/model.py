@@ -15,7 +15,7 @@ from tokenloop.runner.generation import BatchGeneration, Generation
 from tokenloop.runner.loop import Loop, LoopOptions
 from tokenloop.runner.manifest import Artifact, open_artifact
 from tokenloop.runner.program import Program, selection_method
-from tokenloop.runner.request import Request, is_integer, shown
+from tokenloop.runner.request import Prompt, Request, is_integer, shown
 from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
 
@@ -85,12 +85,12 @@ class Model:
         self._directory = artifact.directory
 
     def generate(
-        self, prompt: Request | str | list[int], max_new_tokens: int | None = None,
+        self, prompt: Request | Prompt, max_new_tokens: int | None = None,
         options: LoopOptions | None = None, **parameters: Any,
     ) -> Generation:  # fmt: skip
         """Begin to generate after `prompt`: iterate over the result or `run` it.
 
-        `prompt` is a Request, or text or token ids; `max_new_tokens` and the other `parameters` are
+        `prompt` is a Request, or the prompt of one; `max_new_tokens` and the other `parameters` are
         then those of a Request, such as temperature=0.8. The sequence begins anew: nothing of an
         earlier prompt is seen.
 
@@ -117,7 +117,7 @@ class Model:
         return Generation(self.loop, prompt, self.tokenizer, *fitted, options, prepare)
 
     def generate_batch(
-        self, requests: Iterable[Request | str | list[int]], options: LoopOptions | None = None,
+        self, requests: Iterable[Request | Prompt], options: LoopOptions | None = None,
         rows: int | None = None,
     ) -> BatchGeneration:  # fmt: skip
         """Begin to generate for any number of requests, as many at a time as the artifact has rows:
@@ -147,7 +147,7 @@ class Model:
         return BatchGeneration(self.loop, self._results(requests, options), rows, options)
 
     def _results(
-        self, requests: Iterable[Request | str | list[int]], options: LoopOptions
+        self, requests: Iterable[Request | Prompt], options: LoopOptions
     ) -> Iterator[Result]:
         """A Result to be for each request, in their order; of one that cannot run, refused."""
         for index, request in enumerate(requests):
@@ -191,10 +191,11 @@ class Model:
 
     def _prompt_ids(self, request: Request) -> Sequence | np.ndarray:
         """The prompt as what should be ids."""
+        conversation = request.conversation()
+        if conversation is not None:
+            return self.tokenizer.encode_conversation(conversation)
         prompt = request.prompt
         if isinstance(prompt, str):
-            if request.chat:
-                prompt = self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, np.ndarray):
             if prompt.ndim != 1 or prompt.dtype.kind not in "iu":

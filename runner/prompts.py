@@ -9,21 +9,23 @@ Imports no NumPy, so that run.py can answer a wrong file at once.
 import json
 import sys
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
-from tokenloop.runner.request import Request
+from tokenloop.runner.request import Prompt, Request
 
 DEFAULT_PROMPT = "The capital of France is"
 KEYS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 
 
 def read_requests(options: Namespace) -> list[Request]:
-    """The requests, in the order of the command line, the file's last. With --batch the file has
-    one on each line. Errors: RunnerError for what cannot be read."""
+    """The requests, in the order of the command line, the files' last. With --batch --prompt-file
+    has one on each line. Errors: RunnerError for what cannot be read."""
     # Only prompt and limits can differ from request to request.
-    flags = Request("", chat=options.chat, **{key: getattr(options, key) for key in KEYS[1:]})
+    chat = options.chat or options.system is not None
+    flags = Request("", chat=chat, **{key: getattr(options, key) for key in KEYS[1:]})
     requests = [replace(flags, prompt=text) for text in read_arguments(options.prompts)]
     path = options.prompt_file
     if path is not None:
@@ -37,9 +39,52 @@ def read_requests(options: Namespace) -> list[Request]:
             ]
         else:
             requests += [replace(flags, prompt=line) for _, line in lines(text)]
-    elif not requests:
+    if options.messages is not None:
+        requests.append(replace(flags, prompt=read_conversation(options.messages)))
+    if path is None and not requests:
         requests = [replace(flags, prompt=DEFAULT_PROMPT)]
-    return requests
+    if options.system is None:
+        return requests
+    return [replace(r, prompt=with_system(r.prompt, options.system)) for r in requests]
+
+
+def read_conversation(path: Path) -> Conversation:
+    """The file of --messages: a list of messages, or an object with them and what else a
+    Conversation has."""
+    where = f"--messages {path}"
+    try:
+        found = json.loads(read_file(path, "--messages"))
+    except ValueError as error:
+        raise RunnerError(f"{where} is not JSON: {error}") from None
+    if isinstance(found, list):
+        found = {"messages": found}
+    if not isinstance(found, dict) or "messages" not in found:
+        raise RunnerError(f"{where} holds no messages; a list of them, or an object, is right")
+    names = [own.name for own in fields(Conversation)]
+    for key in found:
+        if key not in names:
+            raise RunnerError(f"{where} has the key {key!r}; the keys are {', '.join(names)}")
+    conversation = Conversation(**found)
+    try:
+        conversation.check()
+    except RunnerError as error:
+        raise RunnerError(f"{where}: {error}") from None
+    return conversation
+
+
+def with_system(prompt: Prompt, system: str) -> Prompt:
+    """The prompt with a system's message in front. Errors: RunnerError where it has one, or is
+    token ids."""
+    message = {"role": "system", "content": system}
+    if isinstance(prompt, str):
+        return [message, {"role": "user", "content": prompt}]
+    conversation = as_conversation(prompt)
+    if conversation is None:
+        raise RunnerError("--system is given, and a prompt is token ids: give that one as text")
+    conversation.check()
+    if conversation.messages[0]["role"] == "system":
+        raise RunnerError("--system is given, and a conversation has a system's message: leave one")
+    return replace(conversation, messages=[message, *conversation.messages])
 
 
 def read_arguments(prompts: list[str]) -> list[str]:
@@ -55,11 +100,11 @@ def read_stdin() -> str:
         raise RunnerError(f"standard input cannot be read: {error.strerror}") from None
 
 
-def read_file(path: Path) -> str:
+def read_file(path: Path, flag: str = "--prompt-file") -> str:
     try:
         return text_of(path.read_bytes(), str(path))
     except OSError as error:
-        raise RunnerError(f"--prompt-file {path}: {error.strerror}") from None
+        raise RunnerError(f"{flag} {path}: {error.strerror}") from None
 
 
 def text_of(data: bytes, source: str) -> str:

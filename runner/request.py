@@ -7,17 +7,20 @@ import math
 import reprlib
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
+from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
 
+Prompt: TypeAlias = str | list[int] | list[dict[str, Any]] | Conversation
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, as text or token ids, and what to do with it.
+    """One prompt, and what to do with it: text, token ids, or a conversation, of which a list of
+    messages ({"role": ..., "content": ...}) is the shortest form.
 
     Output ends at an end token, after `max_new_tokens`, when prompt and output fill the cache, or
     before the first of the texts `stop` (one text, or several). With `chat` a prompt of text is a
@@ -34,7 +37,7 @@ class Request:
     for a GPU gives none.
     """
 
-    prompt: str | list[int]
+    prompt: Prompt
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
@@ -57,6 +60,17 @@ class Request:
                 raise RunnerError(f"{name} is {getattr(self, name)!r}; {fault}")
         if self.prompt_logprobs and self.logprobs is None:
             raise RunnerError("prompt_logprobs is True; logprobs must then be a number, 0 or more")
+
+    def conversation(self) -> Conversation | None:
+        """What is put through the chat template, if anything is."""
+        if self.chat and isinstance(self.prompt, str):
+            return Conversation([{"role": "user", "content": self.prompt}])
+        return as_conversation(self.prompt)
+
+    def prompt_as_json(self) -> Any:
+        """The prompt as JSON has it: text, or a list of ids or messages."""
+        found = as_conversation(self.prompt)
+        return self.prompt if found is None else found.messages
 
 
 def fault_of(name: str, value: Any) -> str | None:

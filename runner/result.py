@@ -87,7 +87,7 @@ class Result:
     def as_dict(self) -> dict:
         """The object that `run.py --json` prints."""
         entry = {
-            "prompt": self.request.prompt, "prompt_ids": self.prompt_ids,
+            "prompt": self.request.prompt_as_json(), "prompt_ids": self.prompt_ids,
             "token_ids": self.token_ids, "text": self.text, "finish_reason": self.finish_reason,
         }  # fmt: skip
         return entry | ({} if self.error is None else {"error": self.error})

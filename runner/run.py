@@ -51,6 +51,14 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     parser.add_argument("--max-new-tokens", type=int, default=Request.max_new_tokens, metavar="N")
     parser.add_argument("--chat", action="store_true", help="use the artifact's chat template")
     parser.add_argument(
+        "--system", metavar="TEXT",
+        help="a system's message before each prompt, which is then a chat's (as with --chat)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--messages", type=Path, metavar="FILE",
+        help="one more prompt: a conversation, as a JSON list of messages with role and content",
+    )  # fmt: skip
+    parser.add_argument(
         "--threads", type=int, metavar="N",
         help="how many threads compute (default: the processors that this process may use)",
     )  # fmt: skip

@@ -27,7 +27,10 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
             template = template or compile_template(setup["source"])
-            answer = {"text": render(template, json.loads(line), setup["characters"])}
+            # Nothing is rendered for null.
+            context = json.loads(line)
+            text = "" if context is None else render(template, context, setup["characters"])
+            answer = {"text": text}
         except MemoryError:
             answer = {"error": f"it takes more than {setup['memory'] >> 20} MB of memory"}
         # A template can raise anything.
@@ -62,7 +65,7 @@ def limit(kind: int, most: int) -> None:
 
 def render(template, context: dict, characters: int) -> str:
     pieces, length = [], 0
-    for piece in template.generate(**context):
+    for piece in template.generate(context):
         pieces.append(piece)
         length += len(piece)
         if length > characters:
@@ -71,10 +74,51 @@ def render(template, context: dict, characters: int) -> str:
 
 
 def compile_template(source: str):
-    """`source` as a jinja2 template, with the names and filters that transformers gives it
+    """`source` as a jinja2 template, in the environment that transformers 5 gives it
     (utils/chat_template_utils.py)."""
     import jinja2
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`, within which the assistant's words stand: of no effect on the text,
+        but for the scope that its variables have."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_words")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _words(self, caller):
+            return caller()
+
+    class Dict:
+        """`dict`, without the type's own attributes."""
+
+        def __call__(self, *args, **kwargs):
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, *args):
+            return dict.fromkeys(*args)
+
+    class Namespace(jinja2.utils.Namespace):
+        """`namespace`, without names that begin with an underscore."""
+
+        def __init__(*args, **kwargs):
+            self, values = args[0], dict(*args[1:], **kwargs)
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in values.items():
+                self[name] = value
+
+        def __setitem__(self, name, value):
+            if str(name).startswith("_"):
+                raise jinja2.exceptions.SecurityError(
+                    f"a namespace has the name {name!r}; it must not begin with an underscore"
+                )
+            super().__setitem__(name, value)
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -90,10 +134,12 @@ def compile_template(source: str):
         return datetime.now().strftime(format)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict(), namespace=Namespace
+    )
     return environment.from_string(source)
 
 

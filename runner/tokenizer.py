@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from tokenloop.runner.chat_template import ChatTemplate
+from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.files import read_file
 
 ENTRY_KEYS = (
-    "file", "bos_token_id", "eos_token_ids", "add_bos", "bos_token", "eos_token", "chat_template",
+    "file", "bos_token_id", "eos_token_ids", "prefix_ids", "suffix_ids", "shown_ids",
+    "special_tokens", "chat_template", "tool_template",
 )  # fmt: skip
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -31,7 +33,8 @@ class Tokenizer:
         directory: the artifact's directory.
         entry: the "tokenizer" object of its manifest, with the keys `ENTRY_KEYS`. `file` is
             "tokenizer.model" (SentencePiece) or "tokenizer.json" (Hugging Face tokenizers),
-            `chat_template` the name of a jinja2 file or None.
+            `chat_template` and `tool_template` the names of jinja2 files or None; the latter is
+            for conversations with tools.
         read: gives the contents of the artifact's file of a name, checked; by default as it is.
 
     Raises:
@@ -46,16 +49,12 @@ class Tokenizer:
                 f"the manifest's tokenizer entry has no {', '.join(missing)}: "
                 f"it needs {', '.join(ENTRY_KEYS)}"
             )
-        if entry["add_bos"] and entry["bos_token_id"] is None:
-            raise RunnerError(
-                "the manifest's tokenizer entry has add_bos true and bos_token_id null: "
-                "one of the two must change"
-            )
         path = Path(directory) / entry["file"]
         if read is None:
             read = partial(read_file, Path(directory))
         if path.suffix == ".model":
-            self._vocabulary = _SentencePiece(path, read(entry["file"]))
+            shown = frozenset(entry["shown_ids"])
+            self._vocabulary = _SentencePiece(path, read(entry["file"]), shown)
         elif path.suffix == ".json":
             self._vocabulary = _TokenizerJson(path, read(entry["file"]))
         else:
@@ -65,20 +64,24 @@ class Tokenizer:
             )
         self.bos_token_id: int | None = entry["bos_token_id"]
         self.eos_token_ids: list[int] = list(entry["eos_token_ids"])
-        self._add_bos = entry["add_bos"]
-        self._special_tokens = {key: entry[key] or "" for key in ("bos_token", "eos_token")}
+        self._prefix: list[int] = list(entry["prefix_ids"])
+        self._suffix: list[int] = list(entry["suffix_ids"])
+        self._special_tokens: dict[str, str] = dict(entry["special_tokens"])
         # An end token need not be a control token of the vocabulary, but it is never shown.
         self._hidden = frozenset(self.eos_token_ids + [self.bos_token_id])
-        self._template = None
-        if entry["chat_template"] is not None:
-            template_path = Path(directory) / entry["chat_template"]
-            self._template = ChatTemplate(template_path, read(entry["chat_template"]))
+        self._templates = {
+            key: ChatTemplate(Path(directory) / entry[key], read(entry[key]))
+            for key in ("chat_template", "tool_template")
+            if entry[key] is not None
+        }
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with bos in front where the model wants it, but never twice.
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`, with the ids in front and behind that the tokenizer's
+        post-processor puts there; those in front not twice.
 
-        Control tokens written out in the text (`<start_of_turn>`) become their ids. An empty
-        text gives [bos], or [] where the model has no bos.
+        Without `add_special_tokens` it is the ids of the text alone, as for a conversation, whose
+        template has written all. Control tokens written out in the text (`<start_of_turn>`) become
+        their ids in either case. An empty text gives [bos], say, or [] where nothing is added.
 
         Raises:
             RunnerError: the text holds a lone surrogate, which UTF-8 cannot express.
@@ -91,9 +94,15 @@ class Tokenizer:
                 f"{error.start}: it must be valid Unicode (UTF-8 input)"
             ) from None
         ids = self._vocabulary.encode(text)
-        if self._add_bos and ids[:1] != [self.bos_token_id]:
-            ids.insert(0, self.bos_token_id)
-        return ids
+        if not add_special_tokens:
+            return ids
+        prefix = [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+        return prefix + ids + self._suffix
+
+    def encode_conversation(self, conversation: Conversation | list[dict]) -> list[int]:
+        """The ids of a conversation, or of its messages alone. Raises: as `apply_chat_template`
+        and `encode`."""
+        return self.encode(self.apply_chat_template(conversation), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`.
@@ -119,24 +128,33 @@ class Tokenizer:
         """Return a decoder for one text whose ids arrive one at a time."""
         return StreamDecoder(self._vocabulary, self._hidden)
 
-    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """Return the conversation `messages` ({"role": ..., "content": ...}) as one prompt text.
+    def apply_chat_template(
+        self, conversation: Conversation | list[dict], add_generation_prompt: bool | None = None
+    ) -> str:
+        """Return a conversation, or one of messages alone, as one prompt text: with a begun turn of
+        the assistant, unless the last message is continued or `add_generation_prompt` says not so.
 
         Raises:
-            RunnerError: there is no template, it is broken, it refuses the messages, or it takes
-                more time or memory than it may (see chat_template.py).
+            RunnerError: there is no template, the conversation is not what it must be, or the
+                template is broken, refuses it, leaves something of it out, or takes more time or
+                memory than it may (see chat_template.py).
         """
-        if self._template is None:
+        found = as_conversation(conversation) or Conversation(conversation)
+        found.check()
+        key = "chat_template"
+        if found.tools is not None and "tool_template" in self._templates:
+            key = "tool_template"
+        if key not in self._templates:
             raise RunnerError(
                 "this artifact has no chat template (a base model?): run without --chat"
             )
-        # Templates ask `tools is not none`, which an undefined name would answer with yes.
-        return self._template.render(
-            {
-                "messages": messages, "tools": None, "documents": None,
-                "add_generation_prompt": add_generation_prompt, **self._special_tokens,
-            }
-        )  # fmt: skip
+        context = self._special_tokens | found.context(add_generation_prompt)
+        return found.finish(self._templates[key].render(context))
+
+    def check_templates(self) -> None:
+        """Raises: RunnerError for a chat template that is none."""
+        for template in self._templates.values():
+            template.check()
 
 
 class StreamDecoder:
@@ -169,8 +187,9 @@ class _SentencePiece:
 
     utf8_errors = "tokenloop.replace_each_byte"
 
-    def __init__(self, path: Path, data: bytes):
-        """`path` is where `data` comes from, for messages."""
+    def __init__(self, path: Path, data: bytes, shown: frozenset[int]):
+        """`path` is where `data` comes from, for messages. `shown` are control pieces that are
+        text: added tokens, after which a text begins anew as after other control pieces."""
         from sentencepiece import SentencePieceProcessor
 
         self._processor = SentencePieceProcessor()
@@ -182,11 +201,12 @@ class _SentencePiece:
             ) from None
         self._size = self._processor.get_piece_size()
         is_control = self._processor.is_control(list(range(self._size)))
-        self._control_tokens = {
-            self._processor.id_to_piece(i): i for i in range(self._size) if is_control[i]
-        }
+        # The unknown token, written out, is itself too, in transformers and llama.cpp.
+        read = {i for i in range(self._size) if is_control[i]} | {self._processor.unk_id()}
+        self._control_tokens = {self._processor.id_to_piece(i): i for i in sorted(read)}
         self._control_lengths = sorted({len(token) for token in self._control_tokens}, reverse=True)
         starts = {re.escape(token[0]) for token in self._control_tokens}
+        self._shown = {i: self._processor.id_to_piece(i).encode() for i in shown if i < self._size}
         self._control_start = re.compile(f"[{''.join(starts)}]" if starts else r"(?!)")
         space = self._processor.piece_to_id("▁")
         # remove_extra_whitespaces strips every leading space piece, add_dummy_prefix only one.
@@ -195,7 +215,8 @@ class _SentencePiece:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; sentencepiece itself never reads control pieces from text.
+        """Return the ids of `text`; sentencepiece itself reads no control pieces from text, and not
+        the unknown one.
 
         Each stretch between control tokens is encoded as a text of its own, dummy prefix
         included, as Llama's and llama.cpp's chat encoders do.
@@ -220,6 +241,8 @@ class _SentencePiece:
     def token_bytes(self, token_id: int, at_start: bool) -> tuple[bytes, bool]:
         """Return the bytes of `token_id`, and whether the text still has not begun after it."""
         processor = self._processor
+        if token_id in self._shown:
+            return self._shown[token_id], False
         if not 0 <= token_id < self._size or processor.is_control(token_id):
             return b"", at_start
         piece = processor.id_to_piece(token_id)

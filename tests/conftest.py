@@ -218,9 +218,9 @@ def make_checkpoint(tmp_path_factory):
             if "q_norm" in name:
                 parameter.data += 1.0
         model.save_pretrained(directory)
-        write_byte_tokenizer(directory, ["<pad>", "<eos>", "<bos>"])
+        write_byte_tokenizer(directory, ["<pad>", "<eos>", "<bos>"], "<bos>")
         (directory / "tokenizer_config.json").write_text(
-            '{"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": true}'
+            '{"bos_token": "<bos>", "eos_token": "<eos>"}'
         )
         return directory
 
@@ -359,9 +359,10 @@ def make_hybrid_checkpoint(tmp_path_factory):
     return make
 
 
-def write_byte_tokenizer(directory: Path, special: list[str]) -> None:
-    """A tokenizer.json of the special tokens and one id for each byte after them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def write_byte_tokenizer(directory: Path, special: list[str], first: str | None = None) -> None:
+    """A tokenizer.json of the special tokens and one id for each byte after them. Its texts begin
+    with the token `first`, if there is one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
@@ -369,6 +370,10 @@ def write_byte_tokenizer(directory: Path, special: list[str]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
+    if first is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[first, "$A"], special_tokens=[(first, vocabulary[first])]
+        )
     tokenizer.save(str(directory / "tokenizer.json"))
 
 

@@ -402,8 +402,12 @@ def tokenizer(path: Path, rng: random.Random) -> None:
 
 
 def tokenizer_settings(path: Path, rng: random.Random) -> None:
-    file = path / rng.choice(("tokenizer_config.json", "generation_config.json"))
-    file.write_bytes(change_json_text(file.read_bytes(), rng))
+    """One of the files is another, or a new one with tokens is there and is another."""
+    file = path / rng.choice(("tokenizer_config.json", "generation_config.json", *TOKEN_FILES))
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    if rng.random() < 0.5:
+        settings |= TOKEN_FILES.get(file.name, {"added_tokens_decoder": ADDED_TOKENS})
+    file.write_bytes(change_json_text(json.dumps(settings).encode(), rng))
 
 
 def template(path: Path, rng: random.Random) -> None:
@@ -430,6 +434,15 @@ def lost_file(path: Path, rng: random.Random) -> None:
             file.symlink_to("gone")
 
 
+# What tests/tiny_checkpoints.py has no files of: tokens that go on where its vocabularies end.
+ADDED_TOKENS = {"262": {"content": "<new>", "lstrip": False, "normalized": False, "special": True}}
+TOKEN_FILES = {
+    "added_tokens.json": {"<new>": 262, "<newer>": 263},
+    "special_tokens_map.json": {
+        "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": "<pad>",
+        "additional_special_tokens": ["<s>", "<new>"],
+    },
+}  # fmt: skip
 OF_GGUF = {
     "values": in_gguf(change_values),
     "tensors": in_gguf(change_tensors),

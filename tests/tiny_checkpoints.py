@@ -138,7 +138,7 @@ def write_directory(
         write_byte_tokenizer(path / tokenizer)
     else:
         metadata = {f"tokenizer.ggml.{key}": value for key, value in sentencepiece_keys().items()}
-        (path / tokenizer).write_bytes(sentencepiece_model(path, metadata))
+        (path / tokenizer).write_bytes(sentencepiece_model(path, metadata)[0])
     return path
 
 

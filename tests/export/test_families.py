@@ -36,7 +36,7 @@ def test_the_scripts_give_transformers_greedy_ids(family_artifact, run_script, t
         ids = model.generate(tokens, max_new_tokens=64, **options)[0, len(prompt) :].tolist()
     if checkpoint != AUSTEN:
         # The tiny checkpoints' tokenizers have an id for each byte.
-        assert len(prompt) == len("Größe: 5 µm".encode()) + tokenizer["add_bos"]
+        assert len(prompt) == len("Größe: 5 µm".encode()) + len(tokenizer["prefix_ids"])
     assert len(set(ids)) > VARIETY[family]
     end = next((i for i, token in enumerate(ids) if token in tokenizer["eos_token_ids"]), len(ids))
     assert result["token_ids"] == ids[:end]

@@ -6,12 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer
 
+from tests.tiny_checkpoints import write_directory
 from tokenloop.export.checkpoint import Checkpoint, open_checkpoint
+from tokenloop.export.checkpoint.directory_tokenizer import ignored_setting
+from tokenloop.export.checkpoint.gguf_tokens import END_TOKENS
 from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
-from tokenloop.export.checkpoint.tokenizer_files import END_TOKENS, write_tokenizer
+from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
+from tokenloop.export.command import ANY, export, parse_arguments
 from tokenloop.export.errors import ExportError
+from tokenloop.export.tokenizer_check import check_tokenizer
+from tokenloop.runner.conversation import Conversation
 from tokenloop.runner.tokenizer import Tokenizer as RunnerTokenizer
 
 # Prompt ids of transformers 5.23 for the real model, without bos.
@@ -65,7 +72,7 @@ def small(**changes):
 
 
 def encoder(checkpoint):
-    model = sentencepiece_model(checkpoint.path, checkpoint.metadata)
+    model, _ = sentencepiece_model(checkpoint.path, checkpoint.metadata)
     return SentencePieceProcessor(model_proto=model)
 
 
@@ -80,10 +87,17 @@ def test_the_real_vocabulary_encodes_as_transformers_does(real, tmp_path):
         "file": "tokenizer.model",
         "bos_token_id": 2,
         "eos_token_ids": [1],
-        "add_bos": True,
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
+        "prefix_ids": [2],
+        "suffix_ids": [],
+        "shown_ids": [],
+        "special_tokens": {
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+        },
         "chat_template": None,
+        "tool_template": None,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
 
@@ -155,12 +169,16 @@ def test_unknown_characters_become_bytes():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, {"eos_token_ids": [2], "add_bos": True, "bos_token": "<s>", "eos_token": "</s>"}),
+        ({}, {"eos_token_ids": [2], "prefix_ids": [1], "suffix_ids": []}),
+        ({}, {"special_tokens": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}}),
         ({"eot_token_id": 9}, {"eos_token_ids": [2, 9]}),
         ({"eom_token_id": 9}, {"eos_token_ids": [2, 9]}),
-        ({"add_bos_token": False}, {"add_bos": False, "bos_token_id": 1}),
-        ({"bos_token_id": None}, {"add_bos": False, "bos_token_id": None, "bos_token": None}),
-        ({"eos_token_id": None}, {"eos_token_ids": [], "eos_token": None}),
+        ({"add_bos_token": False}, {"prefix_ids": [], "bos_token_id": 1}),
+        ({"add_eos_token": True}, {"prefix_ids": [1], "suffix_ids": [2]}),
+        # llama.cpp's defaults.
+        ({"bos_token_id": None}, {"prefix_ids": [1], "bos_token_id": 1}),
+        ({"eos_token_id": None, "unknown_token_id": None}, {"eos_token_ids": [2]}),
+        ({"padding_token_id": 1 << 31}, {"eos_token_ids": [2]}),
     ],
 )
 def test_the_entry_follows_the_files_ids(tmp_path, changes, expected):
@@ -185,7 +203,6 @@ def test_a_conversations_end_token_is_an_end_where_there_is_a_template(tmp_path,
         ({"scores": None}, "has no key tokenizer.ggml.scores"),
         ({"tokens": ["a"]}, "has 1 tokens, 266 scores and 266 token types"),
         ({"token_type": np.full(266, 7)}, "token type 7 does not exist"),
-        ({"unknown_token_id": None}, "has no tokenizer.ggml.unknown_token_id"),
         ({"eos_token_id": 266}, "the eos id 266 is not one of 266 tokens"),
         ({"tokens": ["a"] * 266}, "small.gguf holds no valid SentencePiece model"),
     ],
@@ -214,6 +231,7 @@ def tokenizer_json(source, *, post_processor=False):
     tokenizer = Tokenizer(
         models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<t>": 4}, "<unk>")
     )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
     if post_processor:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 1)]
@@ -233,16 +251,17 @@ def test_the_file_is_copied_unchanged(source, name):
         (source / "tokenizer.model").write_bytes(b"not looked at")
     else:
         model = small()
-        (source / name).write_bytes(sentencepiece_model(model.path, model.metadata))
+        (source / name).write_bytes(sentencepiece_model(model.path, model.metadata)[0])
     write_json(source, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
     entry = copied(source)
     artifact = source.parent / "artifact"
     assert [path.name for path in artifact.iterdir()] == [name] == [entry["file"]]
     assert (artifact / name).read_bytes() == (source / name).read_bytes()
     assert entry["bos_token_id"] == 1 and entry["eos_token_ids"] == [2]
-    assert (entry["bos_token"], entry["eos_token"]) == ("<s>", "</s>")
-    # transformers adds bos to a SentencePiece model by default, to a tokenizer.json as it says.
-    assert entry["add_bos"] is (name == "tokenizer.model")
+    unknown = {"unk_token": "<unk>"} if name == "tokenizer.model" else {}
+    assert entry["special_tokens"] == {"bos_token": "<s>", "eos_token": "</s>"} | unknown
+    # transformers 4 adds bos to a SentencePiece model by default, to a tokenizer.json as it says.
+    assert entry["prefix_ids"] == [1] * (name == "tokenizer.model")
 
 
 def test_end_ids_are_united_from_all_three_files(source):
@@ -256,23 +275,25 @@ def test_ids_without_a_tokenizer_config_come_with_their_strings(source):
     tokenizer_json(source)
     entry = copied(source, {"eos_token_id": [4, 2], "bos_token_id": 1})
     assert entry["bos_token_id"] == 1 and entry["eos_token_ids"] == [2, 4]
-    assert (entry["bos_token"], entry["eos_token"]) == ("<s>", "</s>")
+    assert entry["special_tokens"] == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def test_a_null_bos_string_stays_null_though_the_config_has_an_id(source):
     tokenizer_json(source)
     write_json(source, "tokenizer_config.json", {"bos_token": None, "eos_token": "</s>"})
     entry = copied(source, {"bos_token_id": 1})
-    assert entry["bos_token_id"] == 1 and entry["bos_token"] is None and not entry["add_bos"]
+    assert entry["bos_token_id"] == 1 and entry["prefix_ids"] == []
+    assert entry["special_tokens"] == {"eos_token": "</s>"}
 
 
 @pytest.mark.parametrize("post_processor", [True, False])
 @pytest.mark.parametrize("setting", [True, False, None])
-def test_add_bos_is_what_encoding_shows_unless_the_config_says(source, post_processor, setting):
+def test_the_post_processor_decides_what_goes_in_front(source, post_processor, setting):
+    """As in transformers 5; 4 had classes that took the config's word."""
     tokenizer_json(source, post_processor=post_processor)
     config = {"bos_token": "<s>"} | ({} if setting is None else {"add_bos_token": setting})
     write_json(source, "tokenizer_config.json", config)
-    assert copied(source)["add_bos"] is (post_processor if setting is None else setting)
+    assert copied(source)["prefix_ids"] == [1] * post_processor
 
 
 @pytest.mark.parametrize(
@@ -352,7 +373,7 @@ def test_a_template_that_is_no_utf_8_is_named(source):
 
 def test_pieces_that_are_no_utf_8_are_refused(source):
     model = small()
-    data = sentencepiece_model(model.path, model.metadata)
+    data, _ = sentencepiece_model(model.path, model.metadata)
     assert data.count(b"\n\x06<turn>") == 1
     (source / "tokenizer.model").write_bytes(data.replace(b"<turn>", b"<tur\xff>"))
     with pytest.raises(
@@ -365,6 +386,8 @@ def test_a_bos_id_that_the_model_does_not_have_is_refused(source):
     tokenizer_json(source)
     with pytest.raises(ExportError, match="the bos id 9 is not one of the model's 9 tokens"):
         copied(source, {"bos_token_id": 9, "vocab_size": 9})
+    with pytest.raises(ExportError, match="the eos id 9 is not one of the model's 9 tokens"):
+        copied(source, {"eos_token_id": [2, 9], "vocab_size": 9})
 
 
 def test_padding_that_a_tokenizer_asks_for_costs_nothing(source):
@@ -373,4 +396,218 @@ def test_padding_that_a_tokenizer_asks_for_costs_nothing(source):
     tokenizer.enable_padding(length=1 << 40)
     tokenizer.save(str(source / "tokenizer.json"))
     write_json(source, "tokenizer_config.json", {"bos_token": "<s>"})
-    assert copied(source)["add_bos"]
+    assert copied(source)["prefix_ids"] == [1]
+
+
+# Tokens of other files
+
+
+def decoder(**tokens):
+    """An added_tokens_decoder: the tokens by their ids, `_5`, with their flags."""
+    return {key[1:]: {"content": text, "special": True} for key, text in tokens.items()}
+
+
+def runner_of(source, entry):
+    return RunnerTokenizer(source.parent / "artifact", entry)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config", "added_tokens", "special_tokens_map"])
+def test_tokens_of_every_file_are_read_from_text(source, place):
+    byte_level_json(source)
+    values = {
+        "tokenizer_config": {"added_tokens_decoder": decoder(_256="<new>")},
+        "added_tokens": {"<new>": 256},
+        "special_tokens_map": {"additional_special_tokens": ["<new>"]},
+    }
+    write_json(source, f"{place}.json", values[place])
+    entry = copied(source)
+    runner = runner_of(source, entry)
+    assert runner.encode("a<new>b") == [*runner.encode("a"), 256, *runner.encode("b")]
+    assert runner.decode([256]) == ("<new>" if place == "added_tokens" else "")
+    reference = AutoTokenizer.from_pretrained(str(source))
+    assert reference.encode("a<new>b") == runner.encode("a<new>b")
+
+
+def test_an_end_token_that_only_the_map_names_is_an_end(source):
+    byte_level_json(source)
+    write_json(source, "special_tokens_map.json", {"eos_token": {"content": "<end>"}})
+    write_json(source, "added_tokens.json", {"<end>": 256})
+    entry = copied(source)
+    assert entry["eos_token_ids"] == [256]
+    assert entry["special_tokens"] == {"eos_token": "<end>"}
+    # Where tokenizer_config.json lists the added tokens, the map is not looked at.
+    write_json(source, "tokenizer_config.json", {"added_tokens_decoder": decoder(_256="<end>")})
+    assert copied(source)["eos_token_ids"] == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"added_tokens": {"<new>": 300}},
+            "the token '<new>' is said to have the id 300, and with tokenizer.json it has 256",
+        ),
+        ({"added_tokens": {"<new>": "1"}}, "added_tokens.json holds {'<new>': '1'}; an object of"),
+        ({"special_tokens_map": {"eos_token": 1}}, "eos_token = 1: a string, or an object with"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {}}}}, "added_tokens_decoder = "),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"1": {"content": "a", "odd": True}}}},
+            "added_tokens_decoder = ",
+        ),
+        ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens is true"),
+        ({"tokenizer_config": {"extra_special_tokens": 3}}, "extra_special_tokens = 3: a list"),
+        (
+            {"tokenizer_config": {"fast_tokenizer_files": ["tokenizer.4.json"]}},
+            "fast_tokenizer_files has 'tokenizer.4.json', which transformers would take instead",
+        ),
+    ],
+)
+def test_files_that_cannot_be_followed_are_refused(source, files, message):
+    byte_level_json(source)
+    for name, value in files.items():
+        write_json(source, f"{name}.json", value)
+    with pytest.raises(ExportError, match=message):
+        copied(source)
+
+
+@pytest.mark.parametrize(
+    ("make", "prefix", "suffix"),
+    [
+        (lambda: processors.BertProcessing(("</s>", 2), ("<s>", 1)), [1], [2]),
+        (lambda: processors.ByteLevel(), [], []),
+        (
+            lambda: processors.TemplateProcessing(
+                single="<t> <s> $A </s>", special_tokens=[("<t>", 4), ("<s>", 1), ("</s>", 2)]
+            ),
+            [4, 1], [2],
+        ),
+    ],
+)  # fmt: skip
+def test_two_ids_in_front_and_one_behind_are_found(source, make, prefix, suffix):
+    tokenizer_json(source)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.post_processor = make()
+    tokenizer.save(str(source / "tokenizer.json"))
+    entry = copied(source)
+    assert (entry["prefix_ids"], entry["suffix_ids"]) == (prefix, suffix)
+
+
+def test_a_template_for_tools_is_kept_beside_the_other(source):
+    byte_level_json(source)
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    write_json(source, "tokenizer_config.json", {"chat_template": named})
+    entry = copied(source)
+    assert entry["tool_template"] == "tool_chat_template.jinja"
+    message = [{"role": "user", "content": "hi"}]
+    runner = runner_of(source, entry)
+    assert runner.apply_chat_template(message) == "d"
+    assert runner.apply_chat_template(Conversation(message, tools=[])) == "t"
+
+
+def sentencepiece_file(source, **changes):
+    model = small(**changes)
+    (source / "tokenizer.model").write_bytes(sentencepiece_model(model.path, model.metadata)[0])
+
+
+def test_added_tokens_become_pieces_of_a_sentencepiece_model(source):
+    sentencepiece_file(source)
+    write_json(source, "added_tokens.json", {"<shown>": 266, "<hidden>": 267})
+    write_json(
+        source,
+        "special_tokens_map.json",
+        {"eos_token": "<hidden>", "additional_special_tokens": []},
+    )
+    entry = copied(source)
+    runner = runner_of(source, entry)
+    assert runner.encode("a<shown>a<hidden>a <unk>") == [1, 4, 266, 4, 267, 4, 3, 0]
+    assert runner.decode([4, 266, 267]) == "a<shown>" and entry["eos_token_ids"] == [267]
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "message"),
+    [
+        ({}, {"added_tokens_decoder": {"266": {"content": "x", "lstrip": True}}}, "'x' has lstrip"),
+        ({}, {"added_tokens_decoder": {"270": {"content": "x"}}}, "is said to have the id 270"),
+        ({"add_space_prefix": True}, {"legacy": False}, "legacy is false, so that only a text's"),
+    ],
+)  # fmt: skip
+def test_what_a_sentencepiece_model_cannot_say_is_refused(source, changes, config, message):
+    sentencepiece_file(source, **changes)
+    write_json(source, "tokenizer_config.json", config)
+    with pytest.raises(ExportError, match=message):
+        copied(source)
+
+
+def test_the_text_after_an_added_token_begins_anew_where_texts_begin_with_a_space(source):
+    """As in llama.cpp, and in transformers 4 and 5 for tokenizers that are legacy there."""
+    sentencepiece_file(source, add_space_prefix=True)
+    write_json(source, "added_tokens.json", {"<x>": 266})
+    of_files = copied(source)
+    model = small(add_space_prefix=True)
+    kinds = model.metadata["tokenizer.ggml.token_type"].copy()
+    kinds[9] = 4
+    model.metadata["tokenizer.ggml.token_type"] = kinds
+    runner = runner_of(source, of_files)
+    assert of_files["shown_ids"] == [266]
+    assert runner.encode("a<x>a") == [1, 6, 266, 6]
+    assert runner.decode([6, 266, 6]) == "a<x> a"
+    of_gguf = write_tokenizer(model, source.parent / "artifact")
+    runner = runner_of(source, of_gguf)
+    assert of_gguf["shown_ids"] == [8, 9]
+    assert runner.encode("a<turn>a  a") == [1, 6, 9, 6, 8, 6]
+    assert runner.decode([6, 9, 6, 8]) == "a<turn> a  "
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_setting_that_the_post_processor_overrules_is_named(source, says):
+    tokenizer_json(source, post_processor=not says)
+    config = {"bos_token": "<s>", "add_bos_token": says}
+    write_json(source, "tokenizer_config.json", config)
+    checkpoint = Checkpoint(source, "safetensors", {}, (), {})
+    note = ignored_setting(checkpoint, copied(source))
+    assert f"has add_bos_token {str(says).lower()}, and tokenizer.json's post-processor" in note
+    tokenizer_json(source, post_processor=says)
+    assert ignored_setting(checkpoint, copied(source)) is None
+
+
+# What the runner would refuse
+
+
+def test_what_the_runner_would_refuse_is_refused_before_the_weights(source):
+    byte_level_json(source)
+    checkpoint, directory = source.parent / "model", source.parent / "artifact"
+    entry = copied(source)
+    check_tokenizer(checkpoint, directory, entry)
+    (directory / "chat_template.jinja").write_text("{% if %}")
+    broken = entry | {"chat_template": "chat_template.jinja"}
+    with pytest.raises(
+        ExportError, match="^.*/model: chat_template.jinja: .*: it must be a jinja2"
+    ):
+        check_tokenizer(checkpoint, directory, broken)
+    byte_level_json(source, decoders.WordPiece())
+    with pytest.raises(
+        ExportError, match="^.*/model: tokenizer.json: the decoder step WordPiece is"
+    ):
+        check_tokenizer(checkpoint, directory, copied(source))
+
+
+def test_an_export_asks_the_runner_before_it_reads_a_weight(tmp_path):
+    source = write_directory(tmp_path / "model", "llama", "tokenizer.json", sharded=False)
+    byte_level_json(source, decoders.WordPiece(), config=False)
+    write_json(source, "tokenizer_config.json", {})
+    arguments = ["--model", str(source), "--backend", "portable", "--output", str(tmp_path / "new")]
+    done = []
+    with pytest.raises(ExportError, match="tokenizer.json: the decoder step WordPiece is not supp"):
+        export(ANY, parse_arguments(ANY, arguments), done.append)
+    assert done == ["checking the tokenizer"] and not (tmp_path / "new").exists()
+
+
+def byte_level_json(source, decoder=None, config=True):
+    """A tokenizer.json with an id for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoder or decoders.ByteLevel()
+    tokenizer.save(str(source / "tokenizer.json"))
+    if config:
+        write_json(source, "config.json", {"model_type": "llama"})

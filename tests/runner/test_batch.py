@@ -589,10 +589,12 @@ def make_model(tmp_path, monkeypatch):
         "file": "tokenizer.json",
         "bos_token_id": BOS,
         "eos_token_ids": [EOS],
-        "add_bos": True,
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
+        "prefix_ids": [BOS],
+        "suffix_ids": [],
+        "shown_ids": [],
+        "special_tokens": {"bos_token": "<bos>", "eos_token": "<eos>"},
         "chat_template": None,
+        "tool_template": None,
     }
 
     def make(batch: int, methods: tuple[str, ...] = (), **oracle):

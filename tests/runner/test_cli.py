@@ -164,7 +164,10 @@ def test_export_is_found_by_its_entry_point(tokenloop):
     ("arguments", "own"),
     [
         (["--help"], set()),
-        (["run", "--top-k", "-1"], {"errors", "output", "prompts", "request", "run"}),
+        (
+            ["run", "--top-k", "-1"],
+            {"conversation", "errors", "output", "prompts", "request", "run"},
+        ),
     ],
 )
 def test_the_command_imports_no_more_than_it_needs(arguments, own, tmp_path):

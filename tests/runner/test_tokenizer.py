@@ -123,10 +123,12 @@ def write_sentencepiece(directory, byte_fallback=True, dummy_prefix=False, strip
         "file": "tokenizer.model",
         "bos_token_id": 2,
         "eos_token_ids": [1, library.piece_to_id("<end_of_turn>")],
-        "add_bos": True,
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
+        "prefix_ids": [2],
+        "suffix_ids": [],
+        "shown_ids": [],
+        "special_tokens": {"bos_token": "<bos>", "eos_token": "<eos>"},
         "chat_template": None,
+        "tool_template": None,
     }
 
 
@@ -148,10 +150,12 @@ def write_byte_level(directory):
         "file": "tokenizer.json",
         "bos_token_id": None,
         "eos_token_ids": [2, 0],
-        "add_bos": False,
-        "bos_token": "",
-        "eos_token": "<|im_end|>",
+        "prefix_ids": [],
+        "suffix_ids": [],
+        "shown_ids": [],
+        "special_tokens": {"eos_token": "<|im_end|>"},
         "chat_template": None,
+        "tool_template": None,
     }
 
 
@@ -184,10 +188,12 @@ def write_llama_json(directory, strip=True):
         "file": "tokenizer.json",
         "bos_token_id": 1,
         "eos_token_ids": [2],
-        "add_bos": True,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
+        "prefix_ids": [1],
+        "suffix_ids": [],
+        "shown_ids": [],
+        "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"},
         "chat_template": None,
+        "tool_template": None,
     }
 
 
@@ -409,7 +415,7 @@ def test_sentencepiece_ids_are_the_librarys(cases, name, text):
 def test_json_ids_and_text_are_those_of_transformers(cases, name, text):
     case = cases(name)
     reference = transformers.PreTrainedTokenizerFast(tokenizer_object=case.library)
-    bos = [case.entry["bos_token_id"]] if case.entry["add_bos"] else []
+    bos = case.entry["prefix_ids"]
     ids = case.tokenizer.encode(text)
     assert ids == bos + reference.encode(text, add_special_tokens=False)
     decoded = reference.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -425,9 +431,9 @@ def test_truncation_and_padding_stored_in_a_tokenizer_json_are_not_applied(cases
 @pytest.mark.parametrize("name", WRITERS)
 def test_bos_is_put_in_front_once(cases, name):
     entry, tokenizer = cases(name).entry, cases(name).tokenizer
-    bos = [entry["bos_token_id"]] if entry["add_bos"] else []
+    bos = entry["prefix_ids"]
     assert tokenizer.encode("") == bos
-    for text in ("The token", entry["bos_token"] + "The token"):
+    for text in ("The token", entry["special_tokens"].get("bos_token", "") + "The token"):
         ids = tokenizer.encode(text)
         assert ids[: len(bos)] == bos
         assert entry["bos_token_id"] not in ids[1:]
@@ -435,7 +441,7 @@ def test_bos_is_put_in_front_once(cases, name):
 
 def test_bos_of_a_template_is_read_even_where_none_is_added(cases):
     case = cases("sentencepiece")
-    tokenizer = Tokenizer(case.directory, case.entry | {"add_bos": False})
+    tokenizer = Tokenizer(case.directory, case.entry | {"prefix_ids": []})
     assert tokenizer.encode("") == []
     assert tokenizer.encode("The") == case.library.encode("The")
     assert tokenizer.encode("<bos>The") == [2, *case.library.encode("The")]
@@ -515,7 +521,6 @@ def test_a_missing_or_broken_tokenizer_file_is_named(cases, tmp_path, name, cont
     ("change", "message"),
     [
         ({"file": "vocab.txt"}, "'vocab.txt'"),
-        ({"bos_token_id": None}, "add_bos"),
         ({"chat_template": "chat_template.jinja"}, "chat_template.jinja is missing"),
     ],
 )
@@ -559,6 +564,10 @@ TEMPLATES = {
     "tojson": "{{ messages | tojson }}{{ messages[1] | tojson(indent=2) }}",
     "tools": "{% if tools is not none %}tools{% endif %}{{ unknown }}{{ eos_token }}\n",
     "date": "{{ strftime_now('%Y') }}",
+    "generation": "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}"
+    "{{ m.content }}{{ x }}{% endgeneration %}\n{{ x }}{% endfor %}",
+    "names": "{% if unk_token is defined %}{{ unk_token }}{% endif %}{{ bos_token }}",
+    "dict": "{% set n = namespace(a=1) %}{% set n.b = dict(c=2) %}{{ n.a }}{{ n.b | tojson }}",
 }
 
 
@@ -664,4 +673,4 @@ def test_gemma_chat_ids_are_those_of_transformers(gemma, gemma_reference, tmp_pa
         add_generation_prompt=True,
         return_dict=False,
     )
-    assert tokenizer.encode(tokenizer.apply_chat_template(CONVERSATION)) == expected
+    assert tokenizer.encode_conversation(CONVERSATION) == expected
