@@ -83,7 +83,7 @@ class Generating:
         if isinstance(fields, CompletionFields):
             return [tokenizer.encode(p) if isinstance(p, str) else p for p in fields.prompt]
         messages = [message.as_dict() for message in fields.messages]
-        return [tokenizer.encode(tokenizer.apply_chat_template(messages))]
+        return [tokenizer.encode_conversation(messages)]
 
     def _echoes(self, fields: ChatFields | CompletionFields, prompts: list[list[int]]) -> list[str]:
         """The prompt's text for each choice, if it is asked for."""
