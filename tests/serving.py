@@ -31,8 +31,9 @@ class TextTokenizer:
     def decode(self, ids) -> str:
         return "".join(map(self._text, ids))
 
-    def apply_chat_template(self, messages: list[dict]) -> str:
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<model>"
+    def encode_conversation(self, messages: list[dict]) -> list[int]:
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return self.encode(text + "<model>")
 
     def token_bytes(self, token_id: int) -> bytes | None:
         return self._text(token_id).encode() if token_id else None
