@@ -155,10 +155,10 @@ FIELDS = {
     "linear_num_value_heads": FEW,
     "linear_key_head_dim": FEW,
     "linear_value_head_dim": FEW,
-    # 0 experts are none.
+    # 0 experts are none, and 0 of them are chosen.
     "num_experts": whole(0, 1 << 16),
     "num_local_experts": whole(0, 1 << 16),
-    "num_experts_per_tok": FEW,
+    "num_experts_per_tok": whole(0, 1 << 16),
     "moe_intermediate_size": WIDTH,
     # 0 is no such expert, in models that have none.
     "shared_expert_intermediate_size": whole(0, MAX_WIDTH),

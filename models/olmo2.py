@@ -54,7 +54,7 @@ def _rope_by_type(config: dict, said: float | None) -> dict[str, RopeConfig]:
     """OLMo 3's rotary embedding of each type of layer. Only that of full layers is scaled.
 
     Raises ValueError for a rope_theta for all layers, which is `said`, that is not the default:
-    transformers takes it for full layers alone.
+    transformers takes it for full layers alone. Likewise for a rope_scaling of a `type`.
     """
     nested, theta = config.get("rope_parameters") or {}, DEFAULTS["olmo3"]["rope_theta"]
     if "rope_theta" in nested or "rope_type" in nested:
@@ -63,6 +63,12 @@ def _rope_by_type(config: dict, said: float | None) -> dict[str, RopeConfig]:
         raise ValueError(
             f"rope_theta = {said} is not supported: only {theta}, or rope_parameters with an entry "
             "for each kind of layer"
+        )
+    scaling = config.get("rope_scaling") or {}
+    if "type" in scaling and "rope_type" not in scaling:
+        raise ValueError(
+            f"rope_scaling.type = {scaling['type']!r} is not supported: rope_type is right, which "
+            "transformers reads alone"
         )
     default = {"rope_theta": theta}
     full = default | configs.merged(config.get("rope_scaling"), nested.get(dense.FULL))

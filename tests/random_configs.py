@@ -42,7 +42,7 @@ def random_config(rng: Random, model_type: str) -> dict[str, Any]:
         "num_key_value_heads": rng.choice([n for n in range(1, heads + 1) if heads % n == 0]),
         "head_dim": rng.choice((4, 8, 10, 16)), "rms_norm_eps": rng.choice((1e-6, 1e-5, 0.1)),
         "max_position_embeddings": rng.choice((32, 64, 256)),
-        "tie_word_embeddings": rng.random() < 0.5,
+        "tie_word_embeddings": rng.random() < 0.5, "pad_token_id": 0,
     }  # fmt: skip
     if model_type in ("qwen2",) and rng.random() < 0.7:
         config["head_dim"] = None
@@ -50,7 +50,12 @@ def random_config(rng: Random, model_type: str) -> dict[str, Any]:
         config |= gemma(rng, model_type, layers)
     if model_type in HYBRIDS:
         config |= hybrid(rng, layers)
-    if "moe" in model_type or model_type == "qwen3_next" and rng.random() < 0.7:
+    config |= kin(rng, model_type, layers)
+    if model_type == "phi3":
+        config |= {"hidden_size": 8 * heads}
+    if model_type == "granitemoehybrid":
+        config |= {"num_local_experts": 2 * (rng.random() < 0.1)}
+    elif "moe" in model_type or model_type == "qwen3_next" and rng.random() < 0.7:
         config |= {
             "num_experts": rng.choice((3, 5)), "num_experts_per_tok": rng.randint(1, 3),
             "moe_intermediate_size": 6,
@@ -80,6 +85,45 @@ def gemma(rng: Random, model_type: str, layers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def kin(rng: Random, model_type: str, layers: int) -> dict[str, Any]:
+    """What is of its own in a family like Llama's."""
+    sliding = {"sliding_window": rng.choice((1, 5, 100))}
+    types = {"layer_types": [rng.choice((SLIDING, FULL)) for _ in range(layers)]}
+    some = rng.random() < 0.6
+    if model_type == "mistral":
+        return rng.choice((sliding, {"sliding_window": None}, {}))
+    if model_type == "ministral":
+        return sliding | (types if some else {})
+    if model_type == "smollm3":
+        own = {"no_rope_layers": [rng.randint(0, 1) for _ in range(layers)]}
+        return own if some else {"no_rope_layer_interval": rng.randint(1, 3)}
+    if model_type.startswith("granite"):
+        own = {
+            "embedding_multiplier": rng.choice((1, 12.0)), "logits_scaling": rng.choice((1, 8)),
+            "attention_multiplier": rng.choice((0.1, 0.5)), "head_dim": None,
+            "residual_multiplier": rng.choice((1.0, 0.22)),
+        }  # fmt: skip
+        if model_type == "granite":
+            return own
+        attends = rng.choice(("attention", FULL))
+        return own | {
+            "layer_types": [attends] * layers, "shared_intermediate_size": rng.choice((6, 11)),
+            "position_embedding_type": rng.choice(("rope", "rope", None)), "mamba_n_heads": 1,
+        }  # fmt: skip
+    if model_type == "olmo3":
+        return sliding | (types if some else {})
+    if model_type == "phi3":
+        own = {"head_dim": None, "partial_rotary_factor": rng.choice((None, 0.5, 0.75))}
+        return own | (sliding if some else {})
+    if model_type == "lfm2":
+        return {
+            "head_dim": None, "norm_eps": 1e-5, "conv_L_cache": rng.randint(2, 4),
+            "block_auto_adjust_ff_dim": some, "block_multiple_of": 4,
+            "layer_types": [rng.choice(("conv", FULL)) for _ in range(layers - 1)] + [FULL],
+        }  # fmt: skip
+    return {}
+
+
 def hybrid(rng: Random, layers: int) -> dict[str, Any]:
     keys = rng.choice((1, 2))
     # transformers' cache needs one layer of attention.
@@ -99,10 +143,16 @@ def rotary(rng: Random, model_type: str, config: dict[str, Any]) -> dict[str, An
     theta = rng.choice((300.0, 10_000.0, 5e5))
     size = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     share = rng.choice((0.5, 0.25)) if model_type in HYBRIDS else 1.0
+    if model_type == "phi3":
+        share = config.get("partial_rotary_factor") or 1.0
     entry = scaling(rng, int(size * share) // 2)
+    if model_type == "phi3" and entry.get("rope_type") != "longrope" and rng.random() < 0.8:
+        entry = {}
+    if model_type in ("ministral3", "phi3"):
+        return kin_rotary(rng, model_type, entry, theta)
     if share != 1.0:
         entry |= {"partial_rotary_factor": share}
-    if model_type.startswith("gemma"):
+    if model_type == "olmo3" and rng.random() < 0.9 or model_type.startswith("gemma"):
         return gemma_rotary(rng, model_type, entry, theta)
     if rng.random() < 0.4 and "rope_type" in entry:
         entry = {"type": entry.pop("rope_type"), **entry}
@@ -117,6 +167,17 @@ def rotary(rng: Random, model_type: str, config: dict[str, Any]) -> dict[str, An
     return {"rope_scaling": entry | {"rope_theta": theta}, "rope_parameters": entry | {
         "rope_theta": theta
     }}  # fmt: skip
+
+
+def kin_rotary(rng: Random, model_type: str, entry: dict[str, Any], theta: float) -> dict[str, Any]:
+    """Phi's, and Ministral 3's, which have more to them."""
+    if model_type == "phi3":
+        original = {"original_max_position_embeddings": rng.choice((16, 64))}
+        entry.pop("original_max_position_embeddings", None)
+        return {"rope_scaling": entry or None, "rope_theta": theta} | original
+    entry = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    beta = rng.choice((0.0, 0.1))
+    return {"rope_parameters": entry | {"rope_theta": theta, "llama_4_scaling_beta": beta}}
 
 
 def gemma_rotary(

@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
@@ -158,7 +160,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def tiny(case: Model) -> torch.nn.Module:
     torch.manual_seed(3)
-    model = case.model(case.config(**SMALL | case.changes)).eval()
+    config = case.config(**SMALL | case.changes)
+    # Another one needs sizes that are multiples of four.
+    model = case.model._from_config(config, experts_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         if "norm" in name:
@@ -194,15 +198,16 @@ def gguf_tensors(
     model: torch.nn.Module, permuted: bool, architecture: str = "llama"
 ) -> dict[str, np.ndarray]:
     """The model's tensors in llama.cpp's names; gate and up of all experts apart."""
+    config, rope = model.config, model.config.rope_parameters
     names = block_names(architecture)
-    heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2} if permuted else {}
+    counts = config.num_attention_heads, config.num_key_value_heads
+    heads = dict(zip(("self_attn.q_proj", "self_attn.k_proj"), counts)) if permuted else {}
     tensors = {}
-    rope = model.config.rope_parameters
     if rope.get("rope_type") == "longrope":
         for length in ("short", "long"):
             factors = np.array(rope[f"{length}_factor"], np.float32)
             tensors[f"rope_factors_{length}.weight"] = factors
-    elif rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type") == "llama3":
         scaled = model.model.rotary_emb.inv_freq.numpy()
         plain = 1.0 / SMALL["rope_theta"] ** np.linspace(0, 1, len(scaled), endpoint=False)
         tensors["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
@@ -354,7 +359,6 @@ def test_yarn_s_keys_are_transformers_yarn_past_the_original_length(tmp_path, ch
     case = Model("qwen3", Qwen3Config, Qwen3ForCausalLM, {"rope_parameters": scaling | changes})
     hf = tiny(case)
     tensors = gguf_tensors(hf, permuted=False)
-    del tensors["rope_freqs.weight"]
     keys = {f"rope.scaling.yarn_{key}": float(value) for key, value in changes.items()}
     values = {
         "attention.key_length": 128, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
@@ -375,6 +379,69 @@ def test_yarn_s_keys_are_transformers_yarn_past_the_original_length(tmp_path, ch
     other = open_checkpoint(write(tmp_path / "b.gguf", "qwen3", tensors, **values)).config
     halves = [c["rope_scaling"]["attention_factor"] for c in (other, checkpoint.config)]
     assert halves[0] == 0.5 * halves[1]
+
+
+@settings(
+    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(rng=st.randoms(use_true_random=False))
+def test_a_file_of_sizes_at_random_is_the_model_it_came_from(tmp_path, rng):
+    # Those whose header has no more than these sizes.
+    plain = LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig, Olmo2Config
+    some = [model for model in MODELS if model.config in plain and not model.header]
+    case = rng.choice([model for model in some if model.changes.get("rope_parameters") is None])
+    heads = rng.choice((1, 2, 4))
+    sizes = {
+        "num_attention_heads": heads, "hidden_size": heads * rng.choice((6, 10)),
+        "num_key_value_heads": rng.choice([n for n in (1, 2, 4) if heads % n == 0]),
+        "num_hidden_layers": rng.randint(1, 3), "intermediate_size": rng.choice((8, 21)),
+        "vocab_size": rng.randint(50, 99), "rms_norm_eps": rng.choice((1e-6, 1e-5, 0.1)),
+        "tie_word_embeddings": rng.random() < 0.5, "max_position_embeddings": rng.choice((32, 90)),
+    }  # fmt: skip
+    if case.architecture != "qwen2":
+        sizes["head_dim"] = rng.choice((8, 14))
+    theta = rng.choice((300.0, 10_000.0))
+    factor, original = rng.choice((2.0, 8.0)), rng.choice((8, 16))
+    kind = rng.choice(("default", "linear", "yarn"))
+    scaling = {"rope_type": kind, "rope_theta": theta}
+    scaling |= {} if kind == "default" else {"factor": factor}
+    scaling |= {"original_max_position_embeddings": original} if kind == "yarn" else {}
+    hf = tiny(case._replace(changes=case.changes | sizes | {"rope_parameters": scaling}))
+    names = {
+        "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
+        "feed_forward_length": "intermediate_size", "context_length": "max_position_embeddings",
+        "attention.head_count": "num_attention_heads", "attention.key_length": "head_dim",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    }  # fmt: skip
+    values = {key: sizes.get(name) for key, name in names.items()} | {"rope.freq_base": theta}
+    if kind != "default":
+        values |= {"rope.scaling.type": kind, "rope.scaling.factor": factor}
+    if kind == "linear" and rng.random() < 0.5:
+        values |= {"rope.scaling.type": None, "rope.scaling.factor": None}
+        values["rope.scale_linear"] = factor
+    if kind == "yarn":
+        values["rope.scaling.original_context_length"] = original
+    # What llama.cpp takes a file without these to mean.
+    if theta == 10_000.0:
+        values["rope.freq_base"] = None
+    if sizes["num_key_value_heads"] == heads:
+        values["attention.head_count_kv"] = None
+    elif rng.random() < 0.3:
+        count = sizes["num_hidden_layers"]
+        values["attention.head_count_kv"] = [sizes["num_key_value_heads"]] * count
+    tensors = gguf_tensors(hf, case.permuted, case.architecture)
+    checkpoint = open_checkpoint(write(tmp_path / "a.gguf", case.architecture, tensors, **values))
+    network = by_model_type()[checkpoint.config["model_type"]]
+    config = network.Config.from_dict(checkpoint.config)
+    assert config == network.Config.from_dict(hf.config.to_dict())
+    with torch.device("meta"):
+        model = network.Network(config, 20)
+    load_weights(model, checkpoint, network.checkpoint_name)
+    tokens = prompt(20)
+    with torch.no_grad():
+        expected = hf(tokens).logits[0]
+    assert_near(torch.cat(prefill(model, tokens, [4, 20])), expected[[3, 19]])
 
 
 # Parts
