@@ -22,8 +22,7 @@ KEYS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "st
 def read_requests(options: Namespace) -> list[Request]:
     """The requests, in the order of the command line, the file's last. With --batch the file has
     one on each line. Errors: RunnerError for what cannot be read."""
-    # Only prompt and limits can differ from request to request.
-    flags = Request("", chat=options.chat, **{key: getattr(options, key) for key in KEYS[1:]})
+    flags = flags_of(options)
     requests = [replace(flags, prompt=text) for text in read_arguments(options.prompts)]
     path = options.prompt_file
     if path is not None:
@@ -40,6 +39,12 @@ def read_requests(options: Namespace) -> list[Request]:
     elif not requests:
         requests = [replace(flags, prompt=DEFAULT_PROMPT)]
     return requests
+
+
+def flags_of(options: Namespace) -> Request:
+    """What the flags ask for, whatever the prompt is. Only prompt and limits can differ from one
+    request to another."""
+    return Request("", chat=options.chat, **{key: getattr(options, key) for key in KEYS[1:]})
 
 
 def read_arguments(prompts: list[str]) -> list[str]:
