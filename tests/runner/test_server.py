@@ -12,6 +12,7 @@ import pytest
 from tests.runner.test_engine import Gate
 from tests.serve_soak import Soak, requests_of
 from tests.serving import Running, answer_of, events_of, request_of, running, text_model, wait_until
+from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.request import Request
 from tokenloop.runner.server import body as server_body
 from tokenloop.runner.server.app import Settings
@@ -316,6 +317,22 @@ def test_what_a_chat_may_not_ask_is_refused_with_the_fields_name(server, change,
 def test_what_a_completion_may_not_ask_is_refused_too(server, change, param, reason):
     error = refusal_of(server.post(COMPLETIONS, {"prompt": "x"} | change))
     assert (error["status"], error["param"]) == (400, param) and reason in error["message"]
+
+
+def test_what_the_artifact_cannot_do_is_refused_with_the_fields_name():
+    def load_sampling(method, embed):
+        raise RunnerError("no method sample, and so only temperature 0 is possible")
+
+    model = text_model(1)
+    model.loop.program.has_logits = False
+    model.loop.program.load_sampling = load_sampling
+    with running(model) as found:
+        for body in (HELLO | {"logprobs": True}, HELLO | {"stream": True}):
+            error = refusal_of(found.post(CHAT, body))
+            param = "logprobs" if "logprobs" in body else "temperature"
+            assert (error["status"], error["param"]) == (400, param)
+            assert error["message"].startswith(("logprobs: this artifact", "no method sample"))
+        assert found.post(CHAT, HELLO | GREEDY)[0] == 200
 
 
 def test_what_asks_for_nothing_is_taken(server):
