@@ -519,7 +519,7 @@ def test_who_does_not_read_stalls_nobody_else():
     with running(model) as found:
         with found.connect() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            data = json.dumps({"prompt": "Once", "max_tokens": 2000, "stream": True, **GREEDY})
+            data = json.dumps({"prompt": "Once", "max_tokens": 1200, "stream": True, **GREEDY})
             head = {"content-type": "application/json"}
             slow.sendall(request_of("POST", COMPLETIONS, data.encode(), head))
             for _ in range(5):
@@ -529,7 +529,7 @@ def test_who_does_not_read_stalls_nobody_else():
             # All of it has been generated. What did not go out piece by piece comes as one.
             chunks = events_of(answer_of(slow)[2])[:-1]
         text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-        assert text == long_text("Once", 2000) and len(chunks) < 1500
+        assert text == long_text("Once", 1200) and len(chunks) < 1000
 
 
 def long_text(prompt: str, count: int) -> str:
@@ -541,10 +541,10 @@ def test_of_clients_that_come_all_the_time_none_has_a_wrong_answer():
     asked = requests_of(text_model(1), random.Random(0), 40)
     with running(max_stall_s=0) as found:
         soak = Soak(found.port, asked)
-        asyncio.run(soak.run(tokens=1000, clients=12))
+        asyncio.run(soak.run(tokens=600, clients=12))
         wait_until(lambda: not found.engine.counts.running)
     assert soak.counts["wrong"] == 0
-    assert min(soak.counts[kind] for kind in ("whole", "streamed", "refused", "hung up")) > 3
+    assert min(soak.counts[kind] for kind in ("whole", "streamed", "refused", "hung up")) > 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
