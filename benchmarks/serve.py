@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import datetime
 import json
+import os
 import re
 import signal
 import statistics
@@ -57,10 +58,11 @@ def offline(artifact: Path, requests: list[dict]) -> dict:
     batch = [Request(r["prompt"], r["max_tokens"]) for r in requests]
     # As the server, whose first request is not timed.
     model.generate_batch(batch[:1]).run()
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.process_time()
     results = model.generate_batch(batch).run()
     return {
         "seconds": time.perf_counter() - start,
+        "processor_s": time.process_time() - before,
         "tokens": sum(len(result.token_ids) for result in results),
         "texts": [result.text for result in results],
         "rows": model.batch,
@@ -83,6 +85,11 @@ class Served:
                 break
         else:
             raise BenchmarkError(f"the server: {said.strip()}")
+
+    def processor_s(self) -> float:
+        """Seconds of processors that it has used so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -124,12 +131,13 @@ def measure_server(artifact: Path, requests: list[dict], stream: bool, stall_ms:
 
     async def everything() -> dict:
         await ask(server.port, requests[0], stream)
-        start = time.perf_counter()
+        start, before = time.perf_counter(), server.processor_s()
         answers = await asyncio.gather(*(ask(server.port, r, stream) for r in requests))
         seconds = time.perf_counter() - start
         gaps = [b - a for _, _, times in answers for a, b in zip(times, times[1:])]
         return {
             "seconds": seconds,
+            "processor_s": server.processor_s() - before,
             "tokens": sum(count for _, count, _ in answers),
             "texts": [text for text, _, _ in answers],
             "gaps_ms": [1e3 * gap for gap in gaps],
@@ -202,6 +210,11 @@ def benchmark(options: argparse.Namespace) -> dict:
             name: statistics.median(a / b for a, b in zip(speed[name], speed["loop"]))
             for name in ("server", "server, streams")
         },
+        # On a busy machine this says more: a token's time of the processors, without the clients'.
+        "processor_ms_of_a_token": {
+            name: statistics.median(1e3 * one["processor_s"] / one["tokens"] for one in measured)
+            for name, measured in rounds.items()
+        },
         "between_chunks_ms": {
             f"p{p}": gaps[min(len(gaps) - 1, len(gaps) * p // 100)] for p in (50, 99)
         },
@@ -214,6 +227,8 @@ def benchmark(options: argparse.Namespace) -> dict:
     print(f"ceiling     the loop: {result['tok_s']['loop']:.1f} tok/s, {result['rows']} rows")
     for name, ratio in result["of_the_loop"].items():
         print(f"{name:<17} {result['tok_s'][name]:7.1f} tok/s, {ratio:.3f} of it ({TARGET})")
+    for name, ms in result["processor_ms_of_a_token"].items():
+        print(f"{name:<17} {ms:7.2f} ms of the processors for a token")
     between = result["between_chunks_ms"]
     print(f"between chunks    {between['p50']:.1f} ms, and 99 % within {between['p99']:.1f} ms")
     print(f"start to ready    {result['ready_s'][1]:.2f} s, at most {result['ready_s'][2]:.2f} s")

@@ -23,9 +23,7 @@ KEYS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "st
 def read_requests(options: Namespace) -> list[Request]:
     """The requests, in the order of the command line, the files' last. With --batch --prompt-file
     has one on each line. Errors: RunnerError for what cannot be read."""
-    # Only prompt and limits can differ from request to request.
-    chat = options.chat or options.system is not None
-    flags = Request("", chat=chat, **{key: getattr(options, key) for key in KEYS[1:]})
+    flags = flags_of(options)
     requests = [replace(flags, prompt=text) for text in read_arguments(options.prompts)]
     path = options.prompt_file
     if path is not None:
@@ -85,6 +83,13 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
     if conversation.messages[0]["role"] == "system":
         raise RunnerError("--system is given, and a conversation has a system's message: leave one")
     return replace(conversation, messages=[message, *conversation.messages])
+
+
+def flags_of(options: Namespace) -> Request:
+    """What the flags ask for, whatever the prompt is. Only prompt and limits can differ from one
+    request to another."""
+    chat = options.chat or options.system is not None
+    return Request("", chat=chat, **{key: getattr(options, key) for key in KEYS[1:]})
 
 
 def read_arguments(prompts: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenloop.runner import process
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.output import OutputError, begin_output, put
-from tokenloop.runner.prompts import DEFAULT_PROMPT, read_requests
+from tokenloop.runner.prompts import DEFAULT_PROMPT, flags_of, read_requests
 from tokenloop.runner.request import RULES, Request, fault_of
 
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
@@ -87,6 +87,10 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON line for each prompt")
+    output.add_argument(
+        "--interactive", action="store_true",
+        help="a chat: answer each line of standard input, with all before it in mind",
+    )  # fmt: skip
     output.add_argument("--stats", action="store_true", help="speed and copies, on standard error")
     loop = parser.add_argument_group("the loop, for comparison (the text is always the same)")
     loop.add_argument(
@@ -133,6 +137,11 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         for name in names:
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--compare runs every variant of one row: leave out {flag_of(name)}")
+    if options.interactive:
+        for name in ("prompts", "prompt_file", "messages", "batch", "compare", "json", "stats"):
+            if getattr(options, name):
+                flag = "the prompts" if name == "prompts" else flag_of(name)
+                parser.error(f"--interactive reads what is asked line by line: leave out {flag}")
     if options.prompts.count("-") > 1:
         parser.error("- is given twice, and there is one standard input")
     return options
@@ -159,7 +168,7 @@ def print_stats(model, stats, *own_lines: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generate for every prompt; the exit status. Errors: RunnerError, OutputError."""
-    requests = read_requests(options)
+    requests = [flags_of(options)] if options.interactive else read_requests(options)
     # The modules that run models are imported only now: wrong arguments are answered at once.
     from tokenloop.runner.loop import LoopOptions
     from tokenloop.runner.model import Model
@@ -176,7 +185,12 @@ def run(options: argparse.Namespace) -> int:
         loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
         if options.batch is not None:
             return run_batch(model, requests, loop, options)
-        return run_each(model, requests, loop, options)
+        if not options.interactive:
+            return run_each(model, requests, loop, options)
+    # There an interrupt ends an answer and not the chat.
+    from tokenloop.runner.interactive import chat
+
+    return chat(model, requests[0], loop, options.system)
 
 
 def run_each(model, requests: list[Request], loop, options: argparse.Namespace) -> int:

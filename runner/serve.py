@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tokenloop.runner import process
@@ -119,11 +120,17 @@ def serve(options: argparse.Namespace) -> int:
         ) from None
     from tokenloop.runner.engine import Engine
     from tokenloop.runner.model import Model
+    from tokenloop.runner.request import Request
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with process.InterruptsRaised() as interrupts:
         model = Model(options.artifact, options.threads, options.verify)
         interrupts.check()
+    # Not when the first request samples, while others run. An artifact that cannot refuses it then.
+    with suppress(RunnerError):
+        for top_p in (1.0, 0.5):
+            sampled = Request("", temperature=1.0, top_p=top_p)
+            model.load_sampling(sampled, model.loop.variant(None))
     name = options.model_name or options.artifact.absolute().name
     host, port = listener.getsockname()[:2]
     only_here = is_loopback(host)

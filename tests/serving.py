@@ -31,7 +31,8 @@ class TextTokenizer:
     def decode(self, ids) -> str:
         return "".join(map(self._text, ids))
 
-    def encode_conversation(self, messages: list[dict]) -> list[int]:
+    def encode_conversation(self, conversation) -> list[int]:
+        messages = getattr(conversation, "messages", conversation)
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         return self.encode(text + "<model>")
 

@@ -104,6 +104,11 @@ class Generating:
                     400, f"the prompt has {len(ids)} tokens; {most - 1} are the most, for one of "
                     "the context is for the output", param, "context_length_exceeded",
                 )  # fmt: skip
+        if fields.alternatives is not None and not self._model.loop.program.has_logits:
+            raise ApiError(
+                400, "logprobs: this artifact's engine gives none", "logprobs",
+                "unsupported_parameter",
+            )  # fmt: skip
         requests: list[Request] = []
         for ids in prompts:
             requests += fields.requests(ids, fields.limit or most)
@@ -165,7 +170,8 @@ class Generating:
         except EngineError as error:
             raise ApiError(500, str(error)) from None
         except RunnerError as error:
-            raise ApiError(400, str(error)) from None
+            # The artifact cannot sample.
+            raise ApiError(400, str(error), "temperature") from None
         if ticket.finish_reason == "timeout":
             raise ApiError(504, f"it took more than {self._timeout_s:g} s", code="timeout")
         if ticket.finish_reason == "cancelled":

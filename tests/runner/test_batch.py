@@ -339,7 +339,7 @@ class Coming:
         return self.left.pop(0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     batch=st.integers(1, 5),
     max_prefill=st.integers(1, 5),
@@ -414,7 +414,7 @@ def test_nobody_waits_for_the_rest_of_a_prompt_that_is_given_up():
 # Log probabilities
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(1, 3),
     sequences=st.lists(SEQUENCES, max_size=7),

@@ -12,6 +12,7 @@ import pytest
 from tests.runner.test_engine import Gate
 from tests.serve_soak import Soak, requests_of
 from tests.serving import Running, answer_of, events_of, request_of, running, text_model, wait_until
+from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.request import Request
 from tokenloop.runner.server import body as server_body
 from tokenloop.runner.server.app import Settings
@@ -318,6 +319,22 @@ def test_what_a_completion_may_not_ask_is_refused_too(server, change, param, rea
     assert (error["status"], error["param"]) == (400, param) and reason in error["message"]
 
 
+def test_what_the_artifact_cannot_do_is_refused_with_the_fields_name():
+    def load_sampling(method, embed):
+        raise RunnerError("no method sample, and so only temperature 0 is possible")
+
+    model = text_model(1)
+    model.loop.program.has_logits = False
+    model.loop.program.load_sampling = load_sampling
+    with running(model) as found:
+        for body in (HELLO | {"logprobs": True}, HELLO | {"stream": True}):
+            error = refusal_of(found.post(CHAT, body))
+            param = "logprobs" if "logprobs" in body else "temperature"
+            assert (error["status"], error["param"]) == (400, param)
+            assert error["message"].startswith(("logprobs: this artifact", "no method sample"))
+        assert found.post(CHAT, HELLO | GREEDY)[0] == 200
+
+
 def test_what_asks_for_nothing_is_taken(server):
     idle = {
         "logprobs": False, "top_logprobs": 0, "logit_bias": {}, "frequency_penalty": 0.0,
@@ -502,7 +519,7 @@ def test_who_does_not_read_stalls_nobody_else():
     with running(model) as found:
         with found.connect() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            data = json.dumps({"prompt": "Once", "max_tokens": 2000, "stream": True, **GREEDY})
+            data = json.dumps({"prompt": "Once", "max_tokens": 1200, "stream": True, **GREEDY})
             head = {"content-type": "application/json"}
             slow.sendall(request_of("POST", COMPLETIONS, data.encode(), head))
             for _ in range(5):
@@ -512,7 +529,7 @@ def test_who_does_not_read_stalls_nobody_else():
             # All of it has been generated. What did not go out piece by piece comes as one.
             chunks = events_of(answer_of(slow)[2])[:-1]
         text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-        assert text == long_text("Once", 2000) and len(chunks) < 1500
+        assert text == long_text("Once", 1200) and len(chunks) < 1000
 
 
 def long_text(prompt: str, count: int) -> str:
@@ -524,10 +541,10 @@ def test_of_clients_that_come_all_the_time_none_has_a_wrong_answer():
     asked = requests_of(text_model(1), random.Random(0), 40)
     with running(max_stall_s=0) as found:
         soak = Soak(found.port, asked)
-        asyncio.run(soak.run(tokens=1000, clients=12))
+        asyncio.run(soak.run(tokens=600, clients=12))
         wait_until(lambda: not found.engine.counts.running)
     assert soak.counts["wrong"] == 0
-    assert min(soak.counts[kind] for kind in ("whole", "streamed", "refused", "hung up")) > 3
+    assert min(soak.counts[kind] for kind in ("whole", "streamed", "refused", "hung up")) > 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
