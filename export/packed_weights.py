@@ -31,15 +31,27 @@ LINEAR_ATTENTION, SHORT_CONV = "linear_attention", "conv"
 
 class PackedLinear(nn.Module):
     """The weights of linear layers, one below the other: float [N, K], or words of
-    models/kernels/linear/packing.py with its scales."""
+    models/kernels/linear/packing.py with its scales.
 
-    def __init__(self, linears: list[nn.Linear], bits: int | Layout):
+    With `bits` None they are floats that are put together when they are written: `weight` is only
+    a place until then, which takes no memory, and `parts` are what it consists of.
+    """
+
+    def __init__(self, linears: list[nn.Linear], bits: int | Layout | None):
         super().__init__()
+        self.parts: list[Tensor] = []
         self.inputs = linears[0].weight.shape[1]
         if isinstance(bits, Layout):
             weight, scale = kept(linears, *bits)
         else:
-            weight, scale = torch.cat([linear.weight for linear in linears]), None
+            parts, scale = [linear.weight for linear in linears], None
+            if bits is not None:
+                weight = torch.cat(parts)
+            elif len(parts) == 1:
+                weight = parts[0]
+            else:
+                rows = sum(linear.out_features for linear in linears)
+                weight, self.parts = parts[0].new_empty(rows, self.inputs), parts
             if bits:
                 weight, scale = quantized(weight, bits)
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -88,7 +100,7 @@ class IntegerHead(nn.Module):
         return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
 
 
-def pack_head(network: CausalLM, bits: int | Keeping) -> None:
+def pack_head(network: CausalLM, bits: int | Keeping | None) -> None:
     """Pack the network's head, in 8 bits or as it is kept. One that is floating point stays."""
     head = network.lm_head
     if isinstance(bits, Keeping):
@@ -145,7 +157,17 @@ def kept(linears: list[nn.Linear], bits: int, group_size: int) -> tuple[Tensor, 
     return pack_words(codes, bits), scales.to(exact or torch.float32).T.contiguous()
 
 
-def pack(parent: nn.Module, names: Sequence[str], bits: int | Keeping) -> PackedLinear:
+def parts_by_storage(module: nn.Module) -> dict[int, list[Tensor]]:
+    """Of the packed weights that are put together when they are written: their parts, by the
+    storage of the place."""
+    return {
+        packed.weight.untyped_storage()._cdata: packed.parts
+        for packed in module.modules()
+        if isinstance(packed, PackedLinear) and packed.parts
+    }
+
+
+def pack(parent: nn.Module, names: Sequence[str], bits: int | Keeping | None) -> PackedLinear:
     """Pack the weights of the linear layers `names` of `parent`, which become views of them."""
     linears = [parent.get_submodule(name) for name in names]
     if isinstance(bits, Keeping):
@@ -165,7 +187,7 @@ class PackedBlock(nn.Module):
     result of `down`. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
     """
 
-    def __init__(self, block: Block, bits: int | Keeping):
+    def __init__(self, block: Block, bits: int | Keeping | None):
         super().__init__()
         mixer, mlp, dense = block.mixer, block.mlp, block.mlp.dense
         self.moe, self.is_shared = mlp.moe, mlp.moe is not None and dense is not None
@@ -190,7 +212,7 @@ class PackedAttention(PackedBlock):
     """A block whose mixer is attention. Rows of `qkv` are queries, keys and values, and gates where
     the layer has an output gate."""
 
-    def __init__(self, block: Block, bits: int | Keeping):
+    def __init__(self, block: Block, bits: int | Keeping | None):
         super().__init__(block, bits)
         attention = block.mixer
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
@@ -208,7 +230,7 @@ class PackedDeltaNet(PackedBlock):
 
     kv_heads = 0
 
-    def __init__(self, block: Block, bits: int | Keeping):
+    def __init__(self, block: Block, bits: int | Keeping | None):
         super().__init__(block, bits)
         net = block.mixer
         self.conv1d, self.norm = net.conv1d, net.norm
@@ -216,9 +238,9 @@ class PackedDeltaNet(PackedBlock):
         self.key_size, self.value_size, self.parts = net.key_size, net.value_size, net.parts
 
 
-def pack_blocks(network: CausalLM, bits: int | Keeping) -> list[PackedBlock]:
+def pack_blocks(network: CausalLM, bits: int | Keeping | None) -> list[PackedBlock]:
     """All blocks, packed with `bits` bits, in the dtype that they have for 0, or as they are kept.
-    What the network computes stays the same but for the bits."""
+    None is as in PackedLinear. What the network computes stays the same but for the bits."""
     arrange(network)
     kinds = {LINEAR_ATTENTION: PackedDeltaNet, SHORT_CONV: PackedBlock}
     return [

@@ -1,7 +1,10 @@
 """The tensors that an artifact's methods need, by name: weights, views of them, and state."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -55,15 +58,57 @@ def entries(tensors: dict[str, Tensor]) -> list[dict]:
     ]
 
 
-def write_weights(tensors: dict[str, Tensor], directory: Path, random: bool) -> dict:
+# What is written first, as safetensors does: the dtypes whose elements are the largest.
+DTYPES = {
+    torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
+
+
+def write_weights(
+    tensors: dict[str, Tensor], directory: Path, random: bool,
+    parts: Mapping[int, Sequence[Tensor]] | None = None,
+) -> dict:  # fmt: skip
     """Write model.safetensors, unless the weights are `random`, and return the manifest's entry.
-    Errors: ExportError if it cannot be written."""
+
+    `parts` has, by their storage, the parts along the first axis of tensors that are only places.
+    Errors: ExportError if the file cannot be written.
+    """
     if random:
         return {"random": entries(tensors)}
     path = directory / "model.safetensors"
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        if parts:
+            _write_parts(tensors, path, parts)
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path.name}: {error.strerror}") from error
     # It has no other exception for a full disk, whose reason it tells.
     except SafetensorError as error:
         raise ExportError(f"cannot write {path.name}: {error}") from error
     return {"file": path.name}
+
+
+def _write_parts(
+    tensors: dict[str, Tensor], path: Path, parts: Mapping[int, Sequence[Tensor]]
+) -> None:
+    """The file that save_file would write, without all tensors in memory at once: a header of JSON
+    after its length, and the tensors' bytes (safetensors' format.rst)."""
+    order, header, end = list(DTYPES), {}, 0
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = tensors[name]
+            for part in parts.get(tensor.untyped_storage()._cdata, [tensor]):
+                file.write(part.detach().contiguous().flatten().view(torch.uint8).numpy().data)

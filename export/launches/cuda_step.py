@@ -36,12 +36,13 @@ class CudaStep(nn.Module):
     decode_embedded.
 
     `bits` of the layers' weights are 4 or 8, and the head's are then 8. With 0 both stay as the
-    network has them; or both are kept. The embedding stays as it is.
+    network has them; or both are kept. The embedding stays as it is. With None the step can be
+    traced and written and not run (packed_weights.PackedLinear).
 
     Raises ExportError as `fit_heads`.
     """
 
-    def __init__(self, network: CausalLM, bits: int | Keeping = 0):
+    def __init__(self, network: CausalLM, bits: int | Keeping | None = 0):
         super().__init__()
         backbone = network.model
         for mixer in (block.mixer for block in backbone.layers):

@@ -11,7 +11,7 @@ import torch
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.launches.cubins import ARCHITECTURES
-from tokenloop.export.packed_weights import check_recipe
+from tokenloop.export.packed_weights import check_recipe, parts_by_storage
 from tokenloop.export.recipes import INTEGER_BITS
 from tokenloop.export.tensors import entries, tensors_of, write_weights
 from tokenloop.models.decoder import CausalLM
@@ -63,7 +63,7 @@ class LaunchArtifact:
         cannot take, and for a kernel that cannot be compiled.
         """
         keep = self.options.quant == "keep"
-        bits = Keeping("launches", self.dtype) if keep else INTEGER_BITS[self.options.quant]
+        bits = Keeping("launches", self.dtype) if keep else INTEGER_BITS[self.options.quant] or None
         check_recipe(model, self.options.quant)
         progress("importing Triton")
         from tokenloop.export.launches.cuda_prefill import CudaPrefill
@@ -97,7 +97,7 @@ class LaunchArtifact:
         chunks = [size for size in CHUNKS if size < largest] + [largest]
         progress("tracing")
         tensors, views, state = tensors_of(prefill, *(method for method, _ in methods.values()))
-        names = names_of(tensors | state)
+        names, parts = names_of(tensors | state), parts_by_storage(step)
         lowered = {
             name: (lower(method, [tuple(inputs.values())], names)[0], list(inputs))
             for name, (method, inputs) in methods.items()
@@ -111,7 +111,7 @@ class LaunchArtifact:
         progress("writing")
         return {
             "program": {"file": program.name},
-            "weights": write_weights(tensors, directory, self.options.random_weights)
+            "weights": write_weights(tensors, directory, self.options.random_weights, parts)
             | {"views": views},
             "engine": "launches",
             "backend": "launches",

@@ -14,8 +14,9 @@ from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompil
 from torch._inductor.package import package_aoti
 
 from tokenloop.export.errors import ExportError
+from tokenloop.export.packed_weights import PackedLinear, parts_by_storage
 from tokenloop.export.pt2 import package as pt2
-from tokenloop.export.tensors import write_weights
+from tokenloop.export.tensors import DTYPES, write_weights
 
 
 def test_the_same_code_is_compiled_by_one_export_at_a_time(monkeypatch, tmp_path):
@@ -111,3 +112,48 @@ def test_a_disk_that_is_too_full_for_the_weights_is_a_users_error(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(e.value)
+
+
+def test_weights_in_parts_are_the_file_that_safetensors_writes(tmp_path):
+    """Of every dtype, with names of every kind."""
+    torch.manual_seed(0)
+    places, tensors, parts = {}, {}, {}
+    for i, dtype in enumerate(DTYPES):
+        for name in (f"b.{i}", f"a.{i}", f"Z{i}.weight", f"ü{i}"):
+            tensors[name] = torch.randint(0, 99, (5, 3)).to(dtype)
+            places[name] = torch.empty(5, 3, dtype=dtype)
+            parts[places[name].untyped_storage()._cdata] = tensors[name].split([2, 3])
+    places["whole"] = tensors["whole"] = torch.tensor(1.5)
+    (tmp_path / "parts").mkdir()
+    assert write_weights(places, tmp_path / "parts", False, parts) == {"file": "model.safetensors"}
+    write_weights(tensors, tmp_path, random=False)
+    written = (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "parts" / "model.safetensors").read_bytes() == written
+
+
+def test_floats_that_are_joined_when_written_take_no_memory_before(tmp_path):
+    rows = [nn.Linear(300, size, bias=False, dtype=torch.bfloat16) for size in (40, 8)]
+    joined, place = PackedLinear(rows, 0), PackedLinear(rows, None)
+    assert place.parts[1] is rows[1].weight and place.weight.shape == joined.weight.shape
+    views = place.views(rows)
+    assert [view.out_features for view in views] == [40, 8]
+    alone = PackedLinear(rows[:1], None)
+    assert alone.weight.data_ptr() == rows[0].weight.data_ptr() and not alone.parts
+    parts = parts_by_storage(nn.ModuleList([place, alone]))
+    (tmp_path / "parts").mkdir()
+    write_weights({"rows": place.weight, "one": alone.weight}, tmp_path / "parts", False, parts)
+    write_weights({"rows": joined.weight, "one": alone.weight}, tmp_path, random=False)
+    written = (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "parts" / "model.safetensors").read_bytes() == written
+
+
+def test_a_disk_that_is_too_full_for_weights_in_parts_is_a_users_error(tmp_path):
+    place, part = torch.empty(100_000), torch.zeros(50_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ExportError, match="cannot write model.safetensors: .*too large"):
+            parts = {place.untyped_storage()._cdata: [part, part]}
+            write_weights({"weight": place}, tmp_path, False, parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

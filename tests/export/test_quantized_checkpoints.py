@@ -1,41 +1,16 @@
 """Quantized Hugging Face checkpoints are read as what their formats' own packages make of them."""
 
-import json
-from pathlib import Path
+from collections import Counter
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tests.conftest import ROOT
+from tests.mutate_quantized import NAME, REFERENCES, directory, mutated, outcome, reference
 from tests.quantized_references import LAYER
 from tokenloop.export.checkpoint import open_checkpoint
 from tokenloop.export.errors import ExportError
-
-REFERENCES = sorted((ROOT / "tests" / "data" / "quantized").glob("*.safetensors"))
-NAME = f"{LAYER}.weight"
-
-
-def directory(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint of these tensors, whose quantization_config is `config`."""
-    path.mkdir(exist_ok=True)
-    config = {"model_type": "llama", "quantization_config": config}
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(
-        {name: tensor.clone() for name, tensor in tensors.items()}, path / "model.safetensors"
-    )
-    return path
-
-
-def reference(file: Path) -> tuple[dict, dict[str, torch.Tensor], torch.Tensor]:
-    """quantization_config, tensors and the expected weight of a file of REFERENCES."""
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
-        config = json.loads(opened.metadata()["config"])
-    return config, tensors, tensors.pop("expected")
 
 
 @pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.stem)
@@ -209,3 +184,9 @@ def test_tensors_that_do_not_belong_together_are_refused(tmp_path):
     refused("compressed_w4a16", "fits none of config_groups", {".weight_scale": torch.zeros(32, 3)})
     refused("compressed_w8a8", "scale", {".weight_scale": torch.zeros(32, 1, dtype=torch.int32)})
     refused("compressed_fp8_block", "codes of .* is F32", {".weight": torch.zeros(32, 128)})
+
+
+def test_a_changed_checkpoint_is_read_or_refused_in_one_line(tmp_path):
+    """See tests/mutate_quantized.py."""
+    outcomes = Counter(outcome(mutated(tmp_path / "model", seed)) for seed in range(120))
+    assert outcomes["read"] > 10 and outcomes["refused"] > 10

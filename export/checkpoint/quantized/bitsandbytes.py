@@ -109,7 +109,7 @@ def _state(parts: Parts) -> dict[str, Any]:
     if math.prod(tensor.shape) > 1 << 16:
         parts.settings.misfit(name, f"has the shape {tensor.shape}; a short JSON object is right")
     try:
-        state = json.loads(bytes(parts.read("state").tolist()))
+        state = json.loads(bytes(parts.read("state").flatten().tolist()))
     except ValueError as error:
         parts.settings.misfit(name, f"is no JSON: {error}")
     if not isinstance(state, dict):

@@ -105,6 +105,8 @@ def _weight(parts: Parts, schemes: list[dict[str, Any]]) -> StoredTensor:
     if "packed" in parts.tensors:
         parts.expect("shape", ("I64", "I32"), (2,))
         rows, inputs = parts.read("shape").tolist()
+        if min(rows, inputs) < 1:
+            parts.settings.misfit(f"shape of {parts.name}", f"is {rows} by {inputs}")
         packed = parts.expect("packed", ("I32",)).shape
         kind = [
             scheme

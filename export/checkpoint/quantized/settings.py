@@ -65,6 +65,8 @@ class Parts(NamedTuple):
             self.settings.misfit(
                 f"{part} of {self.name}", f"is {tensor.dtype}; {' or '.join(dtypes)} can be read"
             )
+        if 0 in tensor.shape:
+            self.settings.misfit(f"{part} of {self.name}", f"has the shape {tensor.shape}")
         if shapes and tensor.shape not in shapes:
             right = " or ".join(map(str, dict.fromkeys(shapes)))
             self.settings.misfit(
