@@ -34,6 +34,7 @@ def write_byte_tokenizer(directory: Path) -> dict:
         "prefix_ids": [],
         "suffix_ids": [],
         "shown_ids": [],
+        "rstrip_ids": [],
         "special_tokens": {},
         "chat_template": None,
         "tool_template": None,

@@ -126,6 +126,7 @@ COMMON = {
         "prefix_ids": [TOKEN],
         "suffix_ids": [TOKEN],
         "shown_ids": [TOKEN],
+        "rstrip_ids": [TOKEN],
         "special_tokens": Named(TEXT),
         "chat_template": or_null(FILE),
         "tool_template": or_null(FILE),

@@ -21,8 +21,10 @@ from tokenloop.runner.files import read_file
 
 ENTRY_KEYS = (
     "file", "bos_token_id", "eos_token_ids", "prefix_ids", "suffix_ids", "shown_ids",
-    "special_tokens", "chat_template", "tool_template",
+    "rstrip_ids", "special_tokens", "chat_template", "tool_template",
 )  # fmt: skip
+# Unicode's, which is that of `tokenizers`.
+WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]*")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -53,8 +55,8 @@ class Tokenizer:
         if read is None:
             read = partial(read_file, Path(directory))
         if path.suffix == ".model":
-            shown = frozenset(entry["shown_ids"])
-            self._vocabulary = _SentencePiece(path, read(entry["file"]), shown)
+            shown, rstrip = frozenset(entry["shown_ids"]), frozenset(entry["rstrip_ids"])
+            self._vocabulary = _SentencePiece(path, read(entry["file"]), shown, rstrip)
         elif path.suffix == ".json":
             self._vocabulary = _TokenizerJson(path, read(entry["file"]))
         else:
@@ -187,9 +189,10 @@ class _SentencePiece:
 
     utf8_errors = "tokenloop.replace_each_byte"
 
-    def __init__(self, path: Path, data: bytes, shown: frozenset[int]):
+    def __init__(self, path: Path, data: bytes, shown: frozenset[int], rstrip: frozenset[int]):
         """`path` is where `data` comes from, for messages. `shown` are control pieces that are
-        text: added tokens, after which a text begins anew as after other control pieces."""
+        text: added tokens, after which a text begins anew as after other control pieces. Those of
+        `rstrip` take the white space after them."""
         from sentencepiece import SentencePieceProcessor
 
         self._processor = SentencePieceProcessor()
@@ -207,6 +210,7 @@ class _SentencePiece:
         self._control_lengths = sorted({len(token) for token in self._control_tokens}, reverse=True)
         starts = {re.escape(token[0]) for token in self._control_tokens}
         self._shown = {i: self._processor.id_to_piece(i).encode() for i in shown if i < self._size}
+        self._rstrip = rstrip
         self._control_start = re.compile(f"[{''.join(starts)}]" if starts else r"(?!)")
         space = self._processor.piece_to_id("▁")
         # remove_extra_whitespaces strips every leading space piece, add_dummy_prefix only one.
@@ -232,6 +236,8 @@ class _SentencePiece:
                     ids += self._processor.encode(text[done:start])
                     ids.append(control_id)
                     done = start + length
+                    if control_id in self._rstrip:
+                        done = WHITE_SPACE.match(text, done).end()
                     break
         return ids + self._processor.encode(text[done:])
 

@@ -14,6 +14,7 @@ from tokenloop.export.checkpoint.gguf_tokens import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    strip_right,
     token_types,
 )
 from tokenloop.export.errors import ExportError
@@ -149,10 +150,11 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(PRE_TOKENIZERS[pre].cuts))
     tokenizer.decoder = decoders.ByteLevel()
+    rstrip = set(strip_right(metadata, types))
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-            for token, kind in zip(tokens, types)
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False, rstrip=i in rstrip)
+            for i, (token, kind) in enumerate(zip(tokens, types))
             if kind in (CONTROL, UNKNOWN, USER_DEFINED)
         ]
     )

@@ -18,6 +18,7 @@ from tokenloop.export.checkpoint.declared_tokens import (
 )
 from tokenloop.export.checkpoint.safetensors_directory import read_json
 from tokenloop.export.checkpoint.vocabulary import (
+    Pieces,
     Templates,
     Vocabulary,
     contents,
@@ -68,7 +69,7 @@ def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, A
         raise ExportError(f"{source} has neither tokenizer.json nor tokenizer.model")
     data = contents(source / file)
     if file == "tokenizer.json":
-        shown_ids: list[int] = []
+        pieces = Pieces([], [])
         tokenizer = parse_tokenizer_json(source / file, data)
         declared = declared_tokens(source, settings, _own_tokens(tokenizer))
         check_ends(source / file, declared, tokenizer.token_to_id)
@@ -84,7 +85,7 @@ def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, A
         settings = _own_roles(processor) | settings
         declared = declared_tokens(source, settings, [])
         check_ends(source / file, declared, own.id_of)
-        data, shown_ids = add_pieces(source / file, data, declared, settings)
+        data, pieces = add_pieces(source / file, data, declared, settings)
         vocabulary = sentencepiece_vocabulary(parse_sentencepiece(source / file, data))
     check_ids(source / file, declared, vocabulary.id_of)
     named = declared.texts()
@@ -115,7 +116,7 @@ def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, A
         "eos_token_ids": sorted(eos_ids),
         "prefix_ids": prefix,
         "suffix_ids": suffix,
-        "shown_ids": shown_ids,
+        **pieces.entries(),
         "special_tokens": named,
     }
     return entry, _directory_templates(source, settings)

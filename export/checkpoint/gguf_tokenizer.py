@@ -8,6 +8,7 @@ from tokenloop.export.checkpoint.contents import Checkpoint
 from tokenloop.export.checkpoint.gguf_tokens import ROLES, end_tokens, special_id
 from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
 from tokenloop.export.checkpoint.vocabulary import (
+    Pieces,
     Templates,
     Vocabulary,
     parse_sentencepiece,
@@ -25,10 +26,10 @@ def rebuild_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "llama":
         file, adds_bos = "tokenizer.model", True
-        data, shown_ids = sentencepiece_model(path, metadata)
+        data, pieces = sentencepiece_model(path, metadata)
         vocabulary = sentencepiece_vocabulary(parse_sentencepiece(path, data))
     elif kind == "gpt2":
-        tokenizer, shown_ids = byte_level_tokenizer(path, metadata), []
+        tokenizer, pieces = byte_level_tokenizer(path, metadata), Pieces([], [])
         file, adds_bos = "tokenizer.json", PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].adds_bos
         data = tokenizer.to_str().encode("utf-8")
         vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
@@ -67,7 +68,7 @@ def rebuild_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str
         "eos_token_ids": sorted(eos_ids - {None}),
         "prefix_ids": around["bos"],
         "suffix_ids": around["eos"],
-        "shown_ids": shown_ids,
+        **pieces.entries(),
         "special_tokens": special,
     }
     return entry, Templates(template, metadata.get("tokenizer.chat_template.tool_use"))

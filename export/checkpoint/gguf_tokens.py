@@ -41,6 +41,17 @@ def end_tokens(tokens: Callable[[str], bool]) -> list[str]:
     return found
 
 
+def strip_right(metadata: dict[str, Any], types: Sequence[int]) -> list[int]:
+    """The ids of the tokens that take the white space after them, which no key says: llama.cpp
+    knows Phi-3 by its name."""
+    name = str(metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return []
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = [i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+    return [i for i in special if tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")]
+
+
 def token_types(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
     """The types, with that of a token by whose name something ends made CONTROL."""
     ends = set(end_tokens(set(tokens).__contains__))

@@ -14,17 +14,19 @@ from tokenloop.export.checkpoint.gguf_tokens import (
     UNKNOWN,
     USER_DEFINED,
     special_id,
+    strip_right,
     token_types,
 )
+from tokenloop.export.checkpoint.vocabulary import Pieces
 from tokenloop.export.errors import ExportError
 
 
-def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> tuple[bytes, list[int]]:
+def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> tuple[bytes, Pieces]:
     """Rebuild a SentencePiece BPE model from GGUF's `tokenizer.ggml.*` keys; the same bytes always.
-    Also the ids of its control pieces that are shown.
+    Also what is to be said of its control pieces.
 
     Where texts begin with a space, llama.cpp begins anew after a user-defined token, as after a
-    control token, which it then is here.
+    control token, which it then is here; and so it is where it takes the white space after it.
     `path` is for messages. Errors: ExportError for lists that are missing or differ in length, a
     token type that does not exist, or no unknown token.
     """
@@ -40,10 +42,10 @@ def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> tuple[bytes, li
     if unknown_types := set(types.tolist()) - set(TOKEN_TYPES):
         raise ExportError(f"{path}: the token type {min(unknown_types)} does not exist; 1 to 6 do")
     types = np.array(token_types(tokens, types))
-    shown: list[int] = []
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        shown = np.flatnonzero(types == USER_DEFINED).tolist()
-        types[shown] = CONTROL
+    pieces = Pieces([], strip_right(metadata, types.tolist()))
+    if metadata.get("tokenizer.ggml.add_space_prefix", True) or pieces.rstrip:
+        pieces.shown.extend(np.flatnonzero(types == USER_DEFINED).tolist())
+        types[pieces.shown] = CONTROL
     ids = {role: special_id(metadata, role) for role in ROLES}
     ids = {role: -1 if token_id is None else token_id for role, token_id in ids.items()}
     for role, token_id in ids.items():
@@ -77,7 +79,7 @@ def sentencepiece_model(path: Path, metadata: dict[str, Any]) -> tuple[bytes, li
     normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    return model.SerializeToString(deterministic=True), shown
+    return model.SerializeToString(deterministic=True), pieces
 
 
 def _vocabulary_list(path: Path, metadata: dict[str, Any], key: str) -> list[str] | np.ndarray:

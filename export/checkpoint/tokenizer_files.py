@@ -25,9 +25,9 @@ def write_tokenizer(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     """Write the tokenizer, and the chat templates if there are any, into `directory` (it exists).
 
     Returns the manifest's entry: `file`; `bos_token_id` (or None); `eos_token_ids`, ascending;
-    `prefix_ids` and `suffix_ids`, which go in front of a text and behind it; `shown_ids`, control
-    pieces of a tokenizer.model that are text; `chat_template` and `tool_template`, files or None;
-    and for the templates `special_tokens`, texts by their names.
+    `prefix_ids` and `suffix_ids`, which go in front of a text and behind it; `shown_ids` and
+    `rstrip_ids`, of Pieces; `chat_template` and `tool_template`, files or None; and for the
+    templates `special_tokens`, texts by their names.
 
     Errors: ExportError for a tokenizer that is missing, damaged or of an unsupported kind, for a
     setting of the wrong type, for files that contradict one another, and for an id that the model

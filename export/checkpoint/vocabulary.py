@@ -20,6 +20,18 @@ class Vocabulary(NamedTuple):
         return None if token_id is None else self.token_of(token_id)
 
 
+class Pieces(NamedTuple):
+    """What a tokenizer.model does not say of its control pieces, by their ids: those that are
+    shown, and those that take the white space after them."""
+
+    shown: list[int]
+    rstrip: list[int]
+
+    def entries(self) -> dict[str, list[int]]:
+        """The manifest's."""
+        return {"shown_ids": sorted(self.shown), "rstrip_ids": sorted(self.rstrip)}
+
+
 class Templates(NamedTuple):
     """The sources of the chat templates: the usual one, and the one for conversations with tools,
     where that is another."""

@@ -203,7 +203,7 @@ def test_the_entry_names_what_ends_a_turn_and_a_text_and_adds_no_bos(checkpoint,
     first = len(base["tokenizer.ggml.tokens"]) - len(ADDED)
     assert entry == {
         "file": "tokenizer.json", "bos_token_id": first, "eos_token_ids": [first, first + 2],
-        "prefix_ids": [], "suffix_ids": [], "shown_ids": [],
+        "prefix_ids": [], "suffix_ids": [], "shown_ids": [], "rstrip_ids": [],
         "special_tokens": {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
         "chat_template": "chat_template.jinja", "tool_template": None,
     }  # fmt: skip

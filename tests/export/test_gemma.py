@@ -280,6 +280,7 @@ def test_the_manifest_says_all_that_the_runner_must_know(tiny_artifact, tiny_che
             "prefix_ids": [2],
             "suffix_ids": [],
             "shown_ids": [],
+            "rstrip_ids": [],
             "special_tokens": {"bos_token": "<bos>", "eos_token": "<eos>"},
             "chat_template": None,
             "tool_template": None,

@@ -90,6 +90,7 @@ def test_the_real_vocabulary_encodes_as_transformers_does(real, tmp_path):
         "prefix_ids": [2],
         "suffix_ids": [],
         "shown_ids": [],
+        "rstrip_ids": [],
         "special_tokens": {
             "bos_token": "<bos>",
             "eos_token": "<eos>",
@@ -527,6 +528,8 @@ def test_added_tokens_become_pieces_of_a_sentencepiece_model(source):
     ("changes", "config", "message"),
     [
         ({}, {"added_tokens_decoder": {"266": {"content": "x", "lstrip": True}}}, "'x' has lstrip"),
+        ({}, {"added_tokens_decoder": {"266": {"content": "x", "single_word": True}}}, "has sing"),
+        ({}, {"added_tokens_decoder": {"266": {"content": "x", "rstrip": True}}}, "has rstrip and"),
         ({}, {"added_tokens_decoder": {"270": {"content": "x"}}}, "is said to have the id 270"),
         ({"add_space_prefix": True}, {"legacy": False}, "legacy is false, so that only a text's"),
     ],
@@ -556,6 +559,27 @@ def test_the_text_after_an_added_token_begins_anew_where_texts_begin_with_a_spac
     assert of_gguf["shown_ids"] == [8, 9]
     assert runner.encode("a<turn>a  a") == [1, 6, 9, 6, 8, 6]
     assert runner.decode([6, 9, 6, 8]) == "a<turn> a  "
+
+
+def test_tokens_take_the_white_space_after_them(source):
+    sentencepiece_file(source)
+    flags = {"rstrip": True, "normalized": False}
+    tokens = {
+        "266": {"content": "<x>", **flags},
+        "267": {"content": "<y>", "special": True} | flags,
+    }
+    write_json(source, "tokenizer_config.json", {"added_tokens_decoder": tokens})
+    entry = copied(source)
+    runner = runner_of(source, entry)
+    assert (entry["shown_ids"], entry["rstrip_ids"]) == ([266], [266, 267])
+    assert runner.encode("a<x> \n\u00a0a<y>\n") == [1, 4, 266, 4, 267]
+    assert runner.decode([4, 266, 4, 267]) == "a<x>a"
+    # In llama.cpp those of Phi-3, by its name.
+    model = small(add_space_prefix=True)
+    model.metadata["general.name"] = "Phi-3 mini"
+    entry = write_tokenizer(model, source.parent / "artifact")
+    assert entry["rstrip_ids"] == [2, 8, 9]
+    assert runner_of(source, entry).encode("a<turn>\na<s> a") == [1, 6, 9, 6, 1, 3, 6]
 
 
 @pytest.mark.parametrize("says", [True, False])

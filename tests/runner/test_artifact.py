@@ -141,6 +141,7 @@ WRONG = {
     "tokenizer.bos_token_id": [..., "2", True, -1, 259, [2]],
     "tokenizer.eos_token_ids": [..., None, 1, [None], [True], [[1]], ["1"], [1.5], [259], [-1]],
     "tokenizer.prefix_ids": [..., None, 2, ["2"], [True], [259], [-1]],
+    "tokenizer.rstrip_ids": [..., {}, ["a"]],
     "tokenizer.shown_ids": [..., None, [-1]],
     "tokenizer.suffix_ids": [..., None, 2, [None], [259]],
     "tokenizer.special_tokens": [..., None, [], {"bos_token": 2}, {"a\nb": "<s>"}],

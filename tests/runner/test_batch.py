@@ -592,6 +592,7 @@ def make_model(tmp_path, monkeypatch):
         "prefix_ids": [BOS],
         "suffix_ids": [],
         "shown_ids": [],
+        "rstrip_ids": [],
         "special_tokens": {"bos_token": "<bos>", "eos_token": "<eos>"},
         "chat_template": None,
         "tool_template": None,
