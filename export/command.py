@@ -169,6 +169,7 @@ def export(
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
+    from tokenloop.export.support import supporting
 
     # 1. The checkpoint, the network it describes, and the backend for that.
     if options.random_weights is not None:
@@ -182,9 +183,10 @@ def export(
     smallest = without_memory(described)
     find_backend(options, checkpoint.path, model_type, smallest)
     if options.quant == "keep" and not can_keep(checkpoint, options.backend):
+        others = [name for name in supporting(smallest) if can_keep(checkpoint, name)]
         raise ExportError(
             f"--quant keep: {checkpoint.path} has no integers that --backend {options.backend} has "
-            "a layout for; leave --quant out, or give another"
+            f"a layout for; {' and '.join(others) or 'no backend'} can keep some of it"
         )
     is_default = options.quant_by_default and checkpoint.quantization is not None
     if is_default and can_keep(checkpoint, options.backend):
