@@ -169,7 +169,6 @@ def export(
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
-    from tokenloop.export.support import supporting
 
     # 1. The checkpoint, the network it describes, and the backend for that.
     if options.random_weights is not None:
@@ -183,6 +182,8 @@ def export(
     smallest = without_memory(described)
     find_backend(options, checkpoint.path, model_type, smallest)
     if options.quant == "keep" and not can_keep(checkpoint, options.backend):
+        from tokenloop.export.support import supporting
+
         others = [name for name in supporting(smallest) if can_keep(checkpoint, name)]
         raise ExportError(
             f"--quant keep: {checkpoint.path} has no integers that --backend {options.backend} has "
