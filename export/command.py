@@ -184,9 +184,12 @@ def export(
     smallest = without_memory(described)
     find_backend(options, checkpoint.path, model_type, smallest)
     if options.quant == "keep" and not can_keep(checkpoint, options.backend):
+        from tokenloop.export.support import supporting
+
+        others = [name for name in supporting(smallest) if can_keep(checkpoint, name)]
         raise ExportError(
             f"--quant keep: {checkpoint.path} has no integers that --backend {options.backend} has "
-            "a layout for; leave --quant out, or give another"
+            f"a layout for; {' and '.join(others) or 'no backend'} can keep some of it"
         )
     is_default = options.quant_by_default and checkpoint.quantization is not None
     if is_default and can_keep(checkpoint, options.backend):

@@ -11,6 +11,8 @@ from tests.export.compressed import compressed_checkpoint
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.checkpoint.contents import Grid
 from tokenloop.export.checkpoint.network import describe
+from tokenloop.export.command import ANY, export, parse_arguments
+from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping, Layout, can_keep, layout
 from tokenloop.export.packed_weights import IntegerHead, PackedLinear, pack_blocks, pack_head
 from tokenloop.export.pte.quantize import QuantizedLinear, keep
@@ -112,6 +114,16 @@ def test_what_has_no_layout_stays_floating_point(tmp_path):
     expected = checkpoint.stored["model.layers.0.self_attn.o_proj.weight"].read()
     assert weight_bits(block.o.weight, block.o.inputs) == 8
     assert torch.equal(dequantize(block.o.weight, block.o.scale, block.o.inputs), expected)
+
+
+def test_a_backend_without_a_layout_is_refused_and_the_others_named(tmp_path):
+    path = compressed_checkpoint(tmp_path / "model", 64, scale_dtype=torch.float16, **WIDE)
+    arguments = ["--model", str(path), "--quant", "keep", "--output", str(tmp_path / "artifact")]
+    options = parse_arguments(ANY, [*arguments, "--backend", "xnnpack"])
+    with pytest.raises(ExportError, match="xnnpack has a layout for; inductor and launches can"):
+        export(ANY, options, lambda _: None)
+    with pytest.raises(SystemExit):
+        parse_arguments(ANY, [*arguments, "--backend", "portable"])
 
 
 def test_rows_that_are_rearranged_keep_their_scales(tmp_path):
