@@ -330,7 +330,12 @@ def pad_heads(attention: nn.Module, size: int) -> None:
 
     for name in attention.projections:
         linear = attention.get_submodule(name)
-        attention.set_submodule(name, _linear(padded(linear.weight), padded(linear.bias)))
+        layer = _linear(padded(linear.weight), padded(linear.bias))
+        if grid := grid_of(linear):
+            # Zeros are whole multiples of any scale.
+            rows = torch.arange(linear.out_features).unflatten(0, (-1, old))
+            layer.grid = grid.rows(F.pad(rows, (0, more)).flatten())
+        attention.set_submodule(name, layer)
     output = attention.get_submodule(attention.output)
     attention.set_submodule(attention.output, _linear(padded(output.weight.T).T, output.bias))
     k, attention.head_dim = attention.cache.k, size

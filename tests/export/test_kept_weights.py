@@ -9,15 +9,22 @@ import torch
 
 from tests.export.compressed import compressed_checkpoint
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
-from tokenloop.export.checkpoint.contents import Grid
+from tokenloop.export.checkpoint.contents import Grid, NamedGrid
 from tokenloop.export.checkpoint.network import describe
 from tokenloop.export.command import ANY, export, parse_arguments
 from tokenloop.export.errors import ExportError
-from tokenloop.export.kept_weights import Keeping, Layout, can_keep, layout
-from tokenloop.export.packed_weights import IntegerHead, PackedLinear, pack_blocks, pack_head
+from tokenloop.export.kept_weights import Keeping, Layout, can_keep, codes_and_scales, layout
+from tokenloop.export.packed_weights import (
+    IntegerHead,
+    PackedLinear,
+    pack_blocks,
+    pack_head,
+    pad_heads,
+)
 from tokenloop.export.pte.quantize import QuantizedLinear, keep
 from tokenloop.models.kernels.linear.packing import weight_bits
 from tokenloop.models.kernels.linear.reference import dequantize
+from tokenloop.models.layers import Attention, kv_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,6 +34,7 @@ def grid(least: int, most: int, size: int, scale: float = 0.5) -> Grid:
 
 
 INT4, INT8 = (-8, 7), (-128, 127)
+PROJECTED = "q_proj", "k_proj", "v_proj"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,27 @@ INT4, INT8 = (-8, 7), (-128, 127)
 )
 def test_a_layout_holds_all_of_a_grid_or_there_is_none(backend, grids, expected):
     assert layout(backend, grids, 512) == expected
+
+
+def test_heads_that_are_made_longer_keep_their_integers():
+    attention = Attention(
+        "full_attention", 40, 4, kv_cache("full_attention", 8, 1, 8, 2, 24, torch.float32), 1.0
+    )
+    for name, scale in (("q_proj", 0.5), ("k_proj", 0.25), ("v_proj", 2.0)):
+        linear = attention.get_submodule(name)
+        rows = linear.out_features
+        scales = scale * torch.arange(1, rows + 1)[:, None]
+        codes = torch.randint(-128, 128, (rows, 40))
+        linear.weight = torch.nn.Parameter(codes * scales, requires_grad=False)
+        linear.grid = NamedGrid(name, Grid(*INT8, 40, lambda scales=scales: scales))
+    attention.requires_grad_(False)
+    before = {name: codes_and_scales(attention.get_submodule(name), 40) for name in PROJECTED}
+    pad_heads(attention, 32)
+    for name, (codes, scales) in before.items():
+        longer, theirs = codes_and_scales(attention.get_submodule(name), 40)
+        heads = longer.unflatten(0, (-1, 32))
+        assert torch.equal(heads[:, :24].flatten(0, 1), codes) and not heads[:, 24:].any()
+        assert torch.equal(theirs.unflatten(0, (-1, 32))[:, :24].flatten(0, 1), scales)
 
 
 def loaded(path: Path, dtype: torch.dtype):
