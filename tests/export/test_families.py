@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import AUSTEN
 
 # How many ids their greedy texts have at least.
-VARIETY = {"gemma": 5, "llama": 5, "qwen3": 5, "qwen3_5, portable": 20, "qwen3_5, inductor": 20}
+VARIETY = {"gemma": 5, "llama": 5, "qwen3": 5, "qwen3_5, portable": 12, "qwen3_5, inductor": 12}
 # Scripts whose --model has no default, and what they ask for.
 WITHOUT_A_MODEL = {
     "export/qwen3.py": "no --model; give it a .gguf file or a Hugging Face directory",
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", VARIETY)
 def test_the_scripts_give_transformers_greedy_ids(family_artifact, run_script, tmp_path, family):
     checkpoint, artifact = family_artifact(family)
-    arguments = ("--artifact", artifact, "--json", "--max-new-tokens", 64, "Größe: 5 µm")
+    # A network of 30 million weights takes its time in plain kernels.
+    count = 32 if checkpoint == AUSTEN else 64
+    arguments = ("--artifact", artifact, "--json", "--max-new-tokens", count, "Größe: 5 µm")
     done = run_script("runner/run.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -33,7 +35,7 @@ def test_the_scripts_give_transformers_greedy_ids(family_artifact, run_script, t
     tokens = torch.tensor([prompt])
     options = {"attention_mask": torch.ones_like(tokens), "do_sample": False}
     with torch.no_grad():
-        ids = model.generate(tokens, max_new_tokens=64, **options)[0, len(prompt) :].tolist()
+        ids = model.generate(tokens, max_new_tokens=count, **options)[0, len(prompt) :].tolist()
     if checkpoint != AUSTEN:
         # The tiny checkpoints' tokenizers have an id for each byte.
         assert len(prompt) == len("Größe: 5 µm".encode()) + len(tokenizer["prefix_ids"])
