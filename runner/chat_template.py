@@ -42,7 +42,7 @@ class ChatTemplate:
         """`path` is what errors name. Errors: RunnerError if `source` is not UTF-8."""
         self._path = path
         try:
-            self._source = source.decode()
+            self.source = source.decode()
         except UnicodeDecodeError as error:
             raise self._refusal(str(error)) from None
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class ChatTemplate:
         import subprocess
 
         setup = {
-            "path": sys.path, "source": self._source, "seconds": PROCESSOR_SECONDS,
+            "path": sys.path, "source": self.source, "seconds": PROCESSOR_SECONDS,
             "memory": MEMORY, "characters": CHARACTERS,
         }  # fmt: skip
         # -S: the modules' directories are those of this process, which are found already.

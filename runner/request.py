@@ -35,6 +35,9 @@ class Request:
     `prompt_logprobs` for those of the prompt's tokens, too. The prompt is then prefilled token by
     token, which takes as long as steps do, and may round otherwise than longer chunks. An artifact
     for a GPU gives none.
+
+    `shown_tokens` are control tokens that are part of the output's text, such as those that a model
+    writes around a call of a tool; others give no text.
     """
 
     prompt: Prompt
@@ -47,6 +50,7 @@ class Request:
     chat: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    shown_tokens: tuple[str, ...] = ()
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):
@@ -117,4 +121,8 @@ RULES = {
         f"it must be 0 to {MOST_LOGPROBS}, or None",
     ),
     "prompt_logprobs": (lambda x: isinstance(x, bool), "it must be True or False"),
+    "shown_tokens": (
+        lambda x: isinstance(x, tuple) and all(isinstance(s, str) for s in x),
+        "it must be a tuple of tokens, each a text",
+    ),
 }

@@ -46,7 +46,7 @@ class Result:
         # How many tokens have come, the end token included.
         self.taken = 0
         self._end_ids = tokenizer.eos_token_ids
-        self._stream = StopStream(tokenizer.stream(), request.stop)
+        self._stream = StopStream(tokenizer.stream(request.shown_tokens), request.stop)
 
     def cancel(self) -> None:
         """End the output here, with the finish_reason "cancelled", if it has not ended yet.
@@ -125,12 +125,12 @@ class StopStream:
         if found:
             self.stopped = True
             return text[: min(found)[1]]
-        certain = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        certain = len(text) - max(overlap(text, stop) for stop in self._stops)
         self._held = text[certain:]
         return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` could be the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -126,9 +126,24 @@ class Tokenizer:
         """Return what the vocabulary calls the id; nothing for one outside of it."""
         return self._vocabulary.token_name(token_id)
 
-    def stream(self) -> "StreamDecoder":
-        """Return a decoder for one text whose ids arrive one at a time."""
-        return StreamDecoder(self._vocabulary, self._hidden)
+    def stream(self, shown_tokens: Sequence[str] = ()) -> "StreamDecoder":
+        """Return a decoder for one text whose ids arrive one at a time. In it the control tokens
+        `shown_tokens` are text, if they are tokens and none that ends an output."""
+        shown = {}
+        for token in shown_tokens:
+            ids = self._vocabulary.encode(token)
+            if len(ids) == 1 and self._vocabulary.token_name(ids[0]) == token:
+                shown[ids[0]] = token.encode()
+        return StreamDecoder(self._vocabulary, self._hidden, shown)
+
+    def template_source(self, with_tools: bool = False) -> str | None:
+        """Return the chat template, or the one for conversations with tools; None without one."""
+        template = self._template(with_tools)
+        return None if template is None else template.source
+
+    def _template(self, with_tools: bool) -> ChatTemplate | None:
+        has_own = with_tools and "tool_template" in self._templates
+        return self._templates.get("tool_template" if has_own else "chat_template")
 
     def apply_chat_template(
         self, conversation: Conversation | list[dict], add_generation_prompt: bool | None = None
@@ -143,15 +158,13 @@ class Tokenizer:
         """
         found = as_conversation(conversation) or Conversation(conversation)
         found.check()
-        key = "chat_template"
-        if found.tools is not None and "tool_template" in self._templates:
-            key = "tool_template"
-        if key not in self._templates:
+        template = self._template(found.tools is not None)
+        if template is None:
             raise RunnerError(
                 "this artifact has no chat template (a base model?): run without --chat"
             )
         context = self._special_tokens | found.context(add_generation_prompt)
-        return found.finish(self._templates[key].render(context))
+        return found.finish(template.render(context))
 
     def check_templates(self) -> None:
         """Raises: RunnerError for a chat template that is none."""
@@ -166,9 +179,14 @@ class StreamDecoder:
     most 3 bytes wait between two calls, so the cost of a token does not grow with the text.
     """
 
-    def __init__(self, vocabulary: "_SentencePiece | _TokenizerJson", hidden: frozenset[int]):
+    def __init__(
+        self, vocabulary: "_SentencePiece | _TokenizerJson", hidden: frozenset[int],
+        shown: dict[int, bytes],
+    ):  # fmt: skip
+        """`hidden` ids give no text, and those of `shown` these bytes, whatever the vocabulary
+        says."""
         self._vocabulary = vocabulary
-        self._hidden = hidden
+        self._hidden, self._shown = hidden, shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")(vocabulary.utf8_errors)
         self._at_start = True
 
@@ -176,7 +194,10 @@ class StreamDecoder:
         """Return the text that `token_id` makes certain: possibly none, never to be revoked."""
         if token_id in self._hidden:
             return ""
-        data, self._at_start = self._vocabulary.token_bytes(token_id, self._at_start)
+        if token_id in self._shown:
+            data, self._at_start = self._shown[token_id], False
+        else:
+            data, self._at_start = self._vocabulary.token_bytes(token_id, self._at_start)
         return self._utf8.decode(data)
 
     def finish(self) -> str:

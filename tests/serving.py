@@ -6,13 +6,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from tests.threads import yielding_model
+import numpy as np
+
+from tests.threads import VOCABULARY, YieldingProgram, yielding_model
+from tokenloop.runner.chat_template import ChatTemplate
 from tokenloop.runner.engine import Engine
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.loop import Loop
 from tokenloop.runner.model import Model
 from tokenloop.runner.server.app import Server, Settings
 from tokenloop.runner.server.listening import Listening
+from tokenloop.runner.tokenizer import Tokenizer
 
 SECONDS = 120  # after which whatever is waited for fails
 
@@ -22,7 +28,7 @@ class TextTokenizer:
 
     eos_token_ids = (0,)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
             return [byte % 97 for byte in text.encode()]
         except UnicodeEncodeError:
@@ -31,10 +37,15 @@ class TextTokenizer:
     def decode(self, ids) -> str:
         return "".join(map(self._text, ids))
 
-    def encode_conversation(self, conversation) -> list[int]:
+    def template_source(self, with_tools: bool = False) -> str:
+        return "<role>content<model>"
+
+    def apply_chat_template(self, conversation) -> str:
         messages = getattr(conversation, "messages", conversation)
-        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
-        return self.encode(text + "<model>")
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<model>"
+
+    def encode_conversation(self, conversation) -> list[int]:
+        return self.encode(self.apply_chat_template(conversation))
 
     def token_bytes(self, token_id: int) -> bytes | None:
         return self._text(token_id).encode() if token_id else None
@@ -42,7 +53,7 @@ class TextTokenizer:
     def token_name(self, token_id: int) -> str:
         return "<end>"
 
-    def stream(self):
+    def stream(self, shown_tokens=()):
         return self
 
     def push(self, token_id: int) -> str:
@@ -62,6 +73,69 @@ def text_model(rows: int = 3, max_seq_len: int = 200) -> Model:
     model = yielding_model(rows, max_seq_len)
     model.tokenizer = TextTokenizer()
     model.manifest["sha256"] = "0123456789abcdef" * 4
+    return model
+
+
+class EchoTokenizer:
+    """An id for each printable ASCII character and the line break, and real chat templates."""
+
+    eos_token_ids = (0,)
+    _special_tokens: dict[str, str] = {}
+    apply_chat_template = Tokenizer.apply_chat_template
+    template_source = Tokenizer.template_source
+    _template = Tokenizer._template
+    letters = "\n" + "".join(map(chr, range(32, 127)))
+
+    def __init__(self, template: str):
+        path = Path("chat_template.jinja")
+        self._templates = {"chat_template": ChatTemplate(path, template.encode())}
+        self.encoded: list[str] = []
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.encoded.append(text)
+        return [self.letters.index(letter) + 1 for letter in text]
+
+    def decode(self, ids) -> str:
+        return "".join(map(self.push, ids))
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        return self.push(token_id).encode() or None
+
+    def token_name(self, token_id: int) -> str:
+        return "<end>"
+
+    def stream(self, shown_tokens=()):
+        return self
+
+    def push(self, token_id: int) -> str:
+        return self.letters[token_id - 1] if token_id else ""
+
+    def finish(self) -> str:
+        return ""
+
+
+class EchoProgram(YieldingProgram):
+    """After "<model>" it writes what stands before it between the last "[[" and "]]", and ends. The
+    prompt may have begun that."""
+
+    _ascii = np.frombuffer(EchoTokenizer.letters.encode(), np.uint8)
+
+    def _logits(self, row, last):
+        so_far = self._ascii[self._state[row, : last + 1] - 1].tobytes().decode()
+        prompt, _, answer = so_far.rpartition("<model>")
+        said = prompt.rpartition("[[")[2].partition("]]")[0]
+        logits = np.zeros((1, VOCABULARY), np.float32)
+        left = said[len(answer) :]
+        logits[0, EchoTokenizer.letters.index(left[0]) + 1 if left else 0] = 1
+        return logits
+
+
+def echo_model(template: str, rows: int = 3, max_seq_len: int = 2000) -> Model:
+    """A model that says what its prompt says that it should, with this chat template."""
+    model = yielding_model(rows, max_seq_len)
+    model.loop = Loop(EchoProgram(rows, max_seq_len, 64))
+    model.manifest = model.loop.program.manifest | {"sha256": "0123456789abcdef" * 4}
+    model.tokenizer = EchoTokenizer(template)
     return model
 
 

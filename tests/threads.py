@@ -111,7 +111,7 @@ class Tokenizer:
 
     eos_token_ids = ()
 
-    def stream(self):
+    def stream(self, shown_tokens=()):
         return SimpleNamespace(push=lambda token_id: f"{token_id} ", finish=lambda: "")
 
 

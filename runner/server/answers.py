@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenloop.runner.result import Result, Token
 from tokenloop.runner.server.logprobs import ChatLogprobs, CompletionLogprobs
+from tokenloop.runner.server.reader import Parts, Reader
 from tokenloop.runner.tokenizer import Tokenizer
 
 
@@ -15,12 +16,17 @@ class Answer:
     """One answer's objects: whole, or as the chunks of a stream. Its choices are `results`."""
 
     def __init__(
-        self, is_chat: bool, model: str, fingerprint: str, results: Sequence[Result],
-        tokenizer: Tokenizer, echoes: Sequence[str] = (),
+        self, model: str, fingerprint: str, results: Sequence[Result], tokenizer: Tokenizer,
+        readers: Sequence[Reader] | None, echoes: Sequence[str] = (),
     ):  # fmt: skip
-        """`fingerprint` says which artifact it is. `echoes` are the prompts that the choices of a
-        completion begin with, if they do."""
+        """`fingerprint` says which artifact it is. `readers` divide the texts of a chat's choices;
+        without them it is a completion, and `echoes` are the prompts that its choices begin with,
+        if they do."""
+        is_chat = readers is not None
         self._is_chat, self._results = is_chat, results
+        self._readers = readers or ()
+        # Of each choice how many calls it has so far.
+        self._calls = [0] * len(results)
         kind = ChatLogprobs if is_chat else CompletionLogprobs
         self._logprobs = [
             None if result.request.logprobs is None else kind(tokenizer) for result in results
@@ -38,13 +44,10 @@ class Answer:
         """The answer, once all results have ended."""
         choices = []
         for index, result in enumerate(self._results):
-            content: dict[str, Any] = {"text": result.text}
-            if self._is_chat:
-                message = {"role": "assistant", "content": result.text, "refusal": None}
-                content = {"message": message}
+            content = {"message": self._message(index)} if self._is_chat else {"text": result.text}
             echo = self._echo(index) if self._echoes else None
             tokens = [Token(i, "", found) for i, found in zip(result.token_ids, result.logprobs)]
-            choice = self._choice(index, content, tokens, result.finish_reason)
+            choice = self._choice(index, content, tokens, self._finish_reason(index))
             if echo is not None:
                 choice["text"] = echo["text"] + result.text
                 if choice["logprobs"] is not None:
@@ -71,20 +74,71 @@ class Answer:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(i, {"delta": delta}, [], None) for i in range(len(self._results))]
 
-    def text_chunk(self, index: int, tokens: Sequence[Token]) -> dict:
-        """More text of a choice."""
+    def text_chunks(self, index: int, tokens: Sequence[Token]) -> list[dict]:
+        """More text of a choice; none while it is held back."""
         text = "".join(token.text for token in tokens)
-        content = {"delta": {"content": text}} if self._is_chat else {"text": text}
-        return self._chunk(index, content, tokens, None)
+        if not self._is_chat:
+            return [self._chunk(index, {"text": text}, tokens, None)]
+        delta = self._delta(index, self._readers[index].push(text))
+        # Log probabilities come with their tokens, though their text may come later.
+        if not delta and all(token.logprobs is None for token in tokens):
+            return []
+        return [self._chunk(index, {"delta": delta}, tokens, None)]
 
-    def last_chunk(self, index: int) -> dict:
+    def last_chunks(self, index: int) -> list[dict]:
         """The end of a choice."""
-        content = {"delta": {}} if self._is_chat else {"text": ""}
-        return self._chunk(index, content, [], self._results[index].finish_reason)
+        if not self._is_chat:
+            return [self._chunk(index, {"text": ""}, [], self._finish_reason(index))]
+        delta = self._delta(index, self._readers[index].finish())
+        rest = [self._chunk(index, {"delta": delta}, [], None)] if delta else []
+        return [*rest, self._chunk(index, {"delta": {}}, [], self._finish_reason(index))]
 
     def usage_chunk(self, prompt_tokens: int) -> dict:
         """What ends a stream whose options include usage."""
         return self._chunks_head() | {"choices": [], "usage": self.usage(prompt_tokens)}
+
+    def _message(self, index: int) -> dict[str, Any]:
+        """All that a choice of a chat says."""
+        reader = self._readers[index]
+        first, rest = reader.push(self._results[index].text), reader.finish()
+        parts = Parts(
+            first.reasoning + rest.reasoning, first.content + rest.content,
+            first.calls + rest.calls,
+        )  # fmt: skip
+        calls = self._tool_calls(index, parts)
+        content = None if calls and not parts.content else parts.content
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if parts.reasoning:
+            message["reasoning_content"] = parts.reasoning
+        return message | ({"tool_calls": calls} if calls else {})
+
+    def _delta(self, index: int, parts: Parts) -> dict[str, Any]:
+        """More of what a choice of a chat says; each call comes whole, with its number."""
+        delta: dict[str, Any] = {}
+        if parts.reasoning:
+            delta["reasoning_content"] = parts.reasoning
+        if parts.content:
+            delta["content"] = parts.content
+        first = self._calls[index]
+        if calls := self._tool_calls(index, parts):
+            delta["tool_calls"] = [
+                {"index": number, **call} for number, call in enumerate(calls, first)
+            ]
+        return delta
+
+    def _tool_calls(self, index: int, parts: Parts) -> list[dict[str, Any]]:
+        self._calls[index] += len(parts.calls)
+        return [
+            {
+                "id": f"call_{secrets.token_hex(12)}", "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in parts.calls
+        ]  # fmt: skip
+
+    def _finish_reason(self, index: int) -> str | None:
+        reason = self._results[index].finish_reason
+        return "tool_calls" if reason == "stop" and self._calls[index] else reason
 
     def _chunks_head(self) -> dict:
         return self._head | ({"object": "chat.completion.chunk"} if self._is_chat else {})

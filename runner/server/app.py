@@ -110,10 +110,13 @@ class Server:
         return json_response(self._model())
 
     def _model(self) -> dict:
+        chats = self._generating.chats
         return {
             "id": self._settings.name, "object": "model", "created": self._created,
             "owned_by": "tokenloop", "max_model_len": self._engine.model.max_seq_len,
             "rows": self._engine.rows, "prefix_cache": False,
+            "tool_calls": chats.calls and chats.calls.name,
+            "reasoning": chats.reasoning and chats.reasoning.name,
         }  # fmt: skip
 
     def _check_model(self, name: str | None) -> None:

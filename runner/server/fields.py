@@ -7,12 +7,14 @@ there, or unknown.
 
 import json
 import secrets
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from tokenloop.runner.request import MOST_LOGPROBS, Request, fault_of
 from tokenloop.runner.server.errors import ApiError
+from tokenloop.runner.server.messages import Fields, GivenTool, Message
+from tokenloop.runner.server.parsing import parse, shown
 
 # They say who asks, and what may be cached, and change no answer.
 HINTS = {"user", "safety_identifier", "prompt_cache_key"}
@@ -21,7 +23,6 @@ PENALTIES = {"frequency_penalty": [0], "presence_penalty": [0], "repetition_pena
 LACKING = PENALTIES | {"logit_bias": [{}], "min_p": [0], "service_tier": ["auto", "default"]}
 LACKING_IN_CHAT = LACKING | {
     "response_format": [{"type": "text"}],
-    "tools": [[]], "tool_choice": ["none", "auto"], "parallel_tool_calls": [True, False],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]],
     "audio": [], "prediction": [], "reasoning_effort": [], "verbosity": [],
     "web_search_options": [], "store": [False], "metadata": [{}],
@@ -30,25 +31,11 @@ LACKING_IN_COMPLETIONS = LACKING | {
     "suffix": [], "best_of": [1],
 }  # fmt: skip
 LACKING_IN_MESSAGES = {
-    "name": [], "tool_calls": [[]], "tool_call_id": [], "function_call": [], "refusal": [],
-    "audio": [], "annotations": [[]],
+    "name": [], "function_call": [], "refusal": [], "audio": [], "annotations": [[]],
 }  # fmt: skip
 # Each token is compared with all of them, in the one thread that serves all rows.
 MOST_STOPS, LONGEST_STOP = 16, 1000
 MOST_CHOICES = 128
-
-
-def joined_text(content: Any) -> Any:
-    """A message's text, from the one text or a list of parts that are text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError('each part must be {"type": "text", "text": "..."}')
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def several_stops(stop: Any) -> Any:
@@ -73,22 +60,8 @@ def are_ids(prompt: list) -> bool:
     return bool(prompt) and all(type(i) is int for i in prompt)
 
 
-class Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
 class StreamOptions(Fields):
     include_usage: bool = False
-
-
-class Message(Fields):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(joined_text)]
-
-    def as_dict(self) -> dict[str, str]:
-        """As chat templates take it. What the protocol calls developer, templates call system."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content}
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -108,7 +81,9 @@ class Asked(Fields):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    def requests(self, prompt_ids: list[int], limit: int) -> list[Request]:
+    def requests(
+        self, prompt_ids: list[int], limit: int, shown_tokens: tuple[str, ...]
+    ) -> list[Request]:
         """A request for each of the `n` choices. They differ in their seeds: the first has `seed`,
         and the others the numbers after it. Without a seed it is drawn."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
@@ -118,6 +93,7 @@ class Asked(Fields):
             "max_new_tokens": limit, "temperature": self.temperature, "top_k": self.top_k,
             "top_p": self.top_p, "stop": tuple(self.stop), "logprobs": self.alternatives,
             "prompt_logprobs": self.echoes and self.alternatives is not None,
+            "shown_tokens": shown_tokens,
         }  # fmt: skip
         return [Request(prompt_ids, seed=seed, **parameters) for seed in seeds]
 
@@ -138,9 +114,25 @@ class ChatFields(Asked):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
+    tools: list[GivenTool] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
 
     def check(self) -> None:
         super().check()
+        for number, message in enumerate(self.messages):
+            message.check(f"messages[{number}]")
+        if self.tool_choice not in ("auto", "none"):
+            raise ApiError(
+                400, f"tool_choice is {shown(self.tool_choice)}; it is not supported (only "
+                '"auto" or "none")', "tool_choice", "unsupported_parameter",
+            )  # fmt: skip
+        if self.given_tools is not None and not self.parallel_tool_calls:
+            raise ApiError(
+                400, "parallel_tool_calls is false; it is not supported with tools (only true)",
+                "parallel_tool_calls", "unsupported_parameter",
+            )  # fmt: skip
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs is only for logprobs true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens):
@@ -148,6 +140,12 @@ class ChatFields(Asked):
                 400, "max_tokens and max_completion_tokens are one limit by two names: give one",
                 "max_tokens",
             )  # fmt: skip
+
+    @property
+    def given_tools(self) -> list[dict] | None:
+        """The tools that the template is given, if it is given any. With tool_choice "none" it is
+        not, so that the model knows of none."""
+        return self.tools if self.tools and self.tool_choice == "auto" else None
 
     @property
     def limit(self) -> int | None:
@@ -235,38 +233,6 @@ def without_what_asks_for_nothing(body: dict, lacking: dict[str, list], where: s
         elif value is not None:
             kept[name] = value
     return kept
-
-
-def parse(data: bytes) -> Any:
-    """Errors: ApiError for what is no JSON, or has a key twice."""
-    try:
-        return json.loads(data.decode(), object_pairs_hook=once, parse_constant=no_number)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON in UTF-8: {error}") from None
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} stands there twice")
-    for name in found:
-        # An error for half a surrogate pair.
-        name.encode()
-    return found
-
-
-def no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def shown(value: Any) -> str:
-    """A value in an error, as JSON and not longer than a line."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def refusal(error: ValidationError) -> ApiError:

@@ -16,6 +16,7 @@ from tokenloop.runner.request import Request
 from tokenloop.runner.result import Token
 from tokenloop.runner.server.answers import END, Answer, as_event, as_json
 from tokenloop.runner.server.body import unless_gone
+from tokenloop.runner.server.chat import Chats
 from tokenloop.runner.server.errors import ApiError
 from tokenloop.runner.server.fields import ChatFields, CompletionFields
 from tokenloop.runner.server.metrics import Metrics
@@ -43,6 +44,7 @@ class Generating:
         prompts and outputs are logged."""
         self._engine, self._model, self._metrics = engine, engine.model, metrics
         self._name, self._timeout_s, self._log_prompts = name, timeout_s, log_prompts
+        self.chats = Chats(self._model.tokenizer)
         self._fingerprint = f"fp_{self._model.manifest['sha256'][:12]}"
 
     async def answer(self, request: HttpRequest, fields: ChatFields | CompletionFields) -> Response:
@@ -51,12 +53,14 @@ class Generating:
         param = "messages" if isinstance(fields, ChatFields) else "prompt"
         try:
             # A template may take seconds.
-            prompts = await asyncio.to_thread(self._encode, fields)
+            prompts, is_open = await asyncio.to_thread(self._encode, fields)
             tickets = self._submit(fields, prompts, param)
         except RunnerError as error:
             raise ApiError(400, str(error), param) from None
+        is_chat = isinstance(fields, ChatFields)
         answer = Answer(
-            param == "messages", self._name, self._fingerprint, tickets, self._model.tokenizer,
+            self._name, self._fingerprint, tickets, self._model.tokenizer,
+            [self.chats.reader(fields, is_open) for _ in tickets] if is_chat else None,
             self._echoes(fields, prompts),
         )  # fmt: skip
         prompt_tokens = sum(map(len, prompts))
@@ -77,13 +81,14 @@ class Generating:
             await unless_gone(request.receive, exhaust(pieces))
         return json_response(answer.whole(prompt_tokens))
 
-    def _encode(self, fields: ChatFields | CompletionFields) -> list[list[int]]:
-        """The ids of each prompt. Errors: RunnerError for text that cannot be one."""
-        tokenizer = self._model.tokenizer
-        if isinstance(fields, CompletionFields):
-            return [tokenizer.encode(p) if isinstance(p, str) else p for p in fields.prompt]
-        messages = [message.as_dict() for message in fields.messages]
-        return [tokenizer.encode_conversation(messages)]
+    def _encode(self, fields: ChatFields | CompletionFields) -> tuple[list[list[int]], bool]:
+        """The ids of each prompt, and whether a chat's begins the reasoning. Errors: ApiError, and
+        RunnerError for text that cannot be a prompt."""
+        if isinstance(fields, ChatFields):
+            ids, is_open = self.chats.encode(fields)
+            return [ids], is_open
+        encode = self._model.tokenizer.encode
+        return [encode(p) if isinstance(p, str) else p for p in fields.prompt], False
 
     def _echoes(self, fields: ChatFields | CompletionFields, prompts: list[list[int]]) -> list[str]:
         """The prompt's text for each choice, if it is asked for."""
@@ -110,8 +115,10 @@ class Generating:
                 "unsupported_parameter",
             )  # fmt: skip
         requests: list[Request] = []
+        is_chat = isinstance(fields, ChatFields)
+        shown_tokens = self.chats.shown_tokens(fields) if is_chat else ()
         for ids in prompts:
-            requests += fields.requests(ids, fields.limit or most)
+            requests += fields.requests(ids, fields.limit or most, shown_tokens)
         room = self._engine.rows + self._engine.max_queue
         if len(requests) > room:
             reason = f"{len(requests)} choices are asked for; {room} are the most"
@@ -215,11 +222,12 @@ class EventStream(Response):
 
     async def _events(self) -> AsyncIterator[bytes]:
         answer = self._answer
-        beginning = answer.first_chunks() + [self._chunk(self._first)]
+        beginning = answer.first_chunks() + self._chunks(self._first)
         yield b"".join(map(self._event, beginning))
         try:
             async for piece in self._pieces:
-                yield self._event(self._chunk(piece))
+                if chunks := self._chunks(piece):
+                    yield b"".join(map(self._event, chunks))
         except ApiError as error:
             yield as_event(error.as_dict())
             return
@@ -227,11 +235,11 @@ class EventStream(Response):
             yield as_event(answer.usage_chunk(self._prompt_tokens))
         yield END
 
-    def _chunk(self, piece: Piece) -> dict:
+    def _chunks(self, piece: Piece) -> list[dict]:
         index, tokens = piece
         if tokens is None:
-            return self._answer.last_chunk(index)
-        return self._answer.text_chunk(index, tokens)
+            return self._answer.last_chunks(index)
+        return self._answer.text_chunks(index, tokens)
 
     def _event(self, chunk: dict) -> bytes:
         # Usage comes last, and before that it is said that it comes.

@@ -212,7 +212,7 @@ def test_an_error_in_one_requests_text_ends_that_one_alone(model, monkeypatch, c
         return f"{token_id} "
 
     stream = lambda: SimpleNamespace(push=push, finish=lambda: "")  # noqa: E731
-    monkeypatch.setattr(type(model.tokenizer), "stream", lambda self: stream())
+    monkeypatch.setattr(type(model.tokenizer), "stream", lambda self, shown: stream())
     with Engine(model) as engine:
         one, other = engine.submit_all(requests)
         with pytest.raises(EngineError, match="^generating failed; the reason is in the log"):

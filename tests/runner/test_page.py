@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.serving import running, text_model
+from tests.serving import echo_model, running, text_model
 from tokenloop.runner import Request
 
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -126,3 +126,19 @@ def test_a_chat_on_the_page_is_answered_with_the_knobs_that_are_set(browser):
         assert browser.run("messages.length") == 4
         browser.run('document.getElementById("anew").click()')
         assert browser.run("messages.length") == 0 and lines(browser, "assistant") == []
+
+
+def test_reasoning_is_shown_on_a_line_of_its_own_and_not_sent_back(browser):
+    template = (
+        "<think></think>{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<model>"
+    )
+    model = echo_model(template)
+    with running(model) as found:
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{found.port}/")
+        browser.until('document.getElementById("model")?.textContent === "toy"')
+        browser.run('document.getElementById("temperature").value = "0"')
+        say(browser, "[[<think>\nHm\n</think>\n\nSure]]", 1)
+        say(browser, "[[Yes]]", 2)
+        assert lines(browser, "thought") == ["Hm"]
+        assert lines(browser, "assistant") == ["Sure", "Yes"]
+        assert model.tokenizer.encoded[-1].endswith("<assistant>Sure<user>[[Yes]]<model>")

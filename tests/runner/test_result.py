@@ -22,7 +22,7 @@ class Pieces:
         self.pieces = pieces
         self.held = ""
 
-    def stream(self) -> "Pieces":
+    def stream(self, shown_tokens=()) -> "Pieces":
         return Pieces(*self.pieces)
 
     def push(self, token_id: int) -> str:

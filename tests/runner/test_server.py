@@ -20,6 +20,10 @@ from tokenloop.runner.server.app import Settings
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9}
 GREEDY = {"temperature": 0}
+TOOL = {"type": "function", "function": {"name": "f"}}
+STRICT_TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+WRONG_CALL = CALL | {"function": {"name": "f", "arguments": "[1]"}}
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +216,7 @@ def test_what_is_there_besides(server):
     (model,) = json.loads(data)["data"]
     assert status == 200 and model["id"] == "toy" and model["max_model_len"] == 200
     assert model["rows"] == 3 and model["prefix_cache"] is False
+    assert model["tool_calls"] is None and model["reasoning"] is None
     assert json.loads(server.get("/v1/models/toy")[2]) == model
     assert refusal_of(server.get("/v1/models/no/such"))["code"] == "model_not_found"
     assert server.get("/health")[0] == 200
@@ -244,8 +249,17 @@ def test_what_is_there_besides(server):
         ({"presence_penalty": False}, "presence_penalty", "it is not supported"),
         ({"repetition_penalty": 1.1}, "repetition_penalty", "it is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "it is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "it is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "is missing"),
+        ({"tools": [{"type": "web"}]}, "tools[0].type", "'function'"),
+        ({"tools": [TOOL | {"x": 1}]}, "tools[0].x", "no field"),
+        ({"tools": [STRICT_TOOL]}, "tools[0].function.strict", "it is not supported"),
+        ({"tools": [TOOL]}, "tools", "chat template has no tools"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "it is not supported"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "it is not supported"),
+        ({"functions": [{}]}, "functions", "it is not supported"),
+        ({"chat_template_kwargs": {"enable_thinking": True}},
+         "chat_template_kwargs.enable_thinking", "template has no enable_thinking"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "it is not supported"),
         ({"service_tier": "flex"}, "service_tier", "it is not supported"),
         ({"maximum": 5}, "maximum", "no field of this request"),
@@ -275,7 +289,25 @@ def test_what_is_there_besides(server):
         ({"messages": "Hello"}, "messages", "valid list"),
         ({"messages": ["Hello"]}, "messages[0]", "valid dictionary or instance of Message"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
-        ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].role", "'user' or 'assist"),
+        ({"messages": [{"role": "function", "content": ""}]}, "messages[0].role", "or 'tool'"),
+        ({"messages": [{"role": "tool", "content": ""}]}, "messages[0].tool_call_id", "missing"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing"),
+        (
+            {"messages": [{"role": "user", "content": "", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls", "only for the role assistant",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "reasoning_content": "x"}]},
+            "messages[0].reasoning_content", "chat template has no reasoning_content",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls", "chat template has no tool_calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [WRONG_CALL]}]},
+            "messages[0].tool_calls[0].function.arguments", "the text of a JSON object",
+        ),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -283,7 +315,7 @@ def test_what_is_there_besides(server):
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "messages[0].tool_calls", "it is not supported",
+            "messages[0].tool_calls[0].function", "missing",
         ),
         ({"messages": [{"role": "user", "content": "", "x": 1}]}, "messages[0].x", "no field"),
     ],
@@ -418,7 +450,7 @@ def test_a_body_that_does_not_come_to_its_end_holds_nothing(server, monkeypatch)
 def test_what_the_server_did_wrong_is_no_traceback_to_the_client(monkeypatch, caplog):
     with running() as found:
 
-        def encode(self, text):
+        def encode(self, text, add_special_tokens=True):
             raise ArithmeticError("the inside")
 
         monkeypatch.setattr(type(found.engine.model.tokenizer), "encode", encode)

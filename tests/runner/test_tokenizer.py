@@ -677,3 +677,27 @@ def test_gemma_chat_ids_are_those_of_transformers(gemma, gemma_reference, tmp_pa
         return_dict=False,
     )
     assert tokenizer.encode_conversation(CONVERSATION) == expected
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "tokenizer.json"])
+def test_control_tokens_that_are_to_be_shown_are_text_and_an_end_token_never_is(tmp_path, name):
+    if name == "sentencepiece":
+        library, entry = write_sentencepiece(tmp_path)
+        hidden, end = "[INST]", "<eos>"
+    else:
+        vocabulary = {"a": 0, "b": 1}
+        library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+        library.decoder = tokenizers.decoders.ByteLevel()
+        library.add_special_tokens(["<|tool_call>", "<eos>"])
+        library.save(str(tmp_path / "tokenizer.json"))
+        hidden, end = "<|tool_call>", "<eos>"
+        entry = {
+            "file": "tokenizer.json", "bos_token_id": None, "eos_token_ids": [3], "prefix_ids": [],
+            "suffix_ids": [], "shown_ids": [], "rstrip_ids": [], "special_tokens": {},
+            "chat_template": None, "tool_template": None,
+        }  # fmt: skip
+    tokenizer = Tokenizer(tmp_path, entry)
+    ids = tokenizer.encode(f"a{hidden}b{end}", add_special_tokens=False)
+    for shown, text in (((), "ab"), ((hidden, end, "<no such token>", "a"), f"a{hidden}b")):
+        stream = tokenizer.stream(shown)
+        assert "".join(map(stream.push, ids)) + stream.finish() == text

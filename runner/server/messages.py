@@ -1,0 +1,109 @@
+"""What the messages of a chat are, and the tools that it brings."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WrapValidator,
+)
+
+from tokenloop.runner.server.errors import ApiError
+from tokenloop.runner.server.parsing import no_number, once
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def joined_text(content: Any) -> Any:
+    """A message's text, from the one text or a list of parts that are text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError('each part must be {"type": "text", "text": "..."}')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def object_as_text(arguments: str) -> str:
+    """Errors: ValueError for what is no JSON object, or has a key twice."""
+    try:
+        value = json.loads(arguments, object_pairs_hook=once, parse_constant=no_number)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError("it must be the text of a JSON object")
+    return arguments
+
+
+def is_not_strict(strict: bool | None) -> bool | None:
+    if strict:
+        raise ValueError("it is not supported (only false, which asks for nothing)")
+    return strict
+
+
+class CalledFunction(Fields):
+    name: Annotated[str, Field(min_length=1)]
+    arguments: Annotated[str, AfterValidator(object_as_text)]
+
+
+class ToolCall(Fields):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Fields):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(joined_text)] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str | None = None
+
+    def check(self, where: str) -> None:
+        """Errors: ApiError for what the role does not have, or must have."""
+        needed = {"tool": ["content", "tool_call_id"], "assistant": []}.get(self.role, ["content"])
+        if self.role == "assistant" and not self.tool_calls:
+            needed = ["content"]
+        for name in needed:
+            if getattr(self, name) is None:
+                param = f"{where}.{name}"
+                raise ApiError(400, f"{param} is missing", param, "missing_required_parameter")
+        only_of = {"reasoning_content": "assistant", "tool_calls": "assistant"}
+        for name, role in (only_of | {"tool_call_id": "tool"}).items():
+            if getattr(self, name) not in (None, []) and self.role != role:
+                param = f"{where}.{name}"
+                raise ApiError(400, f"{param} is only for the role {role}", param)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates take it. What the protocol calls developer, templates call system. A
+        content that is null is an empty one, which templates can join to a text."""
+        role = "system" if self.role == "developer" else self.role
+        kept = self.model_dump(exclude_none=True)
+        if not self.tool_calls:
+            kept.pop("tool_calls")
+        return kept | {"role": role, "content": self.content or ""}
+
+
+class Function(Fields):
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Annotated[bool | None, AfterValidator(is_not_strict)] = None
+
+
+class Tool(Fields):
+    type: Literal["function"]
+    function: Function
+
+
+# It is checked, and goes to the template as it came.
+GivenTool = Annotated[Tool, WrapValidator(lambda value, check: (check(value), value)[1])]

@@ -1,0 +1,199 @@
+"""Tools and reasoning over HTTP, with OpenAI's own client. The model writes what its prompt says
+that it should, and its template is one of the shape of Qwen3's, which renders in its own process.
+"""
+
+import asyncio
+import json
+
+import openai
+import pytest
+
+from tests.serving import EchoTokenizer, echo_model, events_of, running
+from tokenloop.runner.server.chat import Chats
+from tokenloop.runner.server.fields import ChatFields, read_fields
+
+# <think> is begun by the prompt if it is told to.
+TEMPLATE = """
+{%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
+{%- for message in messages %}<{{ message.role }}>
+{%- if message.reasoning_content %}(<think>{{ message.reasoning_content }}</think>){% endif %}
+{{- message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{%- if call.function.arguments is string %}{{ call.function.arguments }}
+{%- else %}{{ call.function.arguments | tojson }}{% endif %}}\n</tool_call>
+{%- endfor %}{% endfor %}<model>
+{%- if begin_thinking %}{{ '<think>\n' }}{% endif %}"""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather", "description": "Of today",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}  # fmt: skip
+BEGIN_THINKING = {"extra_body": {"chat_template_kwargs": {"begin_thinking": True}}}
+PARIS, ROME = (
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "' + city + '"}}\n</tool_call>'
+    for city in ("Paris", "Rome")
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(echo_model(TEMPLATE)) as found:
+        yield found
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    ) as found:
+        yield found
+
+
+def asked(text: str, **fields) -> dict:
+    """What asks the model to say the text."""
+    messages = [{"role": "user", "content": f"Say [[{text}]]"}]
+    return {"model": "toy", "messages": messages, "temperature": 0} | fields
+
+
+def streamed(client, **fields) -> tuple[dict, str]:
+    """The parts of a streamed message, joined, and the finish_reason."""
+    found, reason = {"reasoning_content": "", "content": "", "tool_calls": []}, None
+    for chunk in client.chat.completions.create(**fields, stream=True):
+        (choice,) = chunk.choices
+        delta = choice.delta.model_dump(exclude_none=True)
+        for name in ("reasoning_content", "content"):
+            found[name] += delta.get(name, "")
+        for call in delta.get("tool_calls", []):
+            assert call["index"] == len(found["tool_calls"]) and call["id"].startswith("call_")
+            found["tool_calls"].append(call["function"])
+        reason = choice.finish_reason or reason
+    return found, reason
+
+
+def whole(client, **fields) -> tuple[dict, str]:
+    (choice,) = client.chat.completions.create(**fields).choices
+    message = choice.message.model_dump()
+    calls = message["tool_calls"] or []
+    assert len({call["id"] for call in calls}) == len(calls)
+    found = {name: message.get(name) or "" for name in ("reasoning_content", "content")}
+    return found | {"tool_calls": [call["function"] for call in calls]}, choice.finish_reason
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "reasoning", "content", "cities", "reason"),
+    [
+        (f"<think>\nHm\n</think>\n\nSure.\n{PARIS}\n{ROME}", {}, "Hm", "Sure.",
+         ["Paris", "Rome"], "tool_calls"),
+        (f"<think>\n{PARIS}", BEGIN_THINKING, PARIS, "", [], "stop"),
+        (f"<think>\nHm\n</think>\n{PARIS}", BEGIN_THINKING, "Hm", "", ["Paris"], "tool_calls"),
+        (f"{PARIS}\n<tool_call>\n{{no}}</tool_call>\n", {}, "",
+         "\n<tool_call>\n{no}</tool_call>\n", ["Paris"], "tool_calls"),
+        # Without tools, or where none is to be called, such a text is a text.
+        (f"Sure.\n{PARIS}\n", {"tools": []}, "", f"Sure.\n{PARIS}\n", [], "stop"),
+        (f"Sure.\n{PARIS}\n", {"tool_choice": "none"}, "", f"Sure.\n{PARIS}\n", [], "stop"),
+        # Neither is a call that its limit or a stop text cuts short.
+        (PARIS, {"max_tokens": 30}, "", PARIS[:30], [], "length"),
+        (PARIS, {"stop": ["Paris"]}, "", PARIS.partition("Paris")[0], [], "stop"),
+        (f"{PARIS} {ROME}", {"max_tokens": len(PARIS) + 9}, "", f" {ROME[:8]}", ["Paris"],
+         "length"),
+    ],
+)  # fmt: skip
+def test_a_message_has_its_parts_whole_and_streamed(
+    client, text, fields, reasoning, content, cities, reason
+):
+    body = asked(text, tools=[WEATHER]) | fields
+    calls = [{"name": "weather", "arguments": json.dumps({"city": city})} for city in cities]
+    expected = {"reasoning_content": reasoning, "content": content, "tool_calls": calls}
+    assert whole(client, **body) == (expected, reason)
+    assert streamed(client, **body) == (expected, reason)
+
+
+def test_tools_calls_and_what_they_gave_reach_the_template(server, client):
+    first = client.chat.completions.create(**asked(f"<think>Hm</think>{PARIS}", tools=[WEATHER]))
+    encoded = server.engine.model.tokenizer.encoded
+    assert encoded[-1].startswith(json.dumps(WEATHER) + "<user>")
+    # As the client gives a message back that it got.
+    message = first.choices[0].message
+    assert message.content is None and message.reasoning_content == "Hm"
+    (call,) = message.tool_calls
+    given = {"role": "tool", "tool_call_id": call.id, "content": "Rain [[Take care]]"}
+    second = client.chat.completions.create(
+        model="toy", messages=[{"role": "user", "content": "?"}, message, given], tools=[WEATHER],
+        temperature=0,
+    )  # fmt: skip
+    assert encoded[-1].endswith(
+        f"<user>?<assistant>(<think>Hm</think>){PARIS}<tool>Rain [[Take care]]<model>"
+    )
+    assert second.choices[0].message.content == "Take care"
+    assert second.choices[0].finish_reason == "stop"
+
+
+def test_choices_and_the_helper_for_streams_tell_calls_apart(client):
+    body = asked(f"{PARIS}\n{ROME}", tools=[WEATHER], n=2)
+    with client.chat.completions.stream(**body) as stream:
+        choices = stream.get_final_completion().choices
+    for choice in choices:
+        calls = [json.loads(call.function.arguments) for call in choice.message.tool_calls]
+        assert calls == [{"city": "Paris"}, {"city": "Rome"}]
+        assert choice.finish_reason == "tool_calls"
+
+
+def test_log_probabilities_are_streamed_with_their_tokens(client):
+    body = asked(f"a{PARIS}", tools=[WEATHER], logprobs=True)
+    entries = [
+        entry.token
+        for chunk in client.chat.completions.create(**body, stream=True)
+        for entry in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
+    ]
+    assert "".join(entries) == f"a{PARIS}"
+
+
+def test_the_asynchronous_client_gets_them_too(server):
+    async def ask():
+        url = f"http://127.0.0.1:{server.port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            bodies = [asked(f"{n}{PARIS}", tools=[WEATHER]) for n in range(2)]
+            return await asyncio.gather(*(client.chat.completions.create(**b) for b in bodies))
+
+    for number, answer in enumerate(asyncio.run(ask())):
+        message = answer.choices[0].message
+        assert message.content == str(number) and len(message.tool_calls) == 1
+
+
+def test_the_server_says_which_formats_it_reads(client):
+    (model,) = client.models.list().data
+    assert (model.tool_calls, model.reasoning) == ("qwen3", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # Whoever joins texts wants a text, and whoever prints an object prints Python's form.
+        "{{ '<tool_call>' ~ call.function.arguments ~ '</tool_call>' }}",
+        "{{ '<tool_call>' + call.function.arguments + '</tool_call>' }}",
+    ],
+)
+def test_a_template_that_wants_arguments_as_text_gets_it(template):
+    source = (
+        "{% for message in messages %}{{ message.content }}{% for call in message.tool_calls or [] "
+        "%}" + template + "{% endfor %}{% endfor %}<model>"
+    )
+    arguments = '{"city":  "Paris"}'
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "?"}]
+    fields = read_fields(ChatFields, json.dumps({"messages": messages}).encode())
+    tokenizer = EchoTokenizer(source)
+    Chats(tokenizer).encode(fields)
+    assert tokenizer.encoded == [f"<tool_call>{arguments}</tool_call>?<model>"]
+
+
+def test_a_stream_shows_nothing_of_a_call_before_it_is_whole(server):
+    body = asked(f"Sure. {PARIS}", tools=[WEATHER], stream=True)
+    *chunks, done = events_of(server.post("/v1/chat/completions", body)[2])
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert done == "[DONE]" and [set(delta) for delta in deltas[-2:]] == [{"tool_calls"}, set()]
+    assert "".join(delta.get("content", "") for delta in deltas) == "Sure."
+    assert all(delta for delta in deltas[:-1])
