@@ -33,6 +33,8 @@ class TextTokenizer:
 
     def encode_conversation(self, conversation) -> list[int]:
         messages = getattr(conversation, "messages", conversation)
+        if not all(isinstance(message["content"], str) for message in messages):
+            raise RunnerError("the chat template does not take message 1's content in parts")
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         return self.encode(text + "<model>")
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tokenloop.runner.json_text import parse_json
 from tokenloop.runner.request import MOST_LOGPROBS, Request, fault_of
 from tokenloop.runner.server.errors import ApiError
 
@@ -38,17 +39,15 @@ MOST_STOPS, LONGEST_STOP = 16, 1000
 MOST_CHOICES = 128
 
 
-def joined_text(content: Any) -> Any:
-    """A message's text, from the one text or a list of parts that are text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
+def checked_content(content: Any) -> Any:
+    """A message's content: a text, or a list of parts that are text."""
+    if not isinstance(content, str | list):
+        raise ValueError("it must be a text or a list of parts")
+    for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise ValueError('each part must be {"type": "text", "text": "..."}')
-        texts.append(part["text"])
-    return "".join(texts)
+    return content
 
 
 def several_stops(stop: Any) -> Any:
@@ -83,12 +82,17 @@ class StreamOptions(Fields):
 
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(joined_text)]
+    content: Annotated[Any, BeforeValidator(checked_content)]
 
-    def as_dict(self) -> dict[str, str]:
-        """As chat templates take it. What the protocol calls developer, templates call system."""
+    def as_dict(self, joined: bool = False) -> dict[str, Any]:
+        """As chat templates take it. What the protocol calls developer, templates call system.
+        With `joined` a content in parts is one text. An assistant's always is: a template may drop
+        one in parts as it drops old reasoning, and nobody could tell."""
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content}
+        content = self.content
+        if (joined or role == "assistant") and not isinstance(content, str):
+            content = "".join(part["text"] for part in content)
+        return {"role": role, "content": content}
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -238,29 +242,11 @@ def without_what_asks_for_nothing(body: dict, lacking: dict[str, list], where: s
 
 
 def parse(data: bytes) -> Any:
-    """Errors: ApiError for what is no JSON, or has a key twice."""
+    """Errors: ApiError for what `parse_json` does not take."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=once, parse_constant=no_number)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+        return parse_json(data.decode())
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON in UTF-8: {error}") from None
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} stands there twice")
-    for name in found:
-        # An error for half a surrogate pair.
-        name.encode()
-    return found
-
-
-def no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
 
 
 def shown(value: Any) -> str:

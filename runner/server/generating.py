@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -82,7 +82,11 @@ class Generating:
         tokenizer = self._model.tokenizer
         if isinstance(fields, CompletionFields):
             return [tokenizer.encode(p) if isinstance(p, str) else p for p in fields.prompt]
-        messages = [message.as_dict() for message in fields.messages]
+        if any(not isinstance(message.content, str) for message in fields.messages):
+            # A template that knows texts alone refuses. What else is wrong is so with texts, too.
+            with suppress(RunnerError):
+                return [tokenizer.encode_conversation([m.as_dict() for m in fields.messages])]
+        messages = [message.as_dict(joined=True) for message in fields.messages]
         return [tokenizer.encode_conversation(messages)]
 
     def _echoes(self, fields: ChatFields | CompletionFields, prompts: list[list[int]]) -> list[str]:

@@ -572,6 +572,8 @@ def test_an_empty_file_of_prompts_gives_nothing(run_batch):
     [
         ('{"prompt": "x", "temprature": 1}', "has the key 'temprature'; the keys are prompt, max"),
         ('{"prompt": "x"', "is not JSON: "),
+        ('{"prompt": "x", "prompt": "y"}', "is not JSON: the key 'prompt' stands there twice"),
+        ('{"prompt": ' + "[" * 100_000, "is not JSON: it is nested too deeply"),
         ('["x"]', 'is ["x"]; it must be an object with a prompt'),
         ('{"top_k": 3}', 'is {"top_k": 3}; it must be an object with a prompt'),
     ],
