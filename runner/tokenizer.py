@@ -148,7 +148,8 @@ class Tokenizer:
             key = "tool_template"
         if key not in self._templates:
             raise RunnerError(
-                "this artifact has no chat template (a base model?): run without --chat"
+                "this artifact has no chat template (a base model?): give it plain prompts, "
+                "without messages or --chat"
             )
         context = self._special_tokens | found.context(add_generation_prompt)
         return found.finish(self._templates[key].render(context))

@@ -426,7 +426,7 @@ def test_ctrl_c_at_any_time_ends_without_a_word(tiny_artifact, tmp_path, moment)
 
 
 def test_chat_with_a_base_model_is_refused(run):
-    assert_error(run("--chat", "hello"), "no chat template", "run without --chat")
+    assert_error(run("--chat", "hello"), "no chat template", "without messages or --chat")
 
 
 @pytest.mark.parametrize(
