@@ -166,6 +166,7 @@ def export(
     from tokenloop.export.artifact import new_artifact, write_manifest
     from tokenloop.export.checkpoint import check_fit, load_weights, open_checkpoint
     from tokenloop.export.checkpoint.directory_tokenizer import ignored_setting
+    from tokenloop.export.checkpoint.generation_settings import unread_settings
     from tokenloop.export.checkpoint.network import describe, without_memory
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.kept_weights import can_keep
@@ -224,8 +225,9 @@ def export(
             tokenizer = write_tokenizer(checkpoint, directory)
             progress("checking the tokenizer")
             check_tokenizer(checkpoint.path, directory, tokenizer)
-            if note := ignored_setting(checkpoint, tokenizer):
-                process.say(f"{family.command}: note: {note}")
+            for note in (ignored_setting(checkpoint, tokenizer), unread_settings(checkpoint)):
+                if note is not None:
+                    process.say(f"{family.command}: note: {note}")
         else:
             tokenizer = write_byte_tokenizer(directory)
 

@@ -66,7 +66,8 @@ def hybrid(config: dict) -> dict:
     Raises ValueError for layers that do not attend, for none, which is Mamba for all, and for
     another position_embedding_type.
     """
-    configs.read(config, defaults={}, only={}, needed=["layer_types"], multiples=())
+    needed = ["layer_types", "shared_intermediate_size"]
+    configs.read(config, defaults={}, only={}, needed=needed, multiples=())
     # Published configs have the older name of the type.
     types = [dense.FULL if each == "attention" else each for each in config["layer_types"]]
     if others := set(types) - {dense.FULL}:

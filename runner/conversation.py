@@ -46,10 +46,15 @@ class Conversation:
             _check_message(f"message {number}", message)
         for name in ("tools", "documents"):
             found = getattr(self, name)
-            if found is not None and not (
-                _is_list(found) and all(isinstance(item, Mapping) for item in found)
-            ):
+            if found is None:
+                continue
+            if not _is_list(found):
                 raise RunnerError(f"{name} is {_kind(found)}; it must be a list of objects")
+            for item in found:
+                if not isinstance(item, Mapping):
+                    raise RunnerError(
+                        f"{name} has an item {_kind(item)}; it must be a list of objects"
+                    )
         if not isinstance(self.continue_final_message, bool):
             raise RunnerError(
                 f"continue_final_message is {_kind(self.continue_final_message)}; it must be true "

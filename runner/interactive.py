@@ -8,6 +8,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.loop import LoopOptions
 from tokenloop.runner.model import Model
 from tokenloop.runner.output import put
+from tokenloop.runner.prompts import text_of
 from tokenloop.runner.request import Request
 
 ASK, ANEW = "> ", "/new"
@@ -20,36 +21,47 @@ def chat(model: Model, request: Request, options: LoopOptions, system: str | Non
     and how many at most in each answer. An interrupt ends an answer, and where a line is awaited
     the chat. The line ANEW begins another one.
 
-    Errors: RunnerError for an artifact without a chat template, and a chat that does not fit.
+    Errors: RunnerError for an artifact without a chat template, and for a line that is no UTF-8 or
+    makes the chat too long. In a terminal that line is taken back and the chat goes on.
     """
     if sys.stdin is None:
         raise RunnerError("standard input is closed, and --interactive reads it")
-    # As prompts are read elsewhere; what is no UTF-8 is refused when it is encoded.
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    if sys.stdin.isatty():
+    # As prompts are read elsewhere; what is no UTF-8 is refused when it is asked.
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+    in_terminal = sys.stdin.isatty()
+    if in_terminal:
         # Lines can be edited, and recalled.
         import readline  # noqa: F401
 
         process.say(f"{ANEW} begins a new chat, Ctrl-C ends an answer, Ctrl-D the chat")
     first = [] if system is None else [{"role": "system", "content": system}]
     messages = list(first)
-    while (line := next_line()) is not None:
-        if line == ANEW:
+    while (line := next_line(in_terminal)) is not None:
+        if line.strip() == ANEW:
             messages = list(first)
         elif line.strip():
-            messages.append({"role": "user", "content": line})
-            text = answer(model, replace(request, prompt=list(messages)), options)
-            messages.append({"role": "assistant", "content": text})
+            try:
+                text = text_of(line.encode("utf-8", "surrogateescape"), "what was asked")
+                asked = [*messages, {"role": "user", "content": text}]
+                said = answer(model, replace(request, prompt=asked), options)
+            except RunnerError as error:
+                if not in_terminal:
+                    raise
+                process.say(f"error: {error} ({ANEW} begins a new chat)")
+                continue
+            messages = [*asked, {"role": "assistant", "content": said}]
     return 0
 
 
-def next_line() -> str | None:
+def next_line(in_terminal: bool) -> str | None:
     """The next line, or None at the end of them all."""
+    if not in_terminal:
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
     try:
-        return input(ASK if sys.stdin.isatty() else "")
+        return input(ASK)
     except EOFError:
-        if sys.stdin.isatty():
-            put("\n")
+        put("\n")
         return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.files import Digest, Identity, check, check_size, read_file
+from tokenloop.runner.json_text import parse_json
 from tokenloop.runner.manifest_schema import Fault, check_manifest, named_files
 
 # The one manifest format that this runner drives; export/artifact.py writes it.
@@ -110,25 +111,10 @@ def sha256_of(manifest: dict[str, Any]) -> str:
 
 
 def _parse(path: Path, data: bytes) -> Any:
-    """Errors: RunnerError for what is not JSON, is nested without end, or has a key twice."""
+    """Errors: RunnerError for what `parse_json` does not take."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+        return parse_json(data.decode())
     except ValueError as error:
-        raise RunnerError(f"{path} is not valid JSON: {error}") from None
-    except RecursionError:
         raise RunnerError(
-            f"{path} is nested too deeply; it must be the manifest that an export wrote"
+            f"{path} is not valid JSON: {error}; it must be the manifest that an export wrote"
         ) from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {reprlib.repr(twice)} stands there twice")
-    return found
-
-
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")

@@ -6,7 +6,6 @@ line ends as "\\n" is, and the last line's end is not part of the text. Argument
 Imports no NumPy, so that run.py can answer a wrong file at once.
 """
 
-import json
 import sys
 from argparse import Namespace
 from dataclasses import fields, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.json_text import parse_json
 from tokenloop.runner.request import Prompt, Request
 
 DEFAULT_PROMPT = "The capital of France is"
@@ -50,8 +50,9 @@ def read_conversation(path: Path) -> Conversation:
     """The file of --messages: a list of messages, or an object with them and what else a
     Conversation has."""
     where = f"--messages {path}"
+    text = read_file(path, "--messages")
     try:
-        found = json.loads(read_file(path, "--messages"))
+        found = parse_json(text)
     except ValueError as error:
         raise RunnerError(f"{where} is not JSON: {error}") from None
     if isinstance(found, list):
@@ -131,7 +132,7 @@ def lines(text: str) -> list[tuple[int, str]]:
 def entry(where: str, line: str) -> dict:
     """A line of a .jsonl file. What its values should be is the request's own concern."""
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError as error:
         raise RunnerError(f"{where} is not JSON: {error}") from None
     if not isinstance(found, dict) or "prompt" not in found:

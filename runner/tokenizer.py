@@ -161,7 +161,8 @@ class Tokenizer:
         template = self._template(found.tools is not None)
         if template is None:
             raise RunnerError(
-                "this artifact has no chat template (a base model?): run without --chat"
+                "this artifact has no chat template (a base model?): give it plain prompts, "
+                "without messages or --chat"
             )
         context = self._special_tokens | found.context(add_generation_prompt)
         return found.finish(template.render(context))

@@ -42,6 +42,8 @@ class TextTokenizer:
 
     def apply_chat_template(self, conversation) -> str:
         messages = getattr(conversation, "messages", conversation)
+        if not all(isinstance(message["content"], str) for message in messages):
+            raise RunnerError("the chat template does not take message 1's content in parts")
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<model>"
 
     def encode_conversation(self, conversation) -> list[int]:

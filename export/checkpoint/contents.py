@@ -38,13 +38,15 @@ class StoredTensor(NamedTuple):
     """A tensor that is not read yet. `read` gives it in `dtype`, spelled as in safetensors.
 
     `grid` is there for a weight that may lie on one, and gives the grid or None. It reads no more
-    than scales and zero points.
+    than scales and zero points. `is_nothing` is true for a bias of zeros that a format writes
+    beside every weight: a network that has no such bias does not need it.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], torch.Tensor]
     grid: Callable[[], Grid | None] | None = None
+    is_nothing: bool = False
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,13 @@ def _grid_of(name: str, grid: Grid | None, rows: slice | None) -> NamedGrid | No
     return NamedGrid(name, grid).rows(torch.arange(rows.start, rows.stop))
 
 
+def _names(target: Target) -> set[str]:
+    """Those of the parameters that a tensor is, or is a part of."""
+    if target is None:
+        return set()
+    return set(target.names) if isinstance(target, Stacked) else {_parameter_name(target)}
+
+
 def _parameter_name(target: str | Shard) -> str:
     return target.name if isinstance(target, Shard) else target
 
@@ -143,6 +150,8 @@ def _parts(
 ) -> list[Part]:
     """The parts of the tensor `name`. Errors: ExportError for stacked parameters that the model
     does not have, and for rows that are not as many as theirs."""
+    if checkpoint.stored[name].is_nothing and not _names(target) & parameters.keys():
+        return []
     if not isinstance(target, Stacked):
         return [] if target is None else [Part(target, None)]
     parts, end = [], 0

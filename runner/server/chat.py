@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from tokenloop.runner.conversation import Conversation
@@ -28,7 +29,7 @@ class Chats:
         source = self._tokenizer.template_source(fields.given_tools is not None)
         if source is not None:
             self._check(fields, source)
-        text = self._render(fields)
+        text = self._text(fields)
         is_open = self.reasoning is not None and text.rstrip().endswith(self.reasoning.begin)
         return self._tokenizer.encode(text, add_special_tokens=False), is_open
 
@@ -61,10 +62,18 @@ class Chats:
                     param, "unsupported_parameter",
                 )  # fmt: skip
 
-    def _render(self, fields: ChatFields) -> str:
+    def _text(self, fields: ChatFields) -> str:
+        """The prompt. Contents in parts are joined for a template that knows texts alone."""
+        if any(not isinstance(message.content, str) for message in fields.messages):
+            # It refuses parts. What else is wrong is so with texts, too.
+            with suppress(RunnerError):
+                return self._render(fields, joined=False)
+        return self._render(fields, joined=True)
+
+    def _render(self, fields: ChatFields, joined: bool) -> str:
         """The prompt. A call's arguments are given to the template as an object, as transformers
         and vLLM do; and as JSON text if it cannot take that, or writes Python's form of it."""
-        messages = [message.as_dict() for message in fields.messages]
+        messages = [message.as_dict(joined) for message in fields.messages]
         calls = [call["function"] for m in messages for call in m.get("tool_calls", ())]
         texts = [call["arguments"] for call in calls]
         for call in calls:

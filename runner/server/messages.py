@@ -1,6 +1,5 @@
 """What the messages of a chat are, and the tools that it brings."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -12,32 +11,30 @@ from pydantic import (
     WrapValidator,
 )
 
+from tokenloop.runner.json_text import parse_json
 from tokenloop.runner.server.errors import ApiError
-from tokenloop.runner.server.parsing import no_number, once
 
 
 class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-def joined_text(content: Any) -> Any:
-    """A message's text, from the one text or a list of parts that are text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
+def checked_content(content: Any) -> Any:
+    """A message's content: a text, a list of parts that are text, or null, which is none."""
+    if not isinstance(content, str | list | None):
+        raise ValueError("it must be a text or a list of parts")
+    for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise ValueError('each part must be {"type": "text", "text": "..."}')
-        texts.append(part["text"])
-    return "".join(texts)
+    return content
 
 
 def object_as_text(arguments: str) -> str:
     """Errors: ValueError for what is no JSON object, or has a key twice."""
     try:
-        value = json.loads(arguments, object_pairs_hook=once, parse_constant=no_number)
-    except (ValueError, RecursionError):
+        value = parse_json(arguments)
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise ValueError("it must be the text of a JSON object")
@@ -63,7 +60,7 @@ class ToolCall(Fields):
 
 class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(joined_text)] | None = None
+    content: Annotated[Any, BeforeValidator(checked_content)] = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
@@ -83,14 +80,19 @@ class Message(Fields):
                 param = f"{where}.{name}"
                 raise ApiError(400, f"{param} is only for the role {role}", param)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, joined: bool = False) -> dict[str, Any]:
         """As chat templates take it. What the protocol calls developer, templates call system. A
-        content that is null is an empty one, which templates can join to a text."""
+        content that is null is an empty one, which templates can join to a text. With `joined` a
+        content in parts is one text. An assistant's always is: a template may drop one in parts as
+        it drops old reasoning, and nobody could tell."""
         role = "system" if self.role == "developer" else self.role
         kept = self.model_dump(exclude_none=True)
         if not self.tool_calls:
             kept.pop("tool_calls")
-        return kept | {"role": role, "content": self.content or ""}
+        content = self.content or ""
+        if (joined or role == "assistant") and not isinstance(content, str):
+            content = "".join(part["text"] for part in content)
+        return kept | {"role": role, "content": content}
 
 
 class Function(Fields):

@@ -3,33 +3,16 @@
 import json
 from typing import Any
 
+from tokenloop.runner.json_text import parse_json
 from tokenloop.runner.server.errors import ApiError
 
 
 def parse(data: bytes) -> Any:
-    """Errors: ApiError for what is no JSON, or has a key twice."""
+    """Errors: ApiError for what `parse_json` does not take."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=once, parse_constant=no_number)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+        return parse_json(data.decode())
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON in UTF-8: {error}") from None
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} stands there twice")
-    for name in found:
-        # An error for half a surrogate pair.
-        name.encode()
-    return found
-
-
-def no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
 
 
 def shown(value: Any) -> str:

@@ -4,13 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tests.mutate_quantized import NAME, REFERENCES, directory, mutated, outcome, reference
 from tests.quantized_references import LAYER
-from tokenloop.export.checkpoint import open_checkpoint
+from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.errors import ExportError
+from tokenloop.models.layers import Stacked
 
 
 @pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.stem)
@@ -114,6 +116,35 @@ def test_gptq_in_act_order_has_groups_by_index(tmp_path, kind):
     stored = open_checkpoint(directory(tmp_path, config | {"desc_act": True}, tensors)).stored[NAME]
     torch.testing.assert_close(stored.read(), expected[:, order], rtol=1e-6, atol=0)
     assert stored.grid() is None
+
+
+def test_a_gptq_bias_of_zeros_is_nothing_to_a_network_without_biases(tmp_path):
+    """AutoGPTQ writes one beside every weight, also of models that have none."""
+    config, tensors, expected = reference(next(f for f in REFERENCES if f.stem == "gptq_4"))
+    with torch.device("meta"):
+        own = nn.ModuleDict({"own": nn.Linear(*expected.T.shape, bias=False)})
+        biased = nn.ModuleDict({"own": nn.Linear(*expected.T.shape)})
+    zeros = torch.zeros(len(expected), dtype=torch.float16)
+
+    def loaded(network: nn.Module, bias: torch.Tensor) -> nn.Module:
+        checkpoint = open_checkpoint(directory(tmp_path, config, tensors | {f"{LAYER}.bias": bias}))
+        load_weights(network, checkpoint, lambda name: name.replace(LAYER, "own"))
+        return network["own"]
+
+    torch.testing.assert_close(loaded(own, zeros).weight.data, expected, rtol=1e-6, atol=0)
+    assert torch.equal(loaded(biased, zeros).bias, zeros.float())
+    with torch.device("meta"):
+        own = nn.ModuleDict({"own": nn.Linear(*expected.T.shape, bias=False)})
+    with pytest.raises(ExportError, match="no place for the tensor .*bias"):
+        loaded(own, zeros + 1)
+    with torch.device("meta"):
+        stacked = nn.ModuleDict({name: nn.Linear(128, 16, bias=False) for name in "ab"})
+    checkpoint = open_checkpoint(directory(tmp_path, config, tensors | {f"{LAYER}.bias": zeros}))
+    load_weights(
+        stacked, checkpoint,
+        lambda name: Stacked(tuple(f"{part}.{name.rpartition('.')[2]}" for part in "ab")),
+    )  # fmt: skip
+    assert torch.equal(stacked["b"].weight, checkpoint.stored[NAME].read()[16:])
 
 
 def test_compressed_tensors_in_act_order_have_groups_by_index(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from tests.models.tiny_models import CASES, ROW_OF, keys, model_type_of
 
@@ -150,3 +151,17 @@ def test_two_names_of_a_field_that_differ_are_refused(case, changes, message):
     config = {key: value for key, value in (keys(case) | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         ROW_OF[case].networks.Config.from_dict(config)
+
+
+@pytest.mark.parametrize("model_type", FULLEST)
+def test_a_key_that_is_null_is_read_or_refused(model_type):
+    case = FULLEST[model_type]
+    networks = ROW_OF[case].networks
+    for key in keys(case).keys() - {"model_type"}:
+        try:
+            config = networks.Config.from_dict(keys(case) | {key: None})
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:
+            with torch.device("meta"):
+                networks.Network(config, 1, batch=0)

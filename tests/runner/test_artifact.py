@@ -179,7 +179,7 @@ def test_an_object_nested_without_end_is_refused_in_one_line(altered, refuses):
     for text in ("[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900):
         path.write_text(text)
         refuses("copy/manifest.json")
-    path.write_text('{"format": 4, "engine": ' + "[" * 900 + "]" * 900 + "}")
+    path.write_text(f'{{"format": {FORMAT_VERSION}, "engine": ' + "[" * 900 + "]" * 900 + "}")
     refuses("copy/manifest.json: engine is [[[...]]]; it must be executorch, inductor or launches")
 
 

@@ -29,7 +29,7 @@ IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
         ),
         (Conversation([{"role": "user", "content": ["a"]}]), "part 1 .* is of type None"),
         (Conversation([USER], tools={"a": 1}), "tools is of type dict; it must be a list of obj"),
-        (Conversation([USER], documents=["a"]), "documents is of type list; it must be a list of"),
+        (Conversation([USER], documents=["a"]), "documents has an item of type str; it must be"),
         (Conversation([USER], continue_final_message=1), "continue_final_message is of type int"),
         (
             Conversation([USER, {"role": "assistant"}], continue_final_message=True),
@@ -144,6 +144,12 @@ def test_messages_are_one_more_prompt_and_none_is_made_up(read):
     ("file", "message"),
     [
         ("{", "messages.json is not JSON: "),
+        ("[" * 100_000, "messages.json is not JSON: it is nested too deeply"),
+        (
+            '[{"role": "user", "content": "a", "content": "b"}]',
+            "the key 'content' stands there twice",
+        ),
+        ('[{"role": "user", "content": "a", "n": NaN}]', "NaN is no number of JSON"),
         ("3", "messages.json holds no messages; a list of them, or an object, is right"),
         ('{"tools": []}', "holds no messages"),
         ('{"messages": [], "model": "x"}', "has the key 'model'; the keys are messages, tools, "),

@@ -1,5 +1,6 @@
 """`tokenloop run --interactive`: a chat, line by line."""
 
+import builtins
 import io
 import sys
 
@@ -58,11 +59,39 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(talk, monkeypatch):
 
 
 def test_what_cannot_be_asked_is_one_line(talk, monkeypatch):
-    with pytest.raises(RunnerError, match="half a surrogate pair"):
-        talk(text_model(1), b"\xff\n")
+    with pytest.raises(RunnerError, match="^what was asked is not UTF-8 text: byte 1 is wrong$"):
+        talk(text_model(1), b"a\xff\n")
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(RunnerError, match="^standard input is closed, and --interactive reads it$"):
         chat(text_model(1), REQUEST, LoopOptions(), None)
+
+
+def test_lines_are_read_as_prompts_are(talk):
+    first = alone("<user>Hi<model>")
+    assert talk(text_model(1), b"\xef\xbb\xbf/new \r\nHi\r\n/new\rHi") == [first, first]
+
+
+def test_in_a_terminal_a_line_that_cannot_be_asked_is_taken_back(talk, monkeypatch, capsys):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    first = alone("<user>Hé<model>")
+    second = alone(f"<user>Hé<assistant>{first}<user>x<model>")
+    long, model = "a" * 300, text_model(1)
+    with pytest.raises(RunnerError, match="tokens and the cache"):
+        talk(model, f"Hé\n{long}\n".encode())
+    monkeypatch.setattr(io, "TextIOWrapper", Terminal)
+    asked = iter(["Hé", long, "x"])
+
+    def asking(_) -> str:
+        if (line := next(asked, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(builtins, "input", asking)
+    capsys.readouterr()
+    assert talk(model, b"") == [first, second, ""]
 
 
 @pytest.mark.parametrize(

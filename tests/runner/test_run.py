@@ -426,7 +426,7 @@ def test_ctrl_c_at_any_time_ends_without_a_word(tiny_artifact, tmp_path, moment)
 
 
 def test_chat_with_a_base_model_is_refused(run):
-    assert_error(run("--chat", "hello"), "no chat template", "run without --chat")
+    assert_error(run("--chat", "hello"), "no chat template", "without messages or --chat")
 
 
 @pytest.mark.parametrize(
@@ -572,6 +572,8 @@ def test_an_empty_file_of_prompts_gives_nothing(run_batch):
     [
         ('{"prompt": "x", "temprature": 1}', "has the key 'temprature'; the keys are prompt, max"),
         ('{"prompt": "x"', "is not JSON: "),
+        ('{"prompt": "x", "prompt": "y"}', "is not JSON: the key 'prompt' stands there twice"),
+        ('{"prompt": ' + "[" * 100_000, "is not JSON: it is nested too deeply"),
         ('["x"]', 'is ["x"]; it must be an object with a prompt'),
         ('{"top_k": 3}', 'is {"top_k": 3}; it must be an object with a prompt'),
     ],

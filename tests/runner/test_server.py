@@ -11,7 +11,16 @@ import pytest
 
 from tests.runner.test_engine import Gate
 from tests.serve_soak import Soak, requests_of
-from tests.serving import Running, answer_of, events_of, request_of, running, text_model, wait_until
+from tests.serving import (
+    Running,
+    TextTokenizer,
+    answer_of,
+    events_of,
+    request_of,
+    running,
+    text_model,
+    wait_until,
+)
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.request import Request
 from tokenloop.runner.server import body as server_body
@@ -74,6 +83,25 @@ def test_messages_of_all_roles_and_of_parts_reach_the_template_as_text(server):
     ]
     _, _, data = server.post(CHAT, {"messages": messages, "max_tokens": 5} | GREEDY)
     text = text_alone("<system>Be<assistant>b<user>aö<model>", 5)
+    assert json.loads(data)["choices"][0]["message"]["content"] == text
+
+
+def test_a_template_that_takes_parts_is_given_them(server, monkeypatch):
+    """Gemma's trims each of them."""
+
+    def template(tokenizer, conversation):
+        pieces = [
+            content if isinstance(content, str) else "|".join(p["text"].strip() for p in content)
+            for content in (message["content"] for message in conversation.messages)
+        ]
+        return "".join(pieces)
+
+    monkeypatch.setattr(TextTokenizer, "apply_chat_template", template)
+    parts = [{"type": "text", "text": " a "}, {"type": "text", "text": " b"}]
+    messages = [{"role": role, "content": parts} for role in ("user", "assistant", "user")]
+    _, _, data = server.post(CHAT, {"messages": messages, "max_tokens": 5} | GREEDY)
+    # What an assistant said is one text for every template.
+    text = text_alone("a|b a  ba|b", 5)
     assert json.loads(data)["choices"][0]["message"]["content"] == text
 
 
@@ -308,7 +336,7 @@ def test_what_is_there_besides(server):
             {"messages": [{"role": "assistant", "tool_calls": [WRONG_CALL]}]},
             "messages[0].tool_calls[0].function.arguments", "the text of a JSON object",
         ),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "valid string"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "a text or a list"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0].content", "each part must be",

@@ -618,7 +618,7 @@ def test_a_template_that_fails_is_a_users_error(cases, tmp_path, template, messa
 
 
 def test_a_base_model_has_no_chat(cases):
-    with pytest.raises(RunnerError, match="no chat template .* run without --chat"):
+    with pytest.raises(RunnerError, match="no chat template .* without messages or --chat"):
         cases("sentencepiece").tokenizer.apply_chat_template(CONVERSATION)
 
 

@@ -3,6 +3,7 @@ group of inputs. Both are transposed, [K, N] for K inputs and N outputs.
 
 GPTQ (AutoGPTQ, GPTQModel): `qweight` [K * bits / 32, N], `qzeros` [G, N * bits / 32], `scales`
 [G, N], and `g_idx` [K], the group of each input. The first format stores zero points less one.
+AutoGPTQ writes a `bias` [N] beside every weight, which is zero where the model has none.
 AWQ (AutoAWQ's GEMM): `qweight` [K, N / 8], `qzeros` [G, N / 8], `scales` [G, N]. The outputs of a
 word are interleaved.
 """
@@ -60,6 +61,9 @@ def read_gptq(settings: Settings, stored: dict[str, StoredTensor]) -> dict[str, 
         elif settings.entry.get("desc_act"):
             settings.misfit(parts.name, "has no g_idx, and quantization_config.desc_act is true")
         plain[parts.name] = layout.stored()
+        name = parts.name.removesuffix("weight") + "bias"
+        if name in plain and plain[name].shape == (outputs,) and not plain[name].read().any():
+            plain[name] = plain[name]._replace(is_nothing=True)
     return plain
 
 
