@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import re
 import socket
 import sys
 import time
@@ -81,8 +82,9 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         parser.error(f"--port is {options.port}; it must be 0 to 65535")
     if options.api_key is None:
         options.api_key = os.environ.get(KEY_VARIABLE)
-    if options.api_key is not None and (not options.api_key or not options.api_key.isascii()):
-        parser.error("--api-key must be of one or more ASCII characters")
+    # Others cannot be sent in a header, or not without loss.
+    if options.api_key is not None and not re.fullmatch("[!-~]+", options.api_key):
+        parser.error("--api-key must be of one or more ASCII characters without spaces")
     return options
 
 

@@ -234,6 +234,7 @@ def test_mistakes_end_in_one_line(tmp_path):
             (("--max-stall-ms", "nan"), "--max-stall-ms is nan; it must be a finite number, 0"),
             (("--timeout", 0), "--timeout is 0.0; it must be a finite number above 0"),
             (("--api-key", ""), "--api-key must be of one or more ASCII characters"),
+            (("--api-key", "key\n"), "--api-key must be of one or more ASCII characters without"),
         ):
             done = run_serve(*arguments, cwd=tmp_path)
             assert (done.returncode, done.stdout) == (2, "")
