@@ -52,6 +52,9 @@ SLOW_FILES = {
 }
 
 
+LAST_OF_SLOW = "export/test_families.py"
+
+
 def parameters_of(item: pytest.Item) -> list:
     return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
 
@@ -60,7 +63,8 @@ def parameters_of(item: pytest.Item) -> list:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each test is `slow` or `fast`: slow are those of SLOW_FILES, and those that take an artifact,
     which a command line has to export. Files with slow tests come first, so that short ones are
-    left in the end for whichever process is free."""
+    left in the end for whichever process is free. LAST_OF_SLOW would wait for artifacts of files
+    beside it."""
     slow_paths = set()
     for item in items:
         slow = item.path.relative_to(ROOT / "tests").as_posix() in SLOW_FILES
@@ -69,7 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker("slow" if slow else "fast")
         if slow:
             slow_paths.add(item.path)
-    items.sort(key=lambda item: item.path not in slow_paths)
+    last = ROOT / "tests" / LAST_OF_SLOW
+    items.sort(key=lambda item: (item.path not in slow_paths, item.path == last))
 
 
 @pytest.fixture(scope="session")
