@@ -363,8 +363,9 @@ def test_a_decode_step_s_key_is_a_chunk_s(normal):
     position = torch.tensor([begin for _, begin, _ in pieces], device=DEVICE)
     semaphores = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
     attend_step(
-        qkv.contiguous(), position, *theirs, *rest, semaphores, scale=1.0, eps=EPS, offset=1.0
-    )
+        qkv.contiguous(), position, *theirs, *rest, semaphores, scale=1.0, eps=EPS, offset=1.0,
+        attention_factor=prompts.options["attention_factor"],
+    )  # fmt: skip
     for x, y in zip(mine, theirs):
         assert (x - y).abs().max() <= TOLERANCE[torch.float32] * y.abs().max()
 
