@@ -45,13 +45,11 @@ SLOW_FILES = {
     *("export/test_wheel.py", "export/test_xnnpack.py", "export/test_xnnpack_graph.py"),
     *("models/kernels/test_attention_chunk.py", "models/kernels/test_experts_chunk.py"),
     *("models/kernels/test_causal_conv1d.py", "models/kernels/test_gated_delta_rule_chunk.py"),
-    "models/kernels/test_linear_chunk.py",
+    *("models/kernels/test_attention.py", "models/kernels/test_linear_chunk.py"),
     *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
-    *("runner/test_inductor.py", "runner/test_serve.py"),
+    *("runner/test_inductor.py", "runner/test_serve.py", "runner/test_executorch_runtime.py"),
     "test_compiled_kernels.py",
 }
-
-
 LAST_OF_SLOW = "export/test_families.py"
 
 
