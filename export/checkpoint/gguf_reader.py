@@ -8,6 +8,7 @@ on a truncated file with an IndexError.
 
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -75,28 +76,23 @@ class GgufTensor(NamedTuple):
 
     def dequantize(self) -> torch.Tensor:
         """Read the tensor: float32 of `shape`, in memory of its own."""
-        width = self.shape[-1]
-        rows = math.prod(self.shape[:-1])
-        output = np.empty((rows, width), dtype=np.float32)
-        step = max(1, BLOCK_ELEMENTS // width)
         # Any bytes are values of some type. Those that are not finite are for the caller to refuse.
-        with self.path.open("rb") as file, np.errstate(all="ignore"):
-            file.seek(self.offset)
-            for start in range(0, rows, step):
-                block = output[start : start + step]
-                data = np.fromfile(file, dtype=np.uint8, count=len(block) * self.row_bytes)
-                if data.size != len(block) * self.row_bytes:
-                    raise ExportError(f"{self.path} became shorter while {self.name} was read")
-                block[:] = gguf.dequantize(data.reshape(len(block), self.row_bytes), self.type)
-        return torch.from_numpy(output).reshape(self.shape)
+        with np.errstate(all="ignore"):
+            return self._rows(self.shape[-1], lambda data: gguf.dequantize(data, self.type))
 
     def scales(self) -> torch.Tensor:
         """The scale of each group of a type of GRIDS, float32 [..., shape[-1] / group size]."""
         _, _, size, parts = GRIDS[self.type]
-        groups = self.shape[-1] // size
-        rows = math.prod(self.shape[:-1])
-        output = np.empty((rows, groups), dtype=np.float32)
         block_bytes = gguf.GGML_QUANT_SIZES[self.type][1]
+        return self._rows(
+            self.shape[-1] // size,
+            lambda data: parts(data.reshape(-1, block_bytes)).reshape(len(data), -1),
+        )
+
+    def _rows(self, width: int, convert: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
+        """float32 [..., width], of which `convert` makes rows from the bytes uint8 of rows."""
+        rows = math.prod(self.shape[:-1])
+        output = np.empty((rows, width), dtype=np.float32)
         step = max(1, BLOCK_ELEMENTS // self.shape[-1])
         with self.path.open("rb") as file:
             file.seek(self.offset)
@@ -105,8 +101,8 @@ class GgufTensor(NamedTuple):
                 data = np.fromfile(file, dtype=np.uint8, count=len(block) * self.row_bytes)
                 if data.size != len(block) * self.row_bytes:
                     raise ExportError(f"{self.path} became shorter while {self.name} was read")
-                block[:] = parts(data.reshape(-1, block_bytes)).reshape(len(block), groups)
-        return torch.from_numpy(output).reshape(*self.shape[:-1], groups)
+                block[:] = convert(data.reshape(len(block), self.row_bytes))
+        return torch.from_numpy(output).reshape(*self.shape[:-1], width)
 
 
 class _Header:
