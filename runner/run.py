@@ -58,15 +58,7 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         "--messages", type=Path, metavar="FILE",
         help="one more prompt: a conversation, as a JSON list of messages with role and content",
     )  # fmt: skip
-    parser.add_argument(
-        "--threads", type=int, metavar="N",
-        help="how many threads compute (default: the processors that this process may use)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=None,
-        help="hash every file before it is read, or neither program nor weights (default: those "
-        "that were not hashed since they were last changed)",
-    )  # fmt: skip
+    add_loading(parser)
     choice = parser.add_argument_group("how tokens are chosen")
     choice.add_argument(
         "--temperature", type=float, default=Request.temperature, metavar="T",
@@ -145,6 +137,19 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     if options.prompts.count("-") > 1:
         parser.error("- is given twice, and there is one standard input")
     return options
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a model is loaded."""
+    parser.add_argument(
+        "--threads", type=int, metavar="N",
+        help="how many threads compute (default: the processors that this process may use)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=None,
+        help="hash every file before it is read, or neither program nor weights (default: those "
+        "that were not hashed since they were last changed)",
+    )  # fmt: skip
 
 
 def flag_of(name: str) -> str:
@@ -279,9 +284,14 @@ def main(arguments: list[str] | None = None, program: str = "tokenloop run") -> 
         process.say(f"{program}: error: standard output: {error.reason.strerror}")
         return 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        process.say(f"{program}: error: {where}{error.strerror or error}")
+        process.say(f"{program}: error: {reason(error)}")
         return 2
+
+
+def reason(error: OSError) -> str:
+    """What the system says, and of which file."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
 
 
 def main_compare(arguments: list[str]) -> int:

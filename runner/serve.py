@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tokenloop.runner import process
 from tokenloop.runner.errors import RunnerError
-from tokenloop.runner.run import DEFAULT_ARTIFACT, flag_of
+from tokenloop.runner.run import DEFAULT_ARTIFACT, add_loading, flag_of, reason
 
 HOST, PORT = "127.0.0.1", 8000
 MAX_QUEUE, MAX_STALL_MS, TIMEOUT_S = 256, 100, 600
@@ -57,15 +57,7 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         "--timeout", type=float, default=TIMEOUT_S, metavar="S",
         help="seconds after which a request ends, wherever it is",
     )  # fmt: skip
-    parser.add_argument(
-        "--threads", type=int, metavar="N",
-        help="how many threads compute (default: the processors that this process may use)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=None,
-        help="hash every file before it is read, or neither program nor weights (default: those "
-        "that were not hashed since they were last changed)",
-    )  # fmt: skip
+    add_loading(parser)
     parser.add_argument(
         "--log-prompts", action="store_true", help="put prompts and outputs in the log"
     )
@@ -166,8 +158,7 @@ def main(arguments: list[str] | None = None, program: str = "tokenloop serve") -
     except KeyboardInterrupt:
         return process.INTERRUPTED
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        process.say(f"{program}: error: {where}{error.strerror or error}")
+        process.say(f"{program}: error: {reason(error)}")
         return 2
 
 
