@@ -110,12 +110,6 @@ MODELS = [
                 "rope.scaling.original_context_length": 4096, "attention.sliding_window": 0},
     ),
     Model(
-        "lfm2", Lfm2Config, Lfm2ForCausalLM,
-        {"layer_types": ["conv", "full_attention"], "norm_eps": 1e-6, "pad_token_id": 0,
-         "block_auto_adjust_ff_dim": False, "conv_bias": True},
-        header={"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3},
-    ),
-    Model(
         "phi3", Phi3Config, Phi3ForCausalLM,
         {"pad_token_id": 0, "rms_norm_eps": 1e-6, "original_max_position_embeddings": 128,
          "sliding_window": 7, "tie_word_embeddings": True,
