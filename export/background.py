@@ -85,6 +85,9 @@ def _send(results, function: Callable, arguments: tuple, file: Path | None) -> N
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     collect_seldom()
+    if file is None:
+        # No part of the result is kept either, and why has been said.
+        os.environ.pop("TOKENLOOP_CACHE", None)
     error, result = None, b""
     try:
         result = build_cache.result_of(function, arguments, file)

@@ -17,8 +17,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 
 from tokenloop.export.background import Background
+from tokenloop.export.build_cache import place, result_of, unpack
 from tokenloop.export.errors import ExportError
-from tokenloop.export.methods import Embed, Prefill, Select, integers, prompt_chunk
+from tokenloop.export.methods import Embed, Prefill, Select, integers, processor, prompt_chunk
 from tokenloop.models.decoder import Backbone
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
@@ -96,21 +97,31 @@ def compile_selection(
     These are the lookup, selection, and selection of one row of several. The table is [vocab_size,
     hidden_size] of `dtype`, "embed_tokens.weight".
     """
-    files = {}
+    # Compiled code is given its weights when it is loaded. These are never looked at.
+    table = torch.empty(vocab_size, hidden_size, dtype=dtype)
+    table = nn.Embedding.from_pretrained(table)
+    backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, rounds_scale=False)
     with torch.no_grad():
-        # Compiled code is given its weights when it is loaded. These are never looked at.
-        table = torch.empty(vocab_size, hidden_size, dtype=dtype)
-        table = nn.Embedding.from_pretrained(table)
-        backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, rounds_scale=False)
-        files["embed"] = compile_method(Embed(backbone), (integers(batch, 1),))
-        for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
-            logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
-            numbers, counts = torch.ones(rows), integers(rows)
-            sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
-            for name, function in {"greedy": greedy, "sample": sample}.items():
-                example = logits, *(() if name == "greedy" else sampling), next_id
-                files[name + suffix] = compile_method(Select(function), example)
+        files = {"embed": compile_method(Embed(backbone), (integers(batch, 1),))}
+    for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
+        # Networks of one vocabulary have these in common, and one row with several.
+        arguments = compile_rows, (rows, vocab_size)
+        file = place(*arguments, processor(table.weight.device))
+        found = unpack(result_of(*arguments, file))
+        files |= {name + suffix: contents for name, contents in found.items()}
     return files
+
+
+def compile_rows(rows: int, vocab_size: int) -> dict[str, dict[str, bytes]]:
+    """The compiled files of selection for so many rows, as in compile_selection."""
+    logits, next_id = torch.zeros(rows, vocab_size), integers(rows, 1)
+    numbers, counts = torch.ones(rows), integers(rows)
+    sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
+    with torch.no_grad():
+        return {
+            "greedy": compile_method(Select(greedy), (logits, next_id)),
+            "sample": compile_method(Select(sample), (logits, *sampling, next_id)),
+        }
 
 
 def compile_method(

@@ -27,7 +27,9 @@ class Pt2Artifact:
         self.dtype = torch.float32 if options.quant == "fp32" else torch.bfloat16
 
     def begin(self, model: CausalLM) -> None:
-        """Begin with what needs no weights."""
+        """Begin with what needs no weights. Errors: ExportError for experts that would have to be
+        integers."""
+        check_recipe(model, self.options.quant)
         self.selection = Background(
             "the selection methods", _compile_selection, model.batch, model.config.vocab_size,
             model.config.hidden_size, model.model.scale_in(self.dtype), self.dtype,
@@ -37,13 +39,9 @@ class Pt2Artifact:
     def write(
         self, model: CausalLM, tokenizer: dict, directory: Path, progress: Callable[[str], None]
     ) -> dict:
-        """Write model.pt2 and model.safetensors, and return the manifest's entries about them.
-
-        Errors: ExportError for experts that would have to be integers.
-        """
+        """Write model.pt2 and model.safetensors, and return the manifest's entries about them."""
         keep = self.options.quant == "keep"
         bits = Keeping("inductor", self.dtype) if keep else INTEGER_BITS[self.options.quant]
-        check_recipe(model, self.options.quant)
         progress("importing torch.export")
         from tokenloop.export.pt2.package import write_package
 

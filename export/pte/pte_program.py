@@ -26,6 +26,7 @@ from tokenloop.export.methods import (
 from tokenloop.export.pte import block_cache as attention
 from tokenloop.export.pte import xnnpack_regions as xnnpack
 from tokenloop.export.pte.block_cache import UNIT, BlockCache, SlotLayout
+from tokenloop.export.pte.lazy_graphs import lazy_graphs
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
@@ -145,6 +146,7 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
         return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
 
 
+@lazy_graphs()
 def build_program(
     model: CausalLM, backend: str, constants: dict[str, int | bool | list[int]],
     selection: Background, progress: Callable[[str], None],
@@ -178,6 +180,7 @@ def build_program(
     return link(program, selection.result())
 
 
+@lazy_graphs()
 def to_program(
     methods: dict[str, ExportedProgram], constants: dict[str, int | bool | list[int]],
     in_place: bool, progress: Callable[[str], None],

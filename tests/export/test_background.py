@@ -49,3 +49,20 @@ def test_what_the_system_refuses_another_process_is_one_line(tmp_path, monkeypat
     begun = Background("a directory", os.listdir, tmp_path / "nowhere")
     with pytest.raises(ExportError, match="nowhere: No such file or directory$"):
         begun.result()
+
+
+def variable(name: str) -> dict[str, bytes]:
+    return {"value": os.environ.get(name, "none").encode()}
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o777], ids=["own", "everybody's"])
+def test_no_part_is_kept_where_the_whole_is_not(tmp_path, monkeypatch, capsys, mode):
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    directory.chmod(mode)
+    monkeypatch.setenv("TOKENLOOP_CACHE", str(directory))
+    used = mode == 0o700
+    expected = str(directory) if used else "none"
+    begun = Background("a variable", variable, "TOKENLOOP_CACHE")
+    assert begun.result() == {"value": expected.encode()}
+    assert capsys.readouterr().err.count("it is not used") == (0 if used else 1)

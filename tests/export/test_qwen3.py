@@ -1,6 +1,7 @@
 """Qwen's programs against the eager network."""
 
 import functools
+import multiprocessing
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -143,3 +144,5 @@ def test_experts_are_not_made_integers_of_without_a_word(make_qwen_checkpoint, t
     with pytest.raises(ExportError, match="--quant int8 is not for experts with --backend induct"):
         export_here(FAMILY, arguments, first_block=8)
     assert not any(tmp_path.iterdir())
+    # Nothing was begun for it.
+    assert not multiprocessing.active_children()
