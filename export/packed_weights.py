@@ -221,7 +221,7 @@ class PackedAttention(PackedBlock):
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
         self.value_norm = attention.v_norm is not None
         self.values_are_keys = attention.values_are_keys
-        self.output_gate = attention.output_gate
+        self.output_gate, self.sinks = attention.output_gate, attention.sinks
 
 
 class PackedDeltaNet(PackedBlock):

@@ -10,22 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models.layers import MLP
+from tokenloop.models.layers import MLP, gated
 
 
 @dataclass(frozen=True)
 class MoeConfig:
     """`num_experts` of `moe_intermediate_size`, `num_experts_per_tok` for each token. The weights
-    of those chosen add up to one with `norm_topk_prob`."""
+    of those chosen add up to one with `norm_topk_prob`. `activation` is one of layers.gated. With
+    `bias` the router and the experts have biases."""
 
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool
+    activation: str = "silu"
+    bias: bool = False
 
 
 class Experts(nn.Module):
-    """SiLU-gated feed-forwards: x [N, D], each token's chosen experts int64 [N, k] and their
+    """Gated feed-forwards: x [N, D], each token's chosen experts int64 [N, k] and their
     weights [N, k] -> [N, D].
 
     `forward` and `all` are both exact. `forward` is for few tokens, and `all` is for many.
@@ -36,6 +39,11 @@ class Experts(nn.Module):
         count, size = config.num_experts, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
+        self.activation = config.activation
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if config.bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(count, 2 * size))
+            self.down_proj_bias = nn.Parameter(torch.empty(count, hidden_size))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Reads the experts chosen, each as often as it is chosen, and no others."""
@@ -43,7 +51,13 @@ class Experts(nn.Module):
         gate_up = self.gate_up_proj.index_select(0, chosen.flatten())
         down = self.down_proj.index_select(0, chosen.flatten())
         repeated = x[:, None].expand(-1, count, -1).reshape(tokens * count, -1, 1)
-        out = torch.bmm(down, _gated(torch.bmm(gate_up, repeated)))
+        gate_up = torch.bmm(gate_up, repeated)
+        if self.gate_up_proj_bias is not None:
+            biases = self.gate_up_proj_bias.index_select(0, chosen.flatten())
+            gate_up = gate_up + biases[..., None]
+        out = torch.bmm(down, self._gated(gate_up))
+        if self.down_proj_bias is not None:
+            out = out + self.down_proj_bias.index_select(0, chosen.flatten())[..., None]
         return (out.view(tokens, count, -1) * weights[..., None]).sum(1)
 
     def all(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -52,14 +66,16 @@ class Experts(nn.Module):
         dense = weights.new_zeros(x.shape[0], self.gate_up_proj.shape[0])
         dense = dense.scatter(1, chosen, weights)
         columns = x.t()[None].expand(self.gate_up_proj.shape[0], -1, -1)
-        hidden = _gated(torch.bmm(self.gate_up_proj, columns)) * dense.t()[:, None]
-        return torch.bmm(self.down_proj, hidden).sum(0).t()
+        gate_up = torch.bmm(self.gate_up_proj, columns)
+        if self.gate_up_proj_bias is not None:
+            gate_up = gate_up + self.gate_up_proj_bias[..., None]
+        hidden = self._gated(gate_up) * dense.t()[:, None]
+        out = torch.bmm(self.down_proj, hidden).sum(0).t()
+        return out if self.down_proj_bias is None else out + dense @ self.down_proj_bias
 
-
-def _gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [..., 2 I, N] -> [..., I, N]."""
-    gate, up = gate_up.chunk(2, dim=-2)
-    return F.silu(gate) * up
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        """activation(gate) * up of [..., 2 I, N] -> [..., I, N]."""
+        return gated(*gate_up.chunk(2, dim=-2), self.activation)
 
 
 class SparseMoe(nn.Module):
@@ -74,7 +90,7 @@ class SparseMoe(nn.Module):
     def __init__(self, hidden_size: int, config: MoeConfig, shared_size: int | None = None):
         super().__init__()
         self.moe = config
-        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.gate = nn.Linear(hidden_size, config.num_experts, bias=config.bias)
         self.experts = Experts(hidden_size, config)
         if shared_size is not None:
             self.shared_expert = MLP(hidden_size, shared_size, "silu")

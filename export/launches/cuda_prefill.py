@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from tokenloop.export.launches.cuda_step import (
     CudaStep,
     add_norm,
+    expert_options,
     linear_tensors,
     normed_heads,
+    sinks_of,
 )
 from tokenloop.export.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
 from tokenloop.models.decoder import CausalLM
@@ -94,7 +96,8 @@ class CudaPrefill(nn.Module):
         routed = cuda.route(scores, *counts, config.norm_topk_prob, count)
         shared = (self._dense(layer, normed, count), scores) if layer.is_shared else ()
         tables = weights.gate_up_proj, weights.down_proj
-        return x, cuda.experts_chunk(normed, *routed, *tables, count, *shared)
+        options = expert_options(layer)
+        return x, cuda.experts_chunk(normed, *routed, *tables, count, *shared, **options)
 
     def _dense(self, layer: PackedBlock, normed: Tensor, count: Tensor) -> Tensor:
         """What the feed-forward that every token has gives."""
@@ -135,7 +138,7 @@ class CudaPrefill(nn.Module):
     def _attend(self, layer: PackedAttention, q: Tensor, kv: Tensor, chunk: Chunk) -> Tensor:
         cache = layer.cache
         options = {"scale": layer.scale, "is_ring": cache.is_ring}
-        return cuda.attend_chunk(q, kv, *chunk, cache.k, cache.v, **options)
+        return cuda.attend_chunk(q, kv, *chunk, cache.k, cache.v, *sinks_of(layer), **options)
 
     def _attend_last(
         self, layer: PackedAttention, normed: Tensor, chunk: Chunk, last: Chunk

@@ -92,7 +92,7 @@ class CudaStep(nn.Module):
             gated = self._linear(normed, layer.gate_up, activation=layer.activation)
             shared = self._linear(gated, layer.down), scores
         tables = weights.gate_up_proj, weights.down_proj
-        return x, cuda.experts(normed, *routed, *tables, *shared)
+        return x, cuda.experts(normed, *routed, *tables, *shared, **expert_options(layer))
 
     def _after(
         self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
@@ -134,7 +134,7 @@ class CudaStep(nn.Module):
         rope = self.rope[layer.rotation]
         attended = cuda.attend_step(
             projected, position, layer.cache.k, layer.cache.v, *norms,
-            rope.inv_freq, self.kernel_semaphores, scale=layer.scale, **options,
+            rope.inv_freq, self.kernel_semaphores, *sinks_of(layer), scale=layer.scale, **options,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
             attention_factor=rope.attention_factor,
         )  # fmt: skip
@@ -189,6 +189,23 @@ def normed_heads(
         return projected, weights, options
     weights = [weight if there else None for weight, there in zip(weights, (queries, keys))]
     return cuda.norm_heads(projected, *weights, count, **options), (None, None), options
+
+
+def sinks_of(layer: packed.PackedAttention) -> tuple[Tensor, ...]:
+    """The sinks of the heads, as an operator's last tensor, or nothing where there are none."""
+    return () if layer.sinks is None else (layer.sinks,)
+
+
+def expert_options(layer: PackedBlock) -> dict[str, Tensor | str]:
+    """What an operator takes of the layer's experts besides SiLU without biases."""
+    experts, options = layer.experts, {}
+    if experts.gate_up_proj_bias is not None:
+        options = {
+            "gate_up_bias": experts.gate_up_proj_bias, "down_bias": experts.down_proj_bias,
+        }  # fmt: skip
+    if experts.activation != "silu":
+        options["activation"] = experts.activation
+    return options
 
 
 def weight_of(norm: nn.Module | None) -> Tensor | None:

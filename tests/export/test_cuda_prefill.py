@@ -32,6 +32,7 @@ NETWORKS = {
     "qwen3_moe": WIDE,
     "gemma3_text": WIDE,
     "gemma4_text": WIDE | {"global_head_dim": 64},
+    "gpt_oss": WIDE,
     "qwen3_5_text": HYBRID | {"rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,

@@ -15,6 +15,7 @@ import transformers
 from tokenloop.models import (
     gemma3,
     gemma4,
+    gpt_oss,
     granite,
     lfm2,
     llama,
@@ -25,7 +26,7 @@ from tokenloop.models import (
     qwen3_5,
     smollm3,
 )
-from tokenloop.models.layers import Stacked
+from tokenloop.models.layers import Rearranged, Shard, Stacked
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
@@ -66,7 +67,7 @@ class Architecture:
     max_chunk: int
     states: dict[tuple[int, ...], torch.dtype]
     refused: tuple[str, list[tuple[dict, str]]]
-    names: dict[str, str | Stacked | None]
+    names: dict[str, str | Stacked | Shard | Rearranged | None]
     shallow: dict = field(default_factory=dict)
     required: tuple[str, ...] = ("hidden_size", "intermediate_size", "num_hidden_layers")
     says: dict = field(default_factory=dict)
@@ -839,7 +840,71 @@ LFM_2_ROW = Architecture(
     shallow={"num_hidden_layers": 2, "layer_types": ["conv", FULL]},
 )  # fmt: skip
 
+# The 20B's rotary embedding with fewer positions: prompts are longer than the original length.
+GPT_OSS_ROPE = {
+    "rope_type": "yarn", "rope_theta": 700.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "truncate": False, "original_max_position_embeddings": 32,
+}  # fmt: skip
+GPT_OSS_ROW = Architecture(
+    networks=gpt_oss,
+    classes={"gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM)},
+    small={key: value for key, value in DENSE.items() if key != "rope_theta"} | {
+        "intermediate_size": 20, "num_local_experts": 7, "num_experts_per_tok": 3,
+        "sliding_window": 7, "rope_parameters": GPT_OSS_ROPE,
+    },
+    cases={
+        "gpt_oss": {},
+        "gpt_oss, tied, no biases, one key head, all full": {
+            "tie_word_embeddings": True, "attention_bias": False, "num_key_value_heads": 1,
+            "layer_types": [FULL] * 3, "num_experts_per_tok": 1,
+        },
+    },
+    weights=[
+        ("norm", 1.0, 0.4), ("sinks", 1.0, 2.0), ("experts", 0.0, 0.9), ("router", 0.0, 0.6),
+        ("embed_tokens", 0.0, 0.25), ("", 0.0, 0.4),
+    ],
+    max_seq_len=80,
+    prompts=(1, 2, 16),
+    rows=(23, 1, 9),
+    chunks=(1, 1, 7, 1, 33, 37),
+    max_chunk=7,
+    states={(2, 7, 2, 18): torch.bfloat16, (2, 50, 2, 18): torch.bfloat16},
+    refused=("gpt_oss", [
+        ({"model_type": "gpt_oss_moe"}, "model_type = 'gpt_oss_moe'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+        ({"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"experts_per_token": 2}, "experts_per_token = 2 and num_experts_per_tok = 3 differ"),
+        ({"num_experts_per_tok": 8}, "num_experts_per_tok = 8 is not among"),
+        ({"layer_types": [SLIDING]}, "layer_types has 1 entries for 3 layers"),
+        ({"sliding_window": None}, "config lacks its sliding_window"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type = 'ntk'"),
+    ]),
+    required=(),
+    names=DENSE_NAMES | {
+        "model.layers.3.mlp.router.bias": "model.layers.3.mlp.gate.bias",
+        "model.layers.3.self_attn.sinks": "model.layers.3.self_attn.sinks",
+        "model.layers.3.mlp.experts.gate_up_proj": Rearranged(
+            "model.layers.3.mlp.experts.gate_up_proj", transposed=True, interleaved=True
+        ),
+        "model.layers.3.mlp.experts.gate_up_proj_bias": Rearranged(
+            "model.layers.3.mlp.experts.gate_up_proj_bias", interleaved=True
+        ),
+        "model.layers.3.mlp.experts.down_proj": Rearranged(
+            "model.layers.3.mlp.experts.down_proj", transposed=True
+        ),
+        # GGUF's.
+        "model.layers.3.mlp.experts.up_proj.bias": Shard(
+            "model.layers.3.mlp.experts.gate_up_proj_bias", 1, 2, None, axis=-1
+        ),
+        "model.layers.3.mlp.experts.down_proj.weight": "model.layers.3.mlp.experts.down_proj",
+    },
+    shallow={"num_hidden_layers": 2},
+)  # fmt: skip
+
 ARCHITECTURES = [
     GEMMA_3_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW, MISTRAL_ROW, SMOLLM_3_ROW,
-    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW,
+    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW, GPT_OSS_ROW,
 ]  # fmt: skip

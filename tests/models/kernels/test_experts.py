@@ -76,6 +76,29 @@ def test_what_all_rows_have_is_added_with_a_weight_of_its_own(rows, dtype):
     assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
 
 
+def options_of(activation: str, dtype) -> dict:
+    """Biases for one activation, and none for the other."""
+    if activation == "gelu_tanh":
+        return {"activation": activation}
+    biases = made(EXPERTS, 2 * INNER, dtype=dtype, seed=6), made(EXPERTS, SIZE, dtype=dtype, seed=7)
+    return {"activation": activation, "gate_up_bias": 4 * biases[0], "down_bias": biases[1]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+def test_other_activations_and_biases_are_the_reference_s(activation, dtype):
+    x = made(2, SIZE, dtype=dtype)
+    routed = operator.route(made(2, EXPERTS, dtype=dtype, seed=3), EXPERTS, CHOICES, True)
+    options = options_of(activation, dtype)
+    actual = operator.experts(x, *routed, *weights_of(dtype), **options)
+    expected = reference.experts(x, *routed, *weights_of(dtype), **options)
+    # The clamp leaves more than 1.
+    tolerance = TOLERANCE[dtype], TOLERANCE[dtype] * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=tolerance[0], atol=tolerance[1])
+    alone = reference.experts(x, *routed, *weights_of(dtype))
+    assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
+
+
 def test_what_is_not_contiguous_is_refused():
     x, chosen = made(2, SIZE), torch.zeros(CHOICES, 2, dtype=torch.int64, device=DEVICE).T
     with pytest.raises(ValueError, match=r"^chosen of strides \(1, 2\) is not contiguous"):
