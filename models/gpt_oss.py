@@ -68,7 +68,8 @@ def checkpoint_name(name: str) -> str | Shard | Rearranged:
     """
     match = EXPERTS.fullmatch(name)
     if match is None:
-        return name.replace(".mlp.router.", ".mlp.gate.")
+        name = name.replace(".mlp.router.", ".mlp.gate.")
+        return name.removesuffix(".weight") if name.endswith(".sinks.weight") else name
     experts, projection, kind = match.groups()
     is_bias = kind is not None and kind.endswith("bias")
     bias = "_bias" * is_bias
