@@ -165,6 +165,7 @@ FIELDS = {
     "shared_intermediate_size": WIDTH,
     "norm_topk_prob": FLAG,
     "experts_per_token": whole(0, 1 << 16),
+    "top_k_experts": whole(0, 1 << 16),
     "swiglu_alpha": FACTOR,
     "swiglu_limit": FACTOR,
     "decoder_sparse_step": FEW,

@@ -291,7 +291,7 @@ class MLP(nn.Module):
     experts. `dense` is the feed-forward that every token has, which is itself.
     """
 
-    moe = None
+    moe, reads_residual = None, False
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False

@@ -4,13 +4,14 @@ Weights of all experts are stacked, [E, ...]. Shapes: N tokens, E experts, k of 
 token, D hidden size, I an expert's own size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models.layers import MLP, gated
+from tokenloop.models.layers import MLP, RMSNorm, gated
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,26 @@ class Experts(nn.Module):
         return gated(*gate_up.chunk(2, dim=-2), self.activation)
 
 
+def route(scores: Tensor, config: MoeConfig) -> tuple[Tensor, Tensor]:
+    """The experts chosen, int64 [N, k], and their weights float32 [N, k], out of `scores`
+    [N, E]."""
+    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32)
+    weights, chosen = torch.topk(probabilities, config.num_experts_per_tok, dim=-1)
+    if config.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return chosen, weights
+
+
+def run_experts(
+    experts: Experts, config: MoeConfig, x: Tensor, routed: tuple[Tensor, Tensor]
+) -> Tensor:
+    """What the experts give for x [B, T, D], whose B * T tokens are `routed`."""
+    # Sizes that are known when a method is traced decide. A step has one token in each row.
+    few = x.shape[1] == 1 and x.shape[0] * config.num_experts_per_tok < config.num_experts
+    run = experts if few else experts.all
+    return run(x.reshape(-1, x.shape[-1]), *routed).view(x.shape)
+
+
 class SparseMoe(nn.Module):
     """A feed-forward whose tokens choose their experts: x [B, T, D] -> [B, T, D].
 
@@ -86,6 +107,8 @@ class SparseMoe(nn.Module):
     and `dense`, the shared expert or None. `routers` stay floating point where other layers do not:
     their scores decide more than they weigh.
     """
+
+    reads_residual = False
 
     def __init__(self, hidden_size: int, config: MoeConfig, shared_size: int | None = None):
         super().__init__()
@@ -104,19 +127,49 @@ class SparseMoe(nn.Module):
 
     def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The experts chosen, int64 [N, k], and their weights [N, k], out of `scores` [N, E]."""
-        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32)
-        weights, chosen = torch.topk(probabilities, self.moe.num_experts_per_tok, dim=-1)
-        if self.moe.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+        chosen, weights = route(scores, self.moe)
         return chosen, weights.to(scores.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        routed = self.route(self.gate(tokens))
-        # Sizes that are known when a method is traced decide. A step has one token in each row.
-        few = x.shape[1] == 1 and x.shape[0] * self.moe.num_experts_per_tok < self.moe.num_experts
-        run = self.experts if few else self.experts.all
-        out = run(tokens, *routed).view(x.shape)
+        routed = self.route(self.gate(x.reshape(-1, x.shape[-1])))
+        out = run_experts(self.experts, self.moe, x, routed)
         if not self.is_shared:
             return out
         return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+
+class MlpBesideMoe(MLP):
+    """A feed-forward of every token, and routed experts beside it that read the residual:
+    dense_branch_norm(mlp(x)) + experts_branch_norm(experts(experts_norm(residual))).
+
+    The router reads router_norm(residual), and expert e's weight is multiplied by expert_scales[e].
+    As a block's feed-forward it declares what SparseMoe does; `dense` is itself.
+    """
+
+    reads_residual = True
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str, config: MoeConfig,
+        norm: Callable[..., RMSNorm],
+    ):  # fmt: skip
+        """`norm` makes the norms, given their `scale`."""
+        super().__init__(hidden_size, intermediate_size, activation)
+        self.moe, self.routers = config, ("gate",)
+        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.router_norm = norm(scale=hidden_size**-0.5)
+        self.expert_scales = nn.Parameter(torch.empty(config.num_experts))
+        self.experts_norm, self.experts_branch_norm = norm(), norm()
+        self.dense_branch_norm = norm()
+        self.experts = Experts(hidden_size, config)
+
+    def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """As SparseMoe's."""
+        chosen, weights = route(scores, self.moe)
+        return chosen, (weights * self.expert_scales[chosen].float()).to(scores.dtype)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x is the norm of `residual`, both [B, T, D]."""
+        scores = self.gate(self.router_norm(residual))
+        routed = self.route(scores.flatten(0, -2))
+        given = run_experts(self.experts, self.moe, self.experts_norm(residual), routed)
+        return self.dense_branch_norm(super().forward(x)) + self.experts_branch_norm(given)

@@ -211,6 +211,7 @@ def experts() -> None:
     for dtype in (bfloat16, float32):
         scores, x = empty(2, 129, dtype=dtype), empty(2, 2048, dtype=dtype)
         chosen, weights = module.route(scores, 128, 8, True)
+        module.route(scores, 128, 8, True, None, empty(128, dtype=dtype))
         tables = empty(128, 1536, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
         module.experts(x, chosen, weights, *tables)
         module.experts(x, chosen, weights, *tables, x, scores)

@@ -67,7 +67,13 @@ def test_steps_of_llama_s_kin_give_the_networks_logits(name):
         torch.testing.assert_close(actual, plain.decode(token, position), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("case", "changes"), [("gpt_oss", {"head_dim": 32})])
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("gpt_oss", {"head_dim": 32}),
+        ("gemma4_text, experts beside", {"head_dim": 32, "global_head_dim": 64}),
+    ],
+)
 def test_steps_of_what_one_family_has_give_the_networks_logits(case, changes):
     hf = make_reference(case, **changes)
     check_steps(*(network_of(ROW_OF[case], hf, 12, 2) for _ in range(2)), range(6, 8))

@@ -33,14 +33,15 @@ PARTIAL_DTYPE = torch.float32
 
 @operator("route")
 def route(
-    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.route. The scores are contiguous."""
     rows, width = scores.shape
     chosen = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
     weights = torch.empty(rows, count, dtype=scores.dtype, device=scores.device)
     launch(route_kernel, (rows,))(
-        scores, tokens, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
+        scores, tokens, scales, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
         BLOCK_E=triton.next_power_of_2(experts), BLOCK_C=triton.next_power_of_2(count),
         num_warps=1,
     )  # fmt: skip

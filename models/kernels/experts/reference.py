@@ -9,10 +9,12 @@ from tokenloop.models.layers import gated
 
 
 def route(
-    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The `count` experts with the largest scores, int64 [B, count], the first of equal ones first;
-    and their probabilities, of the scores' dtype, which add up to 1 if `normalized`.
+    and their probabilities, of the scores' dtype, which add up to 1 if `normalized`. With `scales`
+    [E] each is multiplied by its expert's after that.
 
     scores is [B, E or more]; the first E = `experts` of a row are the experts'. Only the first
     `tokens`, int32 [1], rows of the results mean anything, or all without it.
@@ -22,6 +24,8 @@ def route(
     weights, chosen = weights[:, :count], chosen[:, :count]
     if normalized:
         weights = weights / weights.sum(-1, keepdim=True)
+    if scales is not None:
+        weights = weights * scales[chosen].float()
     return chosen, weights.to(scores.dtype)
 
 

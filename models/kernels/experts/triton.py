@@ -14,7 +14,7 @@ from tokenloop.models.kernels.linear.triton_epilogue import activate, gated
 @waits  # once it has the count, which the host wrote
 @triton.jit
 def route_kernel(
-    scores_ptr, count_ptr, chosen_ptr, weights_ptr, E, width,
+    scores_ptr, count_ptr, scale_ptr, chosen_ptr, weights_ptr, E, width,
     C: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The largest of a row's first E scores, one after the other, and their probabilities; for the
@@ -41,6 +41,8 @@ def route_kernel(
         left = tl.where(e == index, -1.0, left)
     if NORMALIZED:
         weights = weights / tl.sum(weights, 0)
+    if scale_ptr is not None:
+        weights *= tl.load(scale_ptr + chosen, mask=j < C, other=0.0).to(tl.float32)
     tl.store(chosen_ptr + b * C + j, chosen, mask=j < C)
     tl.store(weights_ptr + b * C + j, weights.to(weights_ptr.dtype.element_ty), mask=j < C)
 

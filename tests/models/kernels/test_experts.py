@@ -38,6 +38,16 @@ def test_the_largest_scores_choose_and_weigh(rows, dtype, normalized):
     torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_expert_s_scale_multiplies_its_weight(dtype):
+    scores, scales = made(7, EXPERTS, dtype=dtype), made(EXPERTS, dtype=dtype, seed=8)
+    chosen, weights = operator.route(scores, EXPERTS, CHOICES, True, None, scales)
+    expected, expected_weights = reference.route(scores, EXPERTS, CHOICES, True, None, scales)
+    assert torch.equal(chosen, expected)
+    torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
+    assert weights.min() < 0 and (weights.float().sum(-1) - 1).abs().min() > 0.01
+
+
 def test_a_row_of_nan_chooses_experts_that_exist():
     scores = made(2, EXPERTS)
     scores[0] = torch.nan
