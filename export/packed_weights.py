@@ -178,22 +178,36 @@ def pack(parent: nn.Module, names: Sequence[str], bits: int | Keeping | None) ->
     return packed
 
 
+class Beside(nn.Module):
+    """The norms around experts that read the residual, and what their weights are multiplied by."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.router_norm, self.expert_scales = unscaled(mlp.router_norm), mlp.expert_scales
+        self.experts_norm, self.experts_branch_norm = mlp.experts_norm, mlp.experts_branch_norm
+        self.dense_branch_norm = mlp.dense_branch_norm
+
+
 class PackedBlock(nn.Module):
     """What a decode step reads of a block, whose linear layers become views.
 
     `qkv` gives what the mixer takes, and `o` gives its branch. `gate_up` and `down` are the
     feed-forward that every token has. `moe` is the config of routed experts, which stay as they are
     whatever the bits, and which `scores` choose. If `is_shared` the last row of `scores` weighs the
-    result of `down`. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
+    result of `down`. What experts that read the residual have besides is `beside`, or None. Norms,
+    `layer_scalar` and `cache` are the block's, None where it has none.
     """
 
     def __init__(self, block: Block, bits: int | Keeping | None):
         super().__init__()
         mixer, mlp, dense = block.mixer, block.mlp, block.mlp.dense
-        self.moe, self.is_shared = mlp.moe, mlp.moe is not None and dense is not None
+        self.moe, self.beside = mlp.moe, None
+        self.is_shared = mlp.moe is not None and dense is not None and not mlp.reads_residual
         if self.moe is not None:
             self.experts = mlp.experts
             self.scores = pack(mlp, mlp.routers, 0)
+        if mlp.reads_residual:
+            self.beside = Beside(mlp)
         if dense is not None:
             self.gate_up = pack(dense, ["gate_proj", "up_proj"], bits)
             self.down = pack(dense, ["down_proj"], bits)
@@ -221,7 +235,7 @@ class PackedAttention(PackedBlock):
         self.kv_heads, self.head_dim = attention.kv_heads, attention.head_dim
         self.value_norm = attention.v_norm is not None
         self.values_are_keys = attention.values_are_keys
-        self.output_gate = attention.output_gate
+        self.output_gate, self.sinks = attention.output_gate, attention.sinks
 
 
 class PackedDeltaNet(PackedBlock):

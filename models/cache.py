@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """Softmax attention of q [B, T, H, D] over k, v [B, S, K, D] where `visible` [1 or B, T, S] is
-    true."""
+    true. With `sinks` [H] there is one more score for each head, which no value belongs to."""
+    if sinks is not None:
+        return _attend_with_sinks(q, k, v, visible, scale, sinks)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -22,6 +26,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def _attend_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, sinks: Tensor
+) -> Tensor:
+    """`attend` with sinks (arXiv:2309.17453, as gpt-oss has them), weights in float32."""
+    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    # [B, K, G, T, D] and so on.
+    queries = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)
+    keys, values = (x.transpose(1, 2)[:, :, None] for x in (k, v))
+    scores = torch.matmul(queries, keys.transpose(-1, -2)).float() * scale
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    more = sinks.float().view(1, kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, more], -1).softmax(-1)[..., :-1].to(v.dtype)
+    return torch.matmul(weights, values).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class KVCache(nn.Module):
@@ -62,11 +81,14 @@ class KVCache(nn.Module):
         self.k.index_put_((rows, slots), k[:, 0])
         self.v.index_put_((rows, slots), v[:, 0])
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
         self.store_step(k, v, positions % self.slots if self.is_ring else positions)
         # A ring's slots up to the position are filled before it is full. Afterwards all are.
-        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale)
+        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale, sinks)
 
     def filled(self, positions: Tensor) -> Tensor:
         """bool [N, S], true for the slots up to each of `positions` int64 [N]."""
@@ -80,11 +102,11 @@ class FullCache(KVCache):
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
-        row: Tensor | None = None,
+        row: Tensor | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Store k, v [1, T, K, D] at `positions` int64 [T] and attend with q [1, T, H, D]."""
         self.store_chunk(k, v, positions, row)
-        return attend(q, *self.of(row), self.filled(positions)[None], scale)
+        return attend(q, *self.of(row), self.filled(positions)[None], scale, sinks)
 
 
 class SlidingCache(KVCache):
@@ -95,13 +117,14 @@ class SlidingCache(KVCache):
 
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
-        row: Tensor | None = None,
+        row: Tensor | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attend with q [1, T, H, D] over the ring and k, v [1, T, K, D]. Then store k, v at
         `positions` int64 [T], which are consecutive."""
         keys, values = self.of(row)
         visible = self.visible_in_prefill(positions)[None]
-        out = attend(q, torch.cat([keys, k], 1), torch.cat([values, v], 1), visible, scale)
+        keys, values = torch.cat([keys, k], 1), torch.cat([values, v], 1)
+        out = attend(q, keys, values, visible, scale, sinks)
         self.store_chunk(k, v, positions % self.slots, row)
         return out
 

@@ -63,8 +63,9 @@ class Block(nn.Module):
     (x + mlp_branch_norm(mlp(mlp_norm(x)))) * layer_scalar.
 
     A norm, and `layer_scalar` [1], are None where a block has none. `mlp` is a
-    models.layers.MLP or a models.moe.SparseMoe. It declares `moe`, the config of its routed experts
-    or None, and `dense`, the MLP that every token has or None.
+    models.layers.MLP, a models.moe.SparseMoe or a models.moe.MlpBesideMoe. It declares `moe`, the
+    config of its routed experts or None, and `dense`, the MLP that every token has or None. With
+    `reads_residual` the experts have norms of their own, and read x.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Block(nn.Module):
     def finish(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """All of the block after its state was used: x [B, T, D] plus both branches, scaled."""
         x = self.add_mixed(x, mixed, gate)
-        x = x + self._normed("mlp_branch", self.mlp(self._normed("mlp", x)))
+        normed = self._normed("mlp", x)
+        branch = self.mlp(normed, x) if self.mlp.reads_residual else self.mlp(normed)
+        x = x + self._normed("mlp_branch", branch)
         return x if self.layer_scalar is None else x * self.layer_scalar
 
     def _normed(self, role: str, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from tokenloop.models import config as configs
 from tokenloop.models.decoder import PRE_NORMS, Block, CausalLM
@@ -117,11 +118,12 @@ class Dense(CausalLM):
 
     A prefill chunk may be as long as the cache, or as the sliding window where there is one. A
     family has its own `norms` (models/decoder.py), and `whole_norms`, which are norms of all
-    queries and of all keys of a token.
+    queries and of all keys of a token. `has_sinks` is Attention's.
     """
 
     norms: ClassVar[Mapping[str, str]] = PRE_NORMS
     whole_norms: ClassVar[bool] = False
+    has_sinks: ClassVar[bool] = False
 
     def __init__(
         self, config: DenseConfig, max_seq_len: int, batch: int = 1,
@@ -142,9 +144,10 @@ class Dense(CausalLM):
             )
             sizes = c.hidden_size, c.num_attention_heads, cache, c.attention_multiplier
             biases = {"bias": bias, "output_bias": bias}
-            attention = Attention(layer_type, *sizes, **biases, **own, rotation=rotation)
-            mlp = MLP(c.hidden_size, c.intermediate_size, "silu", bias=c.mlp_bias)
-            return Block(attention, mlp, partial(norm, c.hidden_size), self.norms)
+            attention = Attention(
+                layer_type, *sizes, **biases, **own, rotation=rotation, has_sinks=self.has_sinks
+            )
+            return Block(attention, self.feed_forward(c), partial(norm, c.hidden_size), self.norms)
 
         blocks = [block(*layer) for layer in zip(c.layer_types, c.rotations)]
         rope = {
@@ -157,3 +160,9 @@ class Dense(CausalLM):
             c, blocks, last, rope, *cache, tied=c.tie_word_embeddings,
             embed_scale=c.embedding_multiplier / residual, rounds_scale=False,
         )  # fmt: skip
+
+    @staticmethod
+    def feed_forward(config: DenseConfig) -> nn.Module:
+        """The feed-forward of one block."""
+        c = config
+        return MLP(c.hidden_size, c.intermediate_size, "silu", bias=c.mlp_bias)

@@ -1,9 +1,11 @@
-"""Gemma 4 text models, dense, named as in transformers (its models/gemma4 is the reference).
+"""Gemma 4 text models, dense or with experts beside the feed-forward, named as in transformers (its
+models/gemma4 is the reference).
 
 Sliding and full layers differ in window, head size, key/value heads and rotary embedding. Full
 layers may have no v_proj. A value is then the key before norm and rotation.
 """
 
+import re
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import torch
 
 from tokenloop.models import config as configs
-from tokenloop.models import layers
+from tokenloop.models import layers, qwen3
 from tokenloop.models.decoder import SANDWICH_NORMS, Block, CausalLM
 from tokenloop.models.gemma3 import FULL, SLIDING, text_name
+from tokenloop.models.moe import MlpBesideMoe, MoeConfig
 
 MODEL_TYPES = ("gemma4_text",)
 # The defaults of transformers' Gemma4TextConfig. A config.json need not say what equals them.
@@ -52,12 +55,11 @@ ROPE_PARAMETERS = {
 }
 ROPE_TYPES = "default", "linear", "dynamic", "llama3", "yarn", "proportional"
 # Fields for which only one value is implemented. The E2B and E4B have per-layer inputs, and shared
-# keys and values. The 26B-A4B has experts.
+# keys and values.
 ONLY = {
     "attention_bias": False,
     "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0,
-    "enable_moe_block": False,
     "use_double_wide_mlp": False,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -66,6 +68,20 @@ ONLY = {
     "partial_rotary_factor": None,
     "original_max_position_embeddings": None,
 }
+
+
+# A checkpoint's names in a block of what lies beside the feed-forward, and models.moe's.
+BESIDE = {
+    "router.proj.weight": "gate.weight",
+    "router.scale": "router_norm.weight",
+    "router.per_expert_scale": "expert_scales",
+    "experts.gate_up_proj": "experts.gate_up_proj",
+    "experts.down_proj": "experts.down_proj",
+    "pre_feedforward_layernorm_2.weight": "experts_norm.weight",
+    "post_feedforward_layernorm_1.weight": "dense_branch_norm.weight",
+    "post_feedforward_layernorm_2.weight": "experts_branch_norm.weight",
+}
+BESIDE_NAME = re.compile(rf"(model\.layers\.\d+)\.({'|'.join(map(re.escape, BESIDE))})")
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,7 @@ class Gemma4Config:
     final_logit_softcapping: float | None
     layer_types: tuple[str, ...]
     attention: dict[str, AttentionConfig]
+    moe: MoeConfig | None
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "Gemma4Config":
@@ -100,7 +117,7 @@ class Gemma4Config:
         # "vision" concerns image tokens only.
         if config.get("use_bidirectional_attention") == "vision":
             config = config | {"use_bidirectional_attention": None}
-        derived = ("final_logit_softcapping", "layer_types", "attention")
+        derived = ("final_logit_softcapping", "layer_types", "attention", "moe")
         plain = [field.name for field in fields(cls) if field.name not in derived]
         sizes = "num_hidden_layers", "num_key_value_heads", "head_dim", "tie_word_embeddings"
         only = ONLY | {"use_bidirectional_attention": None}
@@ -118,7 +135,17 @@ class Gemma4Config:
             final_logit_softcapping=config["final_logit_softcapping"],
             layer_types=layer_types,
             attention=attention,
+            moe=_experts(config) if config["enable_moe_block"] else None,
         )
+
+
+def _experts(config: dict[str, Any]) -> MoeConfig:
+    """The experts of every layer. Raises ValueError for a key that is missing, and for more chosen
+    than exist."""
+    names = {"num_experts_per_tok": config.get("top_k_experts"), "norm_topk_prob": True}
+    if names["num_experts_per_tok"] is None:
+        raise ValueError("the checkpoint's config lacks top_k_experts")
+    return qwen3.moe_config(config | names, "gelu_tanh")
 
 
 def _attention(config: dict[str, Any], layer_types: tuple[str, ...]) -> dict[str, AttentionConfig]:
@@ -180,7 +207,9 @@ def _rope(config: dict[str, Any], layer_type: str) -> layers.RopeConfig:
 
 def checkpoint_name(name: str) -> str | None:
     """A checkpoint's tensor name as this model's parameter name. None for what is left out."""
-    return text_name(name, ("vision_tower", "embed_vision", "audio_tower", "embed_audio"))
+    name = text_name(name, ("vision_tower", "embed_vision", "audio_tower", "embed_audio"))
+    match = None if name is None else BESIDE_NAME.fullmatch(name)
+    return name if match is None else f"{match[1]}.mlp.{BESIDE[match[2]]}"
 
 
 class Gemma4(CausalLM):
@@ -206,7 +235,11 @@ class Gemma4(CausalLM):
             attention = layers.Attention(
                 layer_type, *sizes, **norms, values_are_keys=own.values_are_keys
             )
-            mlp = layers.MLP(c.hidden_size, c.intermediate_size, "gelu_tanh")
+            sizes = c.hidden_size, c.intermediate_size, "gelu_tanh"
+            if c.moe is None:
+                mlp = layers.MLP(*sizes)
+            else:
+                mlp = MlpBesideMoe(*sizes, c.moe, partial(norm, c.hidden_size))
             return Block(attention, mlp, partial(norm, c.hidden_size), SANDWICH_NORMS, scaled=True)
 
         rope = {

@@ -20,21 +20,47 @@ from tokenloop.models.rope_scaling import Scaling
 class Shard(NamedTuple):
     """A shard of the parameter `name`, for a tensor that is not the whole of the parameter.
 
-    The parameter's last axis but one has `parts` equal parts, and the shard is number `part`. It
-    belongs to entry `entry` of the first axis, or to all entries where `entry` is None.
+    The parameter's `axis`, which is the last but one, has `parts` equal parts, and the shard is
+    number `part`. It belongs to entry `entry` of the first axis, or to all entries where `entry` is
+    None.
     """
 
     name: str
     part: int
     parts: int
     entry: int | None
+    axis: int = -2
 
     def of(self, parameter: Tensor) -> Tensor:
         """The view of `parameter` [..., N, K] that the tensor fills. Raises IndexError when the
         parameter has no such entry."""
         whole = parameter if self.entry is None else parameter[self.entry]
-        size = whole.shape[-2] // self.parts
-        return whole.narrow(-2, self.part * size, size)
+        size = whole.shape[self.axis] // self.parts
+        return whole.narrow(self.axis, self.part * size, size)
+
+
+class Rearranged(NamedTuple):
+    """The parameter `name` of experts, [E, N] or [E, N, K], for a tensor that has its elements in
+    another order.
+
+    A tensor that is `transposed` is [E, K, N]. Of one that is `interleaved`, outputs 2 i and
+    2 i + 1 are output i of the parameter's first half and output i of its second half.
+    """
+
+    name: str
+    transposed: bool = False
+    interleaved: bool = False
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, for a parameter of that `shape`."""
+        return (shape[0], *shape[:0:-1]) if self.transposed else shape
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter's values."""
+        values = tensor.transpose(1, 2) if self.transposed else tensor
+        if self.interleaved:
+            values = values.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        return values.contiguous()
 
 
 class Stacked(NamedTuple):
@@ -140,6 +166,23 @@ def rounded(value: float, dtype: torch.dtype) -> float:
     return math.ldexp(round(mantissa * steps) / steps, exponent)
 
 
+# How much the clamped SwiGLU of gpt-oss lets through, and the slope of its sigmoid.
+SWIGLU_LIMIT, SWIGLU_SLOPE = 7.0, 1.702
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, of a key of ACTIVATIONS, or gpt-oss's "clamped_swiglu": its parts are
+    clamped, and 1 is added to what the gate multiplies."""
+    if activation == "silu":
+        return F.silu(gate) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    if activation != "clamped_swiglu":
+        raise ValueError(f"activation = {activation!r}: silu, gelu_tanh or clamped_swiglu")
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return (up + 1) * (gate * torch.sigmoid(gate * SWIGLU_SLOPE))
+
+
 def kv_cache(
     layer_type: str, window: int, batch: int, max_seq_len: int, kv_heads: int, head_dim: int,
     dtype: torch.dtype,
@@ -161,8 +204,9 @@ class Attention(nn.Module):
     It declares more than a Mixer: `heads`, `kv_heads`, `head_dim`, `scale`, `rotation`,
     `values_are_keys`, `output_gate`, and `q_norm`, `k_norm` and `v_norm`, which are modules or
     None, with `whole_norms`. `rotation` is the name of the network's rotary embedding for this
-    layer. With `values_are_keys` there is no v_proj, and a value is the key before norm and
-    rotation. With `output_gate` q_proj gives each head's query, then its gate, whose sigmoid
+    layer. `sinks` [H], or None, are a score more of each head, which takes weight from the others
+    and gives nothing. With `values_are_keys` there is no v_proj, and a value is the key before norm
+    and rotation. With `output_gate` q_proj gives each head's query, then its gate, whose sigmoid
     multiplies the result. With `whole_norms` q_norm is of all heads' queries at once, and k_norm of
     all keys.
     """
@@ -174,6 +218,7 @@ class Attention(nn.Module):
         norm: Callable[[int], nn.Module] | None = None, v_norm: nn.Module | None = None,
         values_are_keys: bool = False, output_gate: bool = False, bias: bool = False,
         output_bias: bool = False, whole_norms: bool = False, rotation: str | None = None,
+        has_sinks: bool = False,
     ):  # fmt: skip
         """`norm` makes the norms of queries and keys, given their size. `bias` is for queries, keys
         and values, and `output_bias` for o_proj. The `rotation` is `layer_type` unless it is given.
@@ -194,6 +239,7 @@ class Attention(nn.Module):
         self.q_norm = None if norm is None else norm(size if whole_norms else head_dim)
         self.k_norm = None if norm is None else norm(kv_size if whole_norms else head_dim)
         self.v_norm = v_norm
+        self.sinks = nn.Parameter(torch.empty(heads)) if has_sinks else None
         self.cache = cache
 
     def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -216,11 +262,11 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None
     ) -> Tensor:
         """The heads' results [1, T, H, head_dim] for a chunk of one row."""
-        return self.cache.prefill(q, k, v, positions, self.scale, row)
+        return self.cache.prefill(q, k, v, positions, self.scale, row, self.sinks)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         """The heads' results [B, 1, H, head_dim] for a step of all rows."""
-        return self.cache.decode(q, k, v, position, self.scale)
+        return self.cache.decode(q, k, v, position, self.scale, self.sinks)
 
     def combine(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """The heads' results [B, T, H, head_dim], gated, brought back to [B, T, D]."""
@@ -245,7 +291,7 @@ class MLP(nn.Module):
     experts. `dense` is the feed-forward that every token has, which is itself.
     """
 
-    moe = None
+    moe, reads_residual = None, False
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False

@@ -4,28 +4,32 @@ Weights of all experts are stacked, [E, ...]. Shapes: N tokens, E experts, k of 
 token, D hidden size, I an expert's own size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models.layers import MLP
+from tokenloop.models.layers import MLP, RMSNorm, gated
 
 
 @dataclass(frozen=True)
 class MoeConfig:
     """`num_experts` of `moe_intermediate_size`, `num_experts_per_tok` for each token. The weights
-    of those chosen add up to one with `norm_topk_prob`."""
+    of those chosen add up to one with `norm_topk_prob`. `activation` is one of layers.gated. With
+    `bias` the router and the experts have biases."""
 
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
     norm_topk_prob: bool
+    activation: str = "silu"
+    bias: bool = False
 
 
 class Experts(nn.Module):
-    """SiLU-gated feed-forwards: x [N, D], each token's chosen experts int64 [N, k] and their
+    """Gated feed-forwards: x [N, D], each token's chosen experts int64 [N, k] and their
     weights [N, k] -> [N, D].
 
     `forward` and `all` are both exact. `forward` is for few tokens, and `all` is for many.
@@ -36,6 +40,11 @@ class Experts(nn.Module):
         count, size = config.num_experts, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(count, hidden_size, size))
+        self.activation = config.activation
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if config.bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(count, 2 * size))
+            self.down_proj_bias = nn.Parameter(torch.empty(count, hidden_size))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Reads the experts chosen, each as often as it is chosen, and no others."""
@@ -43,7 +52,13 @@ class Experts(nn.Module):
         gate_up = self.gate_up_proj.index_select(0, chosen.flatten())
         down = self.down_proj.index_select(0, chosen.flatten())
         repeated = x[:, None].expand(-1, count, -1).reshape(tokens * count, -1, 1)
-        out = torch.bmm(down, _gated(torch.bmm(gate_up, repeated)))
+        gate_up = torch.bmm(gate_up, repeated)
+        if self.gate_up_proj_bias is not None:
+            biases = self.gate_up_proj_bias.index_select(0, chosen.flatten())
+            gate_up = gate_up + biases[..., None]
+        out = torch.bmm(down, self._gated(gate_up))
+        if self.down_proj_bias is not None:
+            out = out + self.down_proj_bias.index_select(0, chosen.flatten())[..., None]
         return (out.view(tokens, count, -1) * weights[..., None]).sum(1)
 
     def all(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -52,14 +67,36 @@ class Experts(nn.Module):
         dense = weights.new_zeros(x.shape[0], self.gate_up_proj.shape[0])
         dense = dense.scatter(1, chosen, weights)
         columns = x.t()[None].expand(self.gate_up_proj.shape[0], -1, -1)
-        hidden = _gated(torch.bmm(self.gate_up_proj, columns)) * dense.t()[:, None]
-        return torch.bmm(self.down_proj, hidden).sum(0).t()
+        gate_up = torch.bmm(self.gate_up_proj, columns)
+        if self.gate_up_proj_bias is not None:
+            gate_up = gate_up + self.gate_up_proj_bias[..., None]
+        hidden = self._gated(gate_up) * dense.t()[:, None]
+        out = torch.bmm(self.down_proj, hidden).sum(0).t()
+        return out if self.down_proj_bias is None else out + dense @ self.down_proj_bias
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        """activation(gate) * up of [..., 2 I, N] -> [..., I, N]."""
+        return gated(*gate_up.chunk(2, dim=-2), self.activation)
 
 
-def _gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [..., 2 I, N] -> [..., I, N]."""
-    gate, up = gate_up.chunk(2, dim=-2)
-    return F.silu(gate) * up
+def route(scores: Tensor, config: MoeConfig) -> tuple[Tensor, Tensor]:
+    """The experts chosen, int64 [N, k], and their weights float32 [N, k], out of `scores`
+    [N, E]."""
+    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32)
+    weights, chosen = torch.topk(probabilities, config.num_experts_per_tok, dim=-1)
+    if config.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return chosen, weights
+
+
+def run_experts(
+    experts: Experts, config: MoeConfig, x: Tensor, routed: tuple[Tensor, Tensor]
+) -> Tensor:
+    """What the experts give for x [B, T, D], whose B * T tokens are `routed`."""
+    # Sizes that are known when a method is traced decide. A step has one token in each row.
+    few = x.shape[1] == 1 and x.shape[0] * config.num_experts_per_tok < config.num_experts
+    run = experts if few else experts.all
+    return run(x.reshape(-1, x.shape[-1]), *routed).view(x.shape)
 
 
 class SparseMoe(nn.Module):
@@ -71,10 +108,12 @@ class SparseMoe(nn.Module):
     their scores decide more than they weigh.
     """
 
+    reads_residual = False
+
     def __init__(self, hidden_size: int, config: MoeConfig, shared_size: int | None = None):
         super().__init__()
         self.moe = config
-        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.gate = nn.Linear(hidden_size, config.num_experts, bias=config.bias)
         self.experts = Experts(hidden_size, config)
         if shared_size is not None:
             self.shared_expert = MLP(hidden_size, shared_size, "silu")
@@ -88,19 +127,49 @@ class SparseMoe(nn.Module):
 
     def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The experts chosen, int64 [N, k], and their weights [N, k], out of `scores` [N, E]."""
-        probabilities = F.softmax(scores, dim=-1, dtype=torch.float32)
-        weights, chosen = torch.topk(probabilities, self.moe.num_experts_per_tok, dim=-1)
-        if self.moe.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+        chosen, weights = route(scores, self.moe)
         return chosen, weights.to(scores.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        routed = self.route(self.gate(tokens))
-        # Sizes that are known when a method is traced decide. A step has one token in each row.
-        few = x.shape[1] == 1 and x.shape[0] * self.moe.num_experts_per_tok < self.moe.num_experts
-        run = self.experts if few else self.experts.all
-        out = run(tokens, *routed).view(x.shape)
+        routed = self.route(self.gate(x.reshape(-1, x.shape[-1])))
+        out = run_experts(self.experts, self.moe, x, routed)
         if not self.is_shared:
             return out
         return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+
+class MlpBesideMoe(MLP):
+    """A feed-forward of every token, and routed experts beside it that read the residual:
+    dense_branch_norm(mlp(x)) + experts_branch_norm(experts(experts_norm(residual))).
+
+    The router reads router_norm(residual), and expert e's weight is multiplied by expert_scales[e].
+    As a block's feed-forward it declares what SparseMoe does; `dense` is itself.
+    """
+
+    reads_residual = True
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: str, config: MoeConfig,
+        norm: Callable[..., RMSNorm],
+    ):  # fmt: skip
+        """`norm` makes the norms, given their `scale`."""
+        super().__init__(hidden_size, intermediate_size, activation)
+        self.moe, self.routers = config, ("gate",)
+        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.router_norm = norm(scale=hidden_size**-0.5)
+        self.expert_scales = nn.Parameter(torch.empty(config.num_experts))
+        self.experts_norm, self.experts_branch_norm = norm(), norm()
+        self.dense_branch_norm = norm()
+        self.experts = Experts(hidden_size, config)
+
+    def route(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """As SparseMoe's."""
+        chosen, weights = route(scores, self.moe)
+        return chosen, (weights * self.expert_scales[chosen].float()).to(scores.dtype)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x is the norm of `residual`, both [B, T, D]."""
+        scores = self.gate(self.router_norm(residual))
+        routed = self.route(scores.flatten(0, -2))
+        given = run_experts(self.experts, self.moe, self.experts_norm(residual), routed)
+        return self.dense_branch_norm(super().forward(x)) + self.experts_branch_norm(given)

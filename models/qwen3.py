@@ -7,7 +7,7 @@ size.
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 
 import torch
@@ -98,14 +98,14 @@ class Qwen3Config:
         )
 
 
-def moe_config(config: dict) -> MoeConfig:
-    """The experts that a config's keys describe. Raises ValueError for a key that is missing, and
-    for more chosen than exist."""
+def moe_config(config: dict, activation: str = "silu", bias: bool = False) -> MoeConfig:
+    """The experts that a config's keys describe; the rest is MoeConfig's. Raises ValueError for a
+    key that is missing, and for more chosen than exist."""
     # transformers 5 and the published configs have different names for the same field.
     config = config | {"num_experts": config.get("num_local_experts") or config.get("num_experts")}
-    needed = [field.name for field in fields(MoeConfig)]
+    needed = [field.name for field in fields(MoeConfig) if field.default is MISSING]
     config = configs.read(config, defaults={}, only={}, needed=needed, multiples=())
-    moe = MoeConfig(**{name: config[name] for name in needed})
+    moe = MoeConfig(**{name: config[name] for name in needed}, activation=activation, bias=bias)
     if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
         raise ValueError(
             f"num_experts_per_tok = {moe.num_experts_per_tok} is not among "

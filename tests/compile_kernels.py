@@ -35,7 +35,7 @@ EARLY = {
     "w_ptr", "weight_ptr", "scale_ptr", "norm_ptr", "post_ptr", "scalar_ptr", "bias_ptr",
     "q_norm_ptr", "k_norm_ptr", "inv_freq_ptr", "A_log_ptr", "dt_bias_ptr", "table_ptr",
     "count_ptr", "starts_ptr", "rows_ptr", "first_ptr", "query_start_loc_ptr",
-    "cache_indices_ptr", "position_ptr",
+    "cache_indices_ptr", "position_ptr", "sinks_ptr",
 }  # fmt: skip
 OWN_STATE = {
     "attend_kernel": {"k_ptr", "v_ptr"}, "gated_delta_rule_update_kernel": {"state_ptr"},
@@ -164,6 +164,14 @@ def attention() -> None:
                 values_are_keys=shared, attention_factor=1.2 if size == 128 else 1.0,
             )  # fmt: skip
 
+    # gpt-oss's heads have sinks.
+    for slots, dtype in ((128, bfloat16), (8448, bfloat16), (8448, float32)):
+        caches = (empty(2, slots, 8, 64, dtype=dtype) for _ in range(2))
+        module.attend_step(
+            empty(2, 80 * 64, dtype=dtype), empty(2, dtype=int64), *caches, None, None, empty(32),
+            semaphores, empty(64, dtype=dtype), scale=0.125, eps=0.0, attention_factor=1.3,
+        )  # fmt: skip
+
 
 def attention_chunk() -> None:
     module = operators("models.kernels.attention_chunk.operator")
@@ -190,6 +198,12 @@ def attention_chunk() -> None:
             module.attend_chunk(*few, scale=1.0, is_ring=is_ring)
             if is_ring:
                 module.store_ring(kv, *where, *caches)
+    # gpt-oss's heads have sinks.
+    for slots, is_ring, dtype in ((128, True, bfloat16), (8448, False, bfloat16)):
+        caches = [empty(4, slots, 8, 64, dtype=dtype) for _ in range(2)]
+        q, kv = empty(1024, 64 * 64, dtype=dtype), empty(1024, 2, 8, 64, dtype=dtype)
+        given = q, kv if is_ring else kv[:0], starts, rows, first, *caches, empty(64, dtype=dtype)
+        module.attend_chunk(*given, scale=0.125, is_ring=is_ring)
 
 
 def experts() -> None:
@@ -197,14 +211,21 @@ def experts() -> None:
     for dtype in (bfloat16, float32):
         scores, x = empty(2, 129, dtype=dtype), empty(2, 2048, dtype=dtype)
         chosen, weights = module.route(scores, 128, 8, True)
+        module.route(scores, 128, 8, True, None, empty(128, dtype=dtype))
         tables = empty(128, 1536, 2048, dtype=dtype), empty(128, 2048, 768, dtype=dtype)
         module.experts(x, chosen, weights, *tables)
         module.experts(x, chosen, weights, *tables, x, scores)
+        biases = empty(128, 1536, dtype=dtype), empty(128, 2048, dtype=dtype)
+        own = {"gate_up_bias": biases[0], "down_bias": biases[1], "activation": "clamped_swiglu"}
+        module.experts(x, chosen, weights, *tables, **own)
+        module.experts(x, chosen, weights, *tables, activation="gelu_tanh")
         count = empty(1, dtype=int32)
         for tokens in (128, 512, 1024, 8192) if dtype == bfloat16 else (1024,):
             scores, x = empty(tokens, 129, dtype=dtype), empty(tokens, 2048, dtype=dtype)
             routed = module.route(scores, 128, 8, True, count)
             module.experts_chunk(x, *routed, *tables, count, x, scores)
+        module.experts_chunk(x, *routed, *tables, count, **own)
+        module.experts_chunk(x, *routed, *tables, count, activation="gelu_tanh")
         uneven = empty(128, 2 * 77, 1000, dtype=dtype), empty(128, 1000, 77, dtype=dtype)
         x = empty(tokens, 1000, dtype=dtype)
         module.experts_chunk(x, *routed, *uneven, count)

@@ -112,6 +112,11 @@ def kin(rng: Random, model_type: str, layers: int) -> dict[str, Any]:
         }  # fmt: skip
     if model_type == "olmo3":
         return sliding | (types if some else {})
+    if model_type == "gpt_oss":
+        return sliding | (types if some else {}) | {
+            "num_local_experts": rng.choice((3, 5)), "num_experts_per_tok": rng.randint(1, 3),
+            "attention_bias": rng.random() < 0.7,
+        }  # fmt: skip
     if model_type == "phi3":
         own = {"head_dim": None, "partial_rotary_factor": rng.choice((None, 0.5, 0.75))}
         return own | (sliding if some else {})

@@ -177,6 +177,32 @@ def granite_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]
     }
 
 
+def gpt_oss_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a GptOssConfig. YaRN's line is not cut to whole pairs, as the model has
+    it; llama.cpp's own is.
+
+    Errors: ExportError as common_config, and for two sizes of an expert.
+    """
+    config, size = common_config(keys, tensors), keys.required("expert_feed_forward_length")
+    if (other := keys.optional("feed_forward_length", size)) != size:
+        raise ExportError(
+            f"{keys.path}: gpt-oss.feed_forward_length is {other}; {size}, the size of an expert, "
+            "is right"
+        )
+    if (scaling := config["rope_scaling"]) and scaling["rope_type"] == "yarn":
+        scaling["truncate"] = False
+    return config | {
+        "model_type": "gpt_oss",
+        "intermediate_size": size,
+        # Without one, transformers would take the 20B's.
+        "rope_scaling": scaling or {"rope_type": "default"},
+        "attention_bias": any(".attn_" in name and name.endswith(".bias") for name in tensors),
+        "num_local_experts": keys.required("expert_count"),
+        "num_experts_per_tok": keys.required("expert_used_count"),
+        "sliding_window": keys.required("attention.sliding_window"),
+    }
+
+
 def lfm2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """The config.json of an Lfm2Config. A layer without key/value heads is a short convolution.
 
@@ -273,18 +299,21 @@ GEMMA3 = Architecture(
     BLOCK_NAMES | {"ffn_norm": "pre_feedforward_layernorm"} | POST_NORMS,
     norm_offset=1.0,
 )
-QWEN = Architecture(
-    qwen_config,
-    BLOCK_NAMES
-    | {
-        "ffn_gate_inp": "mlp.gate",
-        "ffn_gate_exps": "mlp.experts.gate_proj",
-        "ffn_up_exps": "mlp.experts.up_proj",
-        "ffn_down_exps": "mlp.experts.down_proj",
-    },
-)
+EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+QWEN = Architecture(qwen_config, BLOCK_NAMES | EXPERTS)
 ARCHITECTURES = {
     "gemma3": GEMMA3,
+    "gpt-oss": Architecture(
+        gpt_oss_config,
+        BLOCK_NAMES
+        | EXPERTS
+        | {"attn_sinks": "self_attn.sinks", "post_attention_norm": "post_attention_layernorm"},
+    ),
     "granite": Architecture(granite_config, permuted=True),
     "lfm2": Architecture(
         lfm2_config,

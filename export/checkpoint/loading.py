@@ -15,7 +15,7 @@ import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint, Grid, NamedGrid
 from tokenloop.export.errors import ExportError
-from tokenloop.models.layers import Shard, Stacked
+from tokenloop.models.layers import Rearranged, Shard, Stacked
 
 # The values of these dtypes, spelled as in safetensors, are the weights themselves. fp8, fp4 and
 # integer tensors need scales that lie elsewhere.
@@ -23,13 +23,13 @@ PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 # What a checkpoint's tensor is in a model. None is for one that is left out.
-Target = str | Shard | Stacked | None
+Target = str | Shard | Rearranged | Stacked | None
 
 
 class Part(NamedTuple):
     """Rows of a stored tensor, or all of it for None, and the parameter or shard that they are."""
 
-    target: str | Shard
+    target: str | Shard | Rearranged
     rows: slice | None
 
 
@@ -74,6 +74,8 @@ def load_weights(
         for target, rows in parts:
             parameter = parameters[_parameter_name(target)]
             values = tensor if rows is None else tensor[rows].clone()
+            if isinstance(target, Rearranged):
+                values = target.of(values)
             if isinstance(target, Shard):
                 if parameter not in loaded:
                     loaded[parameter] = name, torch.empty(parameter.shape, dtype=dtype)
@@ -110,8 +112,8 @@ def _names(target: Target) -> set[str]:
     return set(target.names) if isinstance(target, Stacked) else {_parameter_name(target)}
 
 
-def _parameter_name(target: str | Shard) -> str:
-    return target.name if isinstance(target, Shard) else target
+def _parameter_name(target: str | Shard | Rearranged) -> str:
+    return target if isinstance(target, str) else target.name
 
 
 def _check_finite(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> None:
@@ -211,10 +213,12 @@ def _check_targets(
                 f"{checkpoint.path}: with {name} there is more than one tensor for a part of "
                 f"{_parameter_name(target)}; one of them is right"
             )
-        if shape != tuple(place.shape):
+        needed = tuple(place.shape)
+        if isinstance(target, Rearranged):
+            needed = target.stored_shape(needed)
+        if shape != needed:
             raise ExportError(
-                f"{checkpoint.path}: {name} has the shape {shape}, the model needs "
-                f"{tuple(place.shape)}"
+                f"{checkpoint.path}: {name} has the shape {shape}, the model needs {needed}"
             )
         if tensor.dtype not in PLAIN_FLOATS:
             raise ExportError(

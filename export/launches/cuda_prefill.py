@@ -4,6 +4,7 @@ Shapes: T tokens of up to B sequences, one after the other, of which the chunk s
 are; D hidden size, H query heads of size Dh, N outputs of a linear layer, V vocabulary.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from tokenloop.export.launches.cuda_step import (
     add_norm,
     linear_tensors,
     normed_heads,
+    routed_experts,
+    sinks_of,
 )
 from tokenloop.export.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
 from tokenloop.models.decoder import CausalLM
@@ -88,13 +91,11 @@ class CudaPrefill(nn.Module):
         x, normed = add_norm(x, branch, layer.post_attention_norm, None, layer.mlp_norm, count)
         if layer.moe is None:
             return x, self._dense(layer, normed, count)
-        config, weights = layer.moe, layer.experts
-        scores = self._linear(normed, layer.scores, count)
-        counts = config.num_experts, config.num_experts_per_tok
-        routed = cuda.route(scores, *counts, config.norm_topk_prob, count)
-        shared = (self._dense(layer, normed, count), scores) if layer.is_shared else ()
-        tables = weights.gate_up_proj, weights.down_proj
-        return x, cuda.experts_chunk(normed, *routed, *tables, count, *shared)
+        dense = None
+        if layer.is_shared or layer.beside is not None:
+            dense = self._dense(layer, normed, count)
+        linear = partial(self._linear, count=count)
+        return x, routed_experts(layer, x, normed, dense, linear, count)
 
     def _dense(self, layer: PackedBlock, normed: Tensor, count: Tensor) -> Tensor:
         """What the feed-forward that every token has gives."""
@@ -135,7 +136,7 @@ class CudaPrefill(nn.Module):
     def _attend(self, layer: PackedAttention, q: Tensor, kv: Tensor, chunk: Chunk) -> Tensor:
         cache = layer.cache
         options = {"scale": layer.scale, "is_ring": cache.is_ring}
-        return cuda.attend_chunk(q, kv, *chunk, cache.k, cache.v, **options)
+        return cuda.attend_chunk(q, kv, *chunk, cache.k, cache.v, *sinks_of(layer), **options)
 
     def _attend_last(
         self, layer: PackedAttention, normed: Tensor, chunk: Chunk, last: Chunk

@@ -2,6 +2,8 @@
 attention, and seven where it is a gated delta net. Routed experts take three more, or five more
 where one of them is every token's. The end takes one."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -83,16 +85,11 @@ class CudaStep(nn.Module):
             x, gated = self._add_norm_linear(*added, layer.gate_up, activation=layer.activation)
             return x, self._linear(gated, layer.down)
         x, normed = add_norm(*added)
-        config, weights = layer.moe, layer.experts
-        scores = self._linear(normed, layer.scores)
-        counts = config.num_experts, config.num_experts_per_tok
-        routed = cuda.route(scores, *counts, config.norm_topk_prob)
-        shared = ()
-        if layer.is_shared:
+        dense = None
+        if layer.is_shared or layer.beside is not None:
             gated = self._linear(normed, layer.gate_up, activation=layer.activation)
-            shared = self._linear(gated, layer.down), scores
-        tables = weights.gate_up_proj, weights.down_proj
-        return x, cuda.experts(normed, *routed, *tables, *shared)
+            dense = self._linear(gated, layer.down)
+        return x, routed_experts(layer, x, normed, dense, self._linear)
 
     def _after(
         self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
@@ -134,7 +131,7 @@ class CudaStep(nn.Module):
         rope = self.rope[layer.rotation]
         attended = cuda.attend_step(
             projected, position, layer.cache.k, layer.cache.v, *norms,
-            rope.inv_freq, self.kernel_semaphores, scale=layer.scale, **options,
+            rope.inv_freq, self.kernel_semaphores, *sinks_of(layer), scale=layer.scale, **options,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
             attention_factor=rope.attention_factor,
         )  # fmt: skip
@@ -189,6 +186,51 @@ def normed_heads(
         return projected, weights, options
     weights = [weight if there else None for weight, there in zip(weights, (queries, keys))]
     return cuda.norm_heads(projected, *weights, count, **options), (None, None), options
+
+
+def sinks_of(layer: packed.PackedAttention) -> tuple[Tensor, ...]:
+    """The sinks of the heads, as an operator's last tensor, or nothing where there are none."""
+    return () if layer.sinks is None else (layer.sinks,)
+
+
+def routed_experts(
+    layer: PackedBlock, x: Tensor, normed: Tensor, dense: Tensor | None,
+    linear: Callable[[Tensor, nn.Module], Tensor], count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The branch of a feed-forward with experts, of the residual x and its norm. `dense` is what
+    the feed-forward that every token has gives, or None. Of a chunk the first `count` rows are."""
+    config, weights, beside = layer.moe, layer.experts, layer.beside
+    counts = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+    tables, of_chunk = (weights.gate_up_proj, weights.down_proj), () if count is None else (count,)
+    run = cuda.experts if count is None else cuda.experts_chunk
+    options = expert_options(layer)
+    if beside is None:
+        scores = linear(normed, layer.scores)
+        routed = cuda.route(scores, *counts, *of_chunk)
+        shared = (dense, scores) if layer.is_shared else ()
+        return run(normed, *routed, *tables, *of_chunk, *shared, **options)
+    scores = linear(_normed(x, beside.router_norm, count), layer.scores)
+    routed = cuda.route(scores, *counts, count, beside.expert_scales)
+    given = run(_normed(x, beside.experts_norm, count), *routed, *tables, *of_chunk, **options)
+    norm = beside.experts_branch_norm
+    dense = _normed(dense, beside.dense_branch_norm, count)
+    return cuda.add_branch(dense, given, norm.weight, None, count, eps=norm.eps, offset=norm.offset)
+
+
+def _normed(x: Tensor, norm: nn.Module, count: Tensor | None) -> Tensor:
+    return cuda.norm(x, norm.weight, count, eps=norm.eps, offset=norm.offset)
+
+
+def expert_options(layer: PackedBlock) -> dict[str, Tensor | str]:
+    """What an operator takes of the layer's experts besides SiLU without biases."""
+    experts, options = layer.experts, {}
+    if experts.gate_up_proj_bias is not None:
+        options = {
+            "gate_up_bias": experts.gate_up_proj_bias, "down_bias": experts.down_proj_bias,
+        }  # fmt: skip
+    if experts.activation != "silu":
+        options["activation"] = experts.activation
+    return options
 
 
 def weight_of(norm: nn.Module | None) -> Tensor | None:

@@ -32,6 +32,8 @@ NETWORKS = {
     "qwen3_moe": WIDE,
     "gemma3_text": WIDE,
     "gemma4_text": WIDE | {"global_head_dim": 64},
+    "gpt_oss": WIDE,
+    "gemma4_text, experts beside": WIDE | {"global_head_dim": 64},
     "qwen3_5_text": HYBRID | {"rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,
@@ -72,7 +74,9 @@ def networks_of():
         if model_type in DENSE_NETWORKS:
             network = dense_network(model_type, SLOTS, ROWS)
         else:
-            case = next(case for case in ROW_OF if case.split(",")[0] == model_type)
+            case = model_type
+            if case not in ROW_OF:
+                case = next(case for case in ROW_OF if case.split(",")[0] == model_type)
             hf = make_reference(case, **NETWORKS[model_type])
             network = network_of(ROW_OF[case], hf, SLOTS, ROWS)
         packed = copy.deepcopy(network)

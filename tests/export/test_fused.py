@@ -5,7 +5,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.models.tiny_models import DENSE_NETWORKS, dense_network  # noqa: E402
+from tests.models.tiny_models import (  # noqa: E402
+    DENSE_NETWORKS,
+    ROW_OF,
+    dense_network,
+    make_reference,
+    network_of,
+)
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
@@ -59,6 +65,18 @@ def test_steps_of_llama_s_kin_give_the_networks_logits(name):
         token, position = torch.tensor([[5], [6]]), torch.tensor([8, 11])
         actual = fused.decode(token.to(DEVICE), position.to(DEVICE)).cpu()
         torch.testing.assert_close(actual, plain.decode(token, position), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("gpt_oss", {"head_dim": 32}),
+        ("gemma4_text, experts beside", {"head_dim": 32, "global_head_dim": 64}),
+    ],
+)
+def test_steps_of_what_one_family_has_give_the_networks_logits(case, changes):
+    hf = make_reference(case, **changes)
+    check_steps(*(network_of(ROW_OF[case], hf, 12, 2) for _ in range(2)), range(6, 8))
 
 
 def check_steps(plain: torch.nn.Module, fused: torch.nn.Module, steps: range = range(4)) -> None:

@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     Lfm2Config,
@@ -96,6 +98,18 @@ MODELS = [
         permuted=True,
         header={"attention.scale": 0.3, "embedding_scale": 7.0, "residual_scale": 0.5,
                 "logit_scale": 0.75},
+    ),
+    Model(
+        "gpt-oss", GptOssConfig, GptOssForCausalLM,
+        {"intermediate_size": 24, "num_local_experts": 5, "num_experts_per_tok": 2,
+         "head_dim": 18, "sliding_window": 5, "rms_norm_eps": 1e-6, "rope_parameters": {
+             "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "truncate": False,
+             "original_max_position_embeddings": 64,
+         }},
+        header={"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24,
+                "feed_forward_length": 24, "attention.sliding_window": 5,
+                "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 64},
     ),
     Model(
         "lfm2", Lfm2Config, Lfm2ForCausalLM,
@@ -184,7 +198,11 @@ def block_names(architecture: str) -> dict[str, str]:
         "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm",
         "self_attn.k_layernorm": "attn_k_norm",
     }  # fmt: skip
-    own = {"olmo2": post_norms, "phi3": stacked, "lfm2": lfm2}
+    gpt_oss = {
+        "post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp",
+        "self_attn": "attn_sinks",
+    }  # fmt: skip
+    own = {"olmo2": post_norms, "phi3": stacked, "lfm2": lfm2, "gpt-oss": gpt_oss}
     return BLOCK_NAMES | own.get(architecture, {})
 
 
@@ -211,7 +229,9 @@ def gguf_tensors(
             tensors[NAMES[name]] = data
             continue
         layer, rest = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()
-        if rest == "mlp.experts.gate_up_proj":
+        if architecture == "gpt-oss" and ".experts." in rest:
+            tensors |= gpt_oss_experts(layer, rest.removeprefix("mlp.experts."), data)
+        elif rest == "mlp.experts.gate_up_proj":
             for part, half in zip(("gate", "up"), np.split(data, 2, axis=1)):
                 tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = np.ascontiguousarray(half)
         elif rest == "mlp.experts.down_proj":
@@ -221,8 +241,23 @@ def gguf_tensors(
             data = permute(data, heads[module]) if module in heads else data
             # llama.cpp's converter squeezes a convolution's weight.
             data = data[:, 0] if rest == "conv.conv.weight" else data
+            kind = "weight" if kind == "sinks" else kind
             tensors[f"blk.{layer}.{names[module]}.{kind}"] = data
     return tensors
+
+
+def gpt_oss_experts(layer: str, name: str, data: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of one of a layer's experts' parameters: gates and ups, which take turns in it,
+    apart; and matrices as they multiply."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    data = data if kind == "bias" else data.swapaxes(1, 2)
+    parts = {"down": data}
+    if name.startswith("gate_up"):
+        parts = {"gate": data[:, ::2], "up": data[:, 1::2]}
+    return {
+        f"blk.{layer}.ffn_{part}_exps.{kind}": np.ascontiguousarray(values)
+        for part, values in parts.items()
+    }
 
 
 def write(path: Path, architecture: str, tensors: dict[str, np.ndarray], **values) -> Path:

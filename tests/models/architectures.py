@@ -15,6 +15,7 @@ import transformers
 from tokenloop.models import (
     gemma3,
     gemma4,
+    gpt_oss,
     granite,
     lfm2,
     llama,
@@ -25,7 +26,7 @@ from tokenloop.models import (
     qwen3_5,
     smollm3,
 )
-from tokenloop.models.layers import Stacked
+from tokenloop.models.layers import Rearranged, Shard, Stacked
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 
@@ -66,7 +67,7 @@ class Architecture:
     max_chunk: int
     states: dict[tuple[int, ...], torch.dtype]
     refused: tuple[str, list[tuple[dict, str]]]
-    names: dict[str, str | Stacked | None]
+    names: dict[str, str | Stacked | Shard | Rearranged | None]
     shallow: dict = field(default_factory=dict)
     required: tuple[str, ...] = ("hidden_size", "intermediate_size", "num_hidden_layers")
     says: dict = field(default_factory=dict)
@@ -248,6 +249,10 @@ GEMMA_4_ROW = Architecture(
         "gemma4_text, other rotations": {
             "rope_parameters": GEMMA_4_OTHER_ROTATIONS, "vocab_size": 131, "head_dim": 22,
         },
+        "gemma4_text, experts beside": {
+            "enable_moe_block": True, "num_experts": 7, "top_k_experts": 3,
+            "moe_intermediate_size": 20,
+        },
         "gemma4_text, a window beyond the cache": {"sliding_window": 200},
         "gemma4_text, a window of one, another epsilon": {
             "sliding_window": 1, "rms_norm_eps": 0.1,
@@ -255,7 +260,7 @@ GEMMA_4_ROW = Architecture(
     },
     weights=[
         ("layer_scalar", 1.0, 0.2), ("norm", 1.0, 0.5), ("embed_tokens", 0.0, 0.25),
-        ("", 0.0, 0.5),
+        ("scale", 1.0, 0.5), ("", 0.0, 0.5),
     ],
     max_seq_len=96,
     prompts=(1, 7, 8, 30),
@@ -267,7 +272,13 @@ GEMMA_4_ROW = Architecture(
         ({"attention_bias": True}, "attention_bias = True"),
         ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input = 256"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
-        ({"enable_moe_block": True}, "enable_moe_block = True"),
+        ({"enable_moe_block": True}, "lacks top_k_experts"),
+        ({"enable_moe_block": True, "top_k_experts": 2}, "lacks num_experts, moe_inter"),
+        (
+            {"enable_moe_block": True, "top_k_experts": 3, "num_experts": 2,
+             "moe_intermediate_size": 9},
+            "num_experts_per_tok = 3 is not among num_experts = 2",
+        ),
         ({"use_double_wide_mlp": True}, "use_double_wide_mlp = True"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
         ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
@@ -297,6 +308,11 @@ GEMMA_4_ROW = Architecture(
         for prefix, name in product(
             ("model.", "model.language_model."), ("norm.weight", "layers.11.layer_scalar")
         )
+    } | {
+        "model.language_model.layers.1.router.scale": "model.layers.1.mlp.router_norm.weight",
+        "model.layers.1.experts.down_proj": "model.layers.1.mlp.experts.down_proj",
+        "model.layers.1.post_feedforward_layernorm_2.weight":
+            "model.layers.1.mlp.experts_branch_norm.weight",
     } | {"lm_head.weight": "lm_head.weight"} | dict.fromkeys((
         "model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight",
         "model.embed_vision.embedding_projection.weight",
@@ -839,7 +855,85 @@ LFM_2_ROW = Architecture(
     shallow={"num_hidden_layers": 2, "layer_types": ["conv", FULL]},
 )  # fmt: skip
 
+# The 20B's rotary embedding with fewer positions: prompts are longer than the original length.
+GPT_OSS_ROPE = {
+    "rope_type": "yarn", "rope_theta": 700.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "truncate": False, "original_max_position_embeddings": 32,
+}  # fmt: skip
+# What openai/gpt-oss-20b says of the network.
+GPT_OSS_20B = {
+    "model_type": "gpt_oss", "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880,
+    "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4,
+    "attention_bias": True, "sliding_window": 128, "layer_types": [SLIDING, FULL] * 12,
+    "hidden_act": "silu", "swiglu_limit": 7.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "max_position_embeddings": 131_072, "initial_context_length": 4096, "rope_theta": 150_000,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+        "truncate": False, "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+GPT_OSS_ROW = Architecture(
+    networks=gpt_oss,
+    classes={"gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM)},
+    small={key: value for key, value in DENSE.items() if key != "rope_theta"} | {
+        "intermediate_size": 20, "num_local_experts": 7, "num_experts_per_tok": 3,
+        "sliding_window": 7, "rope_parameters": GPT_OSS_ROPE,
+    },
+    cases={
+        "gpt_oss": {},
+        "gpt_oss, tied, no biases, one key head, all full": {
+            "tie_word_embeddings": True, "attention_bias": False, "num_key_value_heads": 1,
+            "layer_types": [FULL] * 3, "num_experts_per_tok": 1,
+        },
+    },
+    weights=[
+        ("norm", 1.0, 0.4), ("sinks", 1.0, 2.0), ("experts", 0.0, 0.9), ("router", 0.0, 0.6),
+        ("embed_tokens", 0.0, 0.25), ("", 0.0, 0.4),
+    ],
+    max_seq_len=80,
+    prompts=(1, 2, 16),
+    rows=(23, 1, 9),
+    chunks=(1, 1, 7, 1, 33, 37),
+    max_chunk=7,
+    states={(2, 7, 2, 18): torch.bfloat16, (2, 50, 2, 18): torch.bfloat16},
+    refused=("gpt_oss", [
+        ({"model_type": "gpt_oss_moe"}, "model_type = 'gpt_oss_moe'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+        ({"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"experts_per_token": 2}, "experts_per_token = 2 and num_experts_per_tok = 3 differ"),
+        ({"num_experts_per_tok": 8}, "num_experts_per_tok = 8 is not among"),
+        ({"layer_types": [SLIDING]}, "layer_types has 1 entries for 3 layers"),
+        ({"sliding_window": None}, "config lacks its sliding_window"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type = 'ntk'"),
+    ]),
+    required=(),
+    names=DENSE_NAMES | {
+        "model.layers.3.mlp.router.bias": "model.layers.3.mlp.gate.bias",
+        "model.layers.3.self_attn.sinks": "model.layers.3.self_attn.sinks",
+        "model.layers.3.mlp.experts.gate_up_proj": Rearranged(
+            "model.layers.3.mlp.experts.gate_up_proj", transposed=True, interleaved=True
+        ),
+        "model.layers.3.mlp.experts.gate_up_proj_bias": Rearranged(
+            "model.layers.3.mlp.experts.gate_up_proj_bias", interleaved=True
+        ),
+        "model.layers.3.mlp.experts.down_proj": Rearranged(
+            "model.layers.3.mlp.experts.down_proj", transposed=True
+        ),
+        # GGUF's.
+        "model.layers.3.mlp.experts.up_proj.bias": Shard(
+            "model.layers.3.mlp.experts.gate_up_proj_bias", 1, 2, None, axis=-1
+        ),
+        "model.layers.3.mlp.experts.down_proj.weight": "model.layers.3.mlp.experts.down_proj",
+    },
+    published=(GPT_OSS_20B, {"model_type": "gpt_oss"}),
+    shallow={"num_hidden_layers": 2},
+)  # fmt: skip
+
 ARCHITECTURES = [
     GEMMA_3_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW, MISTRAL_ROW, SMOLLM_3_ROW,
-    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW,
+    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW, GPT_OSS_ROW,
 ]  # fmt: skip

@@ -18,8 +18,8 @@ HARMLESS = {
 # Those that do nothing beside another one, which has one value only.
 IDLE = {
     "gemma4_text": {
-        # Without hidden_size_per_layer_input, and without enable_moe_block.
-        "vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size",
+        # Without hidden_size_per_layer_input.
+        "vocab_size_per_layer_input",
     },
     # Without experts, and without layers of Mamba.
     "granitemoehybrid": {
@@ -43,6 +43,7 @@ UNDECLARED = {
 }
 # A case of each model_type with all that its config can ask for.
 FULLEST = {case.split(",")[0]: case for case in CASES} | {
+    "gemma4_text": "gemma4_text, experts beside",
     "granitemoehybrid": "granitemoehybrid, dense",
     "lfm2": "lfm2",
     "qwen3_next": "qwen3_next, experts in some layers",

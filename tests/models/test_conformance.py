@@ -211,6 +211,9 @@ def test_angles_are_those_of_transformers_far_past_any_prompt(case):
             continue
         expected = rotary(torch.empty(0), positions[None], *[layer_type] * several)
         for actual, theirs in zip(angles, expected, strict=True):
+            if 2 * theirs.shape[-1] == actual.shape[-1]:
+                # gpt-oss's are those of the pairs.
+                theirs = torch.cat([theirs, theirs], -1)
             torch.testing.assert_close(actual[:, 0], theirs[0], rtol=0.0, atol=1e-6)
 
 

@@ -11,9 +11,9 @@ from tokenloop.models.kernels.launch.launches import launch, operator
 
 def launch_attend(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
-    offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
-    attention_factor: float = 1.0, tiles: AttendTiles | None = None,
+    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, sinks: Tensor | None = None, *,
+    scale: float, eps: float, offset: float = 0.0, value_norm: bool = False,
+    values_are_keys: bool = False, attention_factor: float = 1.0, tiles: AttendTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """`attend_step`, cut as `tiles` say.
 
@@ -42,7 +42,7 @@ def launch_attend(
     # Most programs of many short rows would have nothing to do.
     programs = min(splits, max(1, PROGRAMS // (kv_heads * rows)))
     launch(attend_kernel, (kv_heads, rows, programs))(
-        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq,
+        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, sinks,
         out, acc, largest, total, semaphores, slots, scale, eps, offset,
         attention_factor,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2,
@@ -59,13 +59,13 @@ def launch_attend(
 @operator("attend_step", mutates_args={"k_cache", "v_cache", "semaphores"})
 def attend_step(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
-    offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
-    attention_factor: float = 1.0,
+    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, sinks: Tensor | None = None, *,
+    scale: float, eps: float, offset: float = 0.0, value_norm: bool = False,
+    values_are_keys: bool = False, attention_factor: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """See reference.attend_step. Tensors are contiguous, but rows of qkv may lie further apart."""
     return launch_attend(
-        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, semaphores,
+        qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, semaphores, sinks,
         scale=scale, eps=eps, offset=offset,
         value_norm=value_norm, values_are_keys=values_are_keys, attention_factor=attention_factor,
     )  # fmt: skip

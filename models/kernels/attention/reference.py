@@ -12,9 +12,9 @@ from tokenloop.models.kernels.rms_norm.reference import rms_norm
 
 def attend_step(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
-    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, *, scale: float, eps: float,
-    offset: float = 0.0, value_norm: bool = False, values_are_keys: bool = False,
-    attention_factor: float = 1.0,
+    k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, sinks: Tensor | None = None, *,
+    scale: float, eps: float, offset: float = 0.0, value_norm: bool = False,
+    values_are_keys: bool = False, attention_factor: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """One token's attention of each row, after its key and value are put into the caches.
 
@@ -22,6 +22,7 @@ def attend_step(
     in slot p % S; inv_freq float32 [Dh / 2] is 0 where a pair is not rotated. With values_are_keys
     qkv is [B, (H + G) * Dh], and a value is its key before norm and rotation. With value_norm
     values are normed, without a weight. Pairs that are rotated are multiplied by attention_factor.
+    `sinks` [H] are a score more of each head, which no value belongs to.
     """
     rows, slots, kv_heads, head_dim = k_cache.shape
     heads = qkv.shape[1] // head_dim - kv_heads * (1 if values_are_keys else 2)
@@ -49,6 +50,11 @@ def attend_step(
     grouped = q.float().view(rows, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("bghd,bsgd->bghs", grouped, k_cache.float()) * scale
     filled = torch.arange(slots, device=qkv.device) <= position[:, None]
-    scores = scores.masked_fill(~filled[:, None, None], -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~filled[:, None, None], -torch.inf)
+    if sinks is not None:
+        sunk = sinks.float().view(1, kv_heads, -1, 1).expand(rows, -1, -1, 1)
+        scores = torch.cat([scores, sunk], -1).softmax(-1)[..., :-1]
+    else:
+        scores = scores.softmax(-1)
     out = torch.einsum("bghs,bsgd->bghd", scores, v_cache.float())
     return out.reshape(rows, -1).to(qkv.dtype)

@@ -52,10 +52,11 @@ def rotated(x1, x2, cos, sin, dtype: tl.constexpr):
 @triton.jit
 def attend_part(
     split, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos, sin,
-    k_weight1, k_weight2, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
+    k_weight1, k_weight2, sink, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
     scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
-    K_NORM: tl.constexpr, VALUE_NORM: tl.constexpr, KV: tl.constexpr, HEADS: tl.constexpr,
-    HALF: tl.constexpr, SPLITS: tl.constexpr, FAN: tl.constexpr, BLOCK_S: tl.constexpr,
+    K_NORM: tl.constexpr, SINKS: tl.constexpr, VALUE_NORM: tl.constexpr, KV: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, FAN: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a row and key/value head to part `split` of its slots; the last part to arrive
@@ -91,8 +92,16 @@ def attend_part(
         products = q1.to(tl.float32) * k1.to(tl.float32)
         products += q2.to(tl.float32) * k2.to(tl.float32)
         largest = tl.sum(products, 1) * unit
-        total += 1.0
-        acc += v.to(tl.float32)[None, :]
+        if SINKS:
+            # The sink is among this part's scores, too. No value is its.
+            score = largest
+            largest = tl.maximum(score, sink * LOG2_E)
+            weight = tl.exp2(score - largest)
+            total += weight + tl.exp2(sink * LOG2_E - largest)
+            acc += weight[:, None] * v.to(tl.float32)[None, :]
+        else:
+            total += 1.0
+            acc += v.to(tl.float32)[None, :]
 
     for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         s = start + tl.arange(0, BLOCK_S)
@@ -134,7 +143,7 @@ def parts_of(position, slots, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LEAST
 @waits  # once it has asked for its first slots
 @triton.jit
 def attend_kernel(
-    qkv_ptr, position_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr,
+    qkv_ptr, position_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr, sinks_ptr,
     out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
     slots, scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
     attention_factor: tl.constexpr,
@@ -181,6 +190,9 @@ def attend_kernel(
     k_weight1, k_weight2 = inv_freq, inv_freq  # not used
     if k_norm_ptr is not None:
         k_weight1, k_weight2 = load_halves(k_norm_ptr, i, HALF)
+    sink = inv_freq  # not used
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + kv * HEADS + g, mask=g < HEADS, other=0.0).to(tl.float32)
     slot = position % slots
     cos, sin = turned(position.to(tl.float32) * inv_freq, inv_freq, attention_factor)
 
@@ -206,15 +218,15 @@ def attend_kernel(
     if ONE_PART:
         attend_part(
             first, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos, sin,
-            k_weight1, k_weight2, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
-            scale, eps, offset, k_norm_ptr is not None, VALUE_NORM, KV, HEADS, HALF, SPLITS, FAN,
-            BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
+            k_weight1, k_weight2, sink, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
+            semaphore_ptr, scale, eps, offset, k_norm_ptr is not None, sinks_ptr is not None,
+            VALUE_NORM, KV, HEADS, HALF, SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
         )  # fmt: skip
     else:
         for split in range(first, active, tl.num_programs(2)):
             attend_part(
                 split, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos,
-                sin, k_weight1, k_weight2, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
-                semaphore_ptr, scale, eps, offset, k_norm_ptr is not None, VALUE_NORM, KV, HEADS,
-                HALF, SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
+                sin, k_weight1, k_weight2, sink, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
+                semaphore_ptr, scale, eps, offset, k_norm_ptr is not None, sinks_ptr is not None,
+                VALUE_NORM, KV, HEADS, HALF, SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
             )  # fmt: skip

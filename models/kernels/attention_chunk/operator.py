@@ -114,7 +114,8 @@ def _launch_gluon(
 
 def launch_attend_chunk(
     q: Tensor, kv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor,
-    v_cache: Tensor, *, scale: float, is_ring: bool, tiles: ChunkTiles | GluonTiles | None = None,
+    v_cache: Tensor, sinks: Tensor | None = None, *, scale: float, is_ring: bool,
+    tiles: ChunkTiles | GluonTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """`attend_chunk`, cut as `tiles` say: by the kernel that they are for.
 
@@ -131,7 +132,9 @@ def launch_attend_chunk(
             f"{tuple(k_cache.shape)}"
         )
     heads = width // head_dim
-    if tiles is None and HAS_GLUON:
+    if isinstance(tiles, GluonTiles) and sinks is not None:
+        raise ValueError("the Gluon kernels have no sinks; the Triton kernel has")
+    if tiles is None and HAS_GLUON and sinks is None:
         tiles = gluon_tiles(tokens, rows.shape[0], heads, head_dim, slots, q.dtype, is_ring)
     tiles = tiles or chunk_tiles(slots, head_dim, q.dtype, is_ring)
     in_blocks = isinstance(tiles, GluonTiles) or tiles.tma
@@ -148,7 +151,7 @@ def launch_attend_chunk(
     together = heads_together(tokens, kv_heads, head_dim, is_ring)
     grid = together * groups * tiles.split, blocks, kv_heads // together
     launch(attend_chunk_kernel, grid)(
-        q, kv, starts, rows, first, k_cache, v_cache, out, slots, scale,
+        q, kv, starts, rows, first, k_cache, v_cache, sinks, out, slots, scale,
         KV=kv_heads, HEADS=groups, SIZE=head_dim, SPLIT=tiles.split, IS_RING=is_ring,
         **_sequences(rows), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
         TMA=tiles.tma, num_warps=tiles.warps,
@@ -159,7 +162,7 @@ def launch_attend_chunk(
 @operator("attend_chunk")
 def attend_chunk(
     q: Tensor, kv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor,
-    v_cache: Tensor, *, scale: float, is_ring: bool,
+    v_cache: Tensor, sinks: Tensor | None = None, *, scale: float, is_ring: bool,
 ) -> Tensor:  # fmt: skip
     """See reference.attend_chunk. Tensors are contiguous.
 
@@ -167,7 +170,7 @@ def attend_chunk(
     multiple of 64.
     """
     return launch_attend_chunk(
-        q, kv, starts, rows, first, k_cache, v_cache, scale=scale, is_ring=is_ring
+        q, kv, starts, rows, first, k_cache, v_cache, sinks, scale=scale, is_ring=is_ring
     )
 
 

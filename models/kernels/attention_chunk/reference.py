@@ -71,9 +71,10 @@ def rotate_chunk(
 
 def attend_chunk(
     q: Tensor, kv: Tensor, starts: Tensor, rows: Tensor, first: Tensor, k_cache: Tensor,
-    v_cache: Tensor, *, scale: float, is_ring: bool,
+    v_cache: Tensor, sinks: Tensor | None = None, *, scale: float, is_ring: bool,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of the queries q [T, H * Dh] -> [T, H * Dh].
+    """Causal attention of the queries q [T, H * Dh] -> [T, H * Dh]. `sinks` [H] are a score more of
+    each head, which no value belongs to.
 
     A full cache has the keys of all positions up to a query's own. A ring has those before the
     chunk, position p in slot p % S, and kv [T, 2, G, Dh] has the chunk's; a query sees the last S
@@ -91,7 +92,8 @@ def attend_chunk(
             values = torch.cat([values, kv[tokens, 1].float()])
         else:
             visible = FullCache(1, slots, 1, 1).to(q.device).filled(positions)
-        got = attend(queries[None, tokens], keys[None], values[None], visible[None], scale)
+        given = queries[None, tokens], keys[None], values[None], visible[None]
+        got = attend(*given, scale, sinks)
         out[tokens] = got[0].flatten(1).to(q.dtype)
     return out
 

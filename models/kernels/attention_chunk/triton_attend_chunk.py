@@ -93,7 +93,7 @@ def source(
 @waits  # once it has found its tokens, by what the host wrote
 @triton.jit
 def attend_chunk_kernel(
-    q_ptr, kv_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, out_ptr, slots,
+    q_ptr, kv_ptr, starts_ptr, rows_ptr, first_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, slots,
     scale: tl.constexpr, KV: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
     SPLIT: tl.constexpr, IS_RING: tl.constexpr, SEQUENCES: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -141,6 +141,11 @@ def attend_chunk_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    if sinks_ptr is not None:
+        # The first score is the sink's, and no value.
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+        largest = tl.full([BLOCK_M], 0.0, tl.float32) + sink
+        total += 1.0
 
     # Positions: all see those from `inner` to `diagonal`, and some from `begin` to `end`.
     low = first + block * BLOCK_M

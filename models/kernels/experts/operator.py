@@ -33,14 +33,15 @@ PARTIAL_DTYPE = torch.float32
 
 @operator("route")
 def route(
-    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.route. The scores are contiguous."""
     rows, width = scores.shape
     chosen = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
     weights = torch.empty(rows, count, dtype=scores.dtype, device=scores.device)
     launch(route_kernel, (rows,))(
-        scores, tokens, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
+        scores, tokens, scales, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
         BLOCK_E=triton.next_power_of_2(experts), BLOCK_C=triton.next_power_of_2(count),
         num_warps=1,
     )  # fmt: skip
@@ -51,6 +52,7 @@ def route(
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
 ) -> Tensor:  # fmt: skip
     """See reference.experts. Raises ValueError for a tensor that is not contiguous."""
     check_contiguous(x=x, chosen=chosen, weights=weights, shared=shared, scores=scores)
@@ -58,12 +60,12 @@ def experts(
     _, size, inner = down.shape
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
     launch(gate_up_kernel, (triton.cdiv(inner, BLOCK_N), rows * count))(
-        x, chosen, gate_up, h, inner, size,
-        C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(size), num_warps=4,
+        x, chosen, gate_up, gate_up_bias, h, inner, size,
+        ACTIVATION=activation, C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(size), num_warps=4,
     )  # fmt: skip
     y = torch.empty_like(x)
     launch(down_kernel, (triton.cdiv(size, BLOCK_N), rows))(
-        h, chosen, weights, down, shared, scores, y, size, inner,
+        h, chosen, weights, down, down_bias, shared, scores, y, size, inner,
         0 if scores is None else scores.shape[1],
         C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(inner), num_warps=4,
     )  # fmt: skip
@@ -78,14 +80,20 @@ def _block_k(inputs: int) -> int:
 def experts_chunk(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
 ) -> Tensor:  # fmt: skip
     """See reference.experts_chunk. Raises ValueError for a tensor that is not contiguous."""
-    return launch_experts_chunk(x, chosen, weights, gate_up, down, count, shared, scores)
+    biases = gate_up_bias, down_bias
+    return launch_experts_chunk(
+        x, chosen, weights, gate_up, down, count, shared, scores, *biases, activation
+    )
 
 
 def launch_experts_chunk(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
-    shared: Tensor | None = None, scores: Tensor | None = None, tiles: ChunkTiles | None = None,
+    shared: Tensor | None = None, scores: Tensor | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    tiles: ChunkTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """experts_chunk, cut as `tiles` say."""
     check_contiguous(
@@ -118,13 +126,14 @@ def launch_experts_chunk(
     sorted_pairs = slots, blocks, used
     cut = tiles.gate_up
     launch(gate_up_chunk_kernel, (triton.cdiv(inner, cut.block_n) * most_blocks,))(
-        x, *sorted_pairs, gate_up, h, inner, size,
-        C=choices, BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        x, *sorted_pairs, gate_up, gate_up_bias, h, inner, size,
+        ACTIVATION=activation, C=choices,
+        BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=size % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     cut = tiles.down
     launch(down_chunk_kernel, (triton.cdiv(size, cut.block_n) * most_blocks,))(
-        h, *sorted_pairs, down, given, size, inner,
+        h, *sorted_pairs, down, down_bias, given, size, inner,
         BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=inner % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip

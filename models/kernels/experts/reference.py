@@ -5,12 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenloop.models.layers import gated
+
 
 def route(
-    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The `count` experts with the largest scores, int64 [B, count], the first of equal ones first;
-    and their probabilities, of the scores' dtype, which add up to 1 if `normalized`.
+    and their probabilities, of the scores' dtype, which add up to 1 if `normalized`. With `scales`
+    [E] each is multiplied by its expert's after that.
 
     scores is [B, E or more]; the first E = `experts` of a row are the experts'. Only the first
     `tokens`, int32 [1], rows of the results mean anything, or all without it.
@@ -20,23 +24,29 @@ def route(
     weights, chosen = weights[:, :count], chosen[:, :count]
     if normalized:
         weights = weights / weights.sum(-1, keepdim=True)
+    if scales is not None:
+        weights = weights * scales[chosen].float()
     return chosen, weights.to(scores.dtype)
 
 
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
 ) -> Tensor:  # fmt: skip
-    """SiLU-gated feed-forwards of x [B, K] by the experts `chosen` int64 [B, C], weighted with
+    """Gated feed-forwards of x [B, K] by the experts `chosen` int64 [B, C], weighted with
     `weights` [B, C] and added up: [B, K].
 
-    gate_up is [E, 2 I, K], down [E, K, I]. What lies between the two is rounded to x's dtype.
+    gate_up is [E, 2 I, K], down [E, K, I], and their biases [E, 2 I] and [E, K]. `activation` is
+    one of models.layers.gated. What lies between the two is rounded to x's dtype.
     `shared` [B, K] is what an expert gives that all rows have; it is added as well, weighted with
     the sigmoid of the last of `scores` [B, S].
     """
-    gate, up = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float()).chunk(2, dim=-1)
-    hidden = (F.silu(gate) * up).to(x.dtype).float()
+    both = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float())
+    both = both if gate_up_bias is None else both + gate_up_bias[chosen].float()
+    hidden = gated(*both.chunk(2, dim=-1), activation).to(x.dtype).float()
     out = torch.einsum("bci,bcki->bck", hidden, down[chosen].float())
+    out = out if down_bias is None else out + down_bias[chosen].float()
     out = (out * weights.float()[..., None]).sum(1)
     if shared is not None:
         out = out + scores[:, -1:].float().sigmoid() * shared.float()
@@ -46,6 +56,7 @@ def experts(
 def experts_chunk(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
 ) -> Tensor:  # fmt: skip
     """`experts` of many rows, of which the first `count`, int32 [1], exist. No other is read, and
     the result's others are zero here, and anything in the kernels' result.
@@ -57,9 +68,11 @@ def experts_chunk(
     given = x32.new_zeros(*weights32.shape, x.shape[1])
     for expert in range(len(down)):
         rows, choices = torch.where(chosen[:tokens] == expert)
-        gate, up = F.linear(x32[rows], gate_up[expert].float()).chunk(2, dim=-1)
-        hidden = (F.silu(gate) * up).to(x.dtype).float()
-        given[rows, choices] = F.linear(hidden, down[expert].float())
+        biases = (None if b is None else b[expert].float() for b in (gate_up_bias, down_bias))
+        first, second = biases
+        both = F.linear(x32[rows], gate_up[expert].float(), first)
+        hidden = gated(*both.chunk(2, dim=-1), activation).to(x.dtype).float()
+        given[rows, choices] = F.linear(hidden, down[expert].float(), second)
     out = (given * weights32[..., None]).sum(1)
     if shared is not None:
         out = out + scores[:tokens, -1:].float().sigmoid() * shared[:tokens].float()

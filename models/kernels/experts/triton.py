@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
-from tokenloop.models.kernels.linear.triton_epilogue import activate
+from tokenloop.models.kernels.linear.triton_epilogue import activate, gated
 
 
 @waits  # once it has the count, which the host wrote
 @triton.jit
 def route_kernel(
-    scores_ptr, count_ptr, chosen_ptr, weights_ptr, E, width,
+    scores_ptr, count_ptr, scale_ptr, chosen_ptr, weights_ptr, E, width,
     C: tl.constexpr, NORMALIZED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The largest of a row's first E scores, one after the other, and their probabilities; for the
@@ -41,6 +41,8 @@ def route_kernel(
         left = tl.where(e == index, -1.0, left)
     if NORMALIZED:
         weights = weights / tl.sum(weights, 0)
+    if scale_ptr is not None:
+        weights *= tl.load(scale_ptr + chosen, mask=j < C, other=0.0).to(tl.float32)
     tl.store(chosen_ptr + b * C + j, chosen, mask=j < C)
     tl.store(weights_ptr + b * C + j, weights.to(weights_ptr.dtype.element_ty), mask=j < C)
 
@@ -61,25 +63,33 @@ def products(acc, x_ptr, w_ptr, n, N, K, BLOCK_K: tl.constexpr):
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def gate_up_kernel(
-    x_ptr, chosen_ptr, w_ptr, h_ptr, N, K,
+    x_ptr, chosen_ptr, w_ptr, bias_ptr, h_ptr, N, K, ACTIVATION: tl.constexpr,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs silu(gate) * up of one row's choice: h [B, C, N]."""
+    """BLOCK_N outputs activation(gate) * up of one row's choice: h [B, C, N]."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     zero = wait(0)
-    expert = tl.load(chosen_ptr + zero + pair) * 2 * N * K
+    index = tl.load(chosen_ptr + zero + pair)
+    expert = index * 2 * N * K
     row_ptr, zeros = x_ptr + zero + pair // C * K, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     gate = products(zeros, row_ptr, w_ptr + expert, n, N, K, BLOCK_K)
     up = products(zeros, row_ptr, w_ptr + expert + tl.cast(N, tl.int64) * K, n, N, K, BLOCK_K)
-    h = activate(tl.sum(gate, 1), "silu") * tl.sum(up, 1)
+    if bias_ptr is not None:
+        bias_ptr += index * 2 * N
+        gate = tl.sum(gate, 1) + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        up = tl.sum(up, 1) + tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
+        h = gated(gate, up, ACTIVATION)
+    else:
+        tl.static_assert(ACTIVATION != "clamped_swiglu")
+        h = activate(tl.sum(gate, 1), ACTIVATION) * tl.sum(up, 1)
     tl.store(h_ptr + pair * N + n, h.to(h_ptr.dtype.element_ty), mask=n < N)
 
 
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def down_kernel(
-    h_ptr, chosen_ptr, weights_ptr, w_ptr, shared_ptr, scores_ptr, y_ptr, N, K, width,
+    h_ptr, chosen_ptr, weights_ptr, w_ptr, bias_ptr, shared_ptr, scores_ptr, y_ptr, N, K, width,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of a row: the weighted sum of what its experts make of h [B, C, K], plus the
@@ -90,10 +100,15 @@ def down_kernel(
     zero = wait(0)
     for j in range(C):
         pair = b * C + j + zero
-        expert = tl.load(chosen_ptr + pair) * N * K
+        index = tl.load(chosen_ptr + pair)
+        expert = index * N * K
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         acc = products(acc, h_ptr + pair * K, w_ptr + expert, n, N, K, BLOCK_K)
-        y += tl.load(weights_ptr + pair).to(tl.float32) * tl.sum(acc, 1)
+        weight = tl.load(weights_ptr + pair).to(tl.float32)
+        given = tl.sum(acc, 1)
+        if bias_ptr is not None:
+            given += tl.load(bias_ptr + index * N + n, mask=n < N, other=0.0).to(tl.float32)
+        y += weight * given
     if shared_ptr is not None:
         score = tl.load(scores_ptr + zero + b * width + width - 1).to(tl.float32)
         shared = tl.load(shared_ptr + zero + b * N + n, mask=n < N, other=0.0).to(tl.float32)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.dot import dot
-from tokenloop.models.kernels.linear.triton_epilogue import activate
+from tokenloop.models.kernels.linear.triton_epilogue import gated
 
 
 @waits  # once it has the count, which the host wrote
@@ -122,11 +122,12 @@ def load_inputs(ptr, offsets, k, K, EVEN: tl.constexpr):
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def gate_up_chunk_kernel(
-    x_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, h_ptr, N, K, C: tl.constexpr,
+    x_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, bias_ptr, h_ptr, N, K,
+    ACTIVATION: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs silu(gate) * up of a block's slots: h [slots, N]."""
+    """BLOCK_N outputs activation(gate) * up of a block's slots: h [slots, N]."""
     block, tile, is_idle, zero = find_tile(used_ptr, N, BLOCK_N)
     if is_idle:
         return
@@ -146,7 +147,11 @@ def gate_up_chunk_kernel(
         x = load_inputs(x_ptr, rows + k[:, None], k[:, None], K, EVEN)
         gate = dot(load_inputs(w_ptr, gates + k[None, :], k[None, :], K, EVEN), x, gate)
         up = dot(load_inputs(w_ptr, ups + k[None, :], k[None, :], K, EVEN), x, up)
-    h = activate(gate, "silu") * up
+    if bias_ptr is not None:
+        bias_ptr += expert * 2 * N
+        gate += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    h = gated(gate, up, ACTIVATION)
     offsets = slots.to(tl.int64)[None, :] * N + n[:, None]
     mask = (slots < end)[None, :] & (n < N)[:, None]
     tl.store(h_ptr + offsets, h.to(h_ptr.dtype.element_ty), mask=mask)
@@ -155,7 +160,7 @@ def gate_up_chunk_kernel(
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def down_chunk_kernel(
-    h_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, y_ptr, N, K,
+    h_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, bias_ptr, y_ptr, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -177,6 +182,8 @@ def down_chunk_kernel(
         k = start + tl.arange(0, BLOCK_K)
         h = load_inputs(h_ptr, rows + k[:, None], k[:, None], K, EVEN)
         y = dot(load_inputs(w_ptr, outputs + k[None, :], k[None, :], K, EVEN), h, y)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     mask = (slots < end)[None, :] & (n < N)[:, None]
     tl.store(y_ptr + pairs[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
 

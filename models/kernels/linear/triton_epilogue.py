@@ -21,6 +21,16 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """See models.layers.gated."""
+    if ACTIVATION == "clamped_swiglu":
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        return (up + 1) * (gate / (1 + tl.exp(-1.702 * gate)))
+    return activate(gate, ACTIVATION) * up
+
+
+@triton.jit
 def finish(y, up, bias_ptr, n, N, soft_cap, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr):
     """Bias, activation times `up`, and soft cap of outputs n, [len(n), ...]; n broadcasts with
     them."""

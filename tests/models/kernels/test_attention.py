@@ -69,6 +69,26 @@ def test_attention_and_the_caches_are_the_reference_s(
             assert torch.equal(x, y), "another slot than the new one was written"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sinks_take_weight_however_slots_are_cut(normal, semaphores, dtype):
+    slots = 1000 if ON_GPU else 19
+    qkv, caches, norms, inv_freq, options = attention(normal, LAYOUTS[0], slots, dtype, False)
+    heads = LAYOUTS[0][0] * LAYOUTS[0][1]
+    # One that leaves nothing to the others, one that takes nothing, and some between.
+    sinks = torch.cat([torch.tensor([200.0, -200.0], device=DEVICE), normal(heads - 2)]).to(dtype)
+    for position in ([0, 3, slots - 1], [slots, 2 * slots - 1, 7 * slots + 5]):
+        position = torch.tensor(position, device=DEVICE)
+        tiles = AttendTiles(16 if ON_GPU else 4, 4, 1, stages=1, fan=2, combined=64)
+        rest = *norms, inv_freq, semaphores, sinks
+        mine, theirs = [[x.clone() for x in caches] for _ in range(2)]
+        got = operator.launch_attend(qkv, position, *mine, *rest, **options, tiles=tiles)
+        expected = reference.attend_step(qkv, position, *theirs, *rest, **options)
+        for x, y in zip((got, *mine), (expected, *theirs)):
+            assert_close(x, y, dtype)
+        got = got.view(3, heads, -1)
+        assert not got[:, 0].any() and got[:, 1].any()
+
+
 def test_attention_needs_no_norms(normal, semaphores):
     slots = 50 if ON_GPU else 7
     qkv, caches, _, inv_freq, options = attention(normal, LAYOUTS[0], slots, torch.float32, False)

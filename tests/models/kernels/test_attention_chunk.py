@@ -34,10 +34,14 @@ def small_tiles(tma: bool = False, block_m: int = 64) -> ChunkTiles | None:
 class Prompts:
     """Projections of prompts, and caches that chunks of them are put into."""
 
-    def __init__(self, normal, layout, dtype, is_ring, slots=None, **options):
+    def __init__(self, normal, layout, dtype, is_ring, slots=None, has_sinks=False, **options):
         self.kv_heads, self.groups, self.head_dim, ring = layout
         self.slots = slots or (ring if is_ring else FULL_SLOTS)
         self.is_ring, self.dtype = is_ring, dtype
+        # One that leaves nothing to the others, and one that takes nothing.
+        ends = torch.tensor([200.0, -200.0], device=DEVICE)
+        heads = self.kv_heads * self.groups
+        self.sinks = torch.cat([ends, normal(heads - 2)]).to(dtype) if has_sinks else None
         others = 1 if options.get("values_are_keys") else 2
         self.width = self.kv_heads * (self.groups + others) * self.head_dim
         self.prompts = {
@@ -76,7 +80,7 @@ class Prompts:
         qkv, *where = self.chunk(pieces, spare)
         rest = *caches, *self.norms, self.inv_freq
         q, kv = module.rotate_chunk(qkv, *where, *rest, **self.options)
-        options = {"scale": self.scale, "is_ring": self.is_ring}
+        options = {"scale": self.scale, "is_ring": self.is_ring, "sinks": self.sinks}
         if module is operator:
             tokens = int(where[0][-1])
             q[tokens:] = torch.nan
@@ -134,6 +138,19 @@ def test_chunks_give_what_the_reference_gives(normal, layout, dtype, is_ring, sh
         assert_close(got[row], expected[row], dtype)
     for x, y in zip(caches, theirs):
         assert_close(x, y, dtype)
+
+
+@pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])
+@layers(LAYOUTS[:1])
+def test_sinks_take_weight_in_any_chunk(normal, layout, is_ring):
+    prompts = Prompts(normal, layout, torch.float32, is_ring, has_sinks=True)
+    got, _ = prompts.run(operator, schedule(128), spare=70, tiles=small_tiles())
+    again, _ = prompts.run(operator, schedule(64), tiles=small_tiles())
+    expected, _ = prompts.run(reference, schedule(128))
+    for row in LENGTHS:
+        assert_close(got[row], expected[row], torch.float32)
+        assert torch.equal(got[row], again[row])
+        assert not got[row][:, : prompts.head_dim].any()
 
 
 @pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])

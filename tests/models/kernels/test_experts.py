@@ -38,6 +38,16 @@ def test_the_largest_scores_choose_and_weigh(rows, dtype, normalized):
     torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_expert_s_scale_multiplies_its_weight(dtype):
+    scores, scales = made(7, EXPERTS, dtype=dtype), made(EXPERTS, dtype=dtype, seed=8)
+    chosen, weights = operator.route(scores, EXPERTS, CHOICES, True, None, scales)
+    expected, expected_weights = reference.route(scores, EXPERTS, CHOICES, True, None, scales)
+    assert torch.equal(chosen, expected)
+    torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
+    assert weights.min() < 0 and (weights.float().sum(-1) - 1).abs().min() > 0.01
+
+
 def test_a_row_of_nan_chooses_experts_that_exist():
     scores = made(2, EXPERTS)
     scores[0] = torch.nan
@@ -72,6 +82,29 @@ def test_what_all_rows_have_is_added_with_a_weight_of_its_own(rows, dtype):
     actual = operator.experts(x, *routed, *weights_of(dtype), shared, scores)
     expected = reference.experts(x, *routed, *weights_of(dtype), shared, scores)
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    alone = reference.experts(x, *routed, *weights_of(dtype))
+    assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
+
+
+def options_of(activation: str, dtype) -> dict:
+    """Biases for one activation, and none for the other."""
+    if activation == "gelu_tanh":
+        return {"activation": activation}
+    biases = made(EXPERTS, 2 * INNER, dtype=dtype, seed=6), made(EXPERTS, SIZE, dtype=dtype, seed=7)
+    return {"activation": activation, "gate_up_bias": 4 * biases[0], "down_bias": biases[1]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+def test_other_activations_and_biases_are_the_reference_s(activation, dtype):
+    x = made(2, SIZE, dtype=dtype)
+    routed = operator.route(made(2, EXPERTS, dtype=dtype, seed=3), EXPERTS, CHOICES, True)
+    options = options_of(activation, dtype)
+    actual = operator.experts(x, *routed, *weights_of(dtype), **options)
+    expected = reference.experts(x, *routed, *weights_of(dtype), **options)
+    # The clamp leaves more than 1.
+    tolerance = TOLERANCE[dtype], TOLERANCE[dtype] * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=tolerance[0], atol=tolerance[1])
     alone = reference.experts(x, *routed, *weights_of(dtype))
     assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, TOLERANCE
-from tests.models.kernels.test_experts import made
+from tests.models.kernels.test_experts import made, options_of
 from tokenloop.models.kernels.experts import operator, reference
 from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, Tiles
 
@@ -53,6 +53,15 @@ def test_they_give_what_the_reference_gives(sizes, tokens, dtype):
     x, (_, routed) = made(tokens, sizes[0], dtype=dtype), routed_of(tokens, dtype)
     arguments = x, *routed, *weights_of(dtype, *sizes), counted(tokens)
     assert_near(operator.experts_chunk(*arguments), reference.experts_chunk(*arguments))
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+def test_other_activations_and_biases_are_the_reference_s(activation):
+    x, (_, routed) = made(TOKENS, SIZE), routed_of(TOKENS, torch.float32)
+    given, options = (x, *routed, *weights_of(torch.float32)), options_of(activation, torch.float32)
+    actual = operator.experts_chunk(*given, counted(TOKENS), **options)
+    assert_near(actual, reference.experts_chunk(*given, counted(TOKENS), **options))
+    assert_near(actual, reference.experts(*given, **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
