@@ -9,6 +9,7 @@ from typing import Any
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.logprobs import Logprobs, logprobs_of
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
+from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.program import Program, Selected, can_wait
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
@@ -96,7 +97,7 @@ class Loop:
 
     def tokens(
         self, sequences: Iterable[Sequence], used: int, options: LoopOptions,
-        max_stall_s: float | None = None,
+        max_stall_s: float | None = None, cache: PrefixCache | None = None,
     ) -> Iterator[tuple[Sequence, int]]:  # fmt: skip
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
@@ -109,7 +110,8 @@ class Loop:
 
         With `max_stall_s` a step does not wait longer than that for the prompts of sequences that
         join, or than one chunk takes. The rest of a prompt is prefilled after the step, where the
-        program can do that; otherwise a step waits for a whole prompt. It changes no token.
+        program can do that; otherwise a step waits for a whole prompt. It changes no token. Neither
+        does the `cache`, where beginnings of prompts are taken from and kept.
         """
         waiting, read = iter(sequences), [0] * self.batch
         ahead = options.double_buffering and options.feed != "host"
@@ -117,9 +119,9 @@ class Loop:
         slots = Slots(self.program, used, self._table, from_host)
         steps = Steps(self.program, slots, options)
         if self.program.packing is None:
-            prefill = ChunkedPrefill(self.program, self._table, from_host)
+            prefill = ChunkedPrefill(self.program, self._table, from_host, cache)
         else:
-            prefill = PackedPrefill(self.program)
+            prefill = PackedPrefill(self.program, cache)
         while True:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
             start = time.perf_counter()
@@ -176,6 +178,7 @@ class Loop:
             start = time.perf_counter()
             for prompt, logits in prefill.advance():
                 if prompt.is_done:
+                    slots.sequence(prompt.row).cached_tokens = prompt.cached
                     slots.begin(prompt.row)
                     steps.begin(prompt.row, logits)
                     begun.add(prompt.row)

@@ -84,6 +84,9 @@ class Program(Protocol):
     # give no log probabilities.
     has_logits: bool = False
     logits: Any = None
+    # What outlives a method's run, by the manifest's names: for each tensor its pieces [B, S, ...],
+    # which lie one behind the other along S. None where the runner cannot reach it.
+    state: dict[str, list[Any]] | None = None
     # Whether steps are fed embeddings, as the newest run has it. Before any run it is tokens.
     embedding: bool = False
 

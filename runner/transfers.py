@@ -38,6 +38,18 @@ class HostMemory:
         """Fill device memory from a host array or from device memory."""
         destination[...] = source
 
+    def empty(self, shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
+        """Device memory of that shape, and of the type of `like`."""
+        return np.empty(shape, like.dtype)
+
+    def gather(self, pool: np.ndarray, numbers: np.ndarray, destination: np.ndarray) -> None:
+        """Fill destination [N, ...] with those of pool [M, ...] that have the numbers [N]."""
+        destination[...] = pool[numbers]
+
+    def scatter(self, source: np.ndarray, pool: np.ndarray, numbers: np.ndarray) -> None:
+        """Copy source [N, ...] to those of pool [M, ...] that have the numbers [N]."""
+        pool[numbers] = source
+
     def prefetch(self, values: np.ndarray) -> None:
         """Begin to read device memory as it is after all that was submitted until now."""
 
@@ -72,6 +84,20 @@ class Transfers:
     def copy(self, source: Any, destination: Any) -> None:
         """Copy within device memory, between arrays of one shape and type."""
         self._memory.copy(source, destination)
+        self.device_to_device.add(source)
+
+    def room(self, shape: tuple[int, ...], like: Any) -> Any:
+        """Device memory of that shape for copies of what has the type of `like`."""
+        return self._memory.empty(shape, like)
+
+    def gather(self, pool: Any, numbers: Any, destination: Any) -> None:
+        """As HostMemory.gather, within device memory: one copy."""
+        self._memory.gather(pool, numbers, destination)
+        self.device_to_device.add(destination)
+
+    def scatter(self, source: Any, pool: Any, numbers: Any) -> None:
+        """As HostMemory.scatter, within device memory: one copy."""
+        self._memory.scatter(source, pool, numbers)
         self.device_to_device.add(source)
 
     def prefetch(self, values: Any) -> None:

@@ -52,6 +52,7 @@ class LaunchProgram(Program):
         batch = self.manifest["batch"]
         with self._on_stream(), explained(artifact):
             self.tensors = load_tensors(artifact, self._device)
+            self.state = {e["name"]: [self.tensors[e["name"]]] for e in self.manifest["state"]}
             self._list = LaunchList(artifact, self.tensors, self._device)
             self._chunks = self._list.keep_what_fits(PREFILL)
             self._methods: dict[str, Method] = {}

@@ -40,6 +40,24 @@ class TorchMemory:
         with torch.cuda.stream(self.stream):
             destination.copy_(source)
 
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """As HostMemory.empty."""
+        with torch.cuda.stream(self.stream):
+            try:
+                return torch.empty(shape, dtype=like.dtype, device=self.device)
+            except RuntimeError as error:  # of a GPU OutOfMemoryError, which is one
+                raise MemoryError(str(error)) from None
+
+    def gather(self, pool: Tensor, numbers: Tensor, destination: Tensor) -> None:
+        """As HostMemory.gather."""
+        with torch.cuda.stream(self.stream):
+            torch.index_select(pool, 0, numbers, out=destination)
+
+    def scatter(self, source: Tensor, pool: Tensor, numbers: Tensor) -> None:
+        """As HostMemory.scatter."""
+        with torch.cuda.stream(self.stream):
+            pool.index_copy_(0, numbers, source)
+
     def prefetch(self, values: Tensor) -> None:
         """As HostMemory.prefetch."""
         if self.stream is None:

@@ -70,6 +70,7 @@ def test_a_chat_goes_through_the_template_and_is_answered(server):
         }
     ]  # fmt: skip
     usage = {"prompt_tokens": 18, "completion_tokens": 9, "total_tokens": 27}
+    usage["prompt_tokens_details"] = {"cached_tokens": 0}
     assert (answer["object"], answer["model"], answer["usage"]) == ("chat.completion", "toy", usage)
     assert answer["system_fingerprint"] == "fp_0123456789ab"
 
