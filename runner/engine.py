@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.loop import LoopOptions
-from tokenloop.runner.model import Model
-from tokenloop.runner.prefix_cache import MB, PrefixCache
+from tokenloop.runner.model import Model, cache_of
 from tokenloop.runner.request import Request, is_integer, is_number
 from tokenloop.runner.ticket import Ticket
 
@@ -68,8 +67,9 @@ class Engine:
         as long as one chunk takes (Loop.tokens).
 
         `prefix_cache_mb` megabytes (1e6 bytes) of the device's memory are for beginnings of
-        prompts, which later ones then need not compute; 0 is none. None is PREFIX_CACHE_MB where
-        that can be, and otherwise `cache_fault` says why not.
+        prompts, which later ones then need not compute; with 0 there is the model's prefix cache,
+        if it has one. None is PREFIX_CACHE_MB where that can be, and otherwise `cache_fault` says
+        why not.
 
         Errors: RunnerError for numbers out of their range, an artifact whose state cannot be kept,
         and a model that is in use.
@@ -81,10 +81,6 @@ class Engine:
             raise RunnerError(f"max_queue is {max_queue!r}; it must be at least 0")
         if not is_number(max_stall_s) or max_stall_s < 0:
             raise RunnerError(f"max_stall_s is {max_stall_s!r}; it must be at least 0")
-        if prefix_cache_mb is not None and not (
-            is_number(prefix_cache_mb) and prefix_cache_mb >= 0
-        ):
-            raise RunnerError(f"prefix_cache_mb is {prefix_cache_mb!r}; it must be at least 0")
         self.model, self.rows, self.max_queue = model, rows, max_queue
         self._max_stall_s, self._options = max_stall_s, model.loop.variant(options)
         # Under the lock of `_changed`: who waits, who has a row or had one until just now, and
@@ -97,16 +93,15 @@ class Engine:
         self._steps_before = model.loop.steps
         # Of a user of the model's Turn.
         self.is_finished = False
-        self.prefix_cache: PrefixCache | None = None
-        self.cache_fault: str | None = None
-        budget = PREFIX_CACHE_MB if prefix_cache_mb is None else prefix_cache_mb
-        try:
-            if budget:
-                self.prefix_cache = PrefixCache(model.loop.program, int(budget * MB))
-        except RunnerError as error:
-            if prefix_cache_mb is not None:
-                raise
-            self.cache_fault = str(error)
+        self.prefix_cache, self.cache_fault = model.prefix_cache, None
+        if prefix_cache_mb != 0:
+            budget = PREFIX_CACHE_MB if prefix_cache_mb is None else prefix_cache_mb
+            try:
+                self.prefix_cache = cache_of(model.loop.program, budget)
+            except RunnerError as error:
+                if prefix_cache_mb is not None:
+                    raise
+                self.cache_fault = str(error)
         begun: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._work, args=(begun,), name="tokenloop engine", daemon=True

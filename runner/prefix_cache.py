@@ -11,6 +11,7 @@ last block of a prompt ends, and where a prompt leaves what is known of others.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -47,27 +48,33 @@ class Beginning:
     keep_at: tuple[int, ...]
 
 
+def block_size(program: Program) -> int:
+    """How many tokens a block has: a prompt may be cut where it divides the position. There its
+    chunks end in any case, or no byte depends on where they end."""
+    if program.packing is None:
+        return program.manifest["max_prefill"]
+    return program.packing.multiple
+
+
 class PrefixCache:
     """The kept beginnings of one program's prompts, in `budget` bytes. What was not used for the
     longest time goes first. All of it belongs to the thread whose turn the program is, but for the
     counts: tokens that were `cached_tokens`, `evictions`, and `used_bytes`."""
 
-    def __init__(self, program: Program, budget: int):
+    def __init__(self, program: Program, budget: int, room: tuple[int, int] | None = None):
         """`budget` is in bytes. It is divided here between blocks and states that are kept whole,
-        and the device's memory for both is taken at once.
+        unless `room` are the numbers of both. The device's memory for them is taken at once.
 
         Errors: RunnerError for a program whose state cannot be read, and a budget that holds not
         one beginning.
         """
-        packing = program.packing
-        # Where a prompt may be cut: where its chunks end in any case, or where no byte depends on
-        # it.
-        size = program.manifest["max_prefill"] if packing is None else packing.multiple
+        size = block_size(program)
         self._rows = RowState(program, size)
         self.size, self.budget = size, budget
         # Whether a beginning can be taken only where all of its state is kept.
         self.needs_states = bool(self._rows.whole)
-        blocks, states = self._divide(budget, program.manifest["max_seq_len"] // size)
+        longest = program.manifest["max_seq_len"] // size
+        blocks, states = room or self._divide(budget, longest)
         try:
             self._rows.make_room(blocks, states)
         except MemoryError:
@@ -84,6 +91,23 @@ class PrefixCache:
         """Bytes of the budget that are in use."""
         blocks = (self.blocks - len(self._free_blocks)) * self._rows.block_bytes
         return blocks + (self.states - len(self._free_states)) * self._rows.row_bytes
+
+    @classmethod
+    def for_one(cls, program: Program, tokens: int) -> "PrefixCache":
+        """A cache for one prompt of so many tokens. Errors: RunnerError as of the constructor, and
+        for a prompt that has less than a block."""
+        size = block_size(program)
+        rows = RowState(program, size)
+        # Of the last block the state is kept only if a token comes after it.
+        blocks = (tokens - 1 if rows.whole else tokens) // size
+        if blocks == 0:
+            raise RunnerError(
+                f"the prompt has {tokens} tokens; {size + bool(rows.whole)} are the least whose "
+                "beginning can be kept"
+            )
+        states = int(bool(rows.whole))
+        budget = blocks * rows.block_bytes + states * rows.row_bytes
+        return cls(program, budget, (blocks, states))
 
     def clear(self) -> None:
         """Forget all beginnings."""
@@ -123,7 +147,66 @@ class PrefixCache:
         """Keep the beginning of a prompt up to `position`, where a block ends. The row is prefilled
         so far, and no further where `needs_states`. If there is no room for all of it, keep what
         there is room for, or nothing."""
-        keys = keys[: position // self.size]
+        self._keep(
+            keys[: position // self.size],
+            lambda first, new: self._rows.keep_blocks(row, first, new),
+            lambda number: self._rows.keep_row(row, number),
+        )
+
+    def will_help(
+        self, keys: list[bytes], last: int, other: list[bytes], keep_at: tuple[int, ...]
+    ) -> bool:
+        """Whether a prompt had better wait for the `other` one, whose state will be kept at
+        `keep_at`: it can then take more than now. `last` as `take` has it."""
+        pairs = enumerate(zip(keys[:last], other))
+        equal = next((i for i, (a, b) in pairs if a != b), min(last, len(other)))
+        path = self._walk(keys[:last])
+        ends = [position // self.size for position in keep_at]
+        if self.needs_states:
+            return max((end for end in ends if end <= equal), default=0) > self._deepest(path)
+        return min(equal, max(ends, default=0)) > len(path)
+
+    def copies(self, keys: list[bytes]) -> tuple[int, list[np.ndarray]]:
+        """The longest kept beginning of a prompt: its positions, and bytes uint8 [N] of each tensor
+        of its state, on the host."""
+        path = self._walk(keys)
+        if self.needs_states:
+            path = path[: self._deepest(path)]
+        if not path:
+            return 0, []
+        copies = self._rows.read_blocks([node.block for node in path])
+        if self.needs_states:
+            copies += self._rows.read_row(path[-1].state)
+        return len(path) * self.size, copies
+
+    def add(self, keys: list[bytes], copies: list[np.ndarray]) -> None:
+        """Keep a beginning of which `copies` gave all. Errors: RunnerError where it does not fit
+        the memory, or the program's state."""
+        count = len(keys) * self.size
+        if not keys or not self._rows.fits(len(keys), copies):
+            raise RunnerError(
+                f"a state after {count} tokens has {[copy.size for copy in copies]} bytes, which "
+                "is not what this artifact has: save it again"
+            )
+        if self._rows.by_position and len(keys) > self.blocks:
+            raise RunnerError(
+                f"prefix_cache_mb is {self.budget / MB:g}, and holds {self.blocks * self.size} "
+                f"tokens; {count} are to be kept: give it more"
+            )
+        self._keep(
+            keys,
+            lambda first, new: self._rows.fill_blocks(copies, first, new),
+            lambda number: self._rows.fill_row(copies, number),
+        )
+
+    # The tree
+
+    def _keep(
+        self, keys: list[bytes], fill_blocks: Callable[[int, list[int]], None],
+        fill_state: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """As `keep`. `fill_blocks` is given the first block that is new, and the places of the new
+        ones in their pools; `fill_state` a place."""
         path = self._walk(keys)
         self._touch(path)
         kept = {self._root, *path}
@@ -140,7 +223,7 @@ class PrefixCache:
             new = [self._free_blocks.pop() for _ in range(missing)]
         else:
             new = [NOWHERE] * missing
-        self._rows.keep_blocks(row, len(path), new)
+        fill_blocks(len(path), new)
         for block in new:
             parent = path[-1] if path else self._root
             node = Node(parent, keys[len(path)], len(path) + 1, block)
@@ -148,23 +231,8 @@ class PrefixCache:
             path.append(node)
         if self.needs_states and path[-1].state == NOWHERE:
             path[-1].state = self._free_states.pop()
-            self._rows.keep_row(row, path[-1].state)
+            fill_state(path[-1].state)
         self._touch(path)
-
-    def will_help(
-        self, keys: list[bytes], last: int, other: list[bytes], keep_at: tuple[int, ...]
-    ) -> bool:
-        """Whether a prompt had better wait for the `other` one, whose state will be kept at
-        `keep_at`: it can then take more than now. `last` as `take` has it."""
-        pairs = enumerate(zip(keys[:last], other))
-        equal = next((i for i, (a, b) in pairs if a != b), min(last, len(other)))
-        path = self._walk(keys[:last])
-        ends = [position // self.size for position in keep_at]
-        if self.needs_states:
-            return max((end for end in ends if end <= equal), default=0) > self._deepest(path)
-        return min(equal, max(ends, default=0)) > len(path)
-
-    # The tree
 
     def _walk(self, keys: list[bytes]) -> list[Node]:
         """The nodes of the longest beginning that the tree has."""

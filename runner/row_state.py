@@ -8,6 +8,8 @@ every token, such as a delta net's matrices.
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.program import Program
 
@@ -98,6 +100,46 @@ class RowState:
         for (_, pieces), pools in zip(self.whole, self._rows):
             for piece, pool in zip(pieces, pools):
                 self._transfers.copy(pool[number], piece[row])
+
+    # Of the host
+
+    def fits(self, blocks: int, copies: list[np.ndarray]) -> bool:
+        """Whether these are the bytes of so many blocks and a row, each tensor's by itself."""
+        sizes = [blocks * self.size * _bytes(pieces[0][0, :1]) for _, pieces in self.by_position]
+        sizes += [_bytes(piece[0]) for _, pieces in self.whole for piece in pieces]
+        return [copy.size for copy in copies] == sizes
+
+    def read_blocks(self, numbers: list[int]) -> list[np.ndarray]:
+        """The bytes uint8 [N] of those blocks of each pool."""
+        places, found = self._transfers.upload(numbers), []
+        for pool in self._blocks:
+            blocks = self._transfers.room((len(numbers), *pool.shape[1:]), pool)
+            self._transfers.gather(pool, places, blocks)
+            found.append(self._transfers.read_bytes(blocks))
+        return found
+
+    def read_row(self, number: int) -> list[np.ndarray]:
+        """The bytes of that row of each pool of rows."""
+        pools = [pool for pools in self._rows for pool in pools]
+        return [self._transfers.read_bytes(pool[number]) for pool in pools]
+
+    def fill_blocks(self, copies: list[np.ndarray], first: int, numbers: list[int]) -> None:
+        """Fill those blocks of the pools with a beginning's, from its block `first` on. `copies`
+        are what `read_blocks` and `read_row` gave of it."""
+        if not numbers:
+            return
+        places = self._transfers.upload(numbers)
+        for pool, copy in zip(self._blocks, copies):
+            blocks = self._transfers.room((len(numbers), *pool.shape[1:]), pool)
+            step = _bytes(blocks[0])
+            self._transfers.write_bytes(copy[first * step :][: _bytes(blocks)], blocks)
+            self._transfers.scatter(blocks, pool, places)
+
+    def fill_row(self, copies: list[np.ndarray], number: int) -> None:
+        """Fill that row of the pools of rows."""
+        pools = [pool for pools in self._rows for pool in pools]
+        for pool, copy in zip(pools, copies[len(self._blocks) :]):
+            self._transfers.write_bytes(copy, pool[number])
 
     def _of(self, slots: Any, first: int, numbers: list[int]) -> Any:
         """Blocks [N, size, ...] of slots [S, ...]."""

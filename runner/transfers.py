@@ -50,6 +50,14 @@ class HostMemory:
         """Copy source [N, ...] to those of pool [M, ...] that have the numbers [N]."""
         pool[numbers] = source
 
+    def read_bytes(self, array: np.ndarray) -> np.ndarray:
+        """The bytes uint8 [N] of an array, on the host."""
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
+
+    def write_bytes(self, data: np.ndarray, array: np.ndarray) -> None:
+        """Fill an array with what `read_bytes` gave of one like it."""
+        array[...] = data.view(array.dtype).reshape(array.shape)
+
     def prefetch(self, values: np.ndarray) -> None:
         """Begin to read device memory as it is after all that was submitted until now."""
 
@@ -99,6 +107,16 @@ class Transfers:
         """As HostMemory.scatter, within device memory: one copy."""
         self._memory.scatter(source, pool, numbers)
         self.device_to_device.add(source)
+
+    def read_bytes(self, array: Any) -> np.ndarray:
+        """As HostMemory.read_bytes."""
+        self.device_to_host.add(array)
+        return self._memory.read_bytes(array)
+
+    def write_bytes(self, data: np.ndarray, array: Any) -> None:
+        """As HostMemory.write_bytes."""
+        self.host_to_device.add(data)
+        self._memory.write_bytes(data, array)
 
     def prefetch(self, values: Any) -> None:
         """Begin to read these values as they are after all that was submitted until now. Their next

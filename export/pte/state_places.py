@@ -35,7 +35,7 @@ def state_places(
             of = f"caches.{i}.{kind}"
             if caches is None:
                 shape = list(buffer.shape)
-                add(of, f"model.layers.{i}.{name}", shape, list(buffer.stride()))
+                add(of, f"network.model.layers.{i}.{name}", shape, list(buffer.stride()))
                 continue
             rows, slots, heads, width = buffer.shape
             for block, size in enumerate(caches[i].sizes):

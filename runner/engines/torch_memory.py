@@ -58,6 +58,18 @@ class TorchMemory:
         with torch.cuda.stream(self.stream):
             pool.index_copy_(0, numbers, source)
 
+    def read_bytes(self, array: Tensor) -> np.ndarray:
+        """As HostMemory.read_bytes."""
+        with torch.cuda.stream(self.stream):
+            return array.flatten().view(torch.uint8).to("cpu", copy=True).numpy()
+
+    def write_bytes(self, data: np.ndarray, array: Tensor) -> None:
+        """As HostMemory.write_bytes."""
+        # Not of memory that may not be written, which torch warns of.
+        values = torch.from_numpy(data.copy()).view(array.dtype).reshape(array.shape)
+        with torch.cuda.stream(self.stream):
+            array.copy_(values)
+
     def prefetch(self, values: Tensor) -> None:
         """As HostMemory.prefetch."""
         if self.stream is None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stateful import FULL, KINDS, StatefulProgram, stateful_model
-from tokenloop.runner import Engine, EngineError, Request, RunnerError
+from tokenloop.runner import Engine, EngineError, Request, RunnerError, saved_state
 from tokenloop.runner.loop import Loop
 from tokenloop.runner.prefix_cache import MB, PrefixCache
 
@@ -287,3 +287,86 @@ def test_a_tensor_of_no_row_is_left_alone():
     cache = PrefixCache(program, PLENTY)
     assert cache._rows.block_bytes == block_bytes()
     assert Loop(program)._can_wait
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind, packed", EVERY)
+def test_a_saved_beginning_is_that_of_another_process(kind, packed, tmp_path):
+    path, text = tmp_path / "state", [2 + i % 6 for i in range(22)]
+    model = saving_model(kind, packed)
+    assert model.save(path, text[:17]) == 16
+    other = saving_model(kind, packed)
+    with pytest.raises(RunnerError, match="keep_prefixes"):
+        other.load(path)
+    other.keep_prefixes(1)
+    assert other.load(path) == 16
+    warm = other.generate(Request(text, 5)).run()
+    assert warm.cached_tokens == 16 and warm.token_ids == ids_after(text, 5, kind, packed)
+    (row,) = other.generate_batch([Request(text, 5)]).run()
+    assert row.cached_tokens in (16, 20) and row.token_ids == warm.token_ids
+    # An engine takes what its model has.
+    with Engine(other) as engine:
+        assert engine.submit(Request(text, 5)).run().cached_tokens in (16, 20)
+        with pytest.raises(RunnerError):
+            other.load(path)
+
+
+def saving_model(kind="hybrid", packed=False, sha256="5" * 64, batch=2):
+    model = stateful_model(batch, kind, packed)
+    model.manifest |= {"sha256": sha256, "device": "cpu"}
+    return model
+
+
+def test_a_file_that_is_not_this_artifacts_is_refused(tmp_path, monkeypatch):
+    path, model = tmp_path / "state", saving_model()
+    model.save(path, [5] * 9)
+
+    def fault(path=path, **options) -> str:
+        other = saving_model(**options)
+        other.keep_prefixes(1)
+        with pytest.raises(RunnerError) as caught:
+            other.load(path)
+        assert other.prefix_cache.used_bytes == 0
+        (line,) = str(caught.value).splitlines()
+        return line
+
+    assert "the state of the artifact 555555555555, and this is 666666666666" in fault(
+        sha256="6" * 64
+    )
+    assert "has [" in fault(kind="rings")
+    with monkeypatch.context() as patch:
+        patch.setattr(saved_state, "processor", lambda manifest: "another one")
+        assert "the state of a processor" in fault()
+    assert "cannot be read: No such file" in fault(tmp_path / "none")
+    data = bytearray(path.read_bytes())
+    for damage in (b"", b"PK", bytes(data[:-40]), bytes(data[: len(data) // 2])):
+        path.write_bytes(damage)
+        assert "is no saved state, or damaged" in fault()
+    # A bit of the state itself.
+    place = bytes(data).index(b"state.0.npy") + 200
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert "is no saved state, or damaged" in fault()
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    model = saving_model()
+    for prompt, path, text in (
+        ([5] * 4, tmp_path / "state", "the prompt has 4 tokens; 5 are the least"),
+        ([], tmp_path / "state", "the prompt is empty"),
+        ([5] * 9, tmp_path / "none" / "state", "cannot be written: No such file"),
+    ):
+        with pytest.raises(RunnerError, match=text):
+            model.save(path, prompt)
+    assert list(tmp_path.iterdir()) == []
+    model.save(tmp_path / "state", [5] * 20)
+    small = saving_model()
+    rows = make("hybrid")[1]._rows
+    small.keep_prefixes((rows.block_bytes + 2 * rows.row_bytes) / MB)
+    with pytest.raises(RunnerError, match="16 are to be kept: give it more"):
+        small.load(tmp_path / "state")
+    model.loop.program.state["strange"] = []
+    with pytest.raises(RunnerError, match="strange"):
+        model.save(tmp_path / "state", [5] * 20)
