@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,7 +154,7 @@ class Loop:
                     read[row] += 1
                     if sequence.finish_reason is None:
                         if sequence.request.logprobs is not None:
-                            sequence.logprobs.append(steps.logprobs[row].popleft())
+                            sequence.logprobs.append(steps.logprobs[row].popleft()())
                         yield sequence, ids[line + row]
                     if sequence.finish_reason is not None or read[row] == sequence.limit:
                         slots.leave(row)
@@ -214,8 +214,9 @@ class Steps:
         self._newest = Selected(token, token)
         self._run_ahead = options.run_ahead
         self._gathered = Gathered(program, options.run_ahead) if options.run_ahead > 1 else None
-        # Of each row's tokens that are not read yet, where they are asked for.
-        self.logprobs: list[deque[Logprobs]] = [deque() for _ in range(program.manifest["batch"])]
+        # What gives those of each row's tokens that are not read yet, where they are asked for.
+        count = program.manifest["batch"]
+        self.logprobs: list[deque[Callable[[], Logprobs]]] = [deque() for _ in range(count)]
 
     def begin(self, row: int, logits: Any) -> None:
         """Choose the row's first token from its prompt's logits [1, V], and put it beside the
@@ -231,7 +232,8 @@ class Steps:
             self._gathered.join(row, self._newest.token)
         self.logprobs[row].clear()
         if (alternatives := self._slots.sequence(row).request.logprobs) is not None:
-            self._note(row, alternatives, logits[0])
+            token = self._newest.token[row : row + 1]
+            self.logprobs[row] += program.logprobs(logits, token, [(0, alternatives)])
 
     def unread(self) -> Any:
         """The tokens int64 [N, B] or [B, 1] of the newest steps, in memory that the steps which are
@@ -255,16 +257,14 @@ class Steps:
             self._buffer = 1 - self._buffer
             wanted = self._slots.want_logprobs()
             self._newest = self._program.step(fed, self._slots.next_step(), self._buffer)
-            for row, alternatives in wanted:
-                self._note(row, alternatives, self._program.logits[row])
+            if wanted:
+                # Before the logits are gone.
+                found = self._program.logprobs(self._program.logits, self._newest.token, wanted)
+                for (row, _), read in zip(wanted, found):
+                    self.logprobs[row].append(read)
             if self._gathered:
                 self._gathered.add(self._newest.token)
         return self._run_ahead
-
-    def _note(self, row: int, count: int, logits: Any) -> None:
-        """Keep the log probabilities of the row's newest token, before its logits are gone."""
-        (token_id,) = self._program.transfers.download(self._newest.token[row])
-        self.logprobs[row].append(logprobs_of(logits, token_id, count))
 
 
 class Gathered:

@@ -228,6 +228,11 @@ class Model:
                 f"logprobs is {request.logprobs}; an artifact of {self.manifest['engine']} for "
                 f"{self.manifest['device']} gives no log probabilities: it must be None"
             )
+        if request.prompt_logprobs and self.loop.program.packing is not None:
+            raise RunnerError(
+                "prompt_logprobs is True; an artifact for a GPU prefills no prompt by tokens: it "
+                "must be False"
+            )
         ids = self._prompt_ids(request)
         if len(ids) == 0:
             raise RunnerError("the prompt is empty, and no bos is put before it: give some text")

@@ -83,6 +83,8 @@ class TorchMemory:
         with torch.cuda.stream(self._reads):
             buffer.copy_(values, non_blocking=True)
             event.record()
+        # It may be given up before it is read; its memory may not be another's until then.
+        values.record_stream(self._reads)
         self._fetched[values.data_ptr()] = buffer, event
 
     def read(self, values: Tensor) -> list[int]:

@@ -114,6 +114,12 @@ class Generating:
                 400, "logprobs: this artifact's engine gives none", "logprobs",
                 "unsupported_parameter",
             )  # fmt: skip
+        packs = self._model.loop.program.packing is not None
+        if fields.echoes and fields.alternatives is not None and packs:
+            raise ApiError(
+                400, "echo with logprobs: an artifact for a GPU gives none of a prompt's tokens",
+                "echo", "unsupported_parameter",
+            )  # fmt: skip
         requests: list[Request] = []
         is_chat = isinstance(fields, ChatFields)
         shown_tokens = self.chats.shown_tokens(fields) if is_chat else ()

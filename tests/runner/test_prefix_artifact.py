@@ -26,7 +26,7 @@ def model(request, batch_artifact, portable_artifact, austen_artifact, export_ar
 
 
 def test_warm_and_cold_are_the_same_and_a_file_is_warm(model, tmp_path):
-    runs = compare(model, some_requests(model, 24))["runs"]
+    runs = compare(model, some_requests(model, 14))["runs"]
     assert all(run["differ"] == 0 and run["cached_tokens"] > 0 for run in runs)
     assert any(run["evictions"] for run in runs)
     # A token knows its chunk, so beginnings end where chunks do.
