@@ -18,7 +18,6 @@ from tokenloop.runner.prefix_cache import MB, PrefixCache
 from tokenloop.runner.program import Program, selection_method
 from tokenloop.runner.request import Prompt, Request, is_integer, is_number, shown
 from tokenloop.runner.result import Result
-from tokenloop.runner.saved_state import read_state, write_state
 from tokenloop.runner.tokenizer import Tokenizer
 
 # Sequences of small integers in Python's eyes, and no prompts.
@@ -177,6 +176,8 @@ class Model:
         Errors: RunnerError for a prompt of less than a block, an artifact whose state cannot be
         kept, and a file that cannot be written; and as of `generate`.
         """
+        from tokenloop.runner.saved_state import write_state
+
         request = Request(prompt, 1)
         ids, limit = self.fit(request)
         cache = PrefixCache.for_one(self.loop.program, len(ids))
@@ -197,6 +198,8 @@ class Model:
         Errors: RunnerError without a prefix cache or without room in it, for a file that is
         damaged, of another artifact, or of another kind of processor; and as of `generate`.
         """
+        from tokenloop.runner.saved_state import read_state
+
         if self.prefix_cache is None:
             raise RunnerError("there is no prefix cache to load into: call keep_prefixes before")
         cache = self.prefix_cache

@@ -209,6 +209,8 @@ class PrefixCache:
         ones in their pools; `fill_state` a place."""
         path = self._walk(keys)
         self._touch(path)
+        if self.needs_states and len(path) == len(keys) and path[-1].state != NOWHERE:
+            return
         kept = {self._root, *path}
         if self.needs_states and not (self._free_states or self._evict(kept)):
             return

@@ -35,7 +35,6 @@ class StatefulProgram(YieldingProgram):
             whole = self.state[FULL][0]
             self.state[FULL] = [whole[:, :10].copy(), whole[:, 10:].copy()]
         self.manifest["state"] = [{"name": name} for name in wanted]
-        self.manifest["backend"] = "none"
         self.packing = Packing(8, batch, 4) if packed else None
         # Tokens of prompts that were computed.
         self.computed = 0

@@ -1,7 +1,9 @@
 """Where an ExecuTorch program keeps its state: in arenas, which the runner owns."""
 
+from math import prod
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from tokenloop.export.pte.block_cache import BlockCache
@@ -22,8 +24,9 @@ def state_places(
     planned = _planned(manager)
     places = []
 
-    def add(of: str, memory: str, shape: list[int], stride: list[int]) -> None:
-        arena, offset = planned[memory]
+    def add(of: str, memory: str, shape: list[int], stride: list[int], spare: int = 0) -> None:
+        arena, offset, elements = planned[memory]
+        assert elements == prod(shape) + spare, f"{memory} has another size than {of}"
         entry = {"of": of, "arena": arena, "offset": offset, "shape": shape, "stride": stride}
         places.append(entry)
 
@@ -42,14 +45,21 @@ def state_places(
                 # A block's memory is [heads, rows, size, width], and its last slot may be a spare.
                 filled = min(slots, size - caches[i].spare)
                 stride = [size * width, width, rows * size * width, 1]
-                add(of, f"caches.{i}.{kind}{block}", [rows, filled, heads, width], stride)
+                add(
+                    of,
+                    f"caches.{i}.{kind}{block}",
+                    [rows, filled, heads, width],
+                    stride,
+                    rows * (size - filled) * heads * width,
+                )
                 slots -= filled
     return places
 
 
-def _planned(manager: "ExecutorchProgramManager") -> dict[str, tuple[int, int]]:
-    """Arena and offset in bytes of each buffer that a method writes. All methods have it there."""
-    found: dict[str, tuple[int, int]] = {}
+def _planned(manager: "ExecutorchProgramManager") -> dict[str, tuple[int, int, int]]:
+    """Arena, offset in bytes and elements, float32, of each buffer that a method writes. All
+    methods have it there."""
+    found: dict[str, tuple[int, int, int]] = {}
     for method in sorted(manager.methods):
         program = manager.exported_program(method)
         names = program.graph_signature.inputs_to_buffers
@@ -60,6 +70,7 @@ def _planned(manager: "ExecutorchProgramManager") -> dict[str, tuple[int, int]]:
                 continue
             spec = node.meta["spec"]
             # Arena 0 of the program's own count is not the runner's.
-            place = spec.mem_id - 1, spec.mem_offset
+            place = spec.mem_id - 1, spec.mem_offset, prod(spec.shape)
+            assert spec.dtype == torch.float32, f"{name} is {spec.dtype}"
             assert found.setdefault(name, place) == place, f"{method} has {name} elsewhere"
     return found
