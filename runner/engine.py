@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.loop import LoopOptions
-from tokenloop.runner.model import Model
+from tokenloop.runner.model import Model, cache_of
 from tokenloop.runner.request import Request, is_integer, is_number
 from tokenloop.runner.ticket import Ticket
 
 LOG = logging.getLogger(__name__)
+PREFIX_CACHE_MB = 256
 
 
 class QueueFull(RunnerError):
@@ -32,7 +33,10 @@ class EngineClosed(RunnerError):
 @dataclass(frozen=True)
 class Counts:
     """Requests that are `waiting` and `running` now; and since the engine began, tokens of prompts
-    that got a row, `new_tokens` that were generated, steps, and how often the program `failed`."""
+    that got a row, `new_tokens` that were generated, steps, and how often the program `failed`.
+
+    Of the prompts' tokens `cached_tokens` were not computed. The cache has `cache_bytes` in use of
+    `cache_budget`, and has given up something `cache_evictions` times."""
 
     waiting: int
     running: int
@@ -40,6 +44,10 @@ class Counts:
     new_tokens: int
     steps: int
     failed: int
+    cached_tokens: int
+    cache_bytes: int
+    cache_budget: int
+    cache_evictions: int
 
 
 class Engine:
@@ -52,12 +60,19 @@ class Engine:
     def __init__(
         self, model: Model, rows: int | None = None, max_queue: int = 256,
         max_stall_s: float = 0.1, options: LoopOptions | None = None,
+        prefix_cache_mb: float | None = 0,
     ):  # fmt: skip
         """At most `rows` run at a time, by default as many as the model has, and `max_queue` more
         wait. Rows that run stand still for the prompts of others for `max_stall_s` at most, or for
         as long as one chunk takes (Loop.tokens).
 
-        Errors: RunnerError for numbers out of their range, and a model that is in use.
+        `prefix_cache_mb` megabytes (1e6 bytes) of the device's memory are for beginnings of
+        prompts, which later ones then need not compute; with 0 there is the model's prefix cache,
+        if it has one. None is PREFIX_CACHE_MB where that can be, and otherwise `cache_fault` says
+        why not.
+
+        Errors: RunnerError for numbers out of their range, an artifact whose state cannot be kept,
+        and a model that is in use.
         """
         rows = model.batch if rows is None else rows
         if not is_integer(rows) or not 1 <= rows <= model.batch:
@@ -78,6 +93,15 @@ class Engine:
         self._steps_before = model.loop.steps
         # Of a user of the model's Turn.
         self.is_finished = False
+        self.prefix_cache, self.cache_fault = model.prefix_cache, None
+        if prefix_cache_mb != 0:
+            budget = PREFIX_CACHE_MB if prefix_cache_mb is None else prefix_cache_mb
+            try:
+                self.prefix_cache = cache_of(model.loop.program, budget)
+            except RunnerError as error:
+                if prefix_cache_mb is not None:
+                    raise
+                self.cache_fault = str(error)
         begun: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._work, args=(begun,), name="tokenloop engine", daemon=True
@@ -125,9 +149,13 @@ class Engine:
         """What is going on."""
         with self._changed:
             self._forget_ended()
+            cache = self.prefix_cache
+            of_cache = (0, 0, 0, 0)
+            if cache is not None:
+                of_cache = cache.cached_tokens, cache.used_bytes, cache.budget, cache.evictions
             return Counts(
                 len(self._waiting), len(self._running), self._prompt_tokens, self._new_tokens,
-                self.model.loop.steps - self._steps_before, self._failed,
+                self.model.loop.steps - self._steps_before, self._failed, *of_cache,
             )  # fmt: skip
 
     @property
@@ -174,6 +202,9 @@ class Engine:
             # Whatever the program raises: those whose state it had end with it. Others go on.
             except Exception:
                 LOG.exception("the program failed, and with it the requests that had a row")
+                if self.prefix_cache is not None:
+                    # Whatever was being copied.
+                    self.prefix_cache.clear()
                 with self._changed:
                     self._failed += 1
                     failed, self._running = self._running, []
@@ -191,7 +222,7 @@ class Engine:
         """Run what waits, and what comes meanwhile, until there is nothing left."""
         joining = Joining(self._next)
         for ticket, token_id in self.model.loop.tokens(
-            joining, self.rows, self._options, self._max_stall_s
+            joining, self.rows, self._options, self._max_stall_s, self.prefix_cache
         ):
             self._new_tokens += 1
             ticket.put(token_id)

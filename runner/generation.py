@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.loop import Loop, LoopOptions
+from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.request import Request
 from tokenloop.runner.result import Result, Token
 from tokenloop.runner.tokenizer import Tokenizer
@@ -48,11 +49,12 @@ class BatchGeneration:
 
     def __init__(
         self, loop: Loop, results: Iterable[Result], rows: int, options: LoopOptions,
-        prepare: Callable[[], None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None, cache: PrefixCache | None = None,
     ):  # fmt: skip
         """`results` are taken one by one, when a row is free; those that were refused never begin.
         At most `rows` run at a time, in the variant `options`, which is one of `loop.variant`.
-        `prepare` makes the program ready. What this ends and where it is refused, Turn.begin says.
+        Beginnings of prompts are taken from `cache` and kept there. `prepare` makes the program
+        ready. What this ends and where it is refused, Turn.begin says.
         """
         self.results: list[Result] = []
         self.is_finished = False
@@ -64,7 +66,8 @@ class BatchGeneration:
         self._start, self._before = 0.0, None
         self._first_s, self._newest_s = None, 0.0
         loop.turn.begin(self, prepare)
-        self._tokens = loop.tokens(accepted(results, self.results), rows, options)
+        coming = accepted(results, self.results)
+        self._tokens = loop.tokens(coming, rows, options, cache=cache)
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
         return self
@@ -132,12 +135,13 @@ class Generation(Result):
     def __init__(
         self, loop: Loop, request: Request, tokenizer: Tokenizer, prompt_ids: list[int],
         limit: int, options: LoopOptions, prepare: Callable[[], None],
+        cache: PrefixCache | None = None,
     ):  # fmt: skip
-        """As Result; and `loop`, `options` and `prepare` as of BatchGeneration."""
+        """As Result; and `loop`, `options`, `prepare` and `cache` as of BatchGeneration."""
         super().__init__(request, tokenizer, prompt_ids, limit)
         # The batch does not keep this alive. What nobody has any more is gone at once, and in no
         # other thread's way.
-        self._batch = BatchGeneration(loop, [weakref.proxy(self)], 1, options, prepare)
+        self._batch = BatchGeneration(loop, [weakref.proxy(self)], 1, options, prepare, cache)
 
     def __iter__(self) -> Iterator[Token]:
         return self

@@ -2,13 +2,14 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.logprobs import Logprobs, logprobs_of
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
+from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.program import Program, Selected, can_wait
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
@@ -96,7 +97,7 @@ class Loop:
 
     def tokens(
         self, sequences: Iterable[Sequence], used: int, options: LoopOptions,
-        max_stall_s: float | None = None,
+        max_stall_s: float | None = None, cache: PrefixCache | None = None,
     ) -> Iterator[tuple[Sequence, int]]:  # fmt: skip
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
@@ -109,7 +110,8 @@ class Loop:
 
         With `max_stall_s` a step does not wait longer than that for the prompts of sequences that
         join, or than one chunk takes. The rest of a prompt is prefilled after the step, where the
-        program can do that; otherwise a step waits for a whole prompt. It changes no token.
+        program can do that; otherwise a step waits for a whole prompt. It changes no token. Neither
+        does the `cache`, where beginnings of prompts are taken from and kept.
         """
         waiting, read = iter(sequences), [0] * self.batch
         ahead = options.double_buffering and options.feed != "host"
@@ -117,9 +119,9 @@ class Loop:
         slots = Slots(self.program, used, self._table, from_host)
         steps = Steps(self.program, slots, options)
         if self.program.packing is None:
-            prefill = ChunkedPrefill(self.program, self._table, from_host)
+            prefill = ChunkedPrefill(self.program, self._table, from_host, cache)
         else:
-            prefill = PackedPrefill(self.program)
+            prefill = PackedPrefill(self.program, cache)
         while True:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
             start = time.perf_counter()
@@ -152,7 +154,7 @@ class Loop:
                     read[row] += 1
                     if sequence.finish_reason is None:
                         if sequence.request.logprobs is not None:
-                            sequence.logprobs.append(steps.logprobs[row].popleft())
+                            sequence.logprobs.append(steps.logprobs[row].popleft()())
                         yield sequence, ids[line + row]
                     if sequence.finish_reason is not None or read[row] == sequence.limit:
                         slots.leave(row)
@@ -176,6 +178,7 @@ class Loop:
             start = time.perf_counter()
             for prompt, logits in prefill.advance():
                 if prompt.is_done:
+                    slots.sequence(prompt.row).cached_tokens = prompt.cached
                     slots.begin(prompt.row)
                     steps.begin(prompt.row, logits)
                     begun.add(prompt.row)
@@ -211,8 +214,9 @@ class Steps:
         self._newest = Selected(token, token)
         self._run_ahead = options.run_ahead
         self._gathered = Gathered(program, options.run_ahead) if options.run_ahead > 1 else None
-        # Of each row's tokens that are not read yet, where they are asked for.
-        self.logprobs: list[deque[Logprobs]] = [deque() for _ in range(program.manifest["batch"])]
+        # What gives those of each row's tokens that are not read yet, where they are asked for.
+        count = program.manifest["batch"]
+        self.logprobs: list[deque[Callable[[], Logprobs]]] = [deque() for _ in range(count)]
 
     def begin(self, row: int, logits: Any) -> None:
         """Choose the row's first token from its prompt's logits [1, V], and put it beside the
@@ -228,7 +232,8 @@ class Steps:
             self._gathered.join(row, self._newest.token)
         self.logprobs[row].clear()
         if (alternatives := self._slots.sequence(row).request.logprobs) is not None:
-            self._note(row, alternatives, logits[0])
+            token = self._newest.token[row : row + 1]
+            self.logprobs[row] += program.logprobs(logits, token, [(0, alternatives)])
 
     def unread(self) -> Any:
         """The tokens int64 [N, B] or [B, 1] of the newest steps, in memory that the steps which are
@@ -252,16 +257,14 @@ class Steps:
             self._buffer = 1 - self._buffer
             wanted = self._slots.want_logprobs()
             self._newest = self._program.step(fed, self._slots.next_step(), self._buffer)
-            for row, alternatives in wanted:
-                self._note(row, alternatives, self._program.logits[row])
+            if wanted:
+                # Before the logits are gone.
+                found = self._program.logprobs(self._program.logits, self._newest.token, wanted)
+                for (row, _), read in zip(wanted, found):
+                    self.logprobs[row].append(read)
             if self._gathered:
                 self._gathered.add(self._newest.token)
         return self._run_ahead
-
-    def _note(self, row: int, count: int, logits: Any) -> None:
-        """Keep the log probabilities of the row's newest token, before its logits are gone."""
-        (token_id,) = self._program.transfers.download(self._newest.token[row])
-        self.logprobs[row].append(logprobs_of(logits, token_id, count))
 
 
 class Gathered:

@@ -95,6 +95,7 @@ SHA256 = Rule("a sha256 of 64 hexadecimal digits", is_sha256)
 STEP = integer(0, MAX_BYTES)
 SIZES = up_to_8(STEP)
 TENSOR = {"name": NAME, "shape": SIZES, "dtype": one_of(*DTYPE_BYTES)}
+PLACE = {"of": NAME, "arena": STEP, "offset": STEP, "shape": SIZES, "stride": SIZES}
 TOKEN = integer(0, MAX_INT)
 VIEWS = Named({"of": NAME, "offset": STEP, "shape": SIZES, "stride": SIZES})
 
@@ -137,7 +138,11 @@ COMMON = {
 }
 WEIGHTS = {"file": Maybe(FILE), "random": Maybe([TENSOR]), "views": VIEWS}
 OF_ENGINE = {
-    "executorch": {"processor": Maybe(NAME), "weights": Maybe({"file": FILE})},
+    "executorch": {
+        "processor": Maybe(NAME),
+        "weights": Maybe({"file": FILE}),
+        "state_places": Maybe([PLACE]),
+    },
     "inductor": {"processor": NAME, "weights": WEIGHTS, "versions": {"torch": TEXT}},
     "launches": {
         "processor": NAME,
@@ -165,6 +170,8 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     _check_methods(manifest)
     _check_files(manifest)
     _check_tensors(manifest)
+    if "state_places" in manifest:
+        _check_places(manifest)
 
 
 def named_files(manifest: dict[str, Any]) -> dict[str, str]:
@@ -214,6 +221,30 @@ def _check(where: str, value: Any, rule: Any) -> None:
                 _check(prefix + name, value.get(name, MISSING), item)
             elif name in value:
                 _check(prefix + name, value[name], item.rule)
+
+
+def _check_places(manifest: dict[str, Any]) -> None:
+    """What lies in several places is the whole tensor, one behind the other along axis 1."""
+    whole = {tensor["name"]: tensor["shape"] for tensor in manifest["state"]}
+    slots: dict[str, int] = {}
+    for i, place in enumerate(manifest["state_places"]):
+        where, shape = f"state_places[{i}]", place["shape"]
+        if place["of"] not in whole:
+            raise _fault(f"{where}.of", place["of"], "the name of a tensor of the state")
+        right = whole[place["of"]]
+        if (
+            len(shape) != len(right)
+            or len(shape) < 2
+            or shape[:1] + shape[2:] != right[:1] + right[2:]
+        ):
+            raise _fault(f"{where}.shape", shape, f"{right}, or a part along axis 1")
+        if len(place["stride"]) != len(shape):
+            raise _fault(f"{where}.stride", place["stride"], f"a list of {len(shape)}")
+        slots[place["of"]] = slots.get(place["of"], 0) + shape[1]
+    for name, shape in whole.items():
+        if slots.get(name) != shape[1]:
+            text = f"places of all {shape[1]} along axis 1 of {name}"
+            raise _fault("state_places", slots.get(name, 0), text)
 
 
 def _list(names: Any) -> str:

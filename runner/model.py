@@ -14,8 +14,9 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.generation import BatchGeneration, Generation
 from tokenloop.runner.loop import Loop, LoopOptions
 from tokenloop.runner.manifest import Artifact, open_artifact
+from tokenloop.runner.prefix_cache import MB, PrefixCache
 from tokenloop.runner.program import Program, selection_method
-from tokenloop.runner.request import Prompt, Request, is_integer, shown
+from tokenloop.runner.request import Prompt, Request, is_integer, is_number, shown
 from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
 
@@ -24,6 +25,12 @@ BYTES = bytes, bytearray, memoryview
 # Engines are loaded one at a time: meanwhile they change what is the whole process's, such as where
 # native code writes its errors, and how many threads there are.
 LOADING = Lock()
+
+
+class Nobody:
+    """A user of a model's Turn that has done all it wanted."""
+
+    is_finished = True
 
 
 def load_program(artifact: Artifact, threads: int | None = None) -> Program:
@@ -57,7 +64,10 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Program:
 
 class Model:
     """A loaded artifact. `load_s` is the time that loading took; `vocab_size`, `max_seq_len`, and
-    `batch`, how many sequences it can run at a time."""
+    `batch`, how many sequences it can run at a time. `prefix_cache` has beginnings of prompts,
+    which later ones need not compute; there is none before `keep_prefixes`."""
+
+    prefix_cache: PrefixCache | None = None
 
     def __init__(
         self, directory: str | Path, threads: int | None = None, verify: bool | None = None
@@ -114,7 +124,8 @@ class Model:
         options = self.loop.variant(options)
         fitted = self.fit(prompt)
         prepare = partial(self.load_sampling, prompt, options)
-        return Generation(self.loop, prompt, self.tokenizer, *fitted, options, prepare)
+        cache = self.prefix_cache
+        return Generation(self.loop, prompt, self.tokenizer, *fitted, options, prepare, cache)
 
     def generate_batch(
         self, requests: Iterable[Request | Prompt], options: LoopOptions | None = None,
@@ -144,7 +155,57 @@ class Model:
                 f"--batch {rows}"
             )
         options = self.loop.variant(options)
-        return BatchGeneration(self.loop, self._results(requests, options), rows, options)
+        results = self._results(requests, options)
+        return BatchGeneration(self.loop, results, rows, options, cache=self.prefix_cache)
+
+    def keep_prefixes(self, megabytes: float) -> None:
+        """Keep beginnings of prompts in so many megabytes (1e6 bytes) of the device's memory, or
+        none with 0. What is kept by now is forgotten. No byte of an output depends on it.
+
+        Errors: RunnerError for a number that is too small, and an artifact whose state cannot be
+        kept.
+        """
+        self.prefix_cache = None
+        self.prefix_cache = cache_of(self.loop.program, megabytes)
+
+    def save(self, path: str | Path, prompt: Prompt) -> int:
+        """Compute a prompt, and write its state to a file, which `load` reads in another process.
+        Returns how many of its tokens a prompt that begins so need not compute: a whole number of
+        the prefix cache's blocks.
+
+        Errors: RunnerError for a prompt of less than a block, an artifact whose state cannot be
+        kept, and a file that cannot be written; and as of `generate`.
+        """
+        from tokenloop.runner.saved_state import write_state
+
+        request = Request(prompt, 1)
+        ids, limit = self.fit(request)
+        cache = PrefixCache.for_one(self.loop.program, len(ids))
+        keys, options = cache.keys(ids), self.loop.variant(None)
+        # It has no more use for the program once it is computed.
+        Generation(
+            self.loop, request, self.tokenizer, ids, limit, options, lambda: None, cache
+        ).run()  # fmt: skip
+        count, copies = cache.copies(keys)
+        write_state(Path(path), self.manifest, ids[:count], copies)
+        return count
+
+    def load(self, path: str | Path) -> int:
+        """Read a file of `save` into the prefix cache, as if its prompt had just been computed.
+        Returns how many tokens a prompt that begins so need not compute. It has its turn as a
+        generation has.
+
+        Errors: RunnerError without a prefix cache or without room in it, for a file that is
+        damaged, of another artifact, or of another kind of processor; and as of `generate`.
+        """
+        from tokenloop.runner.saved_state import read_state
+
+        if self.prefix_cache is None:
+            raise RunnerError("there is no prefix cache to load into: call keep_prefixes before")
+        cache = self.prefix_cache
+        ids, copies = read_state(Path(path), self.manifest)
+        self.loop.turn.begin(Nobody(), lambda: cache.add(cache.keys(ids), copies))
+        return len(ids)
 
     def _results(
         self, requests: Iterable[Request | Prompt], options: LoopOptions
@@ -169,6 +230,11 @@ class Model:
             raise RunnerError(
                 f"logprobs is {request.logprobs}; an artifact of {self.manifest['engine']} for "
                 f"{self.manifest['device']} gives no log probabilities: it must be None"
+            )
+        if request.prompt_logprobs and self.loop.program.packing is not None:
+            raise RunnerError(
+                "prompt_logprobs is True; an artifact for a GPU prefills no prompt by tokens: it "
+                "must be False"
             )
         ids = self._prompt_ids(request)
         if len(ids) == 0:
@@ -206,6 +272,13 @@ class Model:
         elif not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
             raise RunnerError(f"the prompt is {shown(prompt)}; it must be text or a list of ids")
         return prompt
+
+
+def cache_of(program: Program, megabytes: float) -> PrefixCache | None:
+    """A prefix cache of so many megabytes, None for 0. Errors: RunnerError as of keep_prefixes."""
+    if not is_number(megabytes) or megabytes < 0:
+        raise RunnerError(f"prefix_cache_mb is {megabytes!r}; it must be at least 0")
+    return PrefixCache(program, int(megabytes * MB)) if megabytes else None
 
 
 def checked_ids(ids: Sequence | np.ndarray, vocab_size: int) -> list[int]:

@@ -5,39 +5,58 @@ written at the position where its next chunk begins (slots.py), and the chunk ov
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.program import Program
 
 
 @dataclass
 class Prompt:
     """A prompt and the row that it is for. `first` is how many of its ids are prefilled. With
-    `by_token` a chunk has one, and the logits after each are wanted."""
+    `by_token` a chunk has one, and the logits after each are wanted.
+
+    `keys` are the ids' blocks, as a PrefixCache has them, if it may keep and take any of it.
+    `cached` of the ids were prefilled by an earlier prompt. At the positions `keep_at` that are yet
+    to come the row's state is kept for later ones; with `must_cut` a chunk ends there."""
 
     row: int
     ids: list[int]
     first: int = 0
     by_token: bool = False
+    keys: list[bytes] = field(default_factory=list)
+    has_begun: bool = False
+    cached: int = 0
+    keep_at: tuple[int, ...] = ()
+    must_cut: bool = False
 
     @property
     def is_done(self) -> bool:
         return self.first == len(self.ids)
 
+    @property
+    def until(self) -> int:
+        """The position where its next chunk ends at the latest."""
+        return self.keep_at[0] if self.must_cut and self.keep_at else len(self.ids)
+
 
 class Prefill:
     """The prompts of one run of the loop that are not prefilled to their end, in their order."""
 
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, program: Program, cache: PrefixCache | None = None):
+        """`cache` has the beginnings of earlier prompts, and gets those of these."""
+        self.program, self._cache = program, cache
         self.prompts: list[Prompt] = []
 
     def add(self, row: int, ids: list[int], by_token: bool = False) -> None:
         """Let a prompt wait for its turn. `by_token` is for a program that has logits."""
-        self.prompts.append(Prompt(row, ids, by_token=by_token))
+        # By tokens a prompt rounds otherwise.
+        uses_cache = self._cache is not None and not by_token
+        keys = self._cache.keys(ids) if uses_cache else []
+        self.prompts.append(Prompt(row, ids, 0, by_token, keys))
 
     def drop(self, row: int) -> None:
         """Forget the row's prompt, if it waits."""
@@ -52,14 +71,37 @@ class Prefill:
         the logits float32 [1, V] after what is prefilled, which are valid until the next call."""
         raise NotImplementedError
 
+    def _begin(self, prompt: Prompt) -> None:
+        """Let a prompt begin that has not, where an earlier one had come that began as it does. Not
+        before its turn: until then others may be prefilled that begin so."""
+        if prompt.has_begun:
+            return
+        prompt.has_begun = True
+        if prompt.keys:
+            found = self._cache.take(prompt.row, prompt.keys, self._last(prompt))
+            prompt.first = prompt.cached = found.cached
+            prompt.keep_at, prompt.must_cut = found.keep_at, self._cache.needs_states
+
+    def _keep(self, prompt: Prompt) -> None:
+        """Keep what was prefilled of a prompt, if it is time for that."""
+        while prompt.keep_at and prompt.first >= prompt.keep_at[0]:
+            self._cache.keep(prompt.row, prompt.keys, prompt.keep_at[0])
+            prompt.keep_at = prompt.keep_at[1:]
+
+    def _last(self, prompt: Prompt) -> int:
+        """How many of a prompt's blocks may be taken: at least one id is computed."""
+        return (len(prompt.ids) - 1) // self._cache.size
+
 
 class ChunkedPrefill(Prefill):
     """One prompt after the other, each in chunks of up to max_prefill tokens."""
 
-    def __init__(self, program: Program, table: Any, from_host: bool):
+    def __init__(
+        self, program: Program, table: Any, from_host: bool, cache: PrefixCache | None = None
+    ):
         """`table` int64 [N] has the numbers from 0 on, on the device. Positions are uploaded for
         each chunk if `from_host`."""
-        super().__init__(program)
+        super().__init__(program, cache)
         self._table, self._from_host = table, from_host
         self._most: int = program.manifest["max_prefill"]
         self._several: bool = program.manifest["batch"] > 1
@@ -68,7 +110,8 @@ class ChunkedPrefill(Prefill):
 
     def advance(self) -> list[tuple[Prompt, Any]]:
         prompt, upload = self.prompts[0], self.program.transfers.upload
-        if prompt.first == 0:
+        if not prompt.has_begun:
+            self._begin(prompt)
             self._ids = upload([prompt.ids])
         start = prompt.first
         chunk = self._ids[:, start : start + (1 if prompt.by_token else self._most)]
@@ -78,6 +121,7 @@ class ChunkedPrefill(Prefill):
             positions = upload(range(start, prompt.first))
         where = (self._table[prompt.row : prompt.row + 1],) if self._several else ()
         logits = self.program.prefill(chunk, positions, *where)
+        self._keep(prompt)
         if prompt.is_done:
             del self.prompts[0]
         return [(prompt, logits)] if prompt.is_done or prompt.by_token else []
@@ -94,20 +138,21 @@ class Part(NamedTuple):
 
 
 def next_chunk(prompts: list[Prompt], capacity: int, parts: int, multiple: int) -> list[Part]:
-    """The next of the chunks that `packed` says. What it has of the prompts is taken from them."""
+    """The next of the chunks that `packed` says. What it has of the prompts is taken from them, and
+    those that end with it are taken from the list."""
     chunk, free = [], capacity
-    while prompts and len(chunk) < parts:
-        prompt = prompts[0]
-        rest = len(prompt.ids) - prompt.first
+    for prompt in list(prompts):
+        rest = prompt.until - prompt.first
         size = rest if rest <= free else free // multiple * multiple
-        if size == 0:
+        if size == 0 or len(chunk) == parts:
             break
-        first, ends = prompt.first, size == rest
-        chunk.append(Part(prompt.row, first, prompt.ids[first : first + size], ends))
-        prompt.first, free = first + size, free - size
-        if not ends:
+        first, free = prompt.first, free - size
+        prompt.first += size
+        ids = prompt.ids[first : prompt.first]
+        chunk.append(Part(prompt.row, first, ids, prompt.is_done))
+        if size < rest:
             break
-        del prompts[0]
+    prompts[:] = [prompt for prompt in prompts if not prompt.is_done]
     return chunk
 
 
@@ -130,11 +175,33 @@ class PackedPrefill(Prefill):
     always goes up with its tokens. `program` has `packing`."""
 
     def advance(self) -> list[tuple[Prompt, Any]]:
-        prompts = {prompt.row: prompt for prompt in self.prompts}
-        chunk = next_chunk(self.prompts, *self.program.packing)
+        prompts = {prompt.row: prompt for prompt in self._ready()}
+        left = list(prompts.values())
+        chunk = next_chunk(left, *self.program.packing)
         logits = self.program.prefill_packed(chunk)
+        for part in chunk:
+            self._keep(prompts[part.row])
+        self.prompts = [prompt for prompt in self.prompts if not prompt.is_done]
         ended = [(i, part) for i, part in enumerate(chunk) if part.ends]
         return [(prompts[part.row], logits[i : i + 1]) for i, part in ended]
+
+    def _ready(self) -> list[Prompt]:
+        """The prompts that the next chunk may be of, which have begun, in their order. One that
+        begins as another one ahead of it does waits until that one's beginning is kept."""
+        capacity, parts, _ = self.program.packing
+        ready: list[Prompt] = []
+        for prompt in self.prompts:
+            if prompt.keys and not prompt.has_begun:
+                mine = prompt.keys, self._last(prompt)
+                if any(self._cache.will_help(*mine, p.keys, p.keep_at) for p in ready):
+                    continue
+            # Those that there is no room for begin later.
+            if len(ready) == parts or capacity <= 0:
+                break
+            self._begin(prompt)
+            ready.append(prompt)
+            capacity -= prompt.until - prompt.first
+        return ready
 
 
 def layout(chunk: list[Part], parts: int) -> dict[str, np.ndarray]:

@@ -4,11 +4,12 @@ Arrays are NumPy's or torch's, as the engine computes. B are the rows of a batch
 vocabulary, D the width of hidden, T the length of a chunk of a prompt.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from tokenloop.runner.logprobs import Logprobs, logprobs_of
 from tokenloop.runner.request import Request
 from tokenloop.runner.transfers import Transfers
 
@@ -80,10 +81,12 @@ class Program(Protocol):
     # How prompts are packed, or None where each is prefilled by itself.
     packing: Packing | None = None
     step_inputs: dict[str, Any] = {}
-    # The logits float32 [B, V] of the newest `decode`, where they lie in the host's memory; others
-    # give no log probabilities.
+    # The logits float32 [B, V] of the newest `decode`, where there are log probabilities.
     has_logits: bool = False
     logits: Any = None
+    # What outlives a method's run, by the manifest's names: for each tensor its pieces [B, S, ...],
+    # which lie one behind the other along S. None where the runner cannot reach it.
+    state: dict[str, list[Any]] | None = None
     # Whether steps are fed embeddings, as the newest run has it. Before any run it is tokens.
     embedding: bool = False
 
@@ -123,6 +126,19 @@ class Program(Protocol):
     def select_row(self, logits: Any, choice: Choice) -> Any:
         """The next token int64 [1, 1] of the logits [1, V] of one row of several, in memory of its
         own."""
+
+    def logprobs(
+        self, logits: Any, token: Any, wanted: list[tuple[int, int]]
+    ) -> list[Callable[[], Logprobs]]:
+        """What gives the log probabilities of some rows' tokens, which is asked for later: `wanted`
+        are rows of logits float32 [B, V] and token int64 [B, 1], each with its number of
+        alternatives. Both may be overwritten by what is submitted next."""
+        found = []
+        for row, count in wanted:
+            (token_id,) = self.transfers.download(token[row])
+            value = logprobs_of(logits[row], token_id, count)
+            found.append(lambda value=value: value)
+        return found
 
     def feed(self, token: Any, buffer: int) -> Any:
         """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer."""

@@ -34,7 +34,7 @@ class Request:
     `logprobs` asks for the log probability of each token and of so many of the likeliest, and
     `prompt_logprobs` for those of the prompt's tokens, too. The prompt is then prefilled token by
     token, which takes as long as steps do, and may round otherwise than longer chunks. An artifact
-    for a GPU gives none.
+    for a GPU gives none of the prompt's, and one of ExecuTorch's for CUDA none at all.
 
     `shown_tokens` are control tokens that are part of the output's text, such as those that a model
     writes around a call of a tool; others give no text.

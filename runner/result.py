@@ -43,6 +43,8 @@ class Result:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.limit = limit
+        # How many of the prompt's tokens an earlier prompt had computed.
+        self.cached_tokens = 0
         # How many tokens have come, the end token included.
         self.taken = 0
         self._end_ids = tokenizer.eos_token_ids

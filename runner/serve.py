@@ -21,7 +21,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.run import DEFAULT_ARTIFACT, add_loading, flag_of, reason
 
 HOST, PORT = "127.0.0.1", 8000
-MAX_QUEUE, MAX_STALL_MS, TIMEOUT_S = 256, 100, 600
+MAX_QUEUE, MAX_STALL_MS, TIMEOUT_S, PREFIX_CACHE_MB = 256, 100, 600, 256
 KEY_VARIABLE = "TOKENLOOP_API_KEY"
 # What those that run have when the server is told to end.
 GRACE_S = 5
@@ -57,6 +57,11 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         "--timeout", type=float, default=TIMEOUT_S, metavar="S",
         help="seconds after which a request ends, wherever it is",
     )  # fmt: skip
+    parser.add_argument(
+        "--prefix-cache-mb", type=float, default=argparse.SUPPRESS, metavar="MB",
+        help="memory of the device for beginnings of prompts, which later ones need not compute; 0 "
+        f"is none (default: {PREFIX_CACHE_MB}, where the artifact's state can be kept)",
+    )  # fmt: skip
     add_loading(parser)
     parser.add_argument(
         "--log-prompts", action="store_true", help="put prompts and outputs in the log"
@@ -68,6 +73,9 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     if not 0 <= options.max_stall_ms < float("inf"):
         stall = options.max_stall_ms
         parser.error(f"--max-stall-ms is {stall}; it must be a finite number, 0 or more")
+    options.prefix_cache_mb = cache = getattr(options, "prefix_cache_mb", None)
+    if cache is not None and not 0 <= cache < float("inf"):
+        parser.error(f"--prefix-cache-mb is {cache}; it must be a finite number, 0 or more")
     if not 0 < options.timeout < float("inf"):
         parser.error(f"--timeout is {options.timeout}; it must be a finite number above 0")
     if not 0 <= options.port <= 65535:
@@ -132,8 +140,9 @@ def serve(options: argparse.Namespace) -> int:
     if not only_here and options.api_key is None:
         process.say(f"{options.program}: warning: whoever reaches {host} can use it: --api-key")
     with Engine(
-        model, max_queue=options.max_queue, max_stall_s=options.max_stall_ms / 1000
-    ) as engine:
+        model, max_queue=options.max_queue, max_stall_s=options.max_stall_ms / 1000,
+        prefix_cache_mb=options.prefix_cache_mb,
+    ) as engine:  # fmt: skip
         host = f"[{host}]" if ":" in host else host
         rows = f"{engine.rows} row{'s' * (engine.rows > 1)}"
 

@@ -38,6 +38,26 @@ class HostMemory:
         """Fill device memory from a host array or from device memory."""
         destination[...] = source
 
+    def empty(self, shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
+        """Device memory of that shape, and of the type of `like`."""
+        return np.empty(shape, like.dtype)
+
+    def gather(self, pool: np.ndarray, numbers: np.ndarray, destination: np.ndarray) -> None:
+        """Fill destination [N, ...] with those of pool [M, ...] that have the numbers [N]."""
+        destination[...] = pool[numbers]
+
+    def scatter(self, source: np.ndarray, pool: np.ndarray, numbers: np.ndarray) -> None:
+        """Copy source [N, ...] to those of pool [M, ...] that have the numbers [N]."""
+        pool[numbers] = source
+
+    def read_bytes(self, array: np.ndarray) -> np.ndarray:
+        """The bytes uint8 [N] of an array, on the host."""
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
+
+    def write_bytes(self, data: np.ndarray, array: np.ndarray) -> None:
+        """Fill an array with what `read_bytes` gave of one like it."""
+        array[...] = data.view(array.dtype).reshape(array.shape)
+
     def prefetch(self, values: np.ndarray) -> None:
         """Begin to read device memory as it is after all that was submitted until now."""
 
@@ -73,6 +93,30 @@ class Transfers:
         """Copy within device memory, between arrays of one shape and type."""
         self._memory.copy(source, destination)
         self.device_to_device.add(source)
+
+    def room(self, shape: tuple[int, ...], like: Any) -> Any:
+        """Device memory of that shape for copies of what has the type of `like`."""
+        return self._memory.empty(shape, like)
+
+    def gather(self, pool: Any, numbers: Any, destination: Any) -> None:
+        """As HostMemory.gather, within device memory: one copy."""
+        self._memory.gather(pool, numbers, destination)
+        self.device_to_device.add(destination)
+
+    def scatter(self, source: Any, pool: Any, numbers: Any) -> None:
+        """As HostMemory.scatter, within device memory: one copy."""
+        self._memory.scatter(source, pool, numbers)
+        self.device_to_device.add(source)
+
+    def read_bytes(self, array: Any) -> np.ndarray:
+        """As HostMemory.read_bytes."""
+        self.device_to_host.add(array)
+        return self._memory.read_bytes(array)
+
+    def write_bytes(self, data: np.ndarray, array: Any) -> None:
+        """As HostMemory.write_bytes."""
+        self.host_to_device.add(data)
+        self._memory.write_bytes(data, array)
 
     def prefetch(self, values: Any) -> None:
         """Begin to read these values as they are after all that was submitted until now. Their next

@@ -40,7 +40,7 @@ class YieldingProgram(Program):
     def __init__(self, batch: int, max_seq_len: int = 64, max_prefill: int = 5):
         self.manifest = {
             "batch": batch, "max_seq_len": max_seq_len, "max_prefill": max_prefill,
-            "vocab_size": VOCABULARY, "methods": [],
+            "vocab_size": VOCABULARY, "methods": [], "backend": "none",
         }  # fmt: skip
         self.transfers, self.intruders = Transfers(), 0
         self._inside = threading.Lock()

@@ -142,7 +142,7 @@ class BlockCache(nn.Module):
     def __init__(self, cache: KVCache, slots: SlotLayout):
         super().__init__()
         self.rows, _, self.kv_heads, self.head_dim = cache.k.shape
-        self.sizes = slots.sizes
+        self.sizes, self.spare = slots.sizes, slots.spare
         for i, size in enumerate(self.sizes):
             for name in (f"k{i}", f"v{i}"):
                 shape = (self.kv_heads * self.rows * size, self.head_dim)

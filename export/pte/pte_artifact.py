@@ -99,7 +99,7 @@ class PteArtifact:
 
         # 2. The program.
         constants = metadata(model, tokenizer)
-        program, methods = build_program(
+        program, methods, places = build_program(
             model, self.options.backend, constants, self.selection, progress
         )
         progress("writing")
@@ -114,6 +114,7 @@ class PteArtifact:
             "methods": methods,
             "dtype": "float32",
             "state": state_entries(model),
+            "state_places": places,
         }
 
 

@@ -30,6 +30,7 @@ from tokenloop.export.pte.lazy_graphs import lazy_graphs
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
+from tokenloop.export.pte.state_places import state_places
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
 from tokenloop.models.decoder import CausalLM
 
@@ -150,19 +151,20 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
 def build_program(
     model: CausalLM, backend: str, constants: dict[str, int | bool | list[int]],
     selection: Background, progress: Callable[[str], None],
-) -> tuple[Cord, list[str]]:  # fmt: skip
+) -> tuple[Cord, list[str], list[dict]]:  # fmt: skip
     """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
-    and its methods' names.
+    its methods' names, and where its state is (state_places).
 
     `backend` is "xnnpack" (which changes modules of `model` in place) or "portable". `constants`
     become metadata methods. `progress` is called with what begins.
     """
+    caches = None
     if backend == "xnnpack":
         length, traced = prompt_length(model.max_chunk)
         xnnpack.prepare(model)
         lowered = lower(model, traced, length, progress)
         prefill = DelegatedPrefill(model, lowered, traced)
-        decode = DelegatedDecodeEmbedded(model, lowered)
+        decode, caches = DelegatedDecodeEmbedded(model, lowered), lowered.caches
     else:
         # Plain kernels take ATen's operators as they are.
         prefill, decode = Prefill(model), DecodeEmbedded(model)
@@ -176,8 +178,9 @@ def build_program(
         "decode_embedded": torch.export.export(decode, (hidden, integers(batch))),
     }
     program = to_program(methods, constants, backend == "xnnpack", progress)
+    places = state_places(program, model, caches)
     progress("adding the selection methods")
-    return link(program, selection.result())
+    return *link(program, selection.result()), places
 
 
 @lazy_graphs()

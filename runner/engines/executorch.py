@@ -54,6 +54,7 @@ class ExecuTorchProgram(Program):
             # Before the methods: they keep the pool of threads that they were loaded with.
             executorch_runtime.set_num_threads(threads)
             self._program = open_program(artifact)
+        self.state = state_of(self._program, artifact)
         several = self.manifest["batch"] > 1
         self.embeds = {"embed", "decode_embedded", "greedy_embed"} <= set(
             self._program.method_names()
@@ -120,6 +121,32 @@ def check_backend(artifact: Artifact, registered: list[str]) -> str | None:
             "another --backend"
         )
     return backend
+
+
+def state_of(
+    program: executorch_runtime.Program, artifact: Artifact
+) -> dict[str, list[np.ndarray]] | None:
+    """The program's state, which lies in its arenas: as Program.state has it, None where the
+    manifest does not say the places. Errors: RunnerError for a place that is in no arena."""
+    if "state_places" not in artifact.manifest:
+        return None
+    dtypes = {entry["name"]: np.dtype(entry["dtype"]) for entry in artifact.manifest["state"]}
+    state: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
+    for place in artifact.manifest["state_places"]:
+        dtype = dtypes[place["of"]]
+        strides = [dtype.itemsize * step for step in place["stride"]]
+        try:
+            memory = program.arenas[place["arena"]].bytes
+            piece = np.ndarray(place["shape"], dtype, memory, place["offset"], strides)
+        except (IndexError, OverflowError, TypeError, ValueError):
+            sizes = [arena.bytes.size for arena in program.arenas]
+            raise RunnerError(
+                f"{artifact.program_file}: the manifest has {place['of']} at {place['offset']} of "
+                f"arena {place['arena']}, and the program's arenas have {sizes} bytes: export it "
+                "again"
+            ) from None
+        state[place["of"]].append(piece)
+    return state
 
 
 def open_program(artifact: Artifact) -> executorch_runtime.Program:

@@ -40,6 +40,7 @@ class InductorProgram(Program):
         batch = self.manifest["batch"]
         with explained(artifact):
             self.constants = load_tensors(artifact, device)
+            self.state = {e["name"]: [self.constants[e["name"]]] for e in self.manifest["state"]}
             self.embeds = "embed" in self.manifest["methods"]
             names = ["prefill", "decode_embedded", "greedy", "embed"]
             names += ["greedy_row"] * (batch > 1)

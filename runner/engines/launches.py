@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenloop.runner.engines.device_logprobs import DeviceLogprobs
 from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.engines.launch_list import LaunchList, Method
 from tokenloop.runner.engines.step_graphs import StepGraphs
 from tokenloop.runner.engines.tensors import explained, find_device, load_tensors
 from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
+from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.manifest import Artifact
 from tokenloop.runner.prefill import Part, layout
 from tokenloop.runner.program import (
@@ -36,7 +38,7 @@ class LaunchProgram(Program):
     """The methods of a launch list. Weights and state are there once, for all. A step finds its
     positions by itself, and selection looks the embedding up."""
 
-    embeds = has_graphs = is_asynchronous = True
+    embeds = has_graphs = is_asynchronous = has_logits = True
 
     def __init__(self, artifact: Artifact, threads: int | None = None):
         """Load weights and kernels. `threads` changes nothing: a GPU computes.
@@ -52,6 +54,7 @@ class LaunchProgram(Program):
         batch = self.manifest["batch"]
         with self._on_stream(), explained(artifact):
             self.tensors = load_tensors(artifact, self._device)
+            self.state = {e["name"]: [self.tensors[e["name"]]] for e in self.manifest["state"]}
             self._list = LaunchList(artifact, self.tensors, self._device)
             self._chunks = self._list.keep_what_fits(PREFILL)
             self._methods: dict[str, Method] = {}
@@ -165,6 +168,17 @@ class LaunchProgram(Program):
     def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
         self._call(f"{choice.method}_row", logits, *choice.inputs, self._row_id)
         return self._row_id
+
+    @property
+    def logits(self) -> Tensor:
+        """Those of the newest step, captured or not."""
+        return self._method("decode_embedded").outputs[0]
+
+    def logprobs(
+        self, logits: Tensor, token: Tensor, wanted: list[tuple[int, int]]
+    ) -> list[Callable[[], Logprobs]]:
+        with self._on_stream():
+            return DeviceLogprobs(self.transfers, logits, token, wanted).readers()
 
     def feed(self, token: Tensor, buffer: int) -> Tensor:
         if not self.embedding:

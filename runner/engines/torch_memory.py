@@ -40,6 +40,36 @@ class TorchMemory:
         with torch.cuda.stream(self.stream):
             destination.copy_(source)
 
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """As HostMemory.empty."""
+        with torch.cuda.stream(self.stream):
+            try:
+                return torch.empty(shape, dtype=like.dtype, device=self.device)
+            except RuntimeError as error:  # of a GPU OutOfMemoryError, which is one
+                raise MemoryError(str(error)) from None
+
+    def gather(self, pool: Tensor, numbers: Tensor, destination: Tensor) -> None:
+        """As HostMemory.gather."""
+        with torch.cuda.stream(self.stream):
+            torch.index_select(pool, 0, numbers, out=destination)
+
+    def scatter(self, source: Tensor, pool: Tensor, numbers: Tensor) -> None:
+        """As HostMemory.scatter."""
+        with torch.cuda.stream(self.stream):
+            pool.index_copy_(0, numbers, source)
+
+    def read_bytes(self, array: Tensor) -> np.ndarray:
+        """As HostMemory.read_bytes."""
+        with torch.cuda.stream(self.stream):
+            return array.flatten().view(torch.uint8).to("cpu", copy=True).numpy()
+
+    def write_bytes(self, data: np.ndarray, array: Tensor) -> None:
+        """As HostMemory.write_bytes."""
+        # Not of memory that may not be written, which torch warns of.
+        values = torch.from_numpy(data.copy()).view(array.dtype).reshape(array.shape)
+        with torch.cuda.stream(self.stream):
+            array.copy_(values)
+
     def prefetch(self, values: Tensor) -> None:
         """As HostMemory.prefetch."""
         if self.stream is None:
@@ -53,6 +83,8 @@ class TorchMemory:
         with torch.cuda.stream(self._reads):
             buffer.copy_(values, non_blocking=True)
             event.record()
+        # It may be given up before it is read; its memory may not be another's until then.
+        values.record_stream(self._reads)
         self._fetched[values.data_ptr()] = buffer, event
 
     def read(self, values: Tensor) -> list[int]:

@@ -17,13 +17,13 @@ class Answer:
 
     def __init__(
         self, model: str, fingerprint: str, results: Sequence[Result], tokenizer: Tokenizer,
-        readers: Sequence[Reader] | None, echoes: Sequence[str] = (),
+        readers: Sequence[Reader] | None, echoes: Sequence[str] = (), of_a_prompt: int = 1,
     ):  # fmt: skip
         """`fingerprint` says which artifact it is. `readers` divide the texts of a chat's choices;
         without them it is a completion, and `echoes` are the prompts that its choices begin with,
-        if they do."""
+        if they do. Each prompt has so many choices, `of_a_prompt`."""
         is_chat = readers is not None
-        self._is_chat, self._results = is_chat, results
+        self._is_chat, self._results, self._of_a_prompt = is_chat, results, of_a_prompt
         self._readers = readers or ()
         # Of each choice how many calls it has so far.
         self._calls = [0] * len(results)
@@ -56,12 +56,15 @@ class Answer:
             choices.append(choice)
         return self._head | {"choices": choices, "usage": self.usage(prompt_tokens)}
 
-    def usage(self, prompt_tokens: int) -> dict[str, int]:
-        """Tokens of prompts, each counted once, and of all choices."""
+    def usage(self, prompt_tokens: int) -> dict[str, Any]:
+        """Tokens of prompts, each counted once, and of all choices. Of a prompt those count as
+        cached that its first choice found."""
+        cached = sum(result.cached_tokens for result in self._results[:: self._of_a_prompt])
         new = sum(len(result.token_ids) for result in self._results)
         return {
             "prompt_tokens": prompt_tokens, "completion_tokens": new,
             "total_tokens": prompt_tokens + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }  # fmt: skip
 
     def first_chunks(self) -> list[dict]:

@@ -110,11 +110,13 @@ class Server:
         return json_response(self._model())
 
     def _model(self) -> dict:
-        chats = self._generating.chats
+        chats, cache = self._generating.chats, self._engine.prefix_cache
         return {
             "id": self._settings.name, "object": "model", "created": self._created,
             "owned_by": "tokenloop", "max_model_len": self._engine.model.max_seq_len,
-            "rows": self._engine.rows, "prefix_cache": False,
+            "rows": self._engine.rows, "prefix_cache": cache is not None,
+            "prefix_cache_tokens": cache and cache.size,
+            "prefix_cache_fault": self._engine.cache_fault,
             "tool_calls": chats.calls and chats.calls.name,
             "reasoning": chats.reasoning and chats.reasoning.name,
         }  # fmt: skip

@@ -61,7 +61,7 @@ class Generating:
         answer = Answer(
             self._name, self._fingerprint, tickets, self._model.tokenizer,
             [self.chats.reader(fields, is_open) for _ in tickets] if is_chat else None,
-            self._echoes(fields, prompts),
+            self._echoes(fields, prompts), fields.n,
         )  # fmt: skip
         prompt_tokens = sum(map(len, prompts))
         pieces = self._pieces(tickets, start)
@@ -113,6 +113,12 @@ class Generating:
             raise ApiError(
                 400, "logprobs: this artifact's engine gives none", "logprobs",
                 "unsupported_parameter",
+            )  # fmt: skip
+        packs = self._model.loop.program.packing is not None
+        if fields.echoes and fields.alternatives is not None and packs:
+            raise ApiError(
+                400, "echo with logprobs: an artifact for a GPU gives none of a prompt's tokens",
+                "echo", "unsupported_parameter",
             )  # fmt: skip
         requests: list[Request] = []
         is_chat = isinstance(fields, ChatFields)

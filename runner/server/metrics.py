@@ -49,10 +49,14 @@ class EngineCollector:
             ("rows", "Rows that requests can have.", engine.rows),
             ("running_requests", "Requests that have a row.", counts.running),
             ("waiting_requests", "Requests that wait for a row.", counts.waiting),
+            ("prefix_cache_bytes", "Bytes of kept beginnings of prompts.", counts.cache_bytes),
+            ("prefix_cache_budget_bytes", "Bytes that they may take.", counts.cache_budget),
         ):
             yield GaugeMetricFamily(f"tokenloop_{name}", text, value)
         for name, text, value in (
             ("prompt_tokens", "Tokens of prompts that got a row.", counts.prompt_tokens),
+            ("cached_tokens", "Those of them that were not computed.", counts.cached_tokens),
+            ("prefix_cache_evictions", "Beginnings given up for others.", counts.cache_evictions),
             ("new_tokens", "Tokens that were generated.", counts.new_tokens),
             ("steps", "Steps, each of which gives every running row a token.", counts.steps),
             ("failures", "Times that the program failed.", counts.failed),

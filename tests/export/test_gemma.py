@@ -273,6 +273,18 @@ def test_the_manifest_says_all_that_the_runner_must_know(tiny_artifact, tiny_che
             for i, slots in enumerate((16, 16, 200))
             for name in ("k", "v")
         ],
+        # One row of blocks that are not cut: keys and values one after the other.
+        "state_places": [
+            {
+                "of": f"caches.{i}.{name}",
+                "arena": 1,
+                "offset": 4 * 64 * (2 * before + slots * n),
+                "shape": [1, slots, 2, 32],
+                "stride": [32 * slots, 32, 32 * slots, 1],
+            }
+            for i, (before, slots) in enumerate(((0, 16), (16, 16), (32, 200)))
+            for n, name in enumerate(("k", "v"))
+        ],
         "tokenizer": {
             "file": "tokenizer.json",
             "bos_token_id": 2,
@@ -305,7 +317,14 @@ def test_the_manifest_of_several_rows_says_how_many_and_what_one_of_them_has_for
         "batch": 3,
         "methods": sorted([*METHODS, "greedy_row", "sample_row"]),
         "state": [entry | {"shape": [3, *entry["shape"][1:]]} for entry in one["state"]],
-    }
+        "state_places": [
+            entry | {
+                "shape": [3, *entry["shape"][1:]], "offset": 3 * entry["offset"],
+                "stride": [*entry["stride"][:2], 3 * entry["stride"][2], 1],
+            }
+            for entry in one["state_places"]
+        ],
+    }  # fmt: skip
 
 
 def test_the_runner_drives_the_format_that_the_export_writes():

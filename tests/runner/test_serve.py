@@ -232,6 +232,7 @@ def test_mistakes_end_in_one_line(tmp_path):
             (("--port", 65536), "--port is 65536; it must be 0 to 65535"),
             (("--max-queue", -1), "--max-queue is -1; it must be at least 0"),
             (("--max-stall-ms", "nan"), "--max-stall-ms is nan; it must be a finite number, 0"),
+            (("--prefix-cache-mb", -1), "--prefix-cache-mb is -1.0; it must be a finite number, 0"),
             (("--timeout", 0), "--timeout is 0.0; it must be a finite number above 0"),
             (("--api-key", ""), "--api-key must be of one or more ASCII characters"),
             (("--api-key", "key\n"), "--api-key must be of one or more ASCII characters without"),

@@ -21,6 +21,7 @@ from tests.serving import (
     text_model,
     wait_until,
 )
+from tests.stateful import stateful_model
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.request import Request
 from tokenloop.runner.server import body as server_body
@@ -39,6 +40,21 @@ WRONG_CALL = CALL | {"function": {"name": "f", "arguments": "[1]"}}
 def server():
     with running() as found:
         yield found
+
+
+def metrics_of(server) -> dict[str, float]:
+    status, headers, data = server.get("/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain")
+    lines = [line.rsplit(" ", 1) for line in data.decode().split("\n") if line[:1] > "#"]
+    return {name: float(value) for name, value in lines}
+
+
+def remembering_model(rows: int, kind: str):
+    """A model of texts whose prompts are packed, and whose state can be kept."""
+    model = stateful_model(rows, kind, True, 200)
+    model.tokenizer = TextTokenizer()
+    model.manifest["sha256"] = "0123456789abcdef" * 4
+    return model
 
 
 def text_alone(prompt: str, count: int, **parameters) -> str:
@@ -70,6 +86,7 @@ def test_a_chat_goes_through_the_template_and_is_answered(server):
         }
     ]  # fmt: skip
     usage = {"prompt_tokens": 18, "completion_tokens": 9, "total_tokens": 27}
+    usage["prompt_tokens_details"] = {"cached_tokens": 0}
     assert (answer["object"], answer["model"], answer["usage"]) == ("chat.completion", "toy", usage)
     assert answer["system_fingerprint"] == "fp_0123456789ab"
 
@@ -253,14 +270,54 @@ def test_what_is_there_besides(server):
     # Nothing comes from elsewhere.
     assert "default-src 'none'" in headers["content-security-policy"] and b"://" not in page
     server.post(CHAT, HELLO)
-    status, headers, data = server.get("/metrics")
-    assert headers["content-type"].startswith("text/plain")
-    values = dict(line.rsplit(" ", 1) for line in data.decode().split("\n") if line[:1] > "#")
-    assert float(values["tokenloop_rows"]) == 3
-    assert float(values["tokenloop_running_requests"]) == 0
-    assert float(values["tokenloop_new_tokens_total"]) >= 9
-    assert float(values["tokenloop_time_to_first_token_seconds_count"]) >= 1
+    values = metrics_of(server)
+    assert values["tokenloop_rows"] == 3
+    assert values["tokenloop_running_requests"] == 0
+    assert values["tokenloop_new_tokens_total"] >= 9
+    assert values["tokenloop_time_to_first_token_seconds_count"] >= 1
     assert f'tokenloop_answers_total{{path="{CHAT}",status="200"}}' in values
+
+
+# Beginnings that are known
+
+
+def test_what_was_not_computed_is_counted():
+    model = remembering_model(3, "hybrid")
+    body = GREEDY | {"prompt": "Once upon a time there was", "max_tokens": 4}
+    with running(model, prefix_cache_mb=1) as found:
+        first, second = (json.loads(found.post(COMPLETIONS, body)[2]) for _ in range(2))
+        assert first["choices"] == second["choices"]
+        sizes = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (first, second)]
+        assert sizes == [0, 24] and first["usage"]["prompt_tokens"] == 26
+        # Of each prompt its first choice counts, and each prompt once.
+        several = body | {"prompt": ["Never seen before", body["prompt"]], "n": 2}
+        usage = json.loads(found.post(COMPLETIONS, several)[2])["usage"]
+        assert usage["prompt_tokens"] == 26 + 17
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 24
+        stream = body | {"stream": True, "stream_options": {"include_usage": True}}
+        *_, last, _ = events_of(found.post(COMPLETIONS, stream)[2])
+        assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == 24
+        (info,) = json.loads(found.get("/v1/models")[2])["data"]
+        assert (info["prefix_cache"], info["prefix_cache_tokens"]) == (True, 4)
+        values = metrics_of(found)
+    # The second choice of what nobody had seen waited for the first one.
+    assert values["tokenloop_cached_tokens_total"] == 24 + 16 + 24 + 24 + 24
+    assert values["tokenloop_prefix_cache_budget_bytes"] == 1e6
+    assert 0 < values["tokenloop_prefix_cache_bytes"] < 1e6
+    assert values["tokenloop_prefix_cache_evictions_total"] == 0
+
+
+def test_a_model_without_a_cache_says_why():
+    with running(prefix_cache_mb=None) as found:
+        (info,) = json.loads(found.get("/v1/models")[2])["data"]
+        assert info["prefix_cache"] is False and "cannot be read" in info["prefix_cache_fault"]
+
+
+def test_a_prompts_own_log_probabilities_are_refused_where_it_is_packed():
+    with running(remembering_model(1, "dense")) as found:
+        body = {"prompt": [5, 6, 7], "max_tokens": 2, "echo": True, "logprobs": 1}
+        status, _, data = found.post(COMPLETIONS, body)
+        assert (status, json.loads(data)["error"]["param"]) == (400, "echo")
 
 
 # What is refused

@@ -1,0 +1,165 @@
+"""What a program remembers of a row, and memory for copies of it.
+
+A full layer's keys and values have a slot for each position, and are copied in blocks of positions.
+All else is copied whole: a ring, which holds the newest positions alone, and what goes on with
+every token, such as a delta net's matrices.
+"""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.program import Program
+
+CACHES, RUNNING, OF_NO_ROW = {"k", "v"}, {"conv", "recurrent"}, {"kernel_semaphores"}
+
+
+class RowState:
+    """The state of a program's rows, and a pool for each tensor of it: copies of blocks of `size`
+    positions, and copies of whole rows."""
+
+    def __init__(self, program: Program, size: int):
+        """Errors: RunnerError for a program whose state cannot be read, or has tensors that this
+        does not know."""
+        if program.state is None:
+            backend = program.manifest["backend"]
+            raise RunnerError(
+                f"the state of an artifact for {backend} cannot be read, so no prompt's beginning "
+                "is kept: export it for another --backend"
+            )
+        self.size, self._transfers = size, program.transfers
+        most = program.manifest["max_seq_len"]
+        # Of each tensor its name and pieces [B, S, ...], which follow one another along the slots.
+        self.by_position: list[tuple[str, list[Any]]] = []
+        self.whole: list[tuple[str, list[Any]]] = []
+        for name, pieces in program.state.items():
+            kind = name.rpartition(".")[2]
+            if kind in OF_NO_ROW:
+                continue
+            if kind not in CACHES | RUNNING:
+                raise RunnerError(
+                    f"the state has the tensor {name}, and it is not known how it goes on: no "
+                    "prompt's beginning can be kept"
+                )
+            slots = sum(piece.shape[1] for piece in pieces)
+            # A ring of so many slots never begins anew.
+            is_full = kind in CACHES and slots >= most
+            (self.by_position if is_full else self.whole).append((name, pieces))
+        self.block_bytes = sum(size * _bytes(pieces[0][0, :1]) for _, pieces in self.by_position)
+        self.row_bytes = sum(_bytes(piece[0]) for _, pieces in self.whole for piece in pieces)
+        self._blocks: list[Any] = []
+        self._rows: list[list[Any]] = []
+
+    def make_room(self, blocks: int, rows: int) -> None:
+        """Make pools of so many blocks and rows, in place of those that there are."""
+        room, size = self._transfers.room, self.size
+        self._blocks, self._rows = [], []
+        self._blocks = [
+            room((blocks, size, *pieces[0].shape[2:]), pieces[0]) for _, pieces in self.by_position
+        ]
+        self._rows = [
+            [room((rows, *piece.shape[1:]), piece) for piece in pieces] for _, pieces in self.whole
+        ]
+
+    def keep_blocks(self, row: int, first: int, numbers: list[int]) -> None:
+        """Copy the row's blocks from the one `first` on to those `numbers` of the pool."""
+        if not numbers or not self.by_position:
+            return
+        places = self._transfers.upload(numbers)
+        for (_, pieces), pool in zip(self.by_position, self._blocks):
+            if len(pieces) == 1:
+                self._transfers.scatter(self._of(pieces[0][row], first, numbers), pool, places)
+                continue
+            for block, number in enumerate(numbers, first):
+                for here, there in self._parts(pieces, row, block, pool[number]):
+                    self._transfers.copy(here, there)
+
+    def put_blocks(self, row: int, numbers: list[int]) -> None:
+        """Copy those blocks of the pool to the row, from its first position on."""
+        if not numbers or not self.by_position:
+            return
+        places = self._transfers.upload(numbers)
+        for (_, pieces), pool in zip(self.by_position, self._blocks):
+            if len(pieces) == 1:
+                self._transfers.gather(pool, places, self._of(pieces[0][row], 0, numbers))
+                continue
+            for block, number in enumerate(numbers):
+                for here, there in self._parts(pieces, row, block, pool[number]):
+                    self._transfers.copy(there, here)
+
+    def keep_row(self, row: int, number: int) -> None:
+        """Copy what is copied whole of the row to that row of the pool."""
+        for (_, pieces), pools in zip(self.whole, self._rows):
+            for piece, pool in zip(pieces, pools):
+                self._transfers.copy(piece[row], pool[number])
+
+    def put_row(self, row: int, number: int) -> None:
+        """Copy that row of the pool to the row."""
+        for (_, pieces), pools in zip(self.whole, self._rows):
+            for piece, pool in zip(pieces, pools):
+                self._transfers.copy(pool[number], piece[row])
+
+    # Of the host
+
+    def fits(self, blocks: int, copies: list[np.ndarray]) -> bool:
+        """Whether these are the bytes of so many blocks and a row, each tensor's by itself."""
+        sizes = [blocks * self.size * _bytes(pieces[0][0, :1]) for _, pieces in self.by_position]
+        sizes += [_bytes(piece[0]) for _, pieces in self.whole for piece in pieces]
+        return [copy.size for copy in copies] == sizes
+
+    def read_blocks(self, numbers: list[int]) -> list[np.ndarray]:
+        """The bytes uint8 [N] of those blocks of each pool."""
+        places, found = self._transfers.upload(numbers), []
+        for pool in self._blocks:
+            blocks = self._transfers.room((len(numbers), *pool.shape[1:]), pool)
+            self._transfers.gather(pool, places, blocks)
+            found.append(self._transfers.read_bytes(blocks))
+        return found
+
+    def read_row(self, number: int) -> list[np.ndarray]:
+        """The bytes of that row of each pool of rows."""
+        pools = [pool for pools in self._rows for pool in pools]
+        return [self._transfers.read_bytes(pool[number]) for pool in pools]
+
+    def fill_blocks(self, copies: list[np.ndarray], first: int, numbers: list[int]) -> None:
+        """Fill those blocks of the pools with a beginning's, from its block `first` on. `copies`
+        are what `read_blocks` and `read_row` gave of it."""
+        if not numbers:
+            return
+        places = self._transfers.upload(numbers)
+        for pool, copy in zip(self._blocks, copies):
+            blocks = self._transfers.room((len(numbers), *pool.shape[1:]), pool)
+            step = _bytes(blocks[0])
+            self._transfers.write_bytes(copy[first * step :][: _bytes(blocks)], blocks)
+            self._transfers.scatter(blocks, pool, places)
+
+    def fill_row(self, copies: list[np.ndarray], number: int) -> None:
+        """Fill that row of the pools of rows."""
+        pools = [pool for pools in self._rows for pool in pools]
+        for pool, copy in zip(pools, copies[len(self._blocks) :]):
+            self._transfers.write_bytes(copy, pool[number])
+
+    def _of(self, slots: Any, first: int, numbers: list[int]) -> Any:
+        """Blocks [N, size, ...] of slots [S, ...]."""
+        count = len(numbers)
+        taken = slots[first * self.size : (first + count) * self.size]
+        # Of NumPy's arrays and torch's tensors a view: an axis is only divided.
+        return taken.reshape((count, self.size, *taken.shape[1:]))
+
+    def _parts(self, pieces: list[Any], row: int, block: int, kept: Any) -> list[tuple[Any, Any]]:
+        """The parts of a block that lie in several pieces, and their places in `kept`."""
+        first, found, start = block * self.size, [], 0
+        for piece in pieces:
+            begin = max(first, start)
+            end = min(first + self.size, start + piece.shape[1])
+            if begin < end:
+                here = piece[row, begin - start : end - start]
+                found.append((here, kept[begin - first : end - first]))
+            start += piece.shape[1]
+        return found
+
+
+def _bytes(array: Any) -> int:
+    return prod(array.shape) * array.itemsize

@@ -1,0 +1,96 @@
+"""A prompt's state in a file, for a later process.
+
+It is an archive of NumPy's (.npz): `header`, JSON as uint8; `ids` int64 [N]; and `state.0` and so
+on, the bytes of each tensor as PrefixCache.copies gives them. The archive checks its own sums.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenloop.runner.errors import RunnerError
+
+FORMAT = 1
+
+
+def write_state(
+    path: Path, manifest: dict[str, Any], ids: list[int], copies: list[np.ndarray]
+) -> None:
+    """Write the state after `ids`, in place of what is there once all is written. Errors:
+    RunnerError where it cannot be written."""
+    header = {
+        "format": FORMAT, "artifact": manifest["sha256"], "processor": processor(manifest),
+        "tensors": len(copies),
+    }  # fmt: skip
+    arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
+    arrays["ids"] = np.asarray(ids, np.int64)
+    arrays |= {f"state.{i}": copy for i, copy in enumerate(copies)}
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise RunnerError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_state(path: Path, manifest: dict[str, Any]) -> tuple[list[int], list[np.ndarray]]:
+    """The ids and the bytes of the state after them. Errors: RunnerError for a file that is none,
+    is damaged, or is of another artifact or kind of processor."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            header = json.loads(arrays["header"].tobytes())
+            if header.get("format") != FORMAT:
+                raise RunnerError(
+                    f"{path} has the format {header.get('format')!r}, and this tokenloop reads "
+                    f"{FORMAT}: save it again"
+                )
+            for key, what, right in (
+                ("artifact", "the artifact", manifest["sha256"]),
+                ("processor", "a processor", processor(manifest)),
+            ):
+                if header[key] != right:
+                    raise RunnerError(
+                        f"{path} is the state of {what} {str(header[key])[:12]}, and this is "
+                        f"{right[:12]}, which gives other bytes: save it again with this one"
+                    )
+            ids = arrays["ids"]
+            copies = [arrays[f"state.{i}"] for i in range(header["tensors"])]
+    except RunnerError:
+        raise
+    except OSError as error:
+        raise RunnerError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise RunnerError(
+            f"{path} is no saved state, or damaged ({str(error).splitlines()[0][:80]}): save it "
+            "again"
+        ) from None
+    if ids.dtype != np.int64 or ids.ndim != 1 or any(copy.dtype != np.uint8 for copy in copies):
+        raise RunnerError(f"{path} is no saved state: it has other types: save it again")
+    return ids.tolist(), copies
+
+
+def processor(manifest: dict[str, Any]) -> str:
+    """What may decide how numbers are rounded beside the artifact: a CPU's features, by which
+    libraries choose kernels. Code for a GPU is the artifact's own."""
+    if manifest["device"] != "cpu":
+        return manifest["processor"]
+    lines = []
+    if os.path.isfile("/proc/cpuinfo"):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = [line.partition(":") for line in text.splitlines()]
+        names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+        lines = sorted({f"{a.strip()}:{b.strip()}" for a, _, b in found if a.strip() in names})
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return f"{digest[:12]} {platform.machine()}"
