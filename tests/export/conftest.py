@@ -84,7 +84,7 @@ FAMILIES = {
         "export/qwen3_5.py",
         *("--backend", "portable", "--batch", 3, "--max-seq-len", 200, "--max-prefill", 7),
     ),
-    "qwen3_5, inductor": lambda get: (AUSTEN, get("austen_artifact")("inductor")),
+    "qwen3_5, inductor": lambda get: (AUSTEN, get("austen_artifact")),
 }
 
 

@@ -1,6 +1,7 @@
 """What tests of whole programs share: an export in this process, and feeding what it made."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from tokenloop.export import command
-from tokenloop.export.pte import block_cache, pte_artifact, pte_program
+from tokenloop.export.pte import block_cache, program_json, pte_artifact, pte_program
 from tokenloop.export.pte.selection import Greedy
 
 
@@ -37,14 +38,22 @@ class GreedyExport:
     """What of SelectionExport these tests need: `sample` takes long to export."""
 
     def __init__(self, batch: int, vocab_size: int, backend: str):
-        rows = {"greedy": batch} if batch == 1 else {"greedy": batch, "greedy_row": 1}
-        self._exported = {
-            name: torch.export.export(Greedy(), (torch.zeros(count, vocab_size),))
-            for name, count in rows.items()
-        }
+        self._program = greedy_program(batch, vocab_size)
 
     def result(self):
-        return pte_program.to_program(self._exported, {}, True, lambda _: None).executorch_program
+        return program_json.from_json(self._program)
+
+
+@functools.cache
+def greedy_program(batch: int, vocab_size: int) -> bytes:
+    """The program of `greedy`, and of `greedy_row` where there are several rows."""
+    rows = {"greedy": batch} if batch == 1 else {"greedy": batch, "greedy_row": 1}
+    exported = {
+        name: torch.export.export(Greedy(), (torch.zeros(count, vocab_size),))
+        for name, count in rows.items()
+    }
+    program = pte_program.to_program(exported, {}, True, lambda _: None)
+    return program_json.to_json(program.executorch_program)
 
 
 def feed(program, ids: np.ndarray, chunks, decoded: int = 0) -> np.ndarray:

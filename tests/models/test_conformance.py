@@ -2,25 +2,23 @@
 transformers, on random checkpoints of a few thousand weights.
 
 The rows of architectures.py say what is tested. What only one architecture promises is tested in
-a file of its own.
+a file of its own, and what torch.export takes in test_exported_methods.py.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterable
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch.export import Dim
 
 from tests.models.architectures import ARCHITECTURES, Architecture
 from tests.models.eager import (
     Batch,
-    Method,
     assert_near,
     even_ends,
     feed,
@@ -40,7 +38,6 @@ from tests.models.tiny_models import (
     ours,
     randomize,
     reference,
-    shallow,
     states,
 )
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
@@ -49,8 +46,6 @@ from tokenloop.models.dense import UNROTATED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# The first case of each row.
-FIRST = [next(iter(row.cases)) for row in ARCHITECTURES]
 # Without the rows whose network is another row's.
 OWN = [case for case in CASES if not ROW_OF[case].kin]
 TYPICAL_OWN = [case for case in TYPICAL if case in OWN]
@@ -323,45 +318,6 @@ def test_angles_are_computed_in_float32_whatever_the_dtype(case):
     model = ours(case, dtype=torch.bfloat16)
     others = [b for name, b in model.named_buffers() if name not in states(model)]
     assert {buffer.dtype for buffer in others} == {torch.float32}
-
-
-# Methods as torch.export takes them
-
-# A model of one row is given no row, which is of concern to its caches alone: the first case has
-# caches of both kinds.
-EXPORTED = [*((case, 3) for case in TYPICAL_OWN), (TYPICAL_OWN[0], 1)]
-
-
-@pytest.mark.parametrize(("case", "batch"), EXPORTED)
-def test_an_exported_prefill_takes_chunks_of_any_length(case, batch):
-    model = shallow(case, batch)
-    row = [torch.tensor([1])] if batch > 1 else []
-    length = Dim("length", max=model.max_chunk)
-    program = torch.export.export(
-        Method(shallow(case, batch), "prefill"),
-        (torch.zeros(1, 3, dtype=torch.int64), torch.arange(3), *row),
-        dynamic_shapes=((({1: length}, {0: length}, *[None] * len(row))),),
-    ).module()
-    tokens = prompt(model.max_seq_len)
-    # One after another, and then the longest from position 0 on.
-    for start, end in [*pairwise([0, *odd_ends(case, model)]), (0, model.max_chunk)]:
-        inputs = tokens[:, start:end], torch.arange(start, end), *row
-        assert_near(program(*inputs), model.prefill(*inputs))
-
-
-@pytest.mark.parametrize(
-    ("case", "batch", "name"),
-    [(*each, "decode") for each in EXPORTED]
-    + [(case, batch, "decode_embedded") for case, batch in EXPORTED if case in FIRST],
-)
-def test_an_exported_step_gives_the_logits_of_the_model(case, batch, name):
-    model = shallow(case, batch)
-    take = model.embed if name == "decode_embedded" else torch.clone
-    inputs = take(torch.zeros(batch, 1, dtype=torch.int64)), torch.zeros(batch, dtype=torch.int64)
-    program = torch.export.export(Method(shallow(case, batch), name), inputs).module()
-    for step in range(20):
-        token, position = prompt(batch, seed=step).T, torch.arange(batch) + step
-        assert_near(program(take(token), position), model.decode(token, position))
 
 
 # Checkpoints

@@ -219,7 +219,7 @@ SEQUENCES = st.builds(
 # The loop
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     batch=st.integers(1, 5),
     max_prefill=st.integers(1, 5),

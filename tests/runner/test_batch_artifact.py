@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.driving import altered
 from tokenloop import runner
+from tokenloop.export.pte.selection import CANDIDATES, TOKENS_PER_GROUP
 from tokenloop.runner import LoopOptions, Request, RunnerError
 
 VARIANTS = [
@@ -101,12 +102,25 @@ def test_the_longest_sequences_fill_the_cache_in_every_row(one, endless):
     assert together(endless, requests) == expected
 
 
-def test_the_default_artifacts_rows_give_what_they_give_alone(export_artifact, default_artifact):
-    several = runner.load(export_artifact("default-batch", "--batch", 3))
-    single = runner.load(default_artifact)
+def test_rows_of_8_bits_with_a_shortlist_give_what_they_give_alone(
+    export_artifact, make_checkpoint
+):
+    """The default's recipe, and a vocabulary of as many groups as the default's way to sample one
+    takes at least; the default itself takes two minutes to export for several rows."""
+    checkpoint = make_checkpoint(
+        vocab_size=TOKENS_PER_GROUP * CANDIDATES, num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    arguments = ("--model", checkpoint, "--quant", "8da8w", "--batch", 3)
+    model = runner.load(
+        export_artifact("large-batch", *arguments, "--max-seq-len", 100, "--max-prefill", 7)
+    )
     requests = [Request(text, 24) for text in TEXTS]
     requests += [Request(text, 24, temperature=1.0, top_p=0.95, seed=3) for text in TEXTS]
-    assert together(several, requests) == alone(single, requests)
+    requests += [Request(text, 24, temperature=0.8, top_k=40, seed=4) for text in TEXTS[:2]]
+    expected = alone(model, requests)
+    assert together(model, requests) == expected
+    assert len({tuple(ids) for _, ids, *_ in expected}) == len(requests)
 
 
 # The token is handed on in place
