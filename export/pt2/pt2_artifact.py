@@ -28,9 +28,11 @@ class Pt2Artifact:
 
     def begin(self, model: CausalLM) -> None:
         """Begin with what needs no weights."""
+        own = model.model.per_layer
         self.selection = Background(
             "the selection methods", _compile_selection, model.batch, model.config.vocab_size,
             model.config.hidden_size, model.model.scale_in(self.dtype), self.dtype,
+            None if own is None else (own.layers, own.size),
             processor=processor(self.device),
         )  # fmt: skip
 

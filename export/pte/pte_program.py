@@ -166,7 +166,7 @@ def build_program(
         prefill, decode = Prefill(model), DecodeEmbedded(model)
     progress("tracing the methods")
     batch = model.batch
-    hidden = torch.zeros(batch, 1, model.config.hidden_size)
+    hidden = torch.zeros(batch, 1, model.model.embedded_size)
     chunk, shapes = prompt_chunk(batch, model.max_chunk)
     methods = {
         "prefill": torch.export.export(prefill, chunk, dynamic_shapes=shapes),
