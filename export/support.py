@@ -20,17 +20,8 @@ def unsupported(network: CausalLM, backend: str) -> str | None:
     if backend != "xnnpack":
         return None
     found = {
-        "layers of several shapes": len({(m.kv_heads, m.heads, m.head_dim) for m in mixers}) > 1,
-        "norms of values": any(m.v_norm is not None for m in mixers),
-        "values that are keys": any(m.values_are_keys for m in mixers),
         "output gates": any(m.output_gate for m in mixers),
-        "scaled layers": any(block.layer_scalar is not None for block in blocks),
         "an expert of all tokens": any(b.mlp.moe and b.mlp.dense for b in blocks),
-        "sinks": any(m.sinks is not None for m in mixers),
-        "experts with biases or other gates than SiLU": any(
-            b.mlp.moe and (b.mlp.moe.bias or b.mlp.moe.activation != "silu") for b in blocks
-        ),
-        "soft-capped logits": network.soft_cap is not None,
     }
     return ", ".join(what for what, is_there in found.items() if is_there) or None
 
