@@ -167,7 +167,7 @@ def export(
     from tokenloop.export.checkpoint import check_fit, load_weights, open_checkpoint
     from tokenloop.export.checkpoint.directory_tokenizer import ignored_setting
     from tokenloop.export.checkpoint.generation_settings import unread_settings
-    from tokenloop.export.checkpoint.network import describe, without_memory
+    from tokenloop.export.checkpoint.network import describe, names_of, without_memory
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
@@ -197,7 +197,7 @@ def export(
         options.quant = "keep"
     if options.random_weights is None:
         # Before memory is taken for sizes that only the config has.
-        check_fit(smallest, checkpoint, architecture.checkpoint_name)
+        check_fit(smallest, checkpoint, names_of(architecture, smallest))
     positions = config.max_position_embeddings
     max_seq_len = options.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, positions)
     if max_seq_len > positions:
@@ -238,7 +238,7 @@ def export(
             load_weights(
                 model,
                 checkpoint,
-                architecture.checkpoint_name,
+                names_of(architecture, model),
                 progress=lambda name: progress(f"reading {name}"),
                 dtype=engine.dtype,
                 grids=options.quant == "keep",
@@ -256,7 +256,7 @@ def export(
                 "max_prefill": model.max_chunk,
                 **entries,
                 "vocab_size": config.vocab_size,
-                "hidden_size": config.hidden_size,
+                "hidden_size": model.model.embedded_size,
                 "quant": options.quant,
                 "tokenizer": tokenizer,
                 "checkpoint": {"file": checkpoint.path.name, "sha256": checkpoint.sha256()},

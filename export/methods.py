@@ -1,6 +1,7 @@
 """The methods that both engines lower, and what they are traced with.
 
-Shapes: B rows, T tokens of a prompt's chunk, D hidden size, V vocabulary.
+Shapes: B rows, T tokens of a prompt's chunk, E what the network's `embed` gives of a token, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class Prefill(nn.Module):
 
 
 class DecodeEmbedded(Prefill):
-    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
+    """hidden [B, 1, E], position int64 [B] -> logits float32 [B, V]."""
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         return self.network.decode_embedded(hidden, position)
@@ -42,12 +43,15 @@ class Decode(Prefill):
 
 
 class Embed(nn.Module):
-    """token int64 [B, 1] -> hidden [B, 1, D], which decode_embedded takes. The module holds only
-    the network's table of embeddings."""
+    """token int64 [B, 1] -> hidden [B, 1, E], which decode_embedded takes. The module holds only
+    the network's tables of embeddings."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.embed_tokens, self.embed = backbone.embed_tokens, backbone.embed
+        self.per_layer = nn.Module()
+        if backbone.per_layer is not None:
+            self.per_layer.embed_tokens = backbone.per_layer.embed_tokens
 
     def forward(self, token: Tensor) -> Tensor:
         return self.embed(token)

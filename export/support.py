@@ -13,16 +13,15 @@ def unsupported(network: CausalLM, backend: str) -> str | None:
         return "gated delta nets"
     if backend not in ("portable", "inductor") and "conv" in types:
         return "short convolutions"
+    if backend not in ("portable", "inductor") and network.model.per_layer is not None:
+        return "per-layer embeddings"
+    if backend not in ("portable", "inductor") and any(m.shares for m in mixers):
+        return "shared keys and values"
     if backend != "xnnpack":
         return None
     found = {
-        "layers of several shapes": len({(m.kv_heads, m.heads, m.head_dim) for m in mixers}) > 1,
-        "norms of values": any(m.v_norm is not None for m in mixers),
-        "values that are keys": any(m.values_are_keys for m in mixers),
         "output gates": any(m.output_gate for m in mixers),
-        "scaled layers": any(block.layer_scalar is not None for block in blocks),
         "an expert of all tokens": any(b.mlp.moe and b.mlp.dense for b in blocks),
-        "soft-capped logits": network.soft_cap is not None,
     }
     return ", ".join(what for what, is_there in found.items() if is_there) or None
 

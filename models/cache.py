@@ -81,14 +81,36 @@ class KVCache(nn.Module):
         self.k.index_put_((rows, slots), k[:, 0])
         self.v.index_put_((rows, slots), v[:, 0])
 
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
+        row: Tensor | None = None, sinks: Tensor | None = None,
+        seen: dict[str, tuple[Tensor, ...]] | None = None, of: str = "",
+    ) -> Tensor:  # fmt: skip
+        """Store k, v [1, T, K, D] at `positions` int64 [T] and attend with q [1, T, H, D].
+
+        `seen[of]` becomes what the chunk's queries see: keys, values and which of them are visible,
+        as `attend` takes them.
+        """
+        given = self.begin_chunk(k, v, positions, row)
+        out = attend(q, *given, scale, sinks)
+        self.end_chunk(k, v, positions, row)
+        if seen is not None:
+            seen[of] = given
+        return out
+
     def decode(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None, seen: dict[str, tuple[Tensor, ...]] | None = None,
+        of: str = "",
     ) -> Tensor:  # fmt: skip
-        """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]."""
+        """Store k, v [B, 1, K, D] at `positions` int64 [B], then attend with q [B, 1, H, D]. `seen`
+        is as in `prefill`."""
         self.store_step(k, v, positions % self.slots if self.is_ring else positions)
         # A ring's slots up to the position are filled before it is full. Afterwards all are.
-        return attend(q, self.k, self.v, self.filled(positions)[:, None], scale, sinks)
+        visible = self.filled(positions)[:, None]
+        if seen is not None:
+            seen[of] = self.k, self.v, visible
+        return attend(q, self.k, self.v, visible, scale, sinks)
 
     def filled(self, positions: Tensor) -> Tensor:
         """bool [N, S], true for the slots up to each of `positions` int64 [N]."""
@@ -100,13 +122,15 @@ class FullCache(KVCache):
 
     is_ring = False
 
-    def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
-        row: Tensor | None = None, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Store k, v [1, T, K, D] at `positions` int64 [T] and attend with q [1, T, H, D]."""
+    def begin_chunk(
+        self, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Store k, v [1, T, K, D] at `positions` int64 [T]. See KVCache.prefill."""
         self.store_chunk(k, v, positions, row)
-        return attend(q, *self.of(row), self.filled(positions)[None], scale, sinks)
+        return *self.of(row), self.filled(positions)[None]
+
+    def end_chunk(self, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None) -> None:
+        """All is stored."""
 
 
 class SlidingCache(KVCache):
@@ -115,18 +139,18 @@ class SlidingCache(KVCache):
 
     is_ring = True
 
-    def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
-        row: Tensor | None = None, sinks: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Attend with q [1, T, H, D] over the ring and k, v [1, T, K, D]. Then store k, v at
-        `positions` int64 [T], which are consecutive."""
+    def begin_chunk(
+        self, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ring and k, v [1, T, K, D] at `positions` int64 [T], which are consecutive. See
+        KVCache.prefill."""
         keys, values = self.of(row)
         visible = self.visible_in_prefill(positions)[None]
-        keys, values = torch.cat([keys, k], 1), torch.cat([values, v], 1)
-        out = attend(q, keys, values, visible, scale, sinks)
+        return torch.cat([keys, k], 1), torch.cat([values, v], 1), visible
+
+    def end_chunk(self, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None) -> None:
+        """Store k, v in place of what the chunk's queries may still have seen."""
         self.store_chunk(k, v, positions % self.slots, row)
-        return out
 
     def visible_in_prefill(self, positions: Tensor) -> Tensor:
         """bool [T, S + T]: what queries at `positions` see of the ring followed by the chunk."""

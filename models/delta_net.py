@@ -77,6 +77,7 @@ class GatedDeltaNet(nn.Module):
     """
 
     name, layer_type, output = "linear_attn", "linear_attention", "out_proj"
+    shares = False
 
     def __init__(self, hidden_size: int, config: DeltaNetConfig, eps: float, cache: DeltaNetCache):
         super().__init__()

@@ -1,5 +1,5 @@
-"""Gemma 4 text models, dense or with experts beside the feed-forward, named as in transformers (its
-models/gemma4 is the reference).
+"""Gemma 4 text models, named as in transformers (its models/gemma4 is the reference): dense, with
+experts beside the feed-forward, or with per-layer embeddings and shared keys and values.
 
 Sliding and full layers differ in window, head size, key/value heads and rotary embedding. Full
 layers may have no v_proj. A value is then the key before norm and rotation.
@@ -14,9 +14,11 @@ import torch
 
 from tokenloop.models import config as configs
 from tokenloop.models import layers, qwen3
+from tokenloop.models.cache import KVCache
 from tokenloop.models.decoder import SANDWICH_NORMS, Block, CausalLM
 from tokenloop.models.gemma3 import FULL, SLIDING, text_name
 from tokenloop.models.moe import MlpBesideMoe, MoeConfig
+from tokenloop.models.per_layer import PerLayerBranch, PerLayerInputs
 
 MODEL_TYPES = ("gemma4_text",)
 # The defaults of transformers' Gemma4TextConfig. A config.json need not say what equals them.
@@ -54,13 +56,9 @@ ROPE_PARAMETERS = {
     },
 }
 ROPE_TYPES = "default", "linear", "dynamic", "llama3", "yarn", "proportional"
-# Fields for which only one value is implemented. The E2B and E4B have per-layer inputs, and shared
-# keys and values.
+# Fields for which only one value is implemented.
 ONLY = {
     "attention_bias": False,
-    "hidden_size_per_layer_input": 0,
-    "num_kv_shared_layers": 0,
-    "use_double_wide_mlp": False,
     "tie_word_embeddings": True,
     "hidden_activation": "gelu_pytorch_tanh",
     # Both are in rope_parameters, for each type of layer.
@@ -70,18 +68,25 @@ ONLY = {
 }
 
 
-# A checkpoint's names in a block of what lies beside the feed-forward, and models.moe's.
-BESIDE = {
-    "router.proj.weight": "gate.weight",
-    "router.scale": "router_norm.weight",
-    "router.per_expert_scale": "expert_scales",
-    "experts.gate_up_proj": "experts.gate_up_proj",
-    "experts.down_proj": "experts.down_proj",
-    "pre_feedforward_layernorm_2.weight": "experts_norm.weight",
-    "post_feedforward_layernorm_1.weight": "dense_branch_norm.weight",
-    "post_feedforward_layernorm_2.weight": "experts_branch_norm.weight",
+# A checkpoint's names of what lies in a block beside the usual, and of what lies beside the blocks;
+# and models.moe's and models.per_layer's.
+RENAMED = {
+    "router.proj.weight": "mlp.gate.weight",
+    "router.scale": "mlp.router_norm.weight",
+    "router.per_expert_scale": "mlp.expert_scales",
+    "experts.gate_up_proj": "mlp.experts.gate_up_proj",
+    "experts.down_proj": "mlp.experts.down_proj",
+    "pre_feedforward_layernorm_2.weight": "mlp.experts_norm.weight",
+    "post_feedforward_layernorm_1.weight": "mlp.dense_branch_norm.weight",
+    "post_feedforward_layernorm_2.weight": "mlp.experts_branch_norm.weight",
+    "per_layer_input_gate.weight": "per_layer.input_gate.weight",
+    "per_layer_projection.weight": "per_layer.projection.weight",
+    "post_per_layer_input_norm.weight": "per_layer.norm.weight",
+    "embed_tokens_per_layer.weight": "per_layer.embed_tokens.weight",
+    "per_layer_model_projection.weight": "per_layer.projection.weight",
+    "per_layer_projection_norm.weight": "per_layer.projection_norm.weight",
 }
-BESIDE_NAME = re.compile(rf"(model\.layers\.\d+)\.({'|'.join(map(re.escape, BESIDE))})")
+RENAMED_NAME = re.compile(rf"(model(?:\.layers\.\d+)?)\.({'|'.join(map(re.escape, RENAMED))})")
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,9 @@ class Gemma4Config:
     layer_types: tuple[str, ...]
     attention: dict[str, AttentionConfig]
     moe: MoeConfig | None
+    hidden_size_per_layer_input: int
+    num_kv_shared_layers: int
+    use_double_wide_mlp: bool
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "Gemma4Config":
@@ -128,6 +136,12 @@ class Gemma4Config:
             raise ValueError("final_logit_softcapping = 0 leaves no logits; null is no cap")
         # The last layer is full whatever the list says.
         layer_types = (*configs.layer_types(config, SLIDING, 6)[:-1], FULL)
+        _check_sharing(config, layer_types)
+        rows = config.get("vocab_size_per_layer_input") or DEFAULTS["vocab_size"]
+        if config["hidden_size_per_layer_input"] and rows != config["vocab_size"]:
+            raise ValueError(
+                f"vocab_size_per_layer_input = {rows}: only vocab_size = {config['vocab_size']}"
+            )
         attention = _attention(config, layer_types)
         config = configs.reaching(config, attention[FULL].rope)
         return cls(
@@ -136,6 +150,17 @@ class Gemma4Config:
             layer_types=layer_types,
             attention=attention,
             moe=_experts(config) if config["enable_moe_block"] else None,
+        )
+
+
+def _check_sharing(config: dict[str, Any], layer_types: tuple[str, ...]) -> None:
+    """Raises ValueError for a layer whose keys no layer has that is not shared."""
+    shared = config["num_kv_shared_layers"]
+    own = layer_types[: len(layer_types) - shared] if shared < len(layer_types) else ()
+    if set(own) != set(layer_types):
+        raise ValueError(
+            f"num_kv_shared_layers = {shared} of {len(layer_types)} layers leaves no keys of "
+            f"{' and '.join(sorted(set(layer_types) - set(own)))}"
         )
 
 
@@ -208,8 +233,8 @@ def _rope(config: dict[str, Any], layer_type: str) -> layers.RopeConfig:
 def checkpoint_name(name: str) -> str | None:
     """A checkpoint's tensor name as this model's parameter name. None for what is left out."""
     name = text_name(name, ("vision_tower", "embed_vision", "audio_tower", "embed_audio"))
-    match = None if name is None else BESIDE_NAME.fullmatch(name)
-    return name if match is None else f"{match[1]}.mlp.{BESIDE[match[2]]}"
+    match = None if name is None else RENAMED_NAME.fullmatch(name)
+    return name if match is None else f"{match[1]}.{RENAMED[match[2]]}"
 
 
 class Gemma4(CausalLM):
@@ -225,32 +250,66 @@ class Gemma4(CausalLM):
         c = config
         norm = partial(layers.RMSNorm, eps=c.rms_norm_eps)
 
-        def block(layer_type: str) -> Block:
-            own = c.attention[layer_type]
-            shape = batch, max_seq_len, own.num_key_value_heads, own.head_dim
-            cache = layers.kv_cache(layer_type, c.sliding_window, *shape, dtype)
+        count, size = len(c.layer_types), c.hidden_size_per_layer_input
+        unshared = count - c.num_kv_shared_layers
+        # The last layer of its type that has keys of its own gives them to those that have none.
+        last = {layer_type: i for i, layer_type in enumerate(c.layer_types[:unshared])}
+        caches: dict[str, KVCache] = {}
+
+        def attention(i: int, layer_type: str) -> layers.Attention:
+            own, has_keys = c.attention[layer_type], i < unshared
+            if has_keys:
+                shape = batch, max_seq_len, own.num_key_value_heads, own.head_dim
+                cache = layers.kv_cache(layer_type, c.sliding_window, *shape, dtype)
+                caches[layer_type] = cache
             # The norms' weights hold the scale.
-            sizes = c.hidden_size, c.num_attention_heads, cache, 1.0
+            sizes = c.hidden_size, c.num_attention_heads, caches[layer_type], 1.0
             norms = {"norm": norm, "v_norm": layers.ValueNorm(c.rms_norm_eps)}
-            attention = layers.Attention(
-                layer_type, *sizes, **norms, values_are_keys=own.values_are_keys
-            )
-            sizes = c.hidden_size, c.intermediate_size, "gelu_tanh"
+            shares = layer_type in c.layer_types[unshared:] and last[layer_type] == i
+            return layers.Attention(
+                layer_type, *sizes, **norms, values_are_keys=own.values_are_keys,
+                has_keys=has_keys, shares=shares,
+            )  # fmt: skip
+
+        def block(i: int, layer_type: str) -> Block:
+            is_wide = c.use_double_wide_mlp and i >= unshared
+            sizes = c.hidden_size, c.intermediate_size * (2 if is_wide else 1), "gelu_tanh"
             if c.moe is None:
                 mlp = layers.MLP(*sizes)
             else:
                 mlp = MlpBesideMoe(*sizes, c.moe, partial(norm, c.hidden_size))
-            return Block(attention, mlp, partial(norm, c.hidden_size), SANDWICH_NORMS, scaled=True)
+            own = None
+            if size:
+                own = PerLayerBranch(c.hidden_size, size, "gelu_tanh", norm(c.hidden_size))
+            return Block(
+                attention(i, layer_type), mlp, partial(norm, c.hidden_size), SANDWICH_NORMS,
+                scaled=True, per_layer=own,
+            )  # fmt: skip
+
+        def scaled_norm(size: int, factor: float) -> layers.RMSNorm:
+            return layers.RMSNorm(size, c.rms_norm_eps * factor)
+
+        per_layer = None
+        if size:
+            sizes = c.vocab_size, count, size, c.hidden_size
+            per_layer = PerLayerInputs(*sizes, scaled_norm)
+        names = "k_proj", "v_proj", "k_norm"
+        left_out = frozenset(
+            f"model.layers.{i}.self_attn.{name}.weight"
+            for i in range(unshared, count)
+            for name in names
+        )
 
         rope = {
             name: layers.RotaryEmbedding(own.rope, own.head_dim, max_seq_len)
             for name, own in c.attention.items()
         }
-        blocks = [block(layer_type) for layer_type in c.layer_types]
+        blocks = [block(i, layer_type) for i, layer_type in enumerate(c.layer_types)]
         cache = max_seq_len, batch, min(c.sliding_window, max_seq_len)
         super().__init__(
             c, blocks, norm(c.hidden_size), rope, *cache, tied=True,
             embed_scale=c.hidden_size**0.5, soft_cap=c.final_logit_softcapping,
+            per_layer=per_layer, left_out=left_out,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenloop.models.cache import FullCache, KVCache, SlidingCache
+from tokenloop.models.cache import FullCache, KVCache, SlidingCache, attend
 from tokenloop.models.rope_scaling import Scaling
 
 
@@ -218,10 +218,12 @@ class Attention(nn.Module):
         norm: Callable[[int], nn.Module] | None = None, v_norm: nn.Module | None = None,
         values_are_keys: bool = False, output_gate: bool = False, bias: bool = False,
         output_bias: bool = False, whole_norms: bool = False, rotation: str | None = None,
-        has_sinks: bool = False,
+        has_sinks: bool = False, has_keys: bool = True, shares: bool = False,
     ):  # fmt: skip
         """`norm` makes the norms of queries and keys, given their size. `bias` is for queries, keys
         and values, and `output_bias` for o_proj. The `rotation` is `layer_type` unless it is given.
+        Without `has_keys` the layer sees the keys and values of the last layer before it of its
+        type that `shares` them, and `cache` only tells their shape.
         """
         super().__init__()
         kv_heads, head_dim = cache.k.shape[2:]
@@ -230,43 +232,66 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.values_are_keys, self.output_gate = values_are_keys, output_gate
         size, kv_size = heads * head_dim, kv_heads * head_dim
-        self.projections = ("q_proj", "k_proj") + ("v_proj",) * (not values_are_keys)
+        self.has_keys, self.shares = has_keys, shares or not has_keys
+        self.projections = ("q_proj",)
+        if has_keys:
+            self.projections += ("k_proj",) + ("v_proj",) * (not values_are_keys)
         self.q_proj = nn.Linear(hidden_size, size * (2 if output_gate else 1), bias=bias)
-        self.k_proj = nn.Linear(hidden_size, kv_size, bias=bias)
-        if not values_are_keys:
+        if has_keys:
+            self.k_proj = nn.Linear(hidden_size, kv_size, bias=bias)
+        if has_keys and not values_are_keys:
             self.v_proj = nn.Linear(hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(size, hidden_size, bias=output_bias)
         self.q_norm = None if norm is None else norm(size if whole_norms else head_dim)
-        self.k_norm = None if norm is None else norm(kv_size if whole_norms else head_dim)
-        self.v_norm = v_norm
+        self.k_norm = None
+        if norm is not None and has_keys:
+            self.k_norm = norm(kv_size if whole_norms else head_dim)
+        self.v_norm = v_norm if has_keys else None
         self.sinks = nn.Parameter(torch.empty(heads)) if has_sinks else None
-        self.cache = cache
+        # torch.export takes no state that has two names.
+        self.cache = cache if has_keys else None
 
-    def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """(queries [B, T, H, head_dim], keys and values [B, T, K, head_dim]), and gates like the
-        queries or None, for x [B, T, D]."""
+    def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """(queries [B, T, H, head_dim], keys and values [B, T, K, head_dim] or None), and gates
+        like the queries or None, for x [B, T, D]."""
         gate = None
         if self.output_gate:
             q, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, -1)
         else:
             q = self._by_head(self.q_proj(x), self.q_norm if self.whole_norms else None)
-        k = self._by_head(self.k_proj(x), self.k_norm if self.whole_norms else None)
-        v = k if self.values_are_keys else self._by_head(self.v_proj(x))
+        if self.has_keys:
+            k = self._by_head(self.k_proj(x), self.k_norm if self.whole_norms else None)
+            v = k if self.values_are_keys else self._by_head(self.v_proj(x))
         q = q if self.q_norm is None or self.whole_norms else self.q_norm(q)
         q = apply_rotary(q, rope[self.rotation])
+        if not self.has_keys:
+            return (q, None, None), gate
         k = k if self.k_norm is None or self.whole_norms else self.k_norm(k)
         k = apply_rotary(k, rope[self.rotation])
         return (q, k, v if self.v_norm is None else self.v_norm(v)), gate
 
     def prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, row: Tensor | None
-    ) -> Tensor:
-        """The heads' results [1, T, H, head_dim] for a chunk of one row."""
-        return self.cache.prefill(q, k, v, positions, self.scale, row, self.sinks)
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, positions: Tensor,
+        row: Tensor | None, seen: dict[str, tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The heads' results [1, T, H, head_dim] for a chunk of one row. `seen` has, by type of
+        layer, what the chunk's queries see of a cache that is shared, once its first layer is
+        through."""
+        if not self.has_keys:
+            return attend(q, *seen[self.layer_type], self.scale, self.sinks)
+        options = () if seen is None else (seen, self.layer_type)
+        return self.cache.prefill(q, k, v, positions, self.scale, row, self.sinks, *options)
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        """The heads' results [B, 1, H, head_dim] for a step of all rows."""
-        return self.cache.decode(q, k, v, position, self.scale, self.sinks)
+    def decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, position: Tensor,
+        seen: dict[str, tuple[Tensor, ...]] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The heads' results [B, 1, H, head_dim] for a step of all rows. `seen` is as in
+        `prefill`."""
+        if not self.has_keys:
+            return attend(q, *seen[self.layer_type], self.scale, self.sinks)
+        options = () if seen is None else (seen, self.layer_type)
+        return self.cache.decode(q, k, v, position, self.scale, self.sinks, *options)
 
     def combine(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """The heads' results [B, T, H, head_dim], gated, brought back to [B, T, D]."""

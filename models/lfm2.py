@@ -138,7 +138,7 @@ class ShortConv(nn.Module):
     position 0, whatever it remembered."""
 
     name, layer_type, output = "conv", CONV, "out_proj"
-    projections = ("in_proj",)
+    projections, shares = ("in_proj",), False
 
     def __init__(self, hidden_size: int, width: int, bias: bool, cache: ShortConvCache):
         super().__init__()

@@ -1,11 +1,13 @@
 """The network that a checkpoint describes, found by its model_type."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint
+from tokenloop.export.checkpoint.loading import Target
 from tokenloop.export.errors import ExportError
 from tokenloop.models import by_model_type
 from tokenloop.models.config_fields import shown
@@ -44,6 +46,17 @@ def describe(checkpoint: Checkpoint, architectures: tuple[str, ...], exporter: s
             f"num_hidden_layers = {layers}"
         )
     return Described(model_type, known[model_type], config)
+
+
+def names_of(architecture: ModuleType, network: CausalLM) -> Callable[[str], Target]:
+    """What a checkpoint's tensor is in the network; None for one of a parameter that is left
+    out."""
+
+    def rename(name: str) -> Target:
+        target = architecture.checkpoint_name(name)
+        return None if target in network.left_out else target
+
+    return rename
 
 
 def without_memory(described: Described) -> CausalLM:

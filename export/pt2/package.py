@@ -21,6 +21,7 @@ from tokenloop.export.build_cache import place, result_of, unpack
 from tokenloop.export.errors import ExportError
 from tokenloop.export.methods import Embed, Prefill, Select, integers, processor, prompt_chunk
 from tokenloop.models.decoder import Backbone
+from tokenloop.models.per_layer import PerLayerInputs
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
 
@@ -46,7 +47,7 @@ def write_package(
     computes compile_selection.
     """
     weight = model.model.embed_tokens.weight
-    hidden = torch.zeros(model.batch, 1, model.config.hidden_size, dtype=weight.dtype)
+    hidden = torch.zeros(model.batch, 1, model.model.embedded_size, dtype=weight.dtype)
     position = integers(model.batch)
     chunk, shapes = prompt_chunk(model.batch, model.max_chunk)
     progress("compiling prefill")
@@ -90,17 +91,25 @@ def write_archive(path: Path, methods: dict[str, list[str]], directory: Path) ->
 
 
 def compile_selection(
-    batch: int, vocab_size: int, hidden_size: int, embed_scale: float, dtype: torch.dtype
-) -> dict[str, dict[str, bytes]]:
+    batch: int, vocab_size: int, hidden_size: int, embed_scale: float, dtype: torch.dtype,
+    per_layer: tuple[int, int] | None = None,
+) -> dict[str, dict[str, bytes]]:  # fmt: skip
     """The compiled files, by method and name, of what is between a step's logits and the next step.
 
     These are the lookup, selection, and selection of one row of several. The table is [vocab_size,
-    hidden_size] of `dtype`, "embed_tokens.weight".
+    hidden_size] of `dtype`, "embed_tokens.weight". `per_layer` are layers and the size of each
+    one's input, where there are any: "per_layer.embed_tokens.weight".
     """
     # Compiled code is given its weights when it is loaded. These are never looked at.
     table = torch.empty(vocab_size, hidden_size, dtype=dtype)
     table = nn.Embedding.from_pretrained(table)
-    backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, rounds_scale=False)
+    own = None
+    if per_layer is not None:
+        with torch.device("meta"):
+            own = PerLayerInputs(vocab_size, *per_layer, 1, lambda *_: nn.Identity())
+        table_of_all = torch.empty(vocab_size, own.width, dtype=dtype)
+        own.embed_tokens = nn.Embedding.from_pretrained(table_of_all)
+    backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, False, own)
     with torch.no_grad():
         files = {"embed": compile_method(Embed(backbone), (integers(batch, 1),))}
     for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():

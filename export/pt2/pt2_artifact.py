@@ -30,9 +30,11 @@ class Pt2Artifact:
         """Begin with what needs no weights. Errors: ExportError for experts that would have to be
         integers."""
         check_recipe(model, self.options.quant)
+        own = model.model.per_layer
         self.selection = Background(
             "the selection methods", _compile_selection, model.batch, model.config.vocab_size,
             model.config.hidden_size, model.model.scale_in(self.dtype), self.dtype,
+            None if own is None else (own.layers, own.size),
             processor=processor(self.device),
         )  # fmt: skip
 

@@ -37,17 +37,19 @@ def block_sizes(slots: int, first: int) -> list[int]:
 
 def attention(
     kv_heads: int, group: int, head_dim: int, tokens: int, blocks: Sequence[int], windowed: bool,
-    growing: bool, rows: int = 1,
+    growing: bool, rows: int = 1, has_sinks: bool = False,
 ) -> GraphDelegate:  # fmt: skip
     """softmax(q k^T - mask) v as one delegate call.
 
     Arguments: q [K, T, G D], already scaled; newest [T G, 1] or [1, 1]; if `windowed` oldest, of
-    the same shape; then k [K, S, D], v [K, S, D] and positions [1, S] of each block. Positions are
+    the same shape; if `has_sinks` a score more of each query [K, T G, 1] and its value, which is
+    zero, [K, 1, D]; then k [K, S, D], v [K, S, D] and positions [1, S] of each block. Positions are
     float32 in UNITs. `newest` is half a position after the last one that a query sees. `oldest` is
     half a position after the last one that it no longer sees, in all blocks but the last. Result:
     [K, T, G D]. `blocks` are the sizes S. The last one may vary if it is `growing`, as T may.
 
-    Several `rows` have one token each: q [K, B, G D], newest [K B, 1, 1], k, v [K B, S, D].
+    Several `rows` have one token each: q [K, B, G D], newest [K B, 1, 1], k, v [K B, S, D], and
+    sinks [K B, G, 1] with values [K B, 1, D].
     """
     graph = GraphBuilder()
     products = kv_heads * rows
@@ -57,7 +59,11 @@ def attention(
     q = graph.reshape(q, products, -1, head_dim)
     newest = graph.input(tokens * group, 1) if rows == 1 else graph.input(products, 1, 1)
     oldest = graph.input(tokens * group, 1) if windowed else None
-    scores, values = [], []
+    scores, values, begin = [], [], 0
+    if has_sinks:
+        scores.append(graph.input(products, tokens * group if rows == 1 else group, 1))
+        values.append(graph.input(products, 1, head_dim))
+        begin = 1
     for i, size in enumerate(blocks):
         k, v = (graph.input(products, size, head_dim) for _ in range(2))
         positions = graph.input(1, size)
@@ -71,9 +77,9 @@ def attention(
         out = graph.matmul(weights, graph.concatenate(values, axis=1))
     else:
         # Values are large and weights small. So weights are cut, and values are not joined.
-        out, begin = None, 0
-        for v, size in zip(values, blocks):
-            part = weights if len(blocks) == 1 else graph.slice(weights, begin, size)
+        out = None
+        for v, size in zip(values[begin:], blocks):
+            part = weights if len(scores) == 1 else graph.slice(weights, begin, size)
             product = graph.matmul(part, v)
             out = product if out is None else graph.add(out, product)
             begin += size
@@ -209,10 +215,25 @@ class Chunk:
     row: Tensor | None
 
 
+def sink_operands(
+    sinks: Tensor | None, kv_heads: int, count: int, head_dim: int, rows: int
+) -> tuple[Tensor, ...]:
+    """What `attention` takes for `sinks` [H] of `count` tokens, or of one token of each row."""
+    if sinks is None:
+        return ()
+    scores = sinks.view(kv_heads, 1, -1).expand(-1, count, -1)
+    if rows == 1:
+        return scores.reshape(kv_heads, -1, 1), torch.zeros(kv_heads, 1, head_dim)
+    return scores.reshape(kv_heads * rows, -1, 1), torch.zeros(kv_heads * rows, 1, head_dim)
+
+
 class PrefillAttention(nn.Module):
     """A chunk's queries attend to what its row of the layer's cache holds, and to the chunk."""
 
-    def __init__(self, slots: SlotLayout, kv_heads: int, group: int, head_dim: int, traced: int):
+    def __init__(
+        self, slots: SlotLayout, kv_heads: int, group: int, head_dim: int, traced: int,
+        has_sinks: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.ring = slots.ring
         self.limits = [0, *slots.limits()]
@@ -222,18 +243,21 @@ class PrefillAttention(nn.Module):
                 [*slots.sizes[:count], traced],
                 windowed=slots.ring and count > 0,
                 growing=True,
+                has_sinks=has_sinks,
             )
             for count in range(len(slots.sizes) + 1)
         ]
 
-    def forward(self, q, k, v, cache: BlockCache, chunk: Chunk):
-        """q [K, T, G D], k, v [K, T, D] -> [K, T, G D]."""
-        fixed = (q, chunk.newest, chunk.oldest, k, v, chunk.positions)
+    def forward(self, q, k, v, cache: BlockCache, chunk: Chunk, sinks: Tensor | None = None):
+        """q [K, T, G D], k, v [K, T, D] -> [K, T, G D]. `sinks` [H] are the layer's, if any."""
+        sunk = sink_operands(sinks, cache.kv_heads, q.shape[1], cache.head_dim, 1)
+        fixed = (q, chunk.newest, chunk.oldest, k, v, chunk.positions, *sunk)
         if chunk.row is not None:
             fixed = (*fixed, chunk.row + torch.arange(cache.kv_heads) * cache.rows)
 
         def branch(count: int) -> Callable:
             def run(q, newest, oldest, k, v, positions, *rest):
+                own, rest = rest[: len(sunk)], rest[len(sunk) :]
                 if chunk.row is not None:
                     row, *rest = rest
                 blocks = list(rest[: 3 * count])
@@ -242,7 +266,8 @@ class PrefillAttention(nn.Module):
                         if i % 3 < 2:
                             blocks[i] = blocks[i].index_select(0, row)
                 window = (oldest,) if self.ring and count else ()
-                return self.variants[count](q, newest, *window, *blocks, k, v, positions)[0]
+                given = *window, *own, *blocks
+                return self.variants[count](q, newest, *given, k, v, positions)[0]
 
             return run
 
@@ -253,7 +278,10 @@ class PrefillAttention(nn.Module):
 class DecodeAttention(nn.Module):
     """One query of each row and head attends to the cache, which has the query's key already."""
 
-    def __init__(self, slots: SlotLayout, kv_heads: int, group: int, head_dim: int, rows: int = 1):
+    def __init__(
+        self, slots: SlotLayout, kv_heads: int, group: int, head_dim: int, rows: int = 1,
+        has_sinks: bool = False,
+    ):  # fmt: skip
         super().__init__()
         # A position p is among the first p + 1.
         self.limits = [limit - 1 for limit in slots.limits()]
@@ -264,19 +292,27 @@ class DecodeAttention(nn.Module):
                 windowed=False,
                 growing=False,
                 rows=rows,
+                has_sinks=has_sinks,
             )
             for count in range(1, len(slots.sizes) + 1)
         ]
 
-    def forward(self, q, cache: BlockCache, slots: SlotLayout, furthest: Tensor, newest: Tensor):
+    def forward(
+        self, q, cache: BlockCache, slots: SlotLayout, furthest: Tensor, newest: Tensor,
+        sinks: Tensor | None = None,
+    ):  # fmt: skip
         """q [K, B, G D], newest float32 [1, 1] or [K B, 1, 1] in UNITs -> [K, B, G D]. All rows
-        read as many blocks as the `furthest` position int64 [] asks for."""
+        read as many blocks as the `furthest` position int64 [] asks for. `sinks` are as in
+        PrefillAttention."""
+        sunk = sink_operands(sinks, cache.kv_heads, q.shape[1], cache.head_dim, cache.rows)
 
         def branch(count: int) -> Callable:
             def run(q, newest, *blocks):
-                return self.variants[count - 1](q, newest, *blocks[: 3 * count])[0]
+                taken = blocks[: len(sunk) + 3 * count]
+                return self.variants[count - 1](q, newest, *taken)[0]
 
             return run
 
         branches = [branch(count) for count in range(1, len(self.variants) + 1)]
-        return choose(furthest, self.limits, branches, (q, newest, *cache.blocks(slots.positions)))
+        operands = q, newest, *sunk, *cache.blocks(slots.positions)
+        return choose(furthest, self.limits, branches, operands)

@@ -41,6 +41,8 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
                 inputs = [mlp.gate_proj, mlp.up_proj]
                 _divide_norm(layer.norm("mlp"), _rescale(inputs, seen))
             _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
+        if attention.v_norm is not None or attention.values_are_keys:
+            continue
         # Heads that share a value head share its channels.
         heads = attention.kv_heads, -1, attention.head_dim
         _divide_rows(attention.v_proj, _rescale([attention.o_proj], seen, heads))

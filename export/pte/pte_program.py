@@ -54,29 +54,41 @@ class DelegatedMethod(nn.Module):
         self.caches = nn.ModuleList(lowered.caches)
         self.slots = nn.ModuleDict(lowered.slots)
         self.shortlist, self.rescore = lowered.shortlist, lowered.rescore
-        # All layers have the same shape: export/support.py sees to it.
-        self.kv_heads, self.head_dim = mixers[0].kv_heads, mixers[0].head_dim
-        self.group = mixers[0].heads // self.kv_heads
+        # Layers of a type have the same shape: export/support.py sees to it.
+        self.shapes = {
+            m.layer_type: (m.kv_heads, m.heads // m.kv_heads, m.head_dim) for m in mixers
+        }
+        self.has_sinks = {m.layer_type: m.sinks is not None for m in mixers}
+        for i, mixer in enumerate(mixers):
+            sinks = None if mixer.sinks is None else mixer.sinks.detach().float()
+            self.register_buffer(f"sinks{i}", sinks)
         self.rows = model.batch
+        self.soft_cap = None if model.soft_cap is None else soft_cap(model.config.vocab_size)
+        self.cap = model.soft_cap
 
     def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, D]. attend(name, cache, q, k, v) is the attention of
-        a layer type. last(x) picks the N positions whose logits are wanted from [1, T, ...]."""
+        """Logits [N, V] of embeddings x [1, T, D]. attend(name, cache, sinks, q, k, v) is the
+        attention of a layer type. last(x) picks the N positions whose logits are wanted from
+        [1, T, ...]."""
         rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.rotations)}
         for i, (name, cache) in enumerate(zip(self.layer_types, self.caches)):
-            attended = attend(name, cache, *self.before[i](x, *rope[self.rotations[i]]))
+            sinks = getattr(self, f"sinks{i}")
+            attended = attend(name, cache, sinks, *self.before[i](x, *rope[self.rotations[i]]))
             if i == len(self.layer_types) - 1:
                 x, attended = last(x), last(attended)
             x, *routed = self.after[i](x, attended)
             if routed:
                 x = x + self.experts[i](*routed)
         logits, hidden = self.lm_head(x)
-        if self.shortlist is None:
+        if self.shortlist is not None:
+            size = hidden.shape[-1]
+            logits = self.shortlist(
+                logits, hidden.view(-1, 1, size), lambda *rows: self.rescore[len(logits)](*rows)[0]
+            )
+        if self.soft_cap is None:
             return logits
-        size = hidden.shape[-1]
-        return self.shortlist(
-            logits, hidden.view(-1, 1, size), lambda *rows: self.rescore[len(logits)](*rows)[0]
-        )
+        cap = torch.full((1,), self.cap)
+        return self.soft_cap(logits, 1 / cap, cap)[0]
 
 
 class DelegatedPrefill(DelegatedMethod):
@@ -85,25 +97,30 @@ class DelegatedPrefill(DelegatedMethod):
 
     def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
         super().__init__(model, lowered, lowered.prefill)
-        shape = self.kv_heads, self.group, self.head_dim
         self.attention = nn.ModuleDict(
             {
-                name: attention.PrefillAttention(slots, *shape, traced)
+                name: attention.PrefillAttention(
+                    slots, *self.shapes[name], traced, self.has_sinks[name]
+                )
                 for name, slots in self.slots.items()
             }
         )
 
     def forward(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
         column = (positions.float() * UNIT)[:, None]
-        newest = (column + UNIT / 2).expand(-1, self.group).reshape(-1, 1)
+        newest = {
+            group: (column + UNIT / 2).expand(-1, group).reshape(-1, 1)
+            for group in dict.fromkeys(group for _, group, _ in self.shapes.values())
+        }
         shared, places = {}, {}
         first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
         for name, slots in self.slots.items():
+            _, group, _ = self.shapes[name]
             shared[name] = attention.Chunk(
                 begin=positions[0],
                 positions=column.view(1, -1),
-                newest=newest,
-                oldest=newest - slots.count * UNIT,
+                newest=newest[group],
+                oldest=newest[group] - slots.count * UNIT,
                 held=slots.held(positions),
                 row=row,
             )
@@ -111,8 +128,8 @@ class DelegatedPrefill(DelegatedMethod):
             one = row if row is not None else torch.zeros(1, dtype=torch.int64)
             places[name] = first[name].places(slots.indices(positions), one)
 
-        def attend(name, cache, q, k, v):
-            attended = self.attention[name](q, k, v, cache, shared[name])
+        def attend(name, cache, sinks, q, k, v):
+            attended = self.attention[name](q, k, v, cache, shared[name], sinks)
             cache.store(k, v, places[name])
             return attended
 
@@ -124,24 +141,33 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
 
     def __init__(self, model: nn.Module, lowered: "Lowered"):
         super().__init__(model, lowered, lowered.decode)
-        shape = self.kv_heads, self.group, self.head_dim, self.rows
         self.attention = nn.ModuleDict(
-            {name: attention.DecodeAttention(slots, *shape) for name, slots in self.slots.items()}
+            {
+                name: attention.DecodeAttention(
+                    slots, *self.shapes[name], self.rows, self.has_sinks[name]
+                )
+                for name, slots in self.slots.items()
+            }
         )
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        newest = ((position.float() + 0.5) * UNIT)[:, None]
+        column = ((position.float() + 0.5) * UNIT)[:, None]
+        newest = dict.fromkeys((heads for heads, _, _ in self.shapes.values()), column)
         if self.rows > 1:
-            newest = newest[None].expand(self.kv_heads, -1, -1).reshape(-1, 1, 1)
+            newest = {
+                heads: column[None].expand(heads, -1, -1).reshape(-1, 1, 1) for heads in newest
+            }
         furthest = position.amax()
         first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
         places = {
             name: first[name].places(slots.indices(position)) for name, slots in self.slots.items()
         }
 
-        def attend(name, cache, q, k, v):
+        def attend(name, cache, sinks, q, k, v):
             cache.store(k, v, places[name])
-            return self.attention[name](q, cache, self.slots[name], furthest, newest)
+            heads, _, _ = self.shapes[name]
+            given = cache, self.slots[name], furthest, newest[heads]
+            return self.attention[name](q, *given, sinks)
 
         # Regions take a step's rows in place of a chunk's tokens.
         return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
@@ -170,7 +196,7 @@ def build_program(
         prefill, decode = Prefill(model), DecodeEmbedded(model)
     progress("tracing the methods")
     batch = model.batch
-    hidden = torch.zeros(batch, 1, model.config.hidden_size)
+    hidden = torch.zeros(batch, 1, model.model.embedded_size)
     chunk, shapes = prompt_chunk(batch, model.max_chunk)
     methods = {
         "prefill": torch.export.export(prefill, chunk, dynamic_shapes=shapes),
@@ -264,27 +290,39 @@ def lower_layers(
     progress: Callable[[str], None],
 ) -> Regions:  # fmt: skip
     """The regions of `layers`, as in `lower`."""
-    mixer = layers[0].mixer
-    kv_heads, heads, size = mixer.kv_heads, mixer.heads, mixer.head_dim
     x = torch.zeros(1, traced, model.config.hidden_size)
-    attended = torch.zeros(kv_heads, traced, heads // kv_heads * size)
-    # Two tensors, because torch.export takes one that is passed twice for one argument. As many
-    # elements of a head rotate in every layer.
-    rotated = 2 * next(iter(model.model.rope.values())).inv_freq.shape[0]
-    cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
 
-    regions, kinds = Regions([], []), None
+    regions, kinds = Regions([], []), {}
     for i, layer in enumerate(layers, 1):
         progress(f"lowering layer {i} of {len(layers)}")
-        before, after = xnnpack.BeforeAttention(layer), xnnpack.AfterAttention(layer)
-        kinds = kinds or (
-            xnnpack.trace(before, (x, cos, sin), (wide, tall, tall)),
-            xnnpack.trace(after, (x, attended), (wide, wide)),
+        before, after, mixer = (
+            xnnpack.BeforeAttention(layer),
+            xnnpack.AfterAttention(layer),
+            layer.mixer,
         )
-        regions.before.append(kinds[0].lower(before))
-        regions.after.append(kinds[1].lower(after))
+        # Two tensors, because torch.export takes one that is passed twice for one argument.
+        rotated = 2 * model.model.rope[mixer.rotation].inv_freq.shape[0]
+        cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
+        heads, size = mixer.kv_heads, mixer.heads * mixer.head_dim
+        attended = torch.zeros(heads, traced, size // heads)
+        kind = rotated, heads, mixer.head_dim, xnnpack.tensors_of(layer)
+        if kind not in kinds:
+            kinds[kind] = (
+                xnnpack.trace(before, (x, cos, sin), (wide, tall, tall)),
+                xnnpack.trace(after, (x, attended), (wide, wide)),
+            )
+        regions.before.append(kinds[kind][0].lower(before))
+        regions.after.append(kinds[kind][1].lower(after))
     return regions
+
+
+def soft_cap(vocab_size: int) -> GraphDelegate:
+    """logits [N, V], 1 / cap [1] and cap [1] -> (tanh(logits / cap) * cap,)."""
+    graph = GraphBuilder()
+    logits, inverse, cap = graph.input(1, vocab_size), graph.input(1), graph.input(1)
+    capped = graph.multiply(graph.tanh(graph.multiply(logits, inverse)), cap)
+    return GraphDelegate(graph.serialize(capped), lambda x, *_: [torch.empty_like(x)])
 
 
 def rescore(shortlist: Shortlist, rows: int) -> GraphDelegate:

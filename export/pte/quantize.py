@@ -150,7 +150,12 @@ class QuantizedExperts(Experts):
 
     def __init__(self, experts: Experts):
         nn.Module.__init__(self)
-        for name, weight in experts.named_parameters():
+        self.activation = experts.activation
+        self.gate_up_proj_bias, self.down_proj_bias = (
+            experts.gate_up_proj_bias, experts.down_proj_bias,
+        )  # fmt: skip
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, name)
             codes, scales = quantize_rows(weight.flatten(0, 1), 8, weight.shape[-1])
             self.register_buffer(f"{name}_codes", codes.view(weight.shape))
             self.register_buffer(f"{name}_scales", scales.view(weight.shape[:2]))

@@ -120,9 +120,22 @@ class GraphBuilder:
         limits = schema.OutputMinMax(output_min=0.0, output_max="+inf")
         return self._node(schema.XNNClamp, x.shape, x, limits=limits)
 
+    def clamp(self, x: Value, low: float | None, high: float) -> Value:
+        """x between `low`, if there is one, and `high`."""
+        limits = schema.OutputMinMax("-inf" if low is None else low, high)
+        return self._node(schema.XNNClamp, x.shape, x, limits=limits)
+
+    def sigmoid(self, x: Value) -> Value:
+        """1 / (1 + exp(-x))."""
+        return self._node(schema.XNNSigmoid, x.shape, x)
+
+    def tanh(self, x: Value) -> Value:
+        """tanh(x)."""
+        return self._node(schema.XNNTanh, x.shape, x)
+
     def silu(self, x: Value) -> Value:
         """x * sigmoid(x)."""
-        return self.multiply(x, self._node(schema.XNNSigmoid, x.shape, x))
+        return self.multiply(x, self.sigmoid(x))
 
     def softmax(self, x: Value) -> Value:
         """Softmax over the last axis."""

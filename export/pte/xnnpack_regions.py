@@ -66,6 +66,18 @@ class DelegatedRMSNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.average, self.eps)) * self.weight
 
 
+class DelegatedValueNorm(nn.Module):
+    """DelegatedRMSNorm without weights, of heads of `size` elements."""
+
+    def __init__(self, eps: float, size: int):
+        super().__init__()
+        self.register_buffer("average", torch.full((1, size), 1.0 / size))
+        self.register_buffer("eps", torch.tensor([eps]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.linear(x * x, self.average, self.eps))
+
+
 class DelegatedScale(nn.Module):
     """x times a number, which XNNPACK takes as a tensor only."""
 
@@ -100,12 +112,24 @@ def prepare(model: nn.Module) -> None:
             attention.q_norm = DelegatedScale(attention.scale)
         else:
             attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
+        if attention.v_norm is not None:
+            attention.v_norm = DelegatedValueNorm(attention.v_norm.eps, attention.head_dim)
+        if (scalar := layer.layer_scalar) is not None:
+            # A region's constants are buffers.
+            del layer.layer_scalar
+            layer.register_buffer("layer_scalar", scalar.detach().float())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, RMSNorm):
                 setattr(module, name, DelegatedRMSNorm(child))
             elif isinstance(child, nn.GELU) and child.approximate == "tanh":
                 setattr(module, name, DelegatedGELU())
+
+
+def tensors_of(layer: nn.Module) -> tuple:
+    """Names, shapes and dtypes of a layer's weights: those of layers of one kind are the same."""
+    tensors = *layer.named_parameters(), *layer.named_buffers()
+    return tuple((name, tuple(x.shape), x.dtype) for name, x in tensors if ".cache." not in name)
 
 
 class InParts(nn.Module):

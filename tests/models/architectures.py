@@ -253,6 +253,18 @@ GEMMA_4_ROW = Architecture(
             "enable_moe_block": True, "num_experts": 7, "top_k_experts": 3,
             "moe_intermediate_size": 20,
         },
+        "gemma4_text, per-layer inputs, shared keys": {
+            "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 97,
+            "num_hidden_layers": 6, "num_kv_shared_layers": 3, "use_double_wide_mlp": True,
+            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
+            "attention_k_eq_v": False,
+        },
+        "gemma4_text, per-layer inputs and experts, a window beyond the cache": {
+            "hidden_size_per_layer_input": 12, "vocab_size_per_layer_input": 97,
+            "sliding_window": 200, "num_kv_shared_layers": 1, "rms_norm_eps": 0.1,
+            "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+            "moe_intermediate_size": 20,
+        },
         "gemma4_text, a window beyond the cache": {"sliding_window": 200},
         "gemma4_text, a window of one, another epsilon": {
             "sliding_window": 1, "rms_norm_eps": 0.1,
@@ -270,8 +282,12 @@ GEMMA_4_ROW = Architecture(
     states={(2, 7, 3, 14): torch.bfloat16, (2, 50, 2, 26): torch.bfloat16},
     refused=("gemma4_text, a window beyond the cache", [
         ({"attention_bias": True}, "attention_bias = True"),
-        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input = 256"),
-        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
+        (
+            {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 50},
+            "vocab_size_per_layer_input = 50",
+        ),
+        ({"num_kv_shared_layers": 3}, "num_kv_shared_layers = 3 .* leaves no keys of full_"),
+        ({"num_kv_shared_layers": 4}, "num_kv_shared_layers = 4 .* leaves no keys of full_"),
         ({"enable_moe_block": True}, "lacks top_k_experts"),
         ({"enable_moe_block": True, "top_k_experts": 2}, "lacks num_experts, moe_inter"),
         (
@@ -279,7 +295,6 @@ GEMMA_4_ROW = Architecture(
              "moe_intermediate_size": 9},
             "num_experts_per_tok = 3 is not among num_experts = 2",
         ),
-        ({"use_double_wide_mlp": True}, "use_double_wide_mlp = True"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
         ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
@@ -309,6 +324,8 @@ GEMMA_4_ROW = Architecture(
             ("model.", "model.language_model."), ("norm.weight", "layers.11.layer_scalar")
         )
     } | {
+        "model.embed_tokens_per_layer.weight": "model.per_layer.embed_tokens.weight",
+        "model.layers.1.per_layer_projection.weight": "model.layers.1.per_layer.projection.weight",
         "model.language_model.layers.1.router.scale": "model.layers.1.mlp.router_norm.weight",
         "model.layers.1.experts.down_proj": "model.layers.1.mlp.experts.down_proj",
         "model.layers.1.post_feedforward_layernorm_2.weight":

@@ -17,10 +17,6 @@ HARMLESS = {
 }  # fmt: skip
 # Those that do nothing beside another one, which has one value only.
 IDLE = {
-    "gemma4_text": {
-        # Without hidden_size_per_layer_input.
-        "vocab_size_per_layer_input",
-    },
     # Without experts, and without layers of Mamba.
     "granitemoehybrid": {
         "intermediate_size", "num_experts_per_tok", "time_step_limit",
@@ -43,7 +39,7 @@ UNDECLARED = {
 }
 # A case of each model_type with all that its config can ask for.
 FULLEST = {case.split(",")[0]: case for case in CASES} | {
-    "gemma4_text": "gemma4_text, experts beside",
+    "gemma4_text": "gemma4_text, per-layer inputs and experts, a window beyond the cache",
     "granitemoehybrid": "granitemoehybrid, dense",
     "lfm2": "lfm2",
     "qwen3_next": "qwen3_next, experts in some layers",

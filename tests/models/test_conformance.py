@@ -160,7 +160,7 @@ def test_a_token_may_come_as_its_embedding(case):
     for step in range(9):
         token, position = prompt(3, seed=step).T, torch.tensor([step, 3 + step, 20 - step])
         hidden = parts.embed(token)
-        assert hidden.shape == (3, 1, ROW_OF[case].small["hidden_size"])
+        assert hidden.shape == (3, 1, parts.model.embedded_size)
         assert torch.equal(parts.decode_embedded(hidden, position), whole.decode(token, position))
 
 

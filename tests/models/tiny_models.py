@@ -10,6 +10,7 @@ import torch
 from tests.models.architectures import ARCHITECTURES, Architecture
 from tests.models.eager import prompt
 from tokenloop.export.checkpoint import Checkpoint, StoredTensor, load_weights
+from tokenloop.export.checkpoint.network import names_of
 from tokenloop.models import dense, olmo2
 from tokenloop.models.layers import RopeConfig
 
@@ -77,7 +78,7 @@ def network_of(
         for name, tensor in hf.state_dict().items()
     }
     checkpoint = Checkpoint(Path("tiny"), "safetensors", {}, (), stored)
-    load_weights(model, checkpoint, row.networks.checkpoint_name, dtype=dtype)
+    load_weights(model, checkpoint, names_of(row.networks, model), dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
