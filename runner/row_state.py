@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from tokenloop.runner.errors import RunnerError
-from tokenloop.runner.program import Program
+from tokenloop.runner.program import CACHES, OF_NO_ROW, RUNNING, Program
 
 # Up to so many runs of blocks are copied one by one.
 MOST_RUNS = 4
-CACHES, RUNNING, OF_NO_ROW = {"k", "v"}, {"conv", "recurrent"}, {"kernel_semaphores"}
 
 
 class RowState:
