@@ -17,6 +17,9 @@ from tokenloop.runner.transfers import Transfers
 PARAMETERS = {
     "temperature": np.float32, "top_k": np.int64, "top_p": np.float32, "seed": np.int64,
 }  # fmt: skip
+# The state by the last part of its names: caches with a slot for each position, what goes on with
+# every token, and what is no row's.
+CACHES, RUNNING, OF_NO_ROW = {"k", "v"}, {"conv", "recurrent"}, {"kernel_semaphores"}
 
 
 class Choice(NamedTuple):
@@ -156,7 +159,7 @@ def can_wait(manifest: dict[str, Any]) -> bool:
     then writes what the next chunk overwrites. So it is where all state lies in caches by position.
     A delta net's state goes on with every step."""
     kinds = {tensor["name"].rpartition(".")[2] for tensor in manifest.get("state", [])}
-    return kinds <= {"k", "v", "kernel_semaphores"}
+    return kinds <= CACHES | OF_NO_ROW
 
 
 def selection_method(requests: Iterable[Request], manifest: dict[str, Any]) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from tokenloop.runner.errors import RunnerError
-from tokenloop.runner.program import Program
+from tokenloop.runner.program import CACHES, OF_NO_ROW, RUNNING, Program
 
-CACHES, RUNNING, OF_NO_ROW = {"k", "v"}, {"conv", "recurrent"}, {"kernel_semaphores"}
+# Up to so many runs of blocks are copied one by one.
+MOST_RUNS = 4
 
 
 class RowState:
@@ -24,11 +25,10 @@ class RowState:
         """Errors: RunnerError for a program whose state cannot be read, or has tensors that this
         does not know."""
         if program.state is None:
-            backend = program.manifest["backend"]
-            raise RunnerError(
-                f"the state of an artifact for {backend} cannot be read, so no prompt's beginning "
-                "is kept: export it for another --backend"
-            )
+            where = "the manifest does not say where it is: export it again"
+            if program.manifest["backend"] == "cuda":
+                where = "it is inside of CudaBackend: export it with --backend launches"
+            raise RunnerError(f"the program's state cannot be read, for {where}")
         self.size, self._transfers = size, program.transfers
         most = program.manifest["max_seq_len"]
         # Of each tensor its name and pieces [B, S, ...], which follow one another along the slots.
@@ -65,29 +65,32 @@ class RowState:
 
     def keep_blocks(self, row: int, first: int, numbers: list[int]) -> None:
         """Copy the row's blocks from the one `first` on to those `numbers` of the pool."""
-        if not numbers or not self.by_position:
-            return
-        places = self._transfers.upload(numbers)
-        for (_, pieces), pool in zip(self.by_position, self._blocks):
-            if len(pieces) == 1:
-                self._transfers.scatter(self._of(pieces[0][row], first, numbers), pool, places)
-                continue
-            for block, number in enumerate(numbers, first):
-                for here, there in self._parts(pieces, row, block, pool[number]):
-                    self._transfers.copy(here, there)
+        self._copy_blocks(row, first, numbers, to_row=False)
 
     def put_blocks(self, row: int, numbers: list[int]) -> None:
         """Copy those blocks of the pool to the row, from its first position on."""
-        if not numbers or not self.by_position:
-            return
-        places = self._transfers.upload(numbers)
+        self._copy_blocks(row, 0, numbers, to_row=True)
+
+    def _copy_blocks(self, row: int, first: int, numbers: list[int], to_row: bool) -> None:
+        found = runs(numbers)
+        # Numbers go up, which waits for the device. Few copies of many blocks need none.
+        places = None if len(found) <= MOST_RUNS else self._transfers.upload(numbers)
+        copy = self._transfers.copy
         for (_, pieces), pool in zip(self.by_position, self._blocks):
-            if len(pieces) == 1:
-                self._transfers.gather(pool, places, self._of(pieces[0][row], 0, numbers))
+            if len(pieces) > 1:
+                for block, number in enumerate(numbers, first):
+                    for here, there in self._parts(pieces, row, block, pool[number]):
+                        copy(there, here) if to_row else copy(here, there)
                 continue
-            for block, number in enumerate(numbers):
-                for here, there in self._parts(pieces, row, block, pool[number]):
-                    self._transfers.copy(there, here)
+            slots = pieces[0][row]
+            if places is None:
+                for begin, number, count in found:
+                    here, there = self._of(slots, first + begin, count), pool[number:][:count]
+                    copy(there, here) if to_row else copy(here, there)
+            elif to_row:
+                self._transfers.gather(pool, places, self._of(slots, first, len(numbers)))
+            else:
+                self._transfers.scatter(self._of(slots, first, len(numbers)), pool, places)
 
     def keep_row(self, row: int, number: int) -> None:
         """Copy what is copied whole of the row to that row of the pool."""
@@ -141,9 +144,8 @@ class RowState:
         for pool, copy in zip(pools, copies[len(self._blocks) :]):
             self._transfers.write_bytes(copy, pool[number])
 
-    def _of(self, slots: Any, first: int, numbers: list[int]) -> Any:
-        """Blocks [N, size, ...] of slots [S, ...]."""
-        count = len(numbers)
+    def _of(self, slots: Any, first: int, count: int) -> Any:
+        """So many blocks [count, size, ...] of slots [S, ...]."""
         taken = slots[first * self.size : (first + count) * self.size]
         # Of NumPy's arrays and torch's tensors a view: an axis is only divided.
         return taken.reshape((count, self.size, *taken.shape[1:]))
@@ -159,6 +161,18 @@ class RowState:
                 found.append((here, kept[begin - first : end - first]))
             start += piece.shape[1]
         return found
+
+
+def runs(numbers: list[int]) -> list[tuple[int, int, int]]:
+    """The runs of numbers that follow one another: where each begins among them, its first number,
+    and how many there are."""
+    found: list[tuple[int, int, int]] = []
+    for i, number in enumerate(numbers):
+        if found and number == found[-1][1] + found[-1][2]:
+            found[-1] = *found[-1][:2], found[-1][2] + 1
+        else:
+            found.append((i, number, 1))
+    return found
 
 
 def _bytes(array: Any) -> int:

@@ -30,7 +30,7 @@ def test_warm_and_cold_are_the_same_and_a_file_is_warm(model, tmp_path):
     assert all(run["differ"] == 0 and run["cached_tokens"] > 0 for run in runs)
     assert any(run["evictions"] for run in runs)
     # A token knows its chunk, so beginnings end where chunks do.
-    chunks = other_chunks(model, [[5, 9] * 20])
+    chunks = other_chunks(model, [[5, 9] * 20, [3 + i * i % 90 for i in range(60)]])
     assert chunks["same_chunks_differ"] == 0 < chunks["other_chunks_differ"]
 
     prompt = [3 + i * i % 90 for i in range(50)]

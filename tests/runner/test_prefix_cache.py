@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stateful import FULL, KINDS, StatefulProgram, stateful_model
-from tokenloop.runner import Engine, EngineError, Request, RunnerError, saved_state
+from tokenloop.runner import Engine, EngineError, Request, RunnerError, row_state, saved_state
 from tokenloop.runner.loop import Loop
 from tokenloop.runner.prefix_cache import MB, PrefixCache
+from tokenloop.runner.row_state import runs
 
 EVERY = list(itertools.product(KINDS, (False, True)))
 PLENTY = 10**6
@@ -52,7 +53,7 @@ def cached_of(results) -> list[int]:
 beginnings = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 8, 9, 12, 17, 24]), min_size=1, max_size=4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     way=st.sampled_from(EVERY),
     batch=st.integers(1, 5),
@@ -147,6 +148,29 @@ def test_who_waits_for_a_prompt_that_is_given_up_begins_itself():
 
 
 # Memory
+
+
+@given(st.lists(st.integers(0, 9), max_size=20))
+def test_runs_are_the_numbers(numbers):
+    found = runs(numbers)
+    assert [number + i for _, number, count in found for i in range(count)] == numbers
+    assert [begin for begin, _, _ in found] == [
+        sum(count for _, _, count in found[:i]) for i in range(len(found))
+    ]
+
+
+@pytest.mark.parametrize("most_runs", [0, 1, 99])
+@pytest.mark.parametrize("kind, packed", EVERY)
+def test_blocks_that_lie_apart_are_copied_too(monkeypatch, kind, packed, most_runs):
+    monkeypatch.setattr(row_state, "MOST_RUNS", most_runs)
+    model, cache = make(kind, packed)
+    # Every other place is taken.
+    cache._free_blocks = cache._free_blocks[-40::2]
+    text = [2 + i % 5 for i in range(21)]
+    for prompt in (text, [*text, 9], text[:9] + [50] * 9, text[:9] + [60] * 9):
+        (result,) = run(model, cache, [prompt])
+        assert result.token_ids == ids_after(prompt, 3, kind, packed)
+    assert result.cached_tokens == 8
 
 
 def block_bytes(kind="dense", packed=False) -> int:
