@@ -3,6 +3,8 @@ them is looked at here, with the methods as CudaBackend is given them in the pla
 
 import json
 from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,18 +20,30 @@ from tokenloop.sampler.greedy import greedy
 
 # ExecuTorch's CUDA backend imports it.
 pytest.importorskip("triton", reason="triton is not installed")
+from executorch.backends.cuda.cuda_weight_collector import (  # noqa: E402
+    encode_cuda_weight_metadata,
+)
+
 from tokenloop.export.pte.cuda_backend import CudaBackend, build_program, write_program  # noqa: E402
 
 CHUNK = 7
 # The methods' inputs, by the number of rows.
+SELECTION = {"greedy": 1, "sample": 6, "sample_unfiltered": 6}
 INPUTS = {
-    1: {"decode": 2, "greedy": 1, "prefill": 2},
-    3: {"decode": 2, "greedy": 1, "greedy_row": 1, "prefill": 3},
-}
+    1: {"decode": 2, "decode_embedded": 2, "decode_greedy": 2, "embed": 1, "prefill": 2}
+    | SELECTION | {f"{name}_embed": count for name, count in SELECTION.items()},
+}  # fmt: skip
+INPUTS[3] = INPUTS[1] | {f"{name}_row": n for name, n in SELECTION.items()} | {"prefill": 3}
+
+
+# Any library that asks for nothing of torch's.
+(ROOT,) = find_spec("executorch").submodule_search_locations
+LIBRARY = Path(ROOT, "lib/libexecutorch_etdump.so")
 
 
 def preprocess(edge_programs, compile_specs, received):
-    """Stands for CudaBackend's: stores each tensor by its name, as that does, and no kernels."""
+    """Stands for CudaBackend's: stores each tensor by its name, as that does, and a library with no
+    kernels, as `received.library`."""
     received.programs = {name: program for name, (program,) in edge_programs.items()}
     received.specs = {name: specs for name, (specs,) in compile_specs.items()}
     store = NamedDataStore()
@@ -37,8 +51,10 @@ def preprocess(edge_programs, compile_specs, received):
         for name, tensor in {**program.state_dict, **program.constants}.items():
             data = bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
             store.add_named_data(name, data, external_tag="aoti_cuda_blob")
+    store.add_named_data("library", received.library, 1, None)
     output = store.get_named_data_store_output()
-    return {n: [PreprocessResult(n.encode(), data_store_output=output)] for n in edge_programs}
+    payload = encode_cuda_weight_metadata("library", [])
+    return {name: [PreprocessResult(payload, data_store_output=output)] for name in edge_programs}
 
 
 @pytest.fixture(scope="module", params=[(3, "bfloat16"), (1, "float32")], ids=str)
@@ -54,8 +70,9 @@ def made(request, make_checkpoint, tmp_path_factory, one_thread):
     model.eval().requires_grad_(False)
     model.limit_chunks(CHUNK)
     made = SimpleNamespace(
-        model=model, rows=rows, path=tmp_path_factory.mktemp("program") / "model.pte"
-    )
+        model=model, rows=rows, path=tmp_path_factory.mktemp("program") / "model.pte",
+        library=LIBRARY.read_bytes(),
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         fake = lambda programs, specs: preprocess(programs, specs, made)  # noqa: E731
         patch.setattr(CudaBackend, "preprocess_multimethod", fake)
@@ -76,7 +93,7 @@ def run(program, **inputs):
     return output
 
 
-def test_the_methods_are_those_of_the_other_backends_but_for_sampling(made):
+def test_the_methods_are_those_of_the_other_backends_and_a_step_in_one(made):
     assert made.methods == sorted(INPUTS[made.rows])
     assert set(made.plans) == {*made.methods, "get_x"}
 
@@ -93,11 +110,11 @@ def test_a_method_is_one_call_of_a_delegate_and_no_copy(made):
 def test_inputs_are_the_callers_and_outputs_planned_memory_of_the_gpu(made):
     for name, count in INPUTS[made.rows].items():
         plan = made.plans[name]
-        inputs, (output,) = tensors(plan, plan.inputs), tensors(plan, plan.outputs)
-        assert len(inputs) == count
+        inputs, outputs = tensors(plan, plan.inputs), tensors(plan, plan.outputs)
+        assert (len(inputs), len(outputs)) == (count, 2 if name.endswith("_embed") else 1)
         assert all(tensor.allocation_info is None for tensor in inputs)
-        assert output.allocation_info is not None
-        for tensor in (*inputs, output):
+        assert all(tensor.allocation_info is not None for tensor in outputs)
+        for tensor in (*inputs, *outputs):
             assert tensor.extra_tensor_info.device_type == DeviceType.CUDA
 
 
@@ -206,7 +223,7 @@ def test_an_artifact_made_on_a_gpu(export_artifact, tiny_checkpoint):
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert (manifest["backend"], manifest["device"]) == ("cuda", "cuda")
     assert (manifest["quant"], manifest["dtype"]) == ("bf16", "bfloat16")
-    assert manifest["methods"] == ["decode", "greedy", "prefill"]
+    assert manifest["methods"] == sorted(INPUTS[1])
     file = deserialize_pte_binary((artifact / "model.pte").read_bytes())
     for plan in file.program.execution_plan:
         assert plan.operators == []
