@@ -23,19 +23,16 @@ from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPa
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.propagate_device_config import PropagateDeviceConfig
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 from torch.export import ExportedProgram
 
 from tokenloop.export.artifact import SmallWrites
 from tokenloop.export.errors import ExportError
 from tokenloop.export.launches.methods import FUNCTIONS
 from tokenloop.export.methods import Decode, DecodeEmbedded, Prefill, integers, prompt_chunk
+from tokenloop.export.pte.cuda_inductor import one_form
 from tokenloop.export.pte.cuda_library import decode, missing_shims
 from tokenloop.models.decoder import Backbone
 from tokenloop.sampler.kernels import operator
-
-# The wrapper only launches kernels, and optimizing it takes a third of the whole time.
-INDUCTOR = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
 
 class DecodeGreedy(Prefill):
@@ -148,13 +145,14 @@ def build_program(
                 [
                     CudaBackend.generate_method_name_compile_spec(name),
                     CompileSpec("triton_kernel_mode", kernels),
+                    CompileSpec("max_autotune", b"OFF"),
                 ]
             )
         ]
         for name in methods
     }
     progress("compiling the methods")
-    with refused(), inductor_config.patch(INDUCTOR):
+    with refused(), one_form():
         edge = to_edge_transform_and_lower(
             methods,
             transform_passes={name: [OwnConstants(name)] for name in methods},

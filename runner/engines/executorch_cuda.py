@@ -21,6 +21,7 @@ from tokenloop.runner.engines.executorch import (
 )
 from tokenloop.runner.engines.executorch_abi import load_cuda
 from tokenloop.runner.engines.executorch_runtime import CPU, CUDA, Arrays, Device
+from tokenloop.runner.engines.tensors import find_device
 from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.manifest import Artifact
@@ -105,12 +106,7 @@ class ExecuTorchCudaProgram(Program):
         with native_stderr():
             load_cuda()
             backend = check_backend(artifact, runtime.registered_backends())
-            device = torch.device(manifest["device"])
-            if device.type == "cuda" and not torch.cuda.is_available():
-                raise RunnerError(
-                    f"{artifact.directory} is for a CUDA GPU, and torch sees none here: export "
-                    "with another --backend"
-                )
+            device = find_device(artifact)
             self._program = open_program(artifact, TensorArrays(device))
             if backend == "CudaBackend":
                 # Programs before executorch 1.5.1 would have a cache for each method otherwise.

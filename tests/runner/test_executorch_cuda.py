@@ -72,6 +72,11 @@ def test_a_missing_gpu_is_refused(altered):
         ExecuTorchCudaProgram(open_artifact(altered(device="cuda")))
 
 
+def test_a_program_for_another_processor_is_refused(altered):
+    with pytest.raises(RunnerError, match="was compiled for sm_70, and this machine's cpu is"):
+        ExecuTorchCudaProgram(open_artifact(altered(processor="sm_70")))
+
+
 def test_an_output_that_is_not_the_gpus_is_refused(altered, monkeypatch):
     backends = "tokenloop.runner.engines.executorch_runtime.registered_backends"
     monkeypatch.setattr(backends, lambda: ["CudaBackend"])
