@@ -9,7 +9,7 @@ def unsupported(network: CausalLM, backend: str) -> str | None:
     blocks = network.model.layers
     mixers = [block.mixer for block in blocks]
     types = {m.layer_type for m in mixers}
-    if backend in ("xnnpack", "cuda") and "linear_attention" in types:
+    if backend == "xnnpack" and "linear_attention" in types:
         return "gated delta nets"
     if backend not in ("portable", "inductor") and "conv" in types:
         return "short convolutions"

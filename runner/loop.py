@@ -25,7 +25,8 @@ class LoopOptions:
 
     - `feed`: "alias" hands a token, a method's output, to the next method as its input. "embed"
       hands on the token's embedding, which selection has looked up. "host" uploads the tokens that
-      the host has read. "auto" is "embed" where the artifact has the methods for it, else "alias".
+      the host has read. "auto" is "embed" where the artifact has the methods for it and
+      none that chooses a step's token at once, else "alias".
     - `positions`: "device" takes them from what went up when the program was loaded or a sequence
       joined. "host" uploads them for each call.
     - `double_buffering`: the next steps are submitted before the newest tokens are read.
@@ -87,7 +88,8 @@ class Loop:
         if not isinstance(options, LoopOptions):
             raise RunnerError(f"options is {shown(options)}; it must be LoopOptions")
         if options.feed == "auto":
-            return replace(options, feed="embed" if self.program.embeds else "alias")
+            embeds = self.program.embeds and not self.program.fuses
+            return replace(options, feed="embed" if embeds else "alias")
         if options.feed == "embed" and not self.program.embeds:
             raise RunnerError(
                 "feed is 'embed', and the artifact lacks the methods for it: take 'alias', or "

@@ -61,12 +61,9 @@ class Artifact:
         `present`."""
         names = [method + "_embed" * embed] + [f"{method}_row"] * (self.manifest["batch"] > 1)
         if missing := set(names) - set(present):
-            # What is exported for CudaBackend never samples.
-            cuda = self.manifest["backend"] == "cuda"
             raise RunnerError(
                 f"{self.directory} has no method {' or '.join(sorted(missing))}, and so only "
-                "temperature 0 is possible: export it "
-                + ("with --backend launches" if cuda else "again")
+                "temperature 0 is possible: export it again"
             )
         return names
 

@@ -78,6 +78,9 @@ class Program(Protocol):
     manifest: dict[str, Any]
     transfers: Transfers
     embeds: bool = False
+    # Whether a step of greedy selection that is fed tokens is one method, so that embeddings, which
+    # take two, are not fed by themselves.
+    fuses: bool = False
     has_graphs: bool = False
     # Whether methods return before they are done.
     is_asynchronous: bool = False

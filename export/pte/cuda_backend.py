@@ -4,7 +4,9 @@ Inputs and outputs are CUDA memory, so that nothing is copied to the host betwee
 CudaBackend has weights and state once for all methods, by their names. They lie in a .ptd file.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,15 +26,60 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from tokenloop.export.artifact import SmallWrites
-from tokenloop.export.methods import Decode, Prefill, integers, prompt_chunk
-from tokenloop.sampler.greedy import greedy
+from tokenloop.export.errors import ExportError
+from tokenloop.export.launches.methods import FUNCTIONS
+from tokenloop.export.methods import Decode, DecodeEmbedded, Prefill, integers, prompt_chunk
+from tokenloop.export.pte.cuda_inductor import one_form
+from tokenloop.export.pte.cuda_library import decode, missing_shims
+from tokenloop.models.decoder import Backbone
+from tokenloop.sampler.kernels import operator
 
 
-class Greedy(nn.Module):
-    """logits float32 [B, V] -> token int64 [B, 1]: sampler.greedy."""
+class DecodeGreedy(Prefill):
+    """token int64 [B, 1], position int64 [B] -> the next token int64 [B, 1]: a step in one call."""
 
-    def forward(self, logits: Tensor) -> Tensor:
-        return greedy(logits)
+    def forward(self, token: Tensor, position: Tensor) -> Tensor:
+        return operator.greedy(self.network.decode(token, position))
+
+
+class Choose(nn.Module):
+    """logits float32 [B, V], and for sampling temperature float32 [B], top_k int64 [B], top_p
+    float32 [B], seed and position int64 [B] -> token int64 [B, 1]."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling: Tensor) -> Tensor:
+        return self.function(logits, *sampling)
+
+
+class Lookup(nn.Module):
+    """token int64 [B, 1] -> hidden [B, 1, D], which decode_embedded takes. The module holds only
+    the network's table of embeddings, by the name that it has in the network's methods: CudaBackend
+    takes tensors of one name for one tensor."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.network = nn.Module()
+        self.network.model = nn.Module()
+        self.network.model.embed_tokens = backbone.embed_tokens
+        self.embed = backbone.embed
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.embed(token)
+
+
+class ChooseEmbed(Lookup):
+    """What Choose takes -> token int64 [B, 1], and its embedding [B, 1, D]."""
+
+    def __init__(self, backbone: Backbone, function: Callable[..., Tensor]):
+        super().__init__(backbone)
+        self.function = function
+
+    def forward(self, logits: Tensor, *sampling: Tensor) -> tuple[Tensor, Tensor]:
+        token = self.function(logits, *sampling)
+        return token, self.embed(token)
 
 
 class OwnConstants(ExportedProgramPassBase):
@@ -61,15 +108,24 @@ def trace(model: nn.Module) -> dict[str, ExportedProgram]:
     step = integers(batch, 1), integers(batch)
     # Conditions of attention's strides on T, which torch 2.11 cannot decide, are checked later.
     later = {"prefer_deferred_runtime_asserts_over_guards": True}
+    hidden = torch.zeros(batch, 1, model.config.hidden_size, dtype=model.lm_head.weight.dtype)
     methods = {
         "prefill": torch.export.export(Prefill(model), chunk, dynamic_shapes=shapes, **later),
         "decode": torch.export.export(Decode(model), step),
+        "decode_embedded": torch.export.export(DecodeEmbedded(model), (hidden, step[1])),
+        "decode_greedy": torch.export.export(DecodeGreedy(model), step),
+        "embed": torch.export.export(Lookup(model.model), step[:1]),
     }
-    # There is no `sample`. Inductor of torch 2.11 gives no valid code for Philox's products of an
-    # index, nor for sums along a large vocabulary. The sampler's own kernels are no ATen operators.
     for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
+        numbers, counts = torch.ones(rows), integers(rows)
         logits = torch.zeros(rows, vocab_size)
-        methods["greedy" + suffix] = torch.export.export(Greedy(), (logits,))
+        sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
+        for name, function in FUNCTIONS.items():
+            example = (logits, *(() if name == "greedy" else sampling))
+            methods[name + suffix] = torch.export.export(Choose(function), example)
+            if not suffix:
+                method = ChooseEmbed(model.model, function)
+                methods[f"{name}_embed"] = torch.export.export(method, example)
     return methods
 
 
@@ -89,19 +145,21 @@ def build_program(
                 [
                     CudaBackend.generate_method_name_compile_spec(name),
                     CompileSpec("triton_kernel_mode", kernels),
+                    CompileSpec("max_autotune", b"OFF"),
                 ]
             )
         ]
         for name in methods
     }
     progress("compiling the methods")
-    edge = to_edge_transform_and_lower(
-        methods,
-        transform_passes={name: [OwnConstants(name)] for name in methods},
-        partitioner=partitioners,
-        constant_methods=constants,
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-    )
+    with refused(), one_form():
+        edge = to_edge_transform_and_lower(
+            methods,
+            transform_passes={name: [OwnConstants(name)] for name in methods},
+            partitioner=partitioners,
+            constant_methods=constants,
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
     progress("planning memory")
     program = edge.to_executorch(
         ExecutorchBackendConfig(
@@ -113,7 +171,40 @@ def build_program(
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
         )
     )
+    check_shims(program)
     return program, sorted(methods)
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Make an ExportError of CudaBackend's error for operators that it has no kernels for, which
+    names a method and then an operator a line."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"Method (\w+) missing fallback kernels.*?((?:\n  - .*)+)", str(error))
+        if found is None:
+            raise
+        operators = ", ".join(found[2].split("\n  - ")[1:])
+        raise lacking(found[1], operators) from error
+
+
+def lacking(method: str, what: str) -> ExportError:
+    return ExportError(
+        f"the method {method} needs {what}, which ExecuTorch's runtime for CUDA does not have: "
+        "export with --backend launches"
+    )
+
+
+def check_shims(program: ExecutorchProgramManager) -> None:
+    """Errors: ExportError for a compiled method that asks the runtime for what it does not have."""
+    named, file = program._named_data, program.executorch_program
+    for plan in file.execution_plan:
+        for delegate in plan.delegates:
+            key, _ = decode(bytes(file.backend_delegate_data[delegate.processed.index].data))
+            library = bytes(named.buffers[named.pte_data[key].buffer_index])
+            if missing := missing_shims(library):
+                raise lacking(plan.name, ", ".join(missing))
 
 
 def write_program(program: ExecutorchProgramManager, path: Path) -> Path:

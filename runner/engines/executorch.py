@@ -26,7 +26,8 @@ INT64 = np.dtype("int64")
 FLOAT32 = np.dtype("float32")
 # Methods that select for all rows, and write next_id buffers; and those an artifact may leave out.
 BUFFERED = {"greedy", "sample", "greedy_embed", "sample_embed"}
-OPTIONAL = {"decode_embedded", "embed", "sample_row"} | BUFFERED - {"greedy"}
+OPTIONAL = {"decode_embedded", "decode_greedy", "embed", "sample_row"} | BUFFERED - {"greedy"}
+OPTIONAL |= {f"sample_unfiltered{suffix}" for suffix in ("", "_embed", "_row")}
 
 
 class ExecuTorchProgram(Program):
@@ -149,10 +150,14 @@ def state_of(
     return state
 
 
-def open_program(artifact: Artifact) -> executorch_runtime.Program:
+def open_program(
+    artifact: Artifact, arrays: executorch_runtime.Arrays | None = None
+) -> executorch_runtime.Program:
     """The artifact's program, whose methods have the inputs and outputs that the runner relies on.
-    Errors: RunnerError for a file that is no program, and for other inputs and outputs."""
+    They are `arrays`, by default NumPy's. Errors: RunnerError for a file that is no program, and
+    for other inputs and outputs."""
     path = artifact.checked("program")
+    weights = artifact.checked("weights") if "weights" in artifact.manifest else None
     with path.open("rb") as file:
         identifier = file.read(8)[4:]
     # ExecuTorch would log the identifier as it is, whatever a terminal makes of it.
@@ -162,7 +167,7 @@ def open_program(artifact: Artifact) -> executorch_runtime.Program:
             f"{identifier}; one such as b'ET12' is right): export it again"
         )
     with explained(f"{path} is not a program that ExecuTorch can load", "export it again"):
-        program = executorch_runtime.Program(path)
+        program = executorch_runtime.Program(path, weights, arrays)
     with explained(f"{path}: a method cannot be loaded", WITH_THIS_VERSION):
         _check_methods(program, artifact)
     return program
@@ -212,6 +217,8 @@ def _check_methods(program: executorch_runtime.Program, artifact: Artifact) -> N
 def _signatures(manifest: dict) -> dict[str, tuple[list, list]]:
     """Name, type and largest shape of each method's inputs, and of its outputs."""
     batch, chunk = manifest["batch"], manifest["max_prefill"]
+    # NumPy has no bfloat16, so that it stays ScalarType's number.
+    width = {"float32": FLOAT32, "bfloat16": 15}[manifest["dtype"]]
 
     def logits(rows):
         return "logits", FLOAT32, (rows, manifest["vocab_size"])
@@ -220,7 +227,7 @@ def _signatures(manifest: dict) -> dict[str, tuple[list, list]]:
         return "token", INT64, (rows, 1)
 
     def hidden(rows):
-        return "hidden", FLOAT32, (rows, 1, manifest["hidden_size"])
+        return "hidden", width, (rows, 1, manifest["hidden_size"])
 
     def sampling(rows):
         types = PARAMETERS | {"position": np.int64}
@@ -235,13 +242,16 @@ def _signatures(manifest: dict) -> dict[str, tuple[list, list]]:
         "embed": ([token(batch)], [hidden(batch)]),
         "greedy": ([logits(batch)], [token(batch)]),
         "sample": ([logits(batch), *sampling(batch)], [token(batch)]),
+        "sample_unfiltered": ([logits(batch), *sampling(batch)], [token(batch)]),
+        "decode_greedy": ([token(batch), position], [token(batch)]),
     }
-    for name in ("greedy", "sample"):
+    for name in ("greedy", "sample", "sample_unfiltered"):
         inputs, outputs = found[name]
         found[f"{name}_embed"] = inputs, [*outputs, hidden(batch)]
     if batch > 1:
         found["greedy_row"] = [logits(1)], [token(1)]
-        found["sample_row"] = [logits(1), *sampling(1)], [token(1)]
+        for name in ("sample_row", "sample_unfiltered_row"):
+            found[name] = [logits(1), *sampling(1)], [token(1)]
     return found
 
 

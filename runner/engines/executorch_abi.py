@@ -15,6 +15,7 @@ import importlib.util
 import re
 from ctypes import (
     CDLL,
+    RTLD_GLOBAL,
     Structure,
     Union,
     addressof,
@@ -29,6 +30,7 @@ from ctypes import (
     c_size_t,
     c_ssize_t,
     c_uint8,
+    c_uint16,
     c_uint32,
     c_uint64,
     c_void_p,
@@ -100,6 +102,19 @@ class Program(Structure):  # runtime/executor/program.h
         ("segment_base_offset", c_size_t), ("constant_segment_data", FreeableBuffer),
         ("pte_data_map", c_uint64 * 6),
     ]  # fmt: skip
+
+
+class DataMap(Structure):  # extension/flat_tensor/flat_tensor_data_map.h
+    _fields_ = [
+        ("vtable", c_void_p), ("header", c_uint64 * 4), ("flat_tensor_data", FreeableBuffer),
+        ("flat_tensor", c_void_p), ("loader", c_void_p),
+    ]  # fmt: skip
+
+
+class Device(Structure):
+    """runtime/core/portable_type/device.h, and what an error would take beyond it in a Result."""
+
+    _fields_ = [("type", c_int8), ("index", c_int8), ("rest", c_uint16)]
 
 
 class Method(Structure):  # runtime/executor/method.h
@@ -192,6 +207,10 @@ FUNCTIONS = {
         "_ZNK10executorch7runtime7Program11method_metaEPKc",
         result_of(MethodMeta), (_THIS, c_char_p),
     ),
+    "load_data": (
+        "_ZN10executorch9extension17FlatTensorDataMap4loadEPNS_7runtime10DataLoaderE",
+        result_of(DataMap), (c_void_p,),
+    ),
     "load_method": (
         "_ZNK10executorch7runtime7Program11load_methodEPKcPNS0_13MemoryManagerEPNS0_11EventTracerE"
         "PKNS0_12NamedDataMapEPKNS0_21LoadBackendOptionsMapENS0_4SpanIKNS0_6KernelEEE",
@@ -221,6 +240,10 @@ FUNCTIONS = {
     "planned_buffer_size": (
         "_ZNK10executorch7runtime10MethodMeta26memory_planned_buffer_sizeEm",
         result_of(c_int64), (_THIS, _INDEX),
+    ),
+    "planned_buffer_device": (
+        "_ZNK10executorch7runtime10MethodMeta28memory_planned_buffer_deviceEm",
+        result_of(Device), (_THIS, _INDEX),
     ),
     "set_inputs": (
         "_ZN10executorch7runtime6Method10set_inputsERKNS0_8ArrayRefINS0_6EValueEEE",
@@ -283,3 +306,21 @@ def functions() -> SimpleNamespace:
     names.malloc_vtable = addressof(vtable) + 16
     names.runtime_init()
     return names
+
+
+@cache
+def load_cuda() -> None:
+    """Load the library that registers CudaBackend, where ExecuTorch has it: a wheel for CUDA. It
+    needs CUDA's runtime, which torch has loaded. Errors: RunnerError where it cannot be loaded."""
+    functions()
+    (root,) = importlib.util.find_spec("executorch").submodule_search_locations
+    library = Path(root, "lib/libexecutorch_backend_cuda.so")
+    if library.exists():
+        try:
+            # Compiled methods look for its functions among those of the whole process.
+            CDLL(library, RTLD_GLOBAL)
+        except OSError as error:
+            raise RunnerError(
+                f"{library} cannot be loaded ({error}): install torch and executorch for one CUDA "
+                "version"
+            ) from None

@@ -1,9 +1,10 @@
-"""ExecuTorch programs on the CPU, over NumPy arrays and without torch.
+"""ExecuTorch programs over NumPy arrays, without torch, or over the arrays of another library.
 
 Knows nothing of language models: a Program has methods, a Method takes arrays and gives arrays.
 """
 
 import ctypes
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from ctypes import addressof, byref
 from dataclasses import dataclass
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,11 +30,19 @@ DTYPES = {
 }  # fmt: skip
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 NONE, TENSOR = 0, 1  # runtime/core/tag.h
+CPU, CUDA = 0, 1  # runtime/core/portable_type/device.h
 SCALARS = {3: "as_double", 4: "as_int", 5: "as_bool"}
 NO_MLOCK = 0  # extension/data_loader/mmap_data_loader.h; locked pages would all be resident.
 INTERNAL_CONSISTENCY = 1  # runtime/executor/program.h
 XNN_EXTRA_BYTES = 16  # How far past the end of a tensor XNNPACK may read (xnnpack.h).
 MAX_THREADS = 1024  # The process crashes where the system refuses to start a pool's threads.
+
+
+class Device(NamedTuple):
+    """Where memory lies: runtime/core/portable_type/device.h."""
+
+    type: int = CPU
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,29 +127,44 @@ class Program:
     may have in common, keep their contents in them from call to call.
     """
 
-    def __init__(self, path: str | Path):
-        """Errors: ExecuTorchError for a file that cannot be read or is not a program."""
+    def __init__(
+        self, path: str | Path, data: str | Path | None = None, arrays: "Arrays | None" = None
+    ):
+        """`data` is a .ptd file with tensors that are not in the program. `arrays` are what methods
+        take and give, by default NumPy's.
+
+        Errors: ExecuTorchError for a file that cannot be read or is not a program.
+        """
         runtime = self._runtime = abi.functions()
-        result = runtime.open(os.fsencode(path), NO_MLOCK)
-        loader = value_of(result, f"open {path}")
-        result = runtime.load_program(byref(loader), INTERNAL_CONSISTENCY)
-        try:
-            self.native = value_of(result, f"load {path}")
-        except ExecuTorchError:
-            runtime.close(byref(loader))
-            raise
-        # Not at exit, when the system takes everything back at once.
-        weakref.finalize(self, _close, runtime, loader, self.native).atexit = False
-        sizes: dict[int, int] = {}
-        for name in self.method_names():
-            meta = self._native_meta(name)
-            for i in range(runtime.num_planned_buffers(byref(meta))):
-                size = value_of(runtime.planned_buffer_size(byref(meta), i), "planned_buffer_size")
-                sizes[i] = max(sizes.get(i, 0), size)
-        self.arenas = [Memory(sizes[i]) for i in range(len(sizes))]
-        self._spans = (abi.Span * len(sizes))(*(arena.span() for arena in self.arenas))
-        spans = abi.Span(addressof(self._spans), len(sizes))
-        self.planned_memory = abi.HierarchicalAllocator(buffers=spans)
+        self.arrays = arrays or Arrays()
+        self._files = _Files(runtime, path, data)
+        self.native, self.data = self._files.program, self._files.data
+        # Buffers of one number on two devices are two arenas.
+        plans = {name: self._planned(name) for name in self.method_names()}
+        sizes: dict[tuple[int, Device], int] = {}
+        for plan in plans.values():
+            for i, (device, size) in enumerate(plan):
+                sizes[i, device] = max(sizes.get((i, device), 0), size)
+        arenas = {key: self.arrays.memory(size, key[1]) for key, size in sizes.items()}
+        self.arenas = list(arenas.values())
+        self._memories = {
+            name: _planned_memory([(device, arenas[i, device]) for i, (device, _) in enumerate(p)])
+            for name, p in plans.items()
+        }
+
+    def planned_memory(self, name: str) -> abi.HierarchicalAllocator:
+        """The arenas of a method."""
+        return self._memories[name][0]
+
+    def _planned(self, name: str) -> list[tuple[Device, int]]:
+        """The devices and sizes of a method's arenas."""
+        runtime, meta = self._runtime, byref(self._native_meta(name))
+        found = []
+        for i in range(runtime.num_planned_buffers(meta)):
+            size = value_of(runtime.planned_buffer_size(meta, i), "planned_buffer_size")
+            device = value_of(runtime.planned_buffer_device(meta, i), "planned_buffer_device")
+            found.append((Device(device.type, device.index), size))
+        return found
 
     def method_names(self) -> list[str]:
         """The names of the methods, in the order of the file."""
@@ -187,9 +212,11 @@ class Method:
         meta = program.method_meta(name)
         allocator = abi.MallocMemoryAllocator(vtable=runtime.malloc_vtable, prof_id=-1)
         # Without an allocator for temporary memory the runtime takes malloc for it.
-        manager = abi.MemoryManager(addressof(allocator), addressof(program.planned_memory), None)
+        planned = addressof(program.planned_memory(name))
+        manager = abi.MemoryManager(addressof(allocator), planned, None)
+        data = None if program.data is None else byref(program.data)
         result = runtime.load_method(
-            byref(program.native), name.encode(), byref(manager), None, None, None, abi.Span()
+            byref(program.native), name.encode(), byref(manager), None, data, None, abi.Span()
         )
         try:
             native = value_of(result, f"load {name}")
@@ -205,22 +232,22 @@ class Method:
         self._values = (abi.EValue * len(meta.inputs))()
         self._value_list = abi.Span(addressof(self._values), len(meta.inputs))
         self._inputs = [
-            Input(f"{name}'s input {i}", tensor, value)
+            Input(f"{name}'s input {i}", tensor, value, program.arrays)
             for i, (tensor, value) in enumerate(zip(meta.inputs, self._values))
         ]
         self._outputs = []
         for i, tensor in enumerate(meta.outputs):
             memories = program.arenas
             if tensor is not None and not tensor.is_memory_planned:
-                memories = [Memory(tensor.nbytes)]
-                span = memories[0].span()
+                memories = [program.arrays.memory(tensor.nbytes, Device())]
+                span = span_of(memories[0])
                 error = runtime.set_output_data_ptr(self._this, span.data, span.size, i)
                 if error:
                     raise ExecuTorchError(f"{name}'s output {i}", error)
             value = abi.EValue.from_address(runtime.get_output(self._this, i))
             self._outputs.append(Output(f"{name}'s output {i}", value, memories))
 
-    def call(self, inputs: Sequence[np.ndarray]) -> list:
+    def call(self, inputs: Sequence[Any]) -> list:
         """Run the method on `inputs`, whose memory is used in place; their shapes may be smaller
         than the method's where those are dynamic.
 
@@ -250,9 +277,10 @@ class Method:
 class Input:
     """One input's tensor. It is made once; mostly only its address changes from call to call."""
 
-    def __init__(self, name: str, meta: TensorMeta | None, value: abi.EValue):
-        self._name = name
-        self._meta = meta
+    def __init__(
+        self, name: str, meta: TensorMeta | None, value: abi.EValue, arrays: "Arrays"
+    ):  # fmt: skip
+        self._name, self._meta, self._arrays = name, meta, arrays
         if meta is None:
             return
         dim = len(meta.shape)
@@ -264,27 +292,29 @@ class Input:
             dim_order=addressof(self._order),
             strides=addressof(self._strides),
             dim=dim,
-            type=NUMBERS.get(meta.dtype, -1),
+            type=NUMBERS.get(meta.dtype, meta.dtype if isinstance(meta.dtype, int) else -1),
+            device_type=arrays.device.type,
+            device_index=arrays.device.index,
         )
         value.tag = TENSOR
         value.payload.pointer = addressof(self._tensor)
 
-    def bind(self, array: np.ndarray) -> None:
+    def bind(self, array: Any) -> None:
         """Point at the array's memory. Errors: ValueError for an array that does not fit."""
-        meta = self._meta
-        if meta is None or not isinstance(array, np.ndarray) or array.dtype != meta.dtype:
-            found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        meta, arrays = self._meta, self._arrays
+        dtype = arrays.dtype_of(array)
+        if meta is None or dtype is None or dtype != meta.dtype:
+            found = type(array).__name__ if dtype is None else dtype
             raise ValueError(f"{self._name} is {found}; {meta and meta.dtype} is right")
         if array.shape != self._shape:
-            if array.ndim != len(meta.shape) or any(map(int.__gt__, array.shape, meta.shape)):
-                raise ValueError(f"{self._name} is {array.shape}; at most {meta.shape} is right")
-            self._shape = array.shape
-            self._sizes[:] = array.shape
-            self._strides[:] = [int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)]
-            self._tensor.numel = self._tensor.numel_bound = array.size
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{self._name} is not contiguous; its strides are {array.strides}")
-        self._tensor.data = array.ctypes.data
+            shape = tuple(array.shape)
+            if len(shape) != len(meta.shape) or any(map(int.__gt__, shape, meta.shape)):
+                raise ValueError(f"{self._name} is {shape}; at most {meta.shape} is right")
+            self._shape = shape
+            self._sizes[:] = shape
+            self._strides[:] = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            self._tensor.numel = self._tensor.numel_bound = math.prod(shape)
+        self._tensor.data = arrays.address_of(array, self._name)
 
 
 class Output:
@@ -303,20 +333,21 @@ class Output:
         if tag == NONE:
             return None
         tensor = abi.TensorImpl.from_address(payload.pointer) if tag == TENSOR else None
+        address = 0 if tensor is None else tensor.data or 0
+        shape = () if tensor is None else _integers(ctypes.c_int32, tensor.sizes, tensor.dim)
+        for memory in self._memories:
+            start = address - memory.address
+            if tensor is not None and 0 <= start < memory.size:
+                return memory.view(start, tensor.type, shape, self._name)
         if tensor is None or tensor.type not in DTYPES:
             kind = f"tag {tag}" if tensor is None else f"scalar type {tensor.type}"
             raise TypeError(f"{self._name} is of {kind}, which NumPy does not have")
         dtype = DTYPES[tensor.type]
-        shape = _integers(ctypes.c_int32, tensor.sizes, tensor.dim)
-        address, size = tensor.data, tensor.numel * dtype.itemsize
-        if size == 0:
+        if tensor.numel == 0:
             return np.empty(shape, dtype)
-        for memory in self._memories:
-            start = address - memory.address
-            if 0 <= start < memory.bytes.size:
-                return memory.bytes[start : start + size].view(dtype).reshape(shape)
         # Constants of the program, and inputs that come back, can be gone before the array is.
-        return np.frombuffer(ctypes.string_at(address, size), dtype).reshape(shape)
+        data = ctypes.string_at(address, tensor.numel * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
 class Memory:
@@ -327,20 +358,97 @@ class Memory:
         pages = mmap(-1, size + XNN_EXTRA_BYTES, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         self.bytes = np.frombuffer(pages, np.uint8)[:size]
         self.address: int = self.bytes.ctypes.data
+        self.size = size
 
-    def span(self) -> abi.Span:
-        return abi.Span(self.address, self.bytes.size)
+    def view(self, start: int, number: int, shape: tuple[int, ...], name: str) -> np.ndarray:
+        """The array of ScalarType `number` that begins at the byte `start`. Errors: TypeError."""
+        if number not in DTYPES:
+            raise TypeError(f"{name} is of scalar type {number}, which NumPy does not have")
+        dtype = DTYPES[number]
+        size = math.prod(shape) * dtype.itemsize
+        return self.bytes[start : start + size].view(dtype).reshape(shape)
+
+
+class Arrays:
+    """What a Program's methods take and give: NumPy arrays in the host's memory. Another library's
+    has the same methods; `device` is where its arrays lie."""
+
+    device = Device()
+
+    def memory(self, size: int, device: Device) -> Memory:
+        """New memory on a device. Errors: RunnerError for a device that this library has not."""
+        if device.type != CPU:
+            raise RunnerError(f"the program has memory on a device of type {device.type}")
+        return Memory(size)
+
+    def dtype_of(self, array: Any) -> Any:
+        """As TensorMeta has it. None for what is no array."""
+        return array.dtype if isinstance(array, np.ndarray) else None
+
+    def address_of(self, array: np.ndarray, name: str) -> int:
+        """Where its memory begins. Errors: ValueError for an array that is not contiguous."""
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} is not contiguous; its strides are {array.strides}")
+        return array.ctypes.data
+
+
+def span_of(memory: Memory) -> abi.Span:
+    return abi.Span(memory.address, memory.size)
+
+
+def _planned_memory(arenas: list[tuple[Device, Memory]]) -> tuple:
+    """A HierarchicalAllocator of these arenas, and what it points at."""
+    count = len(arenas)
+    spans = (abi.Span * count)(*(span_of(memory) for _, memory in arenas))
+    buffers = abi.Span(addressof(spans), count)
+    if all(device.type == CPU for device, _ in arenas):
+        return abi.HierarchicalAllocator(buffers=buffers), spans
+    # runtime/core/portable_type/device.h: two bytes each.
+    devices = (ctypes.c_int8 * (2 * count))(*(n for device, _ in arenas for n in device))
+    allocator = abi.HierarchicalAllocator(
+        buffers=buffers, devices=abi.Span(addressof(devices), count)
+    )
+    return allocator, spans, devices
+
+
+class _Files:
+    """A mapped program, and the mapped data beside it, until nobody has this any more."""
+
+    def __init__(self, runtime: Any, path: str | Path, data: str | Path | None):
+        self.data = None
+        opened: list[abi.MmapDataLoader] = []
+
+        def loader(file: str | Path) -> abi.MmapDataLoader:
+            opened.append(value_of(runtime.open(os.fsencode(file), NO_MLOCK), f"open {file}"))
+            return opened[-1]
+
+        try:
+            result = runtime.load_program(byref(loader(path)), INTERNAL_CONSISTENCY)
+            self.program = value_of(result, f"load {path}")
+            buffers = [self.program.program_data, self.program.constant_segment_data]
+            if data is not None:
+                self.data = value_of(runtime.load_data(byref(loader(data))), f"load {data}")
+                buffers.append(self.data.flat_tensor_data)
+        except ExecuTorchError:
+            for each in opened:
+                runtime.close(byref(each))
+            raise
+        # Not at exit, when the system takes everything back at once.
+        weakref.finalize(self, _close, runtime, opened, buffers).atexit = False
 
 
 def _integers(kind: type, address: int | None, count: int) -> tuple[int, ...]:
     return tuple((kind * count).from_address(address)) if count else ()
 
 
-def _close(runtime, loader: abi.MmapDataLoader, program: abi.Program) -> None:
-    # ~Program is inline, and does this.
-    runtime.free_buffer(byref(program.program_data))
-    runtime.free_buffer(byref(program.constant_segment_data))
-    runtime.close(byref(loader))
+def _close(
+    runtime: Any, loaders: list[abi.MmapDataLoader], buffers: list[abi.FreeableBuffer]
+) -> None:
+    # ~Program and ~FlatTensorDataMap are inline, and do this.
+    for buffer in buffers:
+        runtime.free_buffer(byref(buffer))
+    for loader in loaders:
+        runtime.close(byref(loader))
 
 
 def _destroy(runtime, method: abi.Method, allocator: abi.MallocMemoryAllocator, kept) -> None:

@@ -40,7 +40,7 @@ def find_device(artifact: Artifact) -> torch.device:
         processor = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     else:
         processor = torch.backends.cpu.get_cpu_capability()
-    if processor != manifest["processor"]:
+    if manifest.get("processor", processor) != processor:
         raise RunnerError(
             f"{artifact.directory} was compiled for {manifest['processor']}, and this machine's "
             f"{manifest['device']} is {processor}: export it for that"

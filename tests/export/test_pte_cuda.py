@@ -2,8 +2,12 @@
 them is looked at here, with the methods as CudaBackend is given them in the place of kernels."""
 
 import json
+import subprocess
 from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,34 +15,61 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.backend.backend_details import PreprocessResult
 from executorch.exir.schema import DelegateCall, DeviceType
+from torch._inductor import config as inductor_config
+from torch._inductor.virtualized import V
 
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
+from tokenloop.export.errors import ExportError
 from tokenloop.models import gemma3
 from tokenloop.sampler.greedy import greedy
 
 # ExecuTorch's CUDA backend imports it.
 pytest.importorskip("triton", reason="triton is not installed")
-from tokenloop.export.pte.cuda_backend import CudaBackend, build_program, write_program  # noqa: E402
+from executorch.backends.cuda.cuda_weight_collector import (  # noqa: E402
+    encode_cuda_weight_metadata,
+)
+
+from tokenloop.export.pte.cuda_backend import (  # noqa: E402
+    CudaBackend,
+    build_program,
+    check_shims,
+    refused,
+    write_program,
+)
+from tokenloop.export.pte.cuda_inductor import OneChoice  # noqa: E402
+from tokenloop.export.pte.cuda_library import missing_shims  # noqa: E402
 
 CHUNK = 7
 # The methods' inputs, by the number of rows.
+SELECTION = {"greedy": 1, "sample": 6, "sample_unfiltered": 6}
 INPUTS = {
-    1: {"decode": 2, "greedy": 1, "prefill": 2},
-    3: {"decode": 2, "greedy": 1, "greedy_row": 1, "prefill": 3},
-}
+    1: {"decode": 2, "decode_embedded": 2, "decode_greedy": 2, "embed": 1, "prefill": 2}
+    | SELECTION | {f"{name}_embed": count for name, count in SELECTION.items()},
+}  # fmt: skip
+INPUTS[3] = INPUTS[1] | {f"{name}_row": n for name, n in SELECTION.items()} | {"prefill": 3}
+
+
+# Any library that asks for nothing of torch's.
+(ROOT,) = find_spec("executorch").submodule_search_locations
+LIBRARY = Path(ROOT, "lib/libexecutorch_etdump.so")
 
 
 def preprocess(edge_programs, compile_specs, received):
-    """Stands for CudaBackend's: stores each tensor by its name, as that does, and no kernels."""
+    """Stands for CudaBackend's: stores each tensor by its name, as that does, and a library with no
+    kernels, as `received.library`."""
     received.programs = {name: program for name, (program,) in edge_programs.items()}
     received.specs = {name: specs for name, (specs,) in compile_specs.items()}
+    received.options = CudaBackend.get_aoti_compile_options(received.specs["decode"])
+    received.inductor, received.choices = inductor_config.get_config_copy(), V.choices
     store = NamedDataStore()
     for program in received.programs.values():
         for name, tensor in {**program.state_dict, **program.constants}.items():
             data = bytes(tensor.contiguous().flatten().view(torch.uint8).numpy())
             store.add_named_data(name, data, external_tag="aoti_cuda_blob")
+    store.add_named_data("library", received.library, 1, None)
     output = store.get_named_data_store_output()
-    return {n: [PreprocessResult(n.encode(), data_store_output=output)] for n in edge_programs}
+    payload = encode_cuda_weight_metadata("library", [])
+    return {name: [PreprocessResult(payload, data_store_output=output)] for name in edge_programs}
 
 
 @pytest.fixture(scope="module", params=[(3, "bfloat16"), (1, "float32")], ids=str)
@@ -54,13 +85,14 @@ def made(request, make_checkpoint, tmp_path_factory, one_thread):
     model.eval().requires_grad_(False)
     model.limit_chunks(CHUNK)
     made = SimpleNamespace(
-        model=model, rows=rows, path=tmp_path_factory.mktemp("program") / "model.pte"
-    )
+        model=model, rows=rows, path=tmp_path_factory.mktemp("program") / "model.pte",
+        library=LIBRARY.read_bytes(),
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         fake = lambda programs, specs: preprocess(programs, specs, made)  # noqa: E731
         patch.setattr(CudaBackend, "preprocess_multimethod", fake)
-        program, made.methods = build_program(model, {"get_x": 5}, lambda what: None)
-    made.data = write_program(program, made.path)
+        made.program, made.methods = build_program(model, {"get_x": 5}, lambda what: None)
+    made.data = write_program(made.program, made.path)
     file = deserialize_pte_binary(made.path.read_bytes())
     made.plans = {plan.name: plan for plan in file.program.execution_plan}
     return made
@@ -76,7 +108,7 @@ def run(program, **inputs):
     return output
 
 
-def test_the_methods_are_those_of_the_other_backends_but_for_sampling(made):
+def test_the_methods_are_those_of_the_other_backends_and_a_step_in_one(made):
     assert made.methods == sorted(INPUTS[made.rows])
     assert set(made.plans) == {*made.methods, "get_x"}
 
@@ -93,11 +125,11 @@ def test_a_method_is_one_call_of_a_delegate_and_no_copy(made):
 def test_inputs_are_the_callers_and_outputs_planned_memory_of_the_gpu(made):
     for name, count in INPUTS[made.rows].items():
         plan = made.plans[name]
-        inputs, (output,) = tensors(plan, plan.inputs), tensors(plan, plan.outputs)
-        assert len(inputs) == count
+        inputs, outputs = tensors(plan, plan.inputs), tensors(plan, plan.outputs)
+        assert (len(inputs), len(outputs)) == (count, 2 if name.endswith("_embed") else 1)
         assert all(tensor.allocation_info is None for tensor in inputs)
-        assert output.allocation_info is not None
-        for tensor in (*inputs, output):
+        assert all(tensor.allocation_info is not None for tensor in outputs)
+        for tensor in (*inputs, *outputs):
             assert tensor.extra_tensor_info.device_type == DeviceType.CUDA
 
 
@@ -170,7 +202,66 @@ def test_the_networks_methods_give_the_networks_logits(made):
     position = torch.zeros(made.rows, dtype=torch.int64)
     step = {"token": torch.full((made.rows, 1), 70), "position": position}
     actual = run(made.programs["decode"], **step)
-    torch.testing.assert_close(actual, made.model.decode(**step))
+    expected = made.model.decode(**step)
+    torch.testing.assert_close(actual, expected)
+    assert torch.equal(run(made.programs["decode_greedy"], **step), greedy(expected))
+
+
+def test_nothing_is_timed(made):
+    assert made.options["max_autotune"] is False and made.inductor["max_autotune_gemm"] is True
+    assert made.options["aot_inductor.emit_multi_arch_kernel"] is False
+    assert made.inductor["deterministic"] is True and type(made.choices) is OneChoice
+    # Afterwards all of it is as it was.
+    assert not inductor_config.deterministic and type(V.choices) is not OneChoice
+    assert isinstance(vars(CudaBackend)["get_aoti_compile_options"], classmethod)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "chosen"),
+    [
+        ([(16, 32, 16), (16, 64, 64), (16, 32, 128), (16, 128, 128)], (16, 32, 128)),
+        ([(16, 16, 32), (16, 32, 32), (16, 64, 32)], (16, 32, 32)),
+        ([(32, 32, 16), (64, 32, 128), (64, 64, 64), (128, 128, 64)], (64, 64, 64)),
+    ],
+)
+def test_a_product_has_one_form_by_its_blocks(blocks, chosen):
+    params = [{f"BLOCK_{axis}": n for axis, n in zip("MNK", each)} for each in blocks]
+    params.append({"k_split": 4})  # another kind of product
+    choices = [Mock(**{"params.to_kwargs.return_value": each}) for each in params]
+    (one,) = OneChoice()._finalize_template_configs({"mm": iter(choices)}, None, [], "mm")
+    assert one is choices[blocks.index(chosen)]
+
+
+ASKS = """
+extern "C" int aoti_torch_cuda_mm_out(), aoti_torch_new_tensor_handle(), elsewhere();
+int method() { return aoti_torch_cuda_mm_out() + aoti_torch_new_tensor_handle() + elsewhere(); }
+"""
+
+
+def test_what_the_runtime_lacks_is_refused_by_name(made, tmp_path):
+    source, built = tmp_path / "method.cpp", tmp_path / "method.so"
+    source.write_text(ASKS)
+    subprocess.run(["c++", "-shared", "-fPIC", source, "-o", built], check=True)
+    library = built.read_bytes()
+    assert missing_shims(library) == ["aoti_torch_cuda_mm_out"]
+    check_shims(made.program)
+    named = made.program._named_data
+    buffers = [library if bytes(each) == made.library else each for each in named.buffers]
+    other = SimpleNamespace(
+        _named_data=SimpleNamespace(buffers=buffers, pte_data=named.pte_data),
+        executorch_program=made.program.executorch_program,
+    )
+    with pytest.raises(ExportError, match=r"the method \w+ needs aoti_torch_cuda_mm_out, which"):
+        check_shims(other)
+
+
+def test_operators_without_kernels_are_refused_by_name():
+    message = "Method decode missing fallback kernels (2 total):\n  - at::a\n  - at::b\nPlease add"
+    lacks = "the method decode needs at::a, at::b, which"
+    with pytest.raises(ExportError, match=lacks), refused():
+        raise RuntimeError(message)
+    with pytest.raises(RuntimeError, match="another"), refused():
+        raise RuntimeError("another")
 
 
 def test_a_gpu_is_needed(run_script, tiny_checkpoint, tmp_path):
@@ -206,7 +297,7 @@ def test_an_artifact_made_on_a_gpu(export_artifact, tiny_checkpoint):
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert (manifest["backend"], manifest["device"]) == ("cuda", "cuda")
     assert (manifest["quant"], manifest["dtype"]) == ("bf16", "bfloat16")
-    assert manifest["methods"] == ["decode", "greedy", "prefill"]
+    assert manifest["methods"] == sorted(INPUTS[1])
     file = deserialize_pte_binary((artifact / "model.pte").read_bytes())
     for plan in file.program.execution_plan:
         assert plan.operators == []

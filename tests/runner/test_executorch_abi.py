@@ -39,6 +39,11 @@ LAYOUTS = [
         "program_data_ loader_ internal_program_ segment_base_offset_ constant_segment_data_ "
         "pte_data_map_",
     ),
+    (
+        abi.DataMap,
+        "extension::FlatTensorDataMap",
+        "- header_ flat_tensor_data_ flat_tensor_ loader_",
+    ),
     (abi.Method, "runtime::Method", "-"),
     (abi.MethodMeta, "runtime::MethodMeta", "s_plan_"),
     (
@@ -69,6 +74,8 @@ RESULTS = [
     (ctypes.c_int64, "int64_t"),
     (abi.MmapDataLoader, "extension::MmapDataLoader"),
     (abi.Program, "runtime::Program"),
+    (abi.DataMap, "extension::FlatTensorDataMap"),
+    (abi.Device, "runtime::etensor::Device"),
     (abi.Method, "runtime::Method"),
     (abi.MethodMeta, "runtime::MethodMeta"),
     (abi.TensorInfo, "runtime::TensorInfo"),
@@ -81,6 +88,7 @@ HEADER = """
 #include <cstring>
 #include <new>
 #include <executorch/extension/data_loader/mmap_data_loader.h>
+#include <executorch/extension/flat_tensor/flat_tensor_data_map.h>
 #include <executorch/extension/memory_allocator/malloc_memory_allocator.h>
 #include <executorch/runtime/backend/options.h>
 #include <executorch/runtime/executor/program.h>

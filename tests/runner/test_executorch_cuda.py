@@ -72,12 +72,17 @@ def test_a_missing_gpu_is_refused(altered):
         ExecuTorchCudaProgram(open_artifact(altered(device="cuda")))
 
 
+def test_a_program_for_another_processor_is_refused(altered):
+    with pytest.raises(RunnerError, match="was compiled for sm_70, and this machine's cpu is"):
+        ExecuTorchCudaProgram(open_artifact(altered(processor="sm_70")))
+
+
 def test_an_output_that_is_not_the_gpus_is_refused(altered, monkeypatch):
-    backends = "tokenloop.runner.engines.executorch_cuda._C._get_registered_backend_names"
+    backends = "tokenloop.runner.engines.executorch_runtime.registered_backends"
     monkeypatch.setattr(backends, lambda: ["CudaBackend"])
     message = "prefill's output lies in memory of the host; it must be exported with alloc_graph_ou"
     with pytest.raises(RunnerError, match=re.escape(message)):
-        runner.load(altered(backend="cuda", device="cuda"))
+        runner.load(altered(backend="cuda"))
 
 
 def test_a_program_of_zeros_is_refused_in_one_line(altered):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import triton_op, wrap_triton
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime.jit import JITFunction
 
 # Functions of the operators by name, "tokenloop::linear" and so on.
 FUNCTIONS: dict[str, Callable] = {}
@@ -56,9 +57,10 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...]) -> Callable[..., N
         launches = _kept.get()
         if launches is not None:
             launches.append(Launch(kernel, grid, arguments, named))
-        elif not isinstance(kernel, GluonJITFunction):
+        elif isinstance(kernel, JITFunction) and not isinstance(kernel, GluonJITFunction):
             wrap_triton(kernel)[grid](*arguments, **named)
-        # torch would analyse a kernel that it wraps, and knows none of Gluon's.
+        # torch would analyse a kernel that it wraps, and knows none of Gluon's. One that Triton
+        # interprets is no JITFunction, and reads memory.
         elif not any(map(_has_no_memory, (*arguments, *named.values()))):
             kernel[grid](*arguments, **named)
 
