@@ -18,7 +18,17 @@ from torch.fx import GraphModule
 
 from tokenloop.export.background import Background
 from tokenloop.export.errors import ExportError
-from tokenloop.export.methods import Embed, Prefill, Select, integers, prompt_chunk
+from tokenloop.export.methods import (
+    AdjustRow,
+    Embed,
+    MaskRow,
+    Prefill,
+    Select,
+    adjust_example,
+    integers,
+    mask_example,
+    prompt_chunk,
+)
 from tokenloop.models.decoder import Backbone
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
@@ -93,7 +103,8 @@ def compile_selection(
 ) -> dict[str, dict[str, bytes]]:
     """The compiled files, by method and name, of what is between a step's logits and the next step.
 
-    These are the lookup, selection, and selection of one row of several. The table is [vocab_size,
+    These are the lookup, selection, selection of one row of several, and what changes the logits of
+    one row. The table is [vocab_size,
     hidden_size] of `dtype`, "embed_tokens.weight".
     """
     files = {}
@@ -110,6 +121,8 @@ def compile_selection(
             for name, function in {"greedy": greedy, "sample": sample}.items():
                 example = logits, *(() if name == "greedy" else sampling), next_id
                 files[name + suffix] = compile_method(Select(function), example)
+        files["mask_row"] = compile_method(MaskRow(), mask_example(vocab_size))
+        files["adjust_row"] = compile_method(AdjustRow(), *adjust_example(vocab_size))
     return files
 
 

@@ -74,6 +74,9 @@ class ExecuTorchCudaProgram(Program):
     def load_sampling(self, method: str, embed: bool) -> None:
         self._load(*self._artifact.sampling_methods(self.manifest["methods"], method, embed))
 
+    def load_change(self, method: str) -> None:
+        self._load(f"{method}_row")
+
     def prefill(self, tokens: Tensor, positions: Tensor, *row: Tensor) -> Tensor:
         return self._call("prefill", (tokens, positions, *row), self._logits[1])
 
@@ -81,11 +84,20 @@ class ExecuTorchCudaProgram(Program):
         return self._call("decode", (fed, positions), self._logits[len(fed)])
 
     def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
+        self._change(logits, choice)
         token = self._call(choice.method, (logits, *choice.inputs), self._next_ids[buffer])
         return Selected(token, token)
 
     def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        self._change(logits, choice)
         return self._call(f"{choice.method}_row", (logits, *choice.inputs), self._row_id)
+
+    def _change(self, logits: Tensor, choice: Choice) -> None:
+        """Change the logits in place. Rows without a change are not touched."""
+        for method, rows in choice.changes:
+            for row, inputs in rows.items():
+                place = logits[row : row + 1]
+                self._call(f"{method}_row", (place, *inputs), place)
 
     def next_id(self, buffer: int) -> Tensor:
         return self._next_ids[buffer]
