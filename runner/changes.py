@@ -61,7 +61,11 @@ class Changes:
         if self._told["adjust"].get(row, restriction) is not restriction:
             # Those of an earlier sequence may be more.
             self._reset("adjust", row)
-        return self._put("adjust", row, restriction, restriction.adjusted())
+        arrays = restriction.adjusted()
+        if "ids" not in self._inputs and len(arrays["ids"]) == 1:
+            # Methods that take any number take at least 2.
+            arrays = {name: array[[0, 0]] for name, array in arrays.items()}
+        return self._put("adjust", row, restriction, arrays)
 
     def _put(
         self, method: str, row: int, restriction: Restriction, arrays: dict[str, np.ndarray]

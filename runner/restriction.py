@@ -85,12 +85,9 @@ class Restriction:
         self.fault, self._matcher = self.fault or fault, None
 
     def adjusted(self) -> dict[str, np.ndarray]:
-        """The arrays of ADJUSTED, each [K], for sampler.restrict.adjust. A token stands there once,
-        but for the first of a single one: K is at least 2."""
-        count = len(self._places)
-        if count == 1:
-            return {name: array[[0, 0]] for name, array in self._arrays.items()}
-        return {name: array[:count] for name, array in self._arrays.items()}
+        """The arrays of ADJUSTED, each [K], for sampler.restrict.adjust. A token stands there
+        once."""
+        return {name: array[: len(self._places)] for name, array in self._arrays.items()}
 
     def _adjust(self, token_id: int, seen: bool) -> None:
         request, place = self._request, self._places.setdefault(token_id, len(self._places))
