@@ -1,6 +1,7 @@
 """What does sampling cost in a decode step on a CUDA GPU? A step's milliseconds with all rows
-greedy, all sampled, half of them sampled, and all sampled with top-k and top-p, for artifacts of
-Qwen3-0.6B's shape with random weights in bf16, of 1 row and of 32.
+greedy, all sampled, half of them sampled, and all sampled with top-k and top-p; and with a grammar
+in all rows or in one of four, and with penalties. The artifacts are of Qwen3-0.6B's shape with
+random weights in bf16, of 1 row and of 32.
 
 `python -m benchmarks.sampled_step` exports them; with --artifact it takes one or more that
 were exported before. It prints the kernels of a step, its milliseconds and their ratio to all
@@ -28,6 +29,9 @@ KINDS = {
     "sampled": [SAMPLED],
     "half sampled": [SAMPLED, {}],
     "top-k and top-p": [FILTERED],
+    "grammar": [{"grammar": "start: /[a-z ]{4000}/"}],
+    "1 of 4 a grammar": [{"grammar": "start: /[a-z ]{4000}/"}, {}, {}, {}],
+    "penalties": [{"repetition_penalty": 1.1, "frequency_penalty": 0.2}],
 }
 PLAIN = LoopOptions(graph=False)
 # Tokens of a row after which steps are timed.
@@ -62,8 +66,8 @@ def kernels_of_a_step(model, kind: str) -> float:
 
 
 def measure(model, steps: int, repeats: int) -> list[dict]:
-    """Every kind's figures; of one row there is no half."""
-    kinds = [kind for kind in KINDS if model.batch > 1 or kind != "half sampled"]
+    """Every kind's figures; of one row there is no half and no fourth."""
+    kinds = [kind for kind in KINDS if model.batch > 1 or len(KINDS[kind]) == 1]
     # The first run of a kind loads its methods and captures its graphs.
     ids = {kind: run(model, kind, steps)[0] for kind in kinds}
     times = {kind: [] for kind in kinds}
@@ -102,7 +106,8 @@ def main() -> int:
                 "--max-seq-len", 1024,
             )  # fmt: skip
             model = runner.load(artifact)
-            model.tokenizer.eos_token_ids.clear()
+            # A grammar needs an end. Nothing else shall have one.
+            model.tokenizer.eos_token_ids[:] = [model.vocab_size - 1]
             for row in measure(model, options.steps, options.repeats):
                 rows.append({"artifact": artifact.name, "quant": model.manifest["quant"]} | row)
                 print(

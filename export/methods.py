@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from tokenloop.models.decoder import Backbone
+from tokenloop.sampler.restrict import adjust, mask
 
 # Any length but 0 and 1, which torch.export takes for constants.
 TRACED_LENGTH = 3
@@ -68,6 +69,40 @@ class Select(nn.Module):
     def forward(self, logits: Tensor, *sampling_and_next_id: Tensor) -> None:
         *sampling, next_id = sampling_and_next_id
         next_id.copy_(self.function(logits, *sampling))
+
+
+class MaskRow(nn.Module):
+    """What sampler.restrict.mask takes, of one row. Writes logits."""
+
+    def forward(self, logits: Tensor, allowed: Tensor) -> None:
+        logits.copy_(mask(logits, allowed))
+
+
+class AdjustRow(nn.Module):
+    """What sampler.restrict.adjust takes, of one row. Writes logits."""
+
+    def forward(self, logits: Tensor, ids: Tensor, scale: Tensor, bias: Tensor) -> None:
+        logits.copy_(adjust(logits, ids, scale, bias))
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """How many bytes have a bit for each token: whole words of 32 bits, as llguidance writes."""
+    return -(-vocab_size // 32) * 4
+
+
+def mask_example(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Example inputs of mask for one row."""
+    allowed = torch.zeros(1, mask_bytes(vocab_size), dtype=torch.uint8)
+    return torch.zeros(1, vocab_size), allowed
+
+
+def adjust_example(vocab_size: int) -> tuple[tuple[Tensor, ...], list]:
+    """Example inputs of adjust for one row, and their dynamic shapes: up to V tokens."""
+    count = min(TRACED_LENGTH, vocab_size)
+    numbers = torch.ones(1, count)
+    size = {1: Dim("K", min=2, max=vocab_size)}
+    example = torch.zeros(1, vocab_size), integers(1, count), numbers, numbers.clone()
+    return example, [None, size, size, size]
 
 
 def prompt_length(max_prefill: int) -> tuple[Dim | None, int]:

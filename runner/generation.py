@@ -12,6 +12,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.loop import Loop, LoopOptions
 from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.request import Request
+from tokenloop.runner.restriction import Restriction
 from tokenloop.runner.result import Result, Token
 from tokenloop.runner.tokenizer import Tokenizer
 from tokenloop.runner.transfers import Transfers
@@ -134,11 +135,11 @@ class Generation(Result):
 
     def __init__(
         self, loop: Loop, request: Request, tokenizer: Tokenizer, prompt_ids: list[int],
-        limit: int, options: LoopOptions, prepare: Callable[[], None],
-        cache: PrefixCache | None = None,
+        limit: int, restriction: Restriction | None, options: LoopOptions,
+        prepare: Callable[[], None], cache: PrefixCache | None = None,
     ):  # fmt: skip
         """As Result; and `loop`, `options`, `prepare` and `cache` as of BatchGeneration."""
-        super().__init__(request, tokenizer, prompt_ids, limit)
+        super().__init__(request, tokenizer, prompt_ids, limit, restriction)
         # The batch does not keep this alive. What nobody has any more is gone at once, and in no
         # other thread's way.
         self._batch = BatchGeneration(loop, [weakref.proxy(self)], 1, options, prepare, cache)
@@ -147,10 +148,16 @@ class Generation(Result):
         return self
 
     def __next__(self) -> Token:
-        """Errors: RunnerError as of BatchGeneration."""
+        """Errors: RunnerError as of BatchGeneration, and for an output that cannot follow its
+        grammar."""
         if self.finish_reason is not None:
             raise StopIteration
-        _, token = next(self._batch)
+        try:
+            _, token = next(self._batch)
+        except StopIteration:
+            if self.error is not None:
+                raise RunnerError(self.error) from None
+            raise
         if self.finish_reason is not None:
             # Whoever has all of it may start another generation.
             self._batch.is_finished = True

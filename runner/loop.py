@@ -10,7 +10,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.logprobs import Logprobs, logprobs_of
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
 from tokenloop.runner.prefix_cache import PrefixCache
-from tokenloop.runner.program import Program, Selected, can_wait
+from tokenloop.runner.program import Program, Selected, Step, can_wait
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
 from tokenloop.runner.turn import Turn
@@ -139,27 +139,40 @@ class Loop:
                 self.prefill_s += time.perf_counter() - start
             if not slots.begun():
                 continue
-            # 2. The next steps are submitted, and then the tokens before them are read.
+            # 2. The next steps are submitted, and then the tokens before them are read. Where a row
+            # is restricted that comes between a step's network and its choice of tokens.
             unread = steps.unread()
             self.transfers.prefetch(unread)
+            restricted = slots.restricted()
             if ahead:
-                self.steps += steps.submit()
+                self.steps += steps.begin_step() if restricted else steps.submit()
             ids = self.transfers.download(unread)
             if prefills and self.program.is_asynchronous:
                 # The first tokens are there, whether the next step is or not.
                 self.prefill_s += time.perf_counter() - start
+            arrived = [
+                (row, sequence, ids[line + row])
+                for line in range(0, len(ids), self.batch)
+                for row, sequence in slots.begun()
+                # The first token of a row that joined is in the last line.
+                if row not in joined or line + self.batch == len(ids)
+            ]
+            if restricted:
+                for row, _, token_id in arrived:
+                    slots.see(row, token_id)
+                if ahead:
+                    steps.end_step()
             # 3. Sequences that are finished leave.
-            for line in range(0, len(ids), self.batch):
-                for row, sequence in slots.begun():
-                    if row in joined and line + self.batch < len(ids):
-                        continue  # Its first token is in the last line.
-                    read[row] += 1
-                    if sequence.finish_reason is None:
-                        if sequence.request.logprobs is not None:
-                            sequence.logprobs.append(steps.logprobs[row].popleft()())
-                        yield sequence, ids[line + row]
-                    if sequence.finish_reason is not None or read[row] == sequence.limit:
-                        slots.leave(row)
+            for row, sequence, token_id in arrived:
+                if slots.sequence(row) is not sequence:
+                    continue
+                read[row] += 1
+                if sequence.finish_reason is None:
+                    if sequence.request.logprobs is not None:
+                        sequence.logprobs.append(steps.logprobs[row].popleft()())
+                    yield sequence, token_id
+                if sequence.finish_reason is not None or read[row] == sequence.limit:
+                    slots.leave(row)
             if not ahead:
                 self.steps += steps.submit(ids if options.feed == "host" else None)
 
@@ -216,6 +229,9 @@ class Steps:
         self._newest = Selected(token, token)
         self._run_ahead = options.run_ahead
         self._gathered = Gathered(program, options.run_ahead) if options.run_ahead > 1 else None
+        # Of a step that has begun: what it is given, the logits, and of which rows log
+        # probabilities are asked for.
+        self._begun: tuple[Step, Any, list[tuple[int, int]]] | None = None
         # What gives those of each row's tokens that are not read yet, where they are asked for.
         count = program.manifest["batch"]
         self.logprobs: list[deque[Callable[[], Logprobs]]] = [deque() for _ in range(count)]
@@ -224,6 +240,10 @@ class Steps:
         """Choose the row's first token from its prompt's logits [1, V], and put it beside the
         newest ones. In a batch of one row it is the newest one, without a copy."""
         program, choice = self._program, self._slots.first_choice(row)
+        alternatives = self._slots.sequence(row).request.logprobs
+        # Changes are made in place.
+        is_changed = alternatives is not None and choice.changes
+        given = program.copied(logits) if is_changed else logits
         if program.manifest["batch"] == 1:
             self._newest = program.select(logits, self._buffer, choice)
         else:
@@ -233,9 +253,9 @@ class Steps:
         if self._gathered:
             self._gathered.join(row, self._newest.token)
         self.logprobs[row].clear()
-        if (alternatives := self._slots.sequence(row).request.logprobs) is not None:
+        if alternatives is not None:
             token = self._newest.token[row : row + 1]
-            self.logprobs[row] += program.logprobs(logits, token, [(0, alternatives)])
+            self.logprobs[row] += program.logprobs(given, token, [(0, alternatives)])
 
     def unread(self) -> Any:
         """The tokens int64 [N, B] or [B, 1] of the newest steps, in memory that the steps which are
@@ -245,28 +265,66 @@ class Steps:
         return self._newest.token
 
     def submit(self, ids: list[int] | None = None) -> int:
-        """Submit the next step, or as many as run ahead and the rows need; how many. With `ids` the
-        host feeds it the tokens that it has read."""
+        """Submit the next step, or as many as run ahead and the rows need, but one where a row is
+        restricted; how many. With `ids` the host feeds it the tokens that it has read."""
+        if self._slots.restricted():
+            count = self.begin_step(ids)
+            self.end_step()
+            return count
         if self._gathered:
             self._gathered.clear()
         for count in range(self._run_ahead):
             if not self._slots.need_a_step():
                 return count
-            fed = self._newest.fed
-            if ids is not None:
-                out = self._program.next_id(self._buffer)
-                fed = self._program.transfers.upload([[i] for i in ids], out=out)
-            self._buffer = 1 - self._buffer
+            fed = self._feed(ids)
             wanted = self._slots.want_logprobs()
             self._newest = self._program.step(fed, self._slots.next_step(), self._buffer)
-            if wanted:
-                # Before the logits are gone.
-                found = self._program.logprobs(self._program.logits, self._newest.token, wanted)
-                for (row, _), read in zip(wanted, found):
-                    self.logprobs[row].append(read)
+            self._note(self._program.logits if wanted else None, wanted)
             if self._gathered:
                 self._gathered.add(self._newest.token)
         return self._run_ahead
+
+    def begin_step(self, ids: list[int] | None = None) -> int:
+        """Submit the network of the next step, if the rows need one; how many steps that are. The
+        newest tokens may be seen before `end_step` follows."""
+        if self._gathered:
+            self._gathered.clear()
+        if not self._slots.need_a_step():
+            return 0
+        fed, wanted = self._feed(ids), self._slots.want_logprobs()
+        step = self._slots.next_positions()
+        self._begun = step, self._program.begin_step(fed, step, self._buffer), wanted
+        return 1
+
+    def end_step(self) -> None:
+        """Submit the choice of the next tokens, if a step has begun."""
+        if self._begun is None:
+            return
+        (step, logits, wanted), self._begun = self._begun, None
+        step = step._replace(choice=self._slots.next_choice(step.positions))
+        # Changes are made in place.
+        given = self._program.copied(self._program.logits) if wanted else None
+        self._newest = self._program.end_step(logits, step, self._buffer)
+        self._note(given, wanted)
+        if self._gathered:
+            self._gathered.add(self._newest.token)
+
+    def _feed(self, ids: list[int] | None) -> Any:
+        """What the next step is fed; it writes the other buffer."""
+        fed = self._newest.fed
+        if ids is not None:
+            out = self._program.next_id(self._buffer)
+            fed = self._program.transfers.upload([[i] for i in ids], out=out)
+        self._buffer = 1 - self._buffer
+        return fed
+
+    def _note(self, logits: Any, wanted: list[tuple[int, int]]) -> None:
+        """Keep what gives the log probabilities of some rows' newest tokens, before the logits are
+        gone."""
+        if wanted:
+            found = self._program.logprobs(logits, self._newest.token, wanted)
+            for (row, _), read in zip(wanted, found):
+                self.logprobs[row].append(read)
 
 
 class Gathered:

@@ -12,11 +12,13 @@ import numpy as np
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.generation import BatchGeneration, Generation
+from tokenloop.runner.grammar import Grammars
 from tokenloop.runner.loop import Loop, LoopOptions
 from tokenloop.runner.manifest import Artifact, open_artifact
 from tokenloop.runner.prefix_cache import MB, PrefixCache
 from tokenloop.runner.program import Program, selection_method
 from tokenloop.runner.request import Prompt, Request, is_integer, is_number, shown
+from tokenloop.runner.restriction import Restriction
 from tokenloop.runner.result import Result
 from tokenloop.runner.tokenizer import Tokenizer
 
@@ -91,6 +93,7 @@ class Model:
         self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"], artifact.read)
         with LOADING:
             self.loop = Loop(load_program(artifact, threads))
+        self.grammars = Grammars(self.tokenizer, self.vocab_size)
         self.load_s = time.perf_counter() - start
         self._directory = artifact.directory
 
@@ -215,16 +218,16 @@ class Model:
             if not isinstance(request, Request):
                 request = Request(request)
             try:
-                result = Result(request, self.tokenizer, *self.fit(request), index)
+                result = Result(request, self.tokenizer, *self.fit(request), index=index)
                 self.load_sampling(request, options)
             except RunnerError as error:
-                result = Result(request, self.tokenizer, [], 0, index)
+                result = Result(request, self.tokenizer, [], 0, index=index)
                 result.refuse(f"request {index + 1}: {error}")
             yield result
 
-    def fit(self, request: Request) -> tuple[list[int], int]:
-        """The request's prompt as ids, and how many tokens can come after it. The program is not
-        touched. Errors: RunnerError for what `generate` refuses."""
+    def fit(self, request: Request) -> tuple[list[int], int, Restriction | None]:
+        """The request's prompt as ids, how many tokens can come after it, and what restricts them.
+        The program is not touched. Errors: RunnerError for what `generate` refuses."""
         request.check()
         if request.logprobs is not None and not self.loop.program.has_logits:
             raise RunnerError(
@@ -245,15 +248,36 @@ class Model:
                 "of which is for the output: shorten it, or export with a larger --max-seq-len"
             )
         ids = checked_ids(ids, self.vocab_size)
-        return ids, min(request.max_new_tokens, self.max_seq_len - len(ids))
+        limit = min(request.max_new_tokens, self.max_seq_len - len(ids))
+        return ids, limit, self._restriction(request, ids)
+
+    def _restriction(self, request: Request, prompt_ids: list[int]) -> Restriction | None:
+        for names, method in (request.masks, "mask"), (request.adjusts, "adjust"):
+            if names and f"{method}_row" not in self.manifest["methods"]:
+                raise RunnerError(
+                    f"{names[0]} is given; {self._directory} has no method {method}_row: export it "
+                    "again"
+                )
+        beyond = [i for i in request.logit_bias or () if i >= self.vocab_size]
+        if beyond:
+            raise RunnerError(
+                f"logit_bias has the token id {beyond[0]}; ids are 0 to {self.vocab_size - 1}"
+            )
+        if not request.masks and not request.adjusts:
+            return None
+        return Restriction(request, prompt_ids, self.grammars.matcher(request))
 
     def load_sampling(self, request: Request, options: LoopOptions) -> None:
-        """Load what the request needs to be sampled. Errors: RunnerError for an artifact that
-        cannot sample."""
+        """Load what the request needs besides greedy choice. Errors: RunnerError for an artifact
+        that cannot sample."""
         if request.temperature > 0:
             method = selection_method([request], self.manifest)
             with LOADING:
                 self.loop.program.load_sampling(method, options.feed == "embed")
+        for names, method in (request.masks, "mask"), (request.adjusts, "adjust"):
+            if names:
+                with LOADING:
+                    self.loop.program.load_change(method)
 
     def _prompt_ids(self, request: Request) -> Sequence | np.ndarray:
         """The prompt as what should be ids."""

@@ -22,13 +22,23 @@ PARAMETERS = {
 CACHES, RUNNING, OF_NO_ROW = {"k", "v"}, {"conv", "recurrent"}, {"kernel_semaphores"}
 
 
+class Change(NamedTuple):
+    """What changes the logits of some rows before tokens are chosen: "mask" or "adjust", and of
+    each such row what the method takes after the logits, arrays of one row."""
+
+    method: str
+    rows: dict[int, tuple]
+
+
 class Choice(NamedTuple):
     """How tokens are chosen: a method, and what it takes after the logits. "greedy" takes nothing;
     "sample", and "sample_unfiltered" where no row has a top_k or a top_p, take the arrays of
-    PARAMETERS and the positions int64 [B] of the newest tokens that were fed."""
+    PARAMETERS and the positions int64 [B] of the newest tokens that were fed. Before that the
+    logits are changed in place, by one of `changes` after the other."""
 
     method: str = "greedy"
     inputs: tuple = ()
+    changes: tuple[Change, ...] = ()
 
 
 GREEDY = Choice()
@@ -72,7 +82,8 @@ class Program(Protocol):
     take. `embeds` says whether a step can be fed embeddings, `has_graphs` whether it can be one
     launch of a captured graph. Such a graph reads the same memory every time: `step_inputs` are the
     arrays that uploads have to go to, by name, those of PARAMETERS and "lines" int64 [N, B] of
-    positions. Where there is none of a name, an upload makes an array.
+    positions; and what changes take, "allowed" uint8 [B, W], and "ids", "scale" and "bias" [B, K].
+    Where there is none of a name, an upload makes an array.
     """
 
     manifest: dict[str, Any]
@@ -104,6 +115,9 @@ class Program(Protocol):
         """Load `method`, "sample" or "sample_unfiltered", for a run that feeds embeddings or does
         not. Errors: RunnerError for an artifact that cannot sample."""
 
+    def load_change(self, method: str) -> None:
+        """Load "mask" or "adjust", which the artifact has."""
+
     def begin(self, embed: bool, graph: bool = True, overlap: bool = True) -> None:
         """Begin a run of the loop. With `embed` its steps are fed embeddings, otherwise tokens.
         Where there are graphs, a step is one launch with `graph`, and with `overlap` the kernels
@@ -122,6 +136,15 @@ class Program(Protocol):
         """One more token of each row, in the next_id buffer 0 or 1: `decode`, then `select`."""
         return self.select(self.decode(fed, step.positions), buffer, step.choice)
 
+    def begin_step(self, fed: Any, step: Step, buffer: int) -> Any:
+        """The first part of `step`, for a choice that is not known yet: `decode`. Gives what
+        `end_step` takes."""
+        return self.decode(fed, step.positions)
+
+    def end_step(self, logits: Any, step: Step, buffer: int) -> Selected:
+        """The second part: `select`."""
+        return self.select(logits, buffer, step.choice)
+
     def decode(self, fed: Any, positions: Any) -> Any:
         """Logits float32 [B, V] after what is fed, token int64 [B, 1] or its embedding [B, 1, D],
         at positions int64 [B]."""
@@ -132,6 +155,10 @@ class Program(Protocol):
     def select_row(self, logits: Any, choice: Choice) -> Any:
         """The next token int64 [1, 1] of the logits [1, V] of one row of several, in memory of its
         own."""
+
+    def copied(self, logits: Any) -> Any:
+        """A copy of logits, which stays as they are now."""
+        return np.array(logits)
 
     def logprobs(
         self, logits: Any, token: Any, wanted: list[tuple[int, int]]

@@ -17,7 +17,10 @@ from tokenloop.runner.json_text import parse_json
 from tokenloop.runner.request import Prompt, Request
 
 DEFAULT_PROMPT = "The capital of France is"
-KEYS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+KEYS = (
+    "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "logit_bias",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "json_schema",
+)  # fmt: skip
 
 
 def read_requests(options: Namespace) -> list[Request]:
@@ -87,10 +90,27 @@ def with_system(prompt: Prompt, system: str) -> Prompt:
 
 
 def flags_of(options: Namespace) -> Request:
-    """What the flags ask for, whatever the prompt is. Only prompt and limits can differ from one
-    request to another."""
+    """What the flags ask for, whatever the prompt is. Errors: RunnerError for a file of
+    --json-schema that holds none."""
     chat = options.chat or options.system is not None
-    return Request("", chat=chat, **{key: getattr(options, key) for key in KEYS[1:]})
+    found = {key: getattr(options, key) for key in KEYS[1:]}
+    if options.json_object:
+        found["json_schema"] = {"type": "object"}
+    elif options.json_schema is not None:
+        found["json_schema"] = read_schema(options.json_schema)
+    return Request("", chat=chat, **found)
+
+
+def read_schema(path: Path) -> dict | bool:
+    """The file of --json-schema."""
+    where = f"--json-schema {path}"
+    try:
+        found = parse_json(read_file(path, "--json-schema"))
+    except ValueError as error:
+        raise RunnerError(f"{where} is not JSON: {error}") from None
+    if not isinstance(found, (dict, bool)):
+        raise RunnerError(f"{where} holds no JSON schema; an object is right")
+    return found
 
 
 def read_arguments(prompts: list[str]) -> list[str]:
@@ -140,4 +160,7 @@ def entry(where: str, line: str) -> dict:
     for key in found:
         if key not in KEYS:
             raise RunnerError(f"{where} has the key {key!r}; the keys are {', '.join(KEYS)}")
+    if isinstance(bias := found.get("logit_bias"), dict):
+        # Keys of JSON are texts. What else they are, the request refuses.
+        found["logit_bias"] = {int(i) if i.isdecimal() else i: b for i, b in bias.items()}
     return found

@@ -15,6 +15,7 @@ from tokenloop.runner.errors import RunnerError
 Prompt: TypeAlias = str | list[int] | list[dict[str, Any]] | Conversation
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 MOST_LOGPROBS = 20
+MOST_BIASES = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ class Request:
     token, which takes as long as steps do, and may round otherwise than longer chunks. An artifact
     for a GPU gives none of the prompt's, and one of ExecuTorch's for CUDA none at all.
 
+    `logit_bias` adds a number to the logits of tokens, by their ids. `repetition_penalty` r divides
+    the logits of tokens of the prompt and the output by r, or multiplies those below 0 with it (1:
+    as they are). Of tokens of the output `presence_penalty` is subtracted once, and
+    `frequency_penalty` as often as they are there. Restriction has the formula, in which all of
+    them go together. Log probabilities are those without any of this.
+
+    With `json_schema`, a JSON schema, the output is JSON that fits it, unless it is cut short: at
+    each step only tokens remain that can go on so. True asks for JSON of any kind. `grammar` is a
+    grammar in llguidance's form of Lark, of which the same is true. Both need an artifact with an
+    end token, and llguidance.
+
     `shown_tokens` are control tokens that are part of the output's text, such as those that a model
     writes around a call of a tool; others give no text.
     """
@@ -51,6 +63,12 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     shown_tokens: tuple[str, ...] = ()
+    logit_bias: dict[int, float] | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    json_schema: dict[str, Any] | bool | None = None
+    grammar: str | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, (str, list)):
@@ -64,6 +82,21 @@ class Request:
                 raise RunnerError(f"{name} is {getattr(self, name)!r}; {fault}")
         if self.prompt_logprobs and self.logprobs is None:
             raise RunnerError("prompt_logprobs is True; logprobs must then be a number, 0 or more")
+        if self.json_schema is not None and self.grammar is not None:
+            raise RunnerError("json_schema and grammar are given: give one")
+
+    @property
+    def adjusts(self) -> list[str]:
+        """The names of the penalties and biases that are asked for."""
+        idle = {"logit_bias": 0, "repetition_penalty": 1, "presence_penalty": 0}
+        values = {name: getattr(self, name) or 0 for name in (*idle, "frequency_penalty")}
+        return [name for name, value in values.items() if value != idle.get(name, 0)]
+
+    @property
+    def masks(self) -> list[str]:
+        """The name of what is asked for that says which tokens may come next, if anything is."""
+        names = "json_schema", "grammar"
+        return [name for name in names if getattr(self, name) is not None]
 
     def conversation(self) -> Conversation | None:
         """What is put through the chat template, if anything is."""
@@ -96,6 +129,20 @@ def shown(value: Any) -> str:
     return f"{' '.join(reprlib.repr(value).split())}, of type {type(value).__name__}"
 
 
+def is_bias(value: Any) -> bool:
+    """Whether it is a dictionary of numbers by token ids."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= MOST_BIASES
+        and all(is_integer(i) and i >= 0 for i in value)
+        and all(is_number(b) and abs(b) <= FLOAT32_MAX for b in value.values())
+    )
+
+
+PENALTY = (
+    lambda x: is_number(x) and abs(x) <= FLOAT32_MAX,
+    "it must be a finite number, 0 for none",
+)
 RULES = {
     "max_new_tokens": (lambda x: is_integer(x) and x >= 1, "it must be at least 1"),
     "temperature": (
@@ -125,4 +172,19 @@ RULES = {
         lambda x: isinstance(x, tuple) and all(isinstance(s, str) for s in x),
         "it must be a tuple of tokens, each a text",
     ),
+    "logit_bias": (
+        lambda x: x is None or is_bias(x),
+        f"it must be a finite number for each of at most {MOST_BIASES} token ids, or None",
+    ),
+    "repetition_penalty": (
+        lambda x: is_number(x) and 2.0**-126 <= x <= FLOAT32_MAX,
+        "it must be a finite number above 0, 1 for none",
+    ),
+    "presence_penalty": PENALTY,
+    "frequency_penalty": PENALTY,
+    "json_schema": (
+        lambda x: x is None or isinstance(x, (dict, bool)),
+        "it must be a JSON schema, an object or True, or None",
+    ),
+    "grammar": (lambda x: x is None or isinstance(x, str), "it must be a text, or None"),
 }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.request import Request
+from tokenloop.runner.restriction import Restriction
 from tokenloop.runner.tokenizer import Tokenizer
 
 
@@ -30,10 +31,11 @@ class Result:
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, prompt_ids: list[int], limit: int,
-        index: int = 0,
+        restriction: Restriction | None = None, index: int = 0,
     ):  # fmt: skip
-        """`limit` is how many tokens can come at most, `index` the request's place in a batch."""
-        self.request, self.index = request, index
+        """`limit` is how many tokens can come at most, `restriction` what restricts them, `index`
+        the request's place in a batch."""
+        self.request, self.restriction, self.index = request, restriction, index
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         # Of each of these, and of the prompt's but for the first, if the request asks for them.

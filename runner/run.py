@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -77,6 +78,31 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         "--stop", action="append", default=[], metavar="STR",
         help="a text before which the output ends; may be given several times",
     )  # fmt: skip
+    choice.add_argument(
+        "--repetition-penalty", type=float, default=Request.repetition_penalty, metavar="R",
+        help="divide the logits of tokens of the prompt and the output by R, or multiply those "
+        "below 0 with it; 1 for none",
+    )  # fmt: skip
+    choice.add_argument(
+        "--presence-penalty", type=float, default=Request.presence_penalty, metavar="P",
+        help="subtract P from the logits of tokens of the output",
+    )  # fmt: skip
+    choice.add_argument(
+        "--frequency-penalty", type=float, default=Request.frequency_penalty, metavar="P",
+        help="subtract P from the logits of tokens for each time that they are in the output",
+    )  # fmt: skip
+    choice.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID+BIAS", type=as_bias,
+        help="add a number to the logit of the token ID, as in 15043+1.5 or 15043-100; may be "
+        "given several times",
+    )  # fmt: skip
+    choice.add_argument(
+        "--json-schema", type=Path, metavar="FILE",
+        help="the output is JSON that fits the JSON schema in this file",
+    )  # fmt: skip
+    choice.add_argument(
+        "--json-object", action="store_true", help="the output is a JSON object",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON line for each prompt")
     output.add_argument(
@@ -116,7 +142,10 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         "and copies, or with --json a line for each; exit status 1 if any text differs",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    for name in (name for name in RULES if name in options):
+    options.logit_bias = dict(options.logit_bias) or None
+    if options.json_object and options.json_schema is not None:
+        parser.error("--json-schema says what the JSON is: leave out --json-object")
+    for name in (name for name in RULES if name in options and name != "json_schema"):
         if fault := fault_of(name, getattr(options, name)):
             parser.error(f"{flag_of(name)} is {getattr(options, name)}; {fault}")
     for name in ("threads", "batch", "run_ahead"):
@@ -137,6 +166,17 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     if options.prompts.count("-") > 1:
         parser.error("- is given twice, and there is one standard input")
     return options
+
+
+def as_bias(text: str) -> tuple[int, float]:
+    """The id and the number of --logit-bias."""
+    found = re.fullmatch(r"([0-9]+)([+-][0-9.eE+-]+)", text)
+    try:
+        return int(found[1]), float(found[2])
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no token id with a number to add, such as 15043+1.5 or 15043-100"
+        ) from None
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

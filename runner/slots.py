@@ -5,17 +5,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tokenloop.runner.changes import Changes
 from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Step, selection_method
 from tokenloop.runner.request import Request
+from tokenloop.runner.restriction import Restriction
 
 
 class Sequence(Protocol):
     """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
     `finish_reason`. Where the request asks for them, `logprobs` gets the log probabilities of each
     token before the token comes, and `prompt_logprobs` those of the prompt's tokens, but for the
-    first. `cached_tokens` becomes the number of the prompt's tokens that were not computed for
-    it."""
+    first. `cached_tokens` becomes the number of the prompt's tokens that were not computed for it.
+    A `restriction` gets each token as soon as the host has it; `refuse` ends a sequence that cannot
+    follow it."""
 
     prompt_ids: list[int]
     limit: int
@@ -24,6 +27,9 @@ class Sequence(Protocol):
     cached_tokens: int
     logprobs: list[Logprobs]
     prompt_logprobs: list[Logprobs]
+    restriction: Restriction | None
+
+    def refuse(self, error: str) -> None: ...
 
 
 class Slots:
@@ -55,6 +61,9 @@ class Slots:
         self._values: dict[str, list] = {}
         self._parameters: dict[str, Any] = {}
         self._members_changed = True
+        # Of the step that is under way: its rows that run.
+        self._running: dict[int, Sequence] = {}
+        self._changes = Changes(program)
 
     def join(self, waiting: Iterator[Sequence]) -> list[tuple[int, Sequence]]:
         """Give the free rows to sequences that wait; the rows that now need a first token."""
@@ -102,6 +111,17 @@ class Slots:
         found = [(row, s.request.logprobs) for row, s in self.begun() if self._runs(row)]
         return [(row, count) for row, count in found if count is not None]
 
+    def restricted(self) -> bool:
+        """Whether a row that has begun needs its newest token before the next one is chosen."""
+        return any(sequence.restriction is not None for _, sequence in self.begun())
+
+    def see(self, row: int, token_id: int) -> None:
+        """Let the row's restriction follow its newest token, if it has one."""
+        sequence = self._sequences[row]
+        if sequence.restriction is not None and sequence.finish_reason is None:
+            sequence.restriction.see(token_id)
+            self._end_if_faulty(sequence)
+
     def need_a_step(self) -> bool:
         """Whether any sequence has more tokens to come than are submitted."""
         return any(map(self._runs, range(self._used)))
@@ -114,22 +134,48 @@ class Slots:
         """How the row's first token is chosen, after the last position of its prompt."""
         sequence = self._sequences[row]
         last = len(sequence.prompt_ids) - 1
-        return self._choice([sequence.request], self._table[last : last + 1], row)
+        choice = self._choice([sequence.request], self._table[last : last + 1], row)
+        if sequence.restriction is None:
+            return choice
+        changes = self._changes.first(row, sequence.restriction)
+        self._end_if_faulty(sequence)
+        return choice._replace(changes=changes)
 
     def next_step(self) -> Step:
-        """What the next step is given."""
+        """What the next step is given, if no row that runs is restricted."""
+        step = self.next_positions()
+        return step._replace(choice=self.next_choice(step.positions))
+
+    def next_positions(self) -> Step:
+        """What the next step is given but for the choice, which `next_choice` then gives."""
         running = {row: s for row, s in self.occupied() if self._runs(row)}
         starts, steps = self._prefilled.copy(), np.zeros(len(self._sequences), np.int64)
         for row, sequence in running.items():
             starts[row] = len(sequence.prompt_ids) + self._submitted[row] - 1
             steps[row] = sequence.limit - self._submitted[row]
             self._submitted[row] += 1
+        self._running = running
         if self._from_host:
             line, positions = None, self._program.transfers.upload(starts)
         else:
             line = self._next_line(starts, steps)
             positions = self._lines[line]
-        return Step(positions, line, self._choice([s.request for s in running.values()], positions))
+        return Step(positions, line, GREEDY)
+
+    def next_choice(self, positions: Any) -> Choice:
+        """How the step at these positions chooses tokens, as far as tokens have been seen."""
+        choice = self._choice([s.request for s in self._running.values()], positions)
+        restrictions = {r: s.restriction for r, s in self._running.items() if s.restriction}
+        if not restrictions:
+            return choice
+        changes = self._changes.of(restrictions)
+        for row in restrictions:
+            self._end_if_faulty(self._running[row])
+        return choice._replace(changes=changes)
+
+    def _end_if_faulty(self, sequence: Sequence) -> None:
+        if sequence.restriction.fault is not None and sequence.finish_reason is None:
+            sequence.refuse(sequence.restriction.fault)
 
     def _runs(self, row: int) -> bool:
         return self._begun[row] and self._submitted[row] < self._sequences[row].limit

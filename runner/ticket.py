@@ -10,6 +10,7 @@ from functools import partial
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.request import Request
+from tokenloop.runner.restriction import Restriction
 from tokenloop.runner.result import Result, Token
 from tokenloop.runner.tokenizer import Tokenizer
 
@@ -32,11 +33,11 @@ class Ticket(Result):
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, prompt_ids: list[int], limit: int,
-        deadline: float | None,
+        restriction: Restriction | None, deadline: float | None,
     ):  # fmt: skip
         """As Result; `deadline`, a time of time.monotonic, is when the output ends if it has not
         ended before."""
-        super().__init__(request, tokenizer, prompt_ids, limit)
+        super().__init__(request, tokenizer, prompt_ids, limit, restriction)
         self._deadline = deadline
         self._tokens: deque[Token] = deque()
         self._failed = False

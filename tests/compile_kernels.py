@@ -313,6 +313,10 @@ def chunks() -> None:
 
 def sampler() -> None:
     module = operators("sampler.kernels.operator")
+    for rows, size in ((1, 259), (4, 151_936)):
+        logits, most = empty(rows, size), min(size, 5120)
+        module.mask(logits, empty(rows, -(-size // 32) * 4, dtype=torch.uint8))
+        module.adjust(logits, empty(rows, most, dtype=int64), empty(rows, most), empty(rows, most))
     for rows in (1, 32):
         logits, table = empty(rows, 262_144), empty(262_144, 640, dtype=bfloat16)
         numbers, counts = empty(rows), empty(rows, dtype=int64)

@@ -14,6 +14,7 @@ from tests.threads import VOCABULARY, YieldingProgram, yielding_model
 from tokenloop.runner.chat_template import ChatTemplate
 from tokenloop.runner.engine import Engine
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.grammar import Grammars
 from tokenloop.runner.loop import Loop
 from tokenloop.runner.model import Model
 from tokenloop.runner.server.app import Server, Settings
@@ -74,6 +75,7 @@ def text_model(rows: int = 3, max_seq_len: int = 200) -> Model:
     """A model of texts."""
     model = yielding_model(rows, max_seq_len)
     model.tokenizer = TextTokenizer()
+    model.grammars = Grammars(model.tokenizer, VOCABULARY)
     model.manifest["sha256"] = "0123456789abcdef" * 4
     return model
 
@@ -138,6 +140,7 @@ def echo_model(template: str, rows: int = 3, max_seq_len: int = 2000) -> Model:
     model.loop = Loop(EchoProgram(rows, max_seq_len, 64))
     model.manifest = model.loop.program.manifest | {"sha256": "0123456789abcdef" * 4}
     model.tokenizer = EchoTokenizer(template)
+    model.grammars = Grammars(model.tokenizer, VOCABULARY)
     return model
 
 

@@ -24,11 +24,26 @@ import numpy as np
 
 from tokenloop import runner
 from tokenloop.runner import Model, Request, RunnerError
+from tokenloop.runner.grammar import Grammars
 from tokenloop.runner.loop import Loop
 from tokenloop.runner.program import GREEDY, Choice, Program, Selected
 from tokenloop.runner.transfers import Transfers
 
 VOCABULARY = 97
+
+
+def masked(logits, allowed):
+    bits = np.unpackbits(allowed, bitorder="little")[: len(logits)]
+    return np.where(bits == 1, logits, -np.inf)
+
+
+def adjusted(logits, ids, scale, bias):
+    found, x = logits.copy(), logits[ids]
+    found[ids] = np.where(x < 0, x * scale, x / scale) + bias
+    return found
+
+
+CHANGED = {"mask": masked, "adjust": adjusted}
 
 
 class YieldingProgram(Program):
@@ -40,7 +55,7 @@ class YieldingProgram(Program):
     def __init__(self, batch: int, max_seq_len: int = 64, max_prefill: int = 5):
         self.manifest = {
             "batch": batch, "max_seq_len": max_seq_len, "max_prefill": max_prefill,
-            "vocab_size": VOCABULARY, "methods": [], "backend": "none",
+            "vocab_size": VOCABULARY, "methods": ["mask_row", "adjust_row"], "backend": "none",
         }  # fmt: skip
         self.transfers, self.intruders = Transfers(), 0
         self._inside = threading.Lock()
@@ -99,6 +114,9 @@ class YieldingProgram(Program):
         return logits
 
     def _choose(self, out, logits, choice):
+        for method, rows in choice.changes:
+            for row, inputs in rows.items():
+                logits[row] = CHANGED[method](logits[row], *(values[0] for values in inputs))
         out[:, 0] = logits.argmax(axis=1)
         if choice.inputs:
             seeds, temperature = choice.inputs[3], choice.inputs[0]
@@ -122,6 +140,8 @@ def yielding_model(batch: int = 3, max_seq_len: int = 64) -> Model:
     model.manifest = model.loop.program.manifest
     model.vocab_size, model.max_seq_len = VOCABULARY, model.manifest["max_seq_len"]
     model.batch, model.tokenizer, model.load_s = batch, Tokenizer(), 0.0
+    model._directory = Path("artifacts/yielding")
+    model.grammars = Grammars(model.tokenizer, VOCABULARY)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint asks of whoever generates with it, beyond the sampler that tokenloop has."""
+"""What a checkpoint asks of whoever generates with it, and an artifact does not do by itself."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tokenloop.models.config_fields import shown
 # Keys of generation_config.json with which transformers' `generate` gives another text even where
 # it takes the most likely token, and the values besides null that ask for nothing.
 DIRECTORY_KEYS: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,), "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,), "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,), "num_beams": (1,), "min_length": (0,),
     "min_new_tokens": (0,), "bad_words_ids": ([],), "sequence_bias": ([], {}),
     "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (),
@@ -17,7 +17,10 @@ DIRECTORY_KEYS: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (), "stop_strings": ([],), "penalty_alpha": (0,), "dola_layers": (),
     "constraints": ([],), "force_words_ids": ([],), "token_healing": (False,),
 }  # fmt: skip
-# Those of a GGUF header that llama.cpp's programs begin with.
+# What a request says, as it says temperature, but which changes what is most likely.
+OF_REQUESTS = {"repetition_penalty": 1}
+# Those of a GGUF header that llama.cpp's programs begin with. Their penalty is for the last 64
+# tokens, and that of a request for all.
 GGUF_KEYS: dict[str, tuple[Any, ...]] = {
     "general.sampling.penalty_repeat": (1,), "general.sampling.mirostat": (0,),
     "general.sampling.xtc_probability": (0,),
@@ -25,9 +28,10 @@ GGUF_KEYS: dict[str, tuple[Any, ...]] = {
 
 
 def unread_settings(checkpoint: Checkpoint) -> str | None:
-    """A line where the checkpoint asks for what no artifact does, such as a repetition penalty.
+    """A line where the checkpoint asks for what no artifact does, or for a repetition penalty,
+    which a request must say.
 
-    Temperature, top-k and top-p are not among these: a request says them.
+    A request also says temperature, top-k and top-p, of which this is silent.
     """
     if checkpoint.kind == "gguf":
         where, settings, keys = checkpoint.path, checkpoint.metadata, GGUF_KEYS
@@ -39,6 +43,12 @@ def unread_settings(checkpoint: Checkpoint) -> str | None:
         for key, idle in keys.items()
         if settings.get(key) is not None and settings[key] not in idle
     ]
-    if not asked:
-        return None
-    return f"{where} asks for {', '.join(asked)}, which is not built: texts are without it"
+    found = [f"{', '.join(asked)}, which is not built: texts are without it"] if asked else []
+    for key, idle in OF_REQUESTS.items() if checkpoint.kind != "gguf" else ():
+        if settings.get(key) not in (None, idle):
+            flag = "--" + key.replace("_", "-")
+            found.append(
+                f"{key} = {shown(settings[key])}, which no artifact does by itself: give {flag} "
+                f"{shown(settings[key])}"
+            )
+    return f"{where} asks for {'; and for '.join(found)}" if found else None

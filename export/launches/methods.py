@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tokenloop.export.methods import Select, integers
+from tokenloop.export.methods import Select, integers, mask_bytes
 from tokenloop.models.decoder import Backbone
 from tokenloop.models.kernels import cuda
 from tokenloop.sampler.kernels import operator
@@ -27,6 +27,21 @@ EMBEDDING = {
     "sample": operator.sample_embed,
     "sample_unfiltered": partial(operator.sample_embed, restricted=False),
 }
+
+
+# Of how many tokens a request may give a bias (runner/request.py).
+MOST_BIASES = 1024
+
+
+class Change(nn.Module):
+    """What sampler.kernels.operator's mask or adjust takes. Writes logits."""
+
+    def __init__(self, function: Callable[..., None]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: Tensor, *changes: Tensor) -> None:
+        self.function(logits, *changes)
 
 
 class Table(nn.Module):
@@ -70,8 +85,8 @@ class NextPositions(nn.Module):
 def selection_methods(
     backbone: Backbone, batch: int, vocab_size: int, hidden_size: int, max_seq_len: int
 ) -> dict[str, Method]:
-    """What is between a step's logits and the next step: the lookup, the positions, and selection,
-    with the lookup, without it, and of one row of several."""
+    """What is between a step's logits and the next step: the lookup, the positions, what changes
+    logits, and selection, with the lookup, without it, and of one row of several."""
     dtype = backbone.embed_tokens.weight.dtype
     positions = integers(max_seq_len, batch), integers(1), integers(batch)
     methods: dict[str, Method] = {
@@ -89,6 +104,15 @@ def selection_methods(
             "seed": counts.clone(), "position": counts.clone(),
         }  # fmt: skip
         written = {"next_id": integers(rows, 1)}
+        # At most the tokens of a sequence, and those with a bias.
+        most = min(vocab_size, max_seq_len + MOST_BIASES)
+        scales = torch.ones(rows, most)
+        adjusted = {"ids": integers(rows, most), "scale": scales, "bias": scales.clone()}
+        allowed = torch.zeros(rows, mask_bytes(vocab_size), dtype=torch.uint8)
+        # Of one row both are the same.
+        for end in sorted({suffix, "_row"} if rows == 1 else {suffix}):
+            methods[f"mask{end}"] = Change(operator.mask), given | {"allowed": allowed}
+            methods[f"adjust{end}"] = Change(operator.adjust), given | adjusted
         hidden = {"hidden": torch.zeros(rows, 1, hidden_size, dtype=dtype)}
         for name, function in FUNCTIONS.items():
             inputs = given | ({} if name == "greedy" else sampling) | written

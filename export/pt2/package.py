@@ -19,7 +19,18 @@ from torch.fx import GraphModule
 from tokenloop.export.background import Background
 from tokenloop.export.build_cache import place, result_of, unpack
 from tokenloop.export.errors import ExportError
-from tokenloop.export.methods import Embed, Prefill, Select, integers, processor, prompt_chunk
+from tokenloop.export.methods import (
+    AdjustRow,
+    Embed,
+    MaskRow,
+    Prefill,
+    Select,
+    adjust_example,
+    integers,
+    mask_example,
+    processor,
+    prompt_chunk,
+)
 from tokenloop.models.decoder import Backbone
 from tokenloop.models.per_layer import PerLayerInputs
 from tokenloop.sampler.greedy import greedy
@@ -96,9 +107,10 @@ def compile_selection(
 ) -> dict[str, dict[str, bytes]]:  # fmt: skip
     """The compiled files, by method and name, of what is between a step's logits and the next step.
 
-    These are the lookup, selection, and selection of one row of several. The table is [vocab_size,
-    hidden_size] of `dtype`, "embed_tokens.weight". `per_layer` are layers and the size of each
-    one's input, where there are any: "per_layer.embed_tokens.weight".
+    These are the lookup, selection, selection of one row of several, and what changes the logits of
+    one row. The table is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight". `per_layer`
+    are layers and the size of each one's input, where there are any:
+    "per_layer.embed_tokens.weight".
     """
     # Compiled code is given its weights when it is loaded. These are never looked at.
     table = torch.empty(vocab_size, hidden_size, dtype=dtype)
@@ -112,11 +124,13 @@ def compile_selection(
     backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, False, own)
     with torch.no_grad():
         files = {"embed": compile_method(Embed(backbone), (integers(batch, 1),))}
-    for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
-        # Networks of one vocabulary have these in common, and one row with several.
-        arguments = compile_rows, (rows, vocab_size)
-        file = place(*arguments, processor(table.weight.device))
-        found = unpack(result_of(*arguments, file))
+    # Networks of one vocabulary have these in common, and one row with several.
+    parts = [(compile_rows, (batch, vocab_size), ""), (compile_changes, (vocab_size,), "_row")]
+    if batch > 1:
+        parts.append((compile_rows, (1, vocab_size), "_row"))
+    for function, arguments, suffix in parts:
+        file = place(function, arguments, processor(table.weight.device))
+        found = unpack(result_of(function, arguments, file))
         files |= {name + suffix: contents for name, contents in found.items()}
     return files
 
@@ -130,6 +144,15 @@ def compile_rows(rows: int, vocab_size: int) -> dict[str, dict[str, bytes]]:
         return {
             "greedy": compile_method(Select(greedy), (logits, next_id)),
             "sample": compile_method(Select(sample), (logits, *sampling, next_id)),
+        }
+
+
+def compile_changes(vocab_size: int) -> dict[str, dict[str, bytes]]:
+    """The compiled files of what changes the logits of one row, as in compile_selection."""
+    with torch.no_grad():
+        return {
+            "mask": compile_method(MaskRow(), mask_example(vocab_size)),
+            "adjust": compile_method(AdjustRow(), *adjust_example(vocab_size)),
         }
 
 

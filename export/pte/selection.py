@@ -14,9 +14,11 @@ from torch._higher_order_ops.cond import cond_op
 from torch._higher_order_ops.map import map_impl
 from torch.export import ExportedProgram
 
+from tokenloop.export.methods import adjust_example, mask_example
 from tokenloop.export.pte.xnnpack_arithmetic import Recorded, Recorder
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.philox import WORDS, steps, uniform, vocabulary_gumbel, words
+from tokenloop.sampler.restrict import BITS, adjust
 from tokenloop.sampler.sample import (
     LEAST_TEMPERATURE,
     exp2_38,
@@ -47,8 +49,9 @@ class Greedy(nn.Module):
 def selection_methods(
     batch: int, vocab_size: int, delegates: bool = True
 ) -> dict[str, ExportedProgram]:
-    """`greedy` and `sample` of all rows. Several rows also have them of one that was prefilled."""
-    methods = methods_of_rows(batch, vocab_size, delegates)
+    """`greedy` and `sample` of all rows, and what changes the logits of one. Several rows also have
+    them of one that was prefilled."""
+    methods = methods_of_rows(batch, vocab_size, delegates) | changing_methods(vocab_size)
     if batch > 1:
         row = methods_of_rows(1, vocab_size, delegates)
         methods |= {f"{name}_row": method for name, method in row.items()}
@@ -69,6 +72,37 @@ def methods_of_rows(
         "greedy": torch.export.export(Greedy(), (logits,)),
         "sample": torch.export.export(sample, (logits, *parameters)),
     }
+
+
+def changing_methods(vocab_size: int) -> dict[str, ExportedProgram]:
+    """`mask_row` and `adjust_row`, which give logits float32 [1, V]."""
+    example, shapes = adjust_example(vocab_size)
+    return {
+        "mask_row": torch.export.export(Mask(), mask_example(vocab_size)),
+        "adjust_row": torch.export.export(Adjust(), example, dynamic_shapes=shapes),
+    }
+
+
+class Mask(nn.Module):
+    """As sampler.restrict.mask: a byte's row of a table is added to 8 logits. In ExecuTorch that
+    takes a twentieth of the time of shifting and comparing bits. A logit of +inf that is not
+    allowed becomes NaN, which selection takes for -inf, too."""
+
+    def __init__(self):
+        super().__init__()
+        bits = torch.bitwise_right_shift(torch.arange(2**BITS)[:, None], torch.arange(BITS)) & 1
+        self.register_buffer("added", torch.where(bits == 1, 0.0, -torch.inf))
+
+    def forward(self, logits: Tensor, allowed: Tensor) -> Tensor:
+        added = nn.functional.embedding(allowed.to(torch.int32), self.added)
+        return logits + added.flatten(1)[:, : logits.shape[1]]
+
+
+class Adjust(nn.Module):
+    """As sampler.restrict.adjust."""
+
+    def forward(self, logits: Tensor, ids: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return adjust(logits, ids, scale, bias)
 
 
 def taken(logits: Tensor, token: Tensor, *_) -> Tensor:

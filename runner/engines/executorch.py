@@ -12,6 +12,7 @@ from tokenloop.runner.engines.executorch_runtime import Method
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.manifest import Artifact
 from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Selected
+from tokenloop.runner.restriction import ADJUSTED, mask_bytes
 from tokenloop.runner.transfers import Transfers
 
 BACKENDS = {"xnnpack": "XnnpackBackend", "portable": None, "cuda": "CudaBackend"}
@@ -26,7 +27,8 @@ INT64 = np.dtype("int64")
 FLOAT32 = np.dtype("float32")
 # Methods that select for all rows, and write next_id buffers; and those an artifact may leave out.
 BUFFERED = {"greedy", "sample", "greedy_embed", "sample_embed"}
-OPTIONAL = {"decode_embedded", "decode_greedy", "embed", "sample_row"} | BUFFERED - {"greedy"}
+OPTIONAL = {"decode_embedded", "decode_greedy", "embed", "sample_row", "mask_row", "adjust_row"}
+OPTIONAL |= BUFFERED - {"greedy"}
 OPTIONAL |= {f"sample_unfiltered{suffix}" for suffix in ("", "_embed", "_row")}
 
 
@@ -85,6 +87,9 @@ class ExecuTorchProgram(Program):
         for name in self._artifact.sampling_methods(self._program.method_names(), method, embed):
             self._load(name)
 
+    def load_change(self, method: str) -> None:
+        self._load(f"{method}_row")
+
     def prefill(self, tokens: np.ndarray, positions: np.ndarray, *row: np.ndarray) -> np.ndarray:
         return self._call("prefill", tokens, positions, *row)[0]
 
@@ -94,12 +99,21 @@ class ExecuTorchProgram(Program):
         return self.logits
 
     def select(self, logits: np.ndarray, buffer: int, choice: Choice = GREEDY) -> Selected:
+        self._change(logits, choice)
         name = choice.method + "_embed" * self.embedding
         outputs = self._call(name, logits, *choice.inputs, buffer=buffer)
         return Selected(outputs[0], outputs[-1])
 
     def select_row(self, logits: np.ndarray, choice: Choice) -> np.ndarray:
+        self._change(logits, choice)
         return self._call(f"{choice.method}_row", logits, *choice.inputs)[0]
+
+    def _change(self, logits: np.ndarray, choice: Choice) -> None:
+        """Change the logits in place. Rows without a change are not touched."""
+        for method, rows in choice.changes:
+            for row, inputs in rows.items():
+                place = logits[row : row + 1]
+                self.transfers.copy(self._call(f"{method}_row", place, *inputs)[0], place)
 
     def feed(self, token: np.ndarray, buffer: int) -> np.ndarray:
         return self._call("embed", token)[0] if self.embedding else token
@@ -233,6 +247,10 @@ def _signatures(manifest: dict) -> dict[str, tuple[list, list]]:
         types = PARAMETERS | {"position": np.int64}
         return [(name, np.dtype(dtype), (rows,)) for name, dtype in types.items()]
 
+    allowed = "allowed", np.dtype("uint8"), (1, mask_bytes(manifest["vocab_size"]))
+    # At most the whole vocabulary, each token once.
+    most = 1, manifest["vocab_size"]
+    adjusted = [(name, np.dtype(dtype), most) for name, dtype in ADJUSTED.items()]
     prompt = [("tokens", INT64, (1, chunk)), ("positions", INT64, (chunk,))]
     position = "position", INT64, (batch,)
     found = {
@@ -244,6 +262,8 @@ def _signatures(manifest: dict) -> dict[str, tuple[list, list]]:
         "sample": ([logits(batch), *sampling(batch)], [token(batch)]),
         "sample_unfiltered": ([logits(batch), *sampling(batch)], [token(batch)]),
         "decode_greedy": ([token(batch), position], [token(batch)]),
+        "mask_row": ([logits(1), allowed], [logits(1)]),
+        "adjust_row": ([logits(1), *adjusted], [logits(1)]),
     }
     for name in ("greedy", "sample", "sample_unfiltered"):
         inputs, outputs = found[name]

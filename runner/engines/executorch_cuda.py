@@ -128,6 +128,9 @@ class ExecuTorchCudaProgram(Program):
     def load_sampling(self, method: str, embed: bool) -> None:
         self._load(*self._artifact.sampling_methods(self.manifest["methods"], method, embed))
 
+    def load_change(self, method: str) -> None:
+        self._load(f"{method}_row")
+
     def begin(self, embed: bool, graph: bool = True, overlap: bool = True) -> None:
         super().begin(embed, graph, overlap)
         if embed:
@@ -147,12 +150,22 @@ class ExecuTorchCudaProgram(Program):
         return Selected(token, token)
 
     def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
+        self._change(logits, choice)
         name = choice.method + "_embed" * self.embedding
         outputs = self._call(name, (logits, *choice.inputs), buffer, "token")
         return Selected(outputs[0], outputs[-1])
 
     def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        self._change(logits, choice)
         return self._call(f"{choice.method}_row", (logits, *choice.inputs))[0]
+
+    def _change(self, logits: Tensor, choice: Choice) -> None:
+        """Change the logits in place. Rows without a change are not touched."""
+        for method, rows in choice.changes:
+            for row, inputs in rows.items():
+                place = logits[row : row + 1]
+                (changed,) = self._call(f"{method}_row", (place, *inputs))
+                self.transfers.copy(changed, place)
 
     def feed(self, token: Tensor, buffer: int) -> Tensor:
         return self._call("embed", (token,), buffer)[0] if self.embedding else token

@@ -53,6 +53,9 @@ class InductorProgram(Program):
         for name in self._artifact.sampling_methods(self.manifest["methods"], method, False):
             self._method(name)
 
+    def load_change(self, method: str) -> None:
+        self._method(f"{method}_row")
+
     def prefill(self, tokens: Tensor, positions: Tensor, *row: Tensor) -> Tensor:
         return self._call("prefill", tokens, positions, *row)
 
@@ -62,13 +65,21 @@ class InductorProgram(Program):
         return self.logits
 
     def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
+        self._change(logits, choice)
         token = self._buffers[buffer]
         self._call(choice.method, logits, *choice.inputs, token)
         return Selected(token, self.feed(token, buffer))
 
     def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        self._change(logits, choice)
         self._call(f"{choice.method}_row", logits, *choice.inputs, self._row_id)
         return self._row_id
+
+    def _change(self, logits: Tensor, choice: Choice) -> None:
+        """Change the logits in place. Rows without a change are not touched."""
+        for method, rows in choice.changes:
+            for row, inputs in rows.items():
+                self._call(f"{method}_row", logits[row : row + 1], *inputs)
 
     def feed(self, token: Tensor, buffer: int) -> Tensor:
         return self._call("embed", token) if self.embedding else token

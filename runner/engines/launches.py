@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenloop.runner.engines.device_logprobs import DeviceLogprobs
 from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.engines.launch_list import LaunchList, Method
-from tokenloop.runner.engines.step_graphs import StepGraphs
+from tokenloop.runner.engines.step_graphs import CHOICE, NETWORK, StepGraphs
 from tokenloop.runner.engines.tensors import explained, find_device, load_tensors
 from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
 from tokenloop.runner.logprobs import Logprobs
@@ -26,9 +26,12 @@ from tokenloop.runner.program import (
     Selected,
     Step,
 )
+from tokenloop.runner.restriction import ADJUSTED
 from tokenloop.runner.transfers import Transfers
 
 PREFILL = "prefill_"
+# What the methods that change logits take of step_inputs.
+TAKEN = {"mask": ("allowed",), "adjust": tuple(ADJUSTED)}
 # Kernels of longer chunks fill the processors by themselves. Those that begin early beside them
 # cost 3 % of 8,192 tokens' time, and save 2 % of 1,024 tokens'.
 OVERLAPPING_TOKENS = 1024
@@ -67,6 +70,13 @@ class LaunchProgram(Program):
             self.step_inputs = {
                 name: memory.new(np.zeros(batch, dtype)) for name, dtype in PARAMETERS.items()
             }
+            if "mask" in self.manifest["methods"]:
+                # Every row has a place.
+                places = self._list.inputs("mask") | self._list.inputs("adjust")
+                for name in ("allowed", *ADJUSTED):
+                    shape, dtype = places[name]
+                    place = torch.zeros(shape, dtype=dtype, device=self._device)
+                    self.step_inputs[name] = place
             if batch > 1:
                 lines = self.empty(self.manifest["max_seq_len"], batch).zero_()
                 self.step_inputs["lines"] = lines
@@ -140,6 +150,10 @@ class LaunchProgram(Program):
         for name in self._artifact.sampling_methods(self.manifest["methods"], method, embed):
             self._method(name)
 
+    def load_change(self, method: str) -> None:
+        for name in (method, f"{method}_row"):
+            self._method(name)
+
     def begin(self, embed: bool, graph: bool = True, overlap: bool = True) -> None:
         self.embedding, self._graph, self._overlap = embed, graph, overlap
 
@@ -151,21 +165,43 @@ class LaunchProgram(Program):
         self._graphs.submit(step, buffer, self.embedding, self._overlap)
         return Selected(self.next_id(buffer), self._fed(buffer))
 
-    def _run(self, step: Step, buffer: int) -> None:
-        """A step as it is captured."""
-        super().step(self._fed(1 - buffer), step, buffer)
+    def begin_step(self, fed: Tensor, step: Step, buffer: int) -> Tensor:
+        if not self._graph:
+            return super().begin_step(fed, step, buffer)
+        assert fed.data_ptr() == self._fed(1 - buffer).data_ptr()
+        self._graphs.submit(step, buffer, self.embedding, self._overlap, NETWORK)
+        return self.logits
+
+    def end_step(self, logits: Tensor, step: Step, buffer: int) -> Selected:
+        if not self._graph:
+            return super().end_step(logits, step, buffer)
+        self._graphs.submit(step, buffer, self.embedding, self._overlap, CHOICE)
+        return Selected(self.next_id(buffer), self._fed(buffer))
+
+    def _run(self, step: Step, buffer: int, part: str) -> None:
+        """A step, or a part of one, as it is captured."""
+        if part == CHOICE:
+            self.select(self.logits, buffer, step.choice)
+        elif part == NETWORK:
+            self.decode(self._fed(1 - buffer), step.positions)
+        else:
+            super().step(self._fed(1 - buffer), step, buffer)
 
     def decode(self, fed: Tensor, positions: Tensor) -> Tensor:
         hidden = fed if self.embedding else self._call("embed", fed)
         return self._call("decode_embedded", hidden, positions)
 
     def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
+        for method, _ in choice.changes:
+            self._call(method, logits, *(self.step_inputs[name] for name in TAKEN[method]))
         out = self._buffers[buffer]
         name = choice.method + "_embed" * self.embedding
         self._call(name, logits, *choice.inputs, *out[: 1 + self.embedding])
         return Selected(out[0], out[self.embedding])
 
     def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        for method, rows in choice.changes:
+            self._call(f"{method}_row", logits, *rows[0])
         self._call(f"{choice.method}_row", logits, *choice.inputs, self._row_id)
         return self._row_id
 
@@ -173,6 +209,10 @@ class LaunchProgram(Program):
     def logits(self) -> Tensor:
         """Those of the newest step, captured or not."""
         return self._method("decode_embedded").outputs[0]
+
+    def copied(self, logits: Tensor) -> Tensor:
+        with self._on_stream():
+            return logits.clone()
 
     def logprobs(
         self, logits: Tensor, token: Tensor, wanted: list[tuple[int, int]]

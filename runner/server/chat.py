@@ -11,6 +11,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.server.errors import ApiError
 from tokenloop.runner.server.fields import ChatFields
 from tokenloop.runner.server.reader import CallFormat, Reader, call_format, reasoning_format
+from tokenloop.runner.server.structure import grammar_for
 from tokenloop.runner.tokenizer import Tokenizer
 
 
@@ -23,15 +24,17 @@ class Chats:
         self.reasoning = reasoning_format(tokenizer.template_source() or "")
         self.calls = call_format(tokenizer.template_source(with_tools=True) or "")
 
-    def encode(self, fields: ChatFields) -> tuple[list[int], bool]:
-        """The prompt's ids, and whether it ends in reasoning that has begun. Errors: ApiError for
-        what the template does not take, RunnerError for what it refuses."""
+    def encode(self, fields: ChatFields) -> tuple[list[int], bool, str | None]:
+        """The prompt's ids, whether it ends in reasoning that has begun, and the grammar that the
+        answer follows. Errors: ApiError for what the template does not take, RunnerError for what
+        it refuses."""
         source = self._tokenizer.template_source(fields.given_tools is not None)
         if source is not None:
             self._check(fields, source)
         text = self._text(fields)
         is_open = self.reasoning is not None and text.rstrip().endswith(self.reasoning.begin)
-        return self._tokenizer.encode(text, add_special_tokens=False), is_open
+        grammar = grammar_for(fields, self._tokenizer, self.reasoning, self.calls, text)
+        return self._tokenizer.encode(text, add_special_tokens=False), is_open, grammar
 
     def shown_tokens(self, fields: ChatFields) -> tuple[str, ...]:
         """The control tokens that the answer is read by."""

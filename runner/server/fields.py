@@ -7,9 +7,9 @@ there, or unknown.
 
 import json
 import secrets
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from tokenloop.runner.request import MOST_LOGPROBS, Request, fault_of
 from tokenloop.runner.server.errors import ApiError
@@ -19,16 +19,14 @@ from tokenloop.runner.server.parsing import parse, shown
 # They say who asks, and what may be cached, and change no answer.
 HINTS = {"user", "safety_identifier", "prompt_cache_key"}
 # By name the values that ask for nothing. Null always asks for nothing.
-PENALTIES = {"frequency_penalty": [0], "presence_penalty": [0], "repetition_penalty": [1]}
-LACKING = PENALTIES | {"logit_bias": [{}], "min_p": [0], "service_tier": ["auto", "default"]}
+LACKING = {"min_p": [0], "service_tier": ["auto", "default"]}
 LACKING_IN_CHAT = LACKING | {
-    "response_format": [{"type": "text"}],
     "functions": [[]], "function_call": ["none", "auto"], "modalities": [["text"]],
     "audio": [], "prediction": [], "reasoning_effort": [], "verbosity": [],
     "web_search_options": [], "store": [False], "metadata": [{}],
 }  # fmt: skip
 LACKING_IN_COMPLETIONS = LACKING | {
-    "suffix": [], "best_of": [1],
+    "suffix": [], "best_of": [1], "response_format": [{"type": "text"}],
 }  # fmt: skip
 LACKING_IN_MESSAGES = {
     "name": [], "function_call": [], "refusal": [], "audio": [], "annotations": [[]],
@@ -60,6 +58,29 @@ def are_ids(prompt: list) -> bool:
     return bool(prompt) and all(type(i) is int for i in prompt)
 
 
+def by_token_id(bias: dict[str, float]) -> dict[str, float]:
+    for name in bias:
+        if not (name.isascii() and name.isdecimal()):
+            raise ValueError("the keys must be token ids")
+    return bias
+
+
+class JsonSchema(Fields):
+    """The schema of a json_schema. `name`, `description` and `strict` change nothing: the answer
+    always fits it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    # BaseModel has a method of that name.
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {"type": "object"}
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class StreamOptions(Fields):
     include_usage: bool = False
 
@@ -78,11 +99,15 @@ class Asked(Fields):
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stop: Annotated[list[Stop], BeforeValidator(several_stops)] = []
+    logit_bias: Annotated[dict[str, float], AfterValidator(by_token_id)] = {}
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     def requests(
-        self, prompt_ids: list[int], limit: int, shown_tokens: tuple[str, ...]
+        self, prompt_ids: list[int], limit: int, shown_tokens: tuple[str, ...], grammar: str | None
     ) -> list[Request]:
         """A request for each of the `n` choices. They differ in their seeds: the first has `seed`,
         and the others the numbers after it. Without a seed it is drawn."""
@@ -93,18 +118,25 @@ class Asked(Fields):
             "max_new_tokens": limit, "temperature": self.temperature, "top_k": self.top_k,
             "top_p": self.top_p, "stop": tuple(self.stop), "logprobs": self.alternatives,
             "prompt_logprobs": self.echoes and self.alternatives is not None,
-            "shown_tokens": shown_tokens,
+            "shown_tokens": shown_tokens, "grammar": grammar, **self.adjustments,
         }  # fmt: skip
         return [Request(prompt_ids, seed=seed, **parameters) for seed in seeds]
 
     def check(self) -> None:
         """Errors: ApiError for values that only together, or for the runner, are wrong."""
-        for name in ("temperature", "top_p", "top_k", "seed"):
-            value = getattr(self, name)
+        values = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed")}
+        for name, value in (values | self.adjustments).items():
             if value is not None and (fault := fault_of(name, value)):
-                raise ApiError(400, f"{name} is {value}; {fault}", name)
+                raise ApiError(400, f"{name} is {shown(getattr(self, name))}; {fault}", name)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only for stream true", "stream_options")
+
+    @property
+    def adjustments(self) -> dict[str, Any]:
+        """What changes logits, by the names that a Request has for it."""
+        bias = {int(token_id): value for token_id, value in self.logit_bias.items()}
+        names = "frequency_penalty", "presence_penalty", "repetition_penalty"
+        return {"logit_bias": bias or None} | {name: getattr(self, name) for name in names}
 
 
 class ChatFields(Asked):
@@ -116,6 +148,7 @@ class ChatFields(Asked):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
     tools: list[GivenTool] = []
     tool_choice: str | dict[str, Any] = "auto"
+    response_format: ResponseFormat = ResponseFormat(type="text")
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
 
@@ -123,15 +156,12 @@ class ChatFields(Asked):
         super().check()
         for number, message in enumerate(self.messages):
             message.check(f"messages[{number}]")
-        if self.tool_choice not in ("auto", "none"):
+        self._check_tools()
+        wanted = self.response_format
+        if (wanted.type == "json_schema") != (wanted.json_schema is not None):
             raise ApiError(
-                400, f"tool_choice is {shown(self.tool_choice)}; it is not supported (only "
-                '"auto" or "none")', "tool_choice", "unsupported_parameter",
-            )  # fmt: skip
-        if self.given_tools is not None and not self.parallel_tool_calls:
-            raise ApiError(
-                400, "parallel_tool_calls is false; it is not supported with tools (only true)",
-                "parallel_tool_calls", "unsupported_parameter",
+                400, "response_format.json_schema must be there for the type json_schema, and for "
+                "no other", "response_format.json_schema",
             )  # fmt: skip
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs is only for logprobs true", "top_logprobs")
@@ -141,11 +171,67 @@ class ChatFields(Asked):
                 "max_tokens",
             )  # fmt: skip
 
+    def _check_tools(self) -> None:
+        if self.tool_choice not in ("auto", "none", "required") and self.named_tool is None:
+            raise ApiError(
+                400, f"tool_choice is {shown(self.tool_choice)}; it must be \"auto\", \"none\", "
+                "\"required\" or a function", "tool_choice",
+            )  # fmt: skip
+        if self.must_call and self.response_format.type != "text":
+            raise ApiError(
+                400, "response_format is given, and tool_choice asks for calls alone: give one",
+                "response_format",
+            )  # fmt: skip
+        names = [tool["function"]["name"] for tool in self.tools]
+        if self.must_call and (not names or self.named_tool not in (None, *names)):
+            raise ApiError(
+                400, f"tool_choice is {shown(self.tool_choice)}; tools must have "
+                f"{'some' if self.named_tool is None else 'it'}", "tool_choice",
+            )  # fmt: skip
+        if self.given_tools is None or self.must_call:
+            return
+        # Nothing would make sure of them.
+        if not self.parallel_tool_calls:
+            raise ApiError(
+                400, "parallel_tool_calls is false; it is not supported with tools (only true) "
+                "unless tool_choice asks for calls", "parallel_tool_calls", "unsupported_parameter",
+            )  # fmt: skip
+        for number, tool in enumerate(self.tools):
+            if tool["function"].get("strict"):
+                param = f"tools[{number}].function.strict"
+                raise ApiError(
+                    400, f"{param} is true; it is not supported (only false, which asks for "
+                    "nothing) unless tool_choice asks for calls", param, "unsupported_parameter",
+                )  # fmt: skip
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one function that must be called, if tool_choice names one."""
+        match self.tool_choice:
+            case {"type": "function", "function": {"name": str(name), **rest}, **more} if (
+                not rest and not more
+            ):
+                return name
+        return None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be calls of tools."""
+        return self.tool_choice == "required" or self.named_tool is not None
+
+    @property
+    def wanted_schema(self) -> dict[str, Any] | None:
+        """The schema that the answer must fit, if it must be JSON."""
+        wanted = self.response_format
+        if wanted.type == "text":
+            return None
+        return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
+
     @property
     def given_tools(self) -> list[dict] | None:
         """The tools that the template is given, if it is given any. With tool_choice "none" it is
         not, so that the model knows of none."""
-        return self.tools if self.tools and self.tool_choice == "auto" else None
+        return self.tools if self.tools and self.tool_choice != "none" else None
 
     @property
     def limit(self) -> int | None:

@@ -53,8 +53,8 @@ class Generating:
         param = "messages" if isinstance(fields, ChatFields) else "prompt"
         try:
             # A template may take seconds.
-            prompts, is_open = await asyncio.to_thread(self._encode, fields)
-            tickets = self._submit(fields, prompts, param)
+            prompts, is_open, grammar = await asyncio.to_thread(self._encode, fields)
+            tickets = self._submit(fields, prompts, grammar, param)
         except RunnerError as error:
             raise ApiError(400, str(error), param) from None
         is_chat = isinstance(fields, ChatFields)
@@ -81,14 +81,44 @@ class Generating:
             await unless_gone(request.receive, exhaust(pieces))
         return json_response(answer.whole(prompt_tokens))
 
-    def _encode(self, fields: ChatFields | CompletionFields) -> tuple[list[list[int]], bool]:
-        """The ids of each prompt, and whether a chat's begins the reasoning. Errors: ApiError, and
-        RunnerError for text that cannot be a prompt."""
+    def _encode(
+        self, fields: ChatFields | CompletionFields
+    ) -> tuple[list[list[int]], bool, str | None]:
+        """The ids of each prompt, whether a chat's begins the reasoning, and the grammar that its
+        answer follows. Errors: ApiError, and RunnerError for text that cannot be a prompt."""
+        self._check_restrictions(fields)
         if isinstance(fields, ChatFields):
-            ids, is_open = self.chats.encode(fields)
-            return [ids], is_open
+            ids, is_open, grammar = self.chats.encode(fields)
+            if grammar is not None:
+                param = "tool_choice" if fields.must_call else "response_format"
+                try:
+                    # It is compiled here, and kept for when the request is submitted.
+                    self._model.grammars.matcher(Request(ids, grammar=grammar))
+                except RunnerError as error:
+                    raise ApiError(400, f"{param}: {error}", param) from None
+            return [ids], is_open, grammar
         encode = self._model.tokenizer.encode
-        return [encode(p) if isinstance(p, str) else p for p in fields.prompt], False
+        return [encode(p) if isinstance(p, str) else p for p in fields.prompt], False, None
+
+    def _check_restrictions(self, fields: ChatFields | CompletionFields) -> None:
+        """Errors: ApiError for what this artifact has no method for, and ids that there are not."""
+        methods = self._model.manifest["methods"]
+        asked = dict.fromkeys(Request([], **fields.adjustments).adjusts, "adjust_row")
+        if isinstance(fields, ChatFields):
+            if fields.wanted_schema is not None:
+                asked["response_format"] = "mask_row"
+            if fields.must_call:
+                asked["tool_choice"] = "mask_row"
+        for name, method in asked.items():
+            if method not in methods:
+                raise ApiError(
+                    400, f"{name}: this artifact has no method {method}: export it again", name,
+                    "unsupported_parameter",
+                )  # fmt: skip
+        beyond = [i for i in map(int, fields.logit_bias) if i >= self._model.vocab_size]
+        if beyond:
+            reason = f"the token id {beyond[0]} is beyond {self._model.vocab_size - 1}, the last"
+            raise ApiError(400, f"logit_bias: {reason}", "logit_bias")
 
     def _echoes(self, fields: ChatFields | CompletionFields, prompts: list[list[int]]) -> list[str]:
         """The prompt's text for each choice, if it is asked for."""
@@ -99,8 +129,9 @@ class Generating:
         return [text for text in texts for _ in range(fields.n)]
 
     def _submit(
-        self, fields: ChatFields | CompletionFields, prompts: list[list[int]], param: str
-    ) -> list[Ticket]:
+        self, fields: ChatFields | CompletionFields, prompts: list[list[int]],
+        grammar: str | None, param: str,
+    ) -> list[Ticket]:  # fmt: skip
         """A ticket for each choice, in their order. Errors: ApiError, RunnerError."""
         most = self._model.max_seq_len
         for ids in prompts:
@@ -124,7 +155,7 @@ class Generating:
         is_chat = isinstance(fields, ChatFields)
         shown_tokens = self.chats.shown_tokens(fields) if is_chat else ()
         for ids in prompts:
-            requests += fields.requests(ids, fields.limit or most, shown_tokens)
+            requests += fields.requests(ids, fields.limit or most, shown_tokens, grammar)
         room = self._engine.rows + self._engine.max_queue
         if len(requests) > room:
             reason = f"{len(requests)} choices are asked for; {room} are the most"
@@ -183,8 +214,9 @@ class Generating:
         except EngineError as error:
             raise ApiError(500, str(error)) from None
         except RunnerError as error:
-            # The artifact cannot sample.
-            raise ApiError(400, str(error), "temperature") from None
+            # The artifact cannot sample, or the grammar cannot be followed any further.
+            param = "temperature" if ticket.request.grammar is None else "response_format"
+            raise ApiError(400, str(error), param) from None
         if ticket.finish_reason == "timeout":
             raise ApiError(504, f"it took more than {self._timeout_s:g} s", code="timeout")
         if ticket.finish_reason == "cancelled":

@@ -41,12 +41,6 @@ def object_as_text(arguments: str) -> str:
     return arguments
 
 
-def is_not_strict(strict: bool | None) -> bool | None:
-    if strict:
-        raise ValueError("it is not supported (only false, which asks for nothing)")
-    return strict
-
-
 class CalledFunction(Fields):
     name: Annotated[str, Field(min_length=1)]
     arguments: Annotated[str, AfterValidator(object_as_text)]
@@ -99,7 +93,7 @@ class Function(Fields):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[bool | None, AfterValidator(is_not_strict)] = None
+    strict: bool | None = None
 
 
 class Tool(Fields):

@@ -7,6 +7,8 @@ Launches depend on shapes alone and nothing is read back, so they can be capture
     sample     the same 2; 7 where rows have a top_k or top_p: between them the row's bins, the plan
                of what to search, a list of that, the cutoff, the bounds
     ..._embed  as many: the last one looks up the tokens' embeddings as well
+    mask       1, before these, where a row has a grammar
+    adjust     1, before that, where a row has penalties or biases
 """
 
 import torch
@@ -17,6 +19,7 @@ from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.sampler.kernels.triton_bins import PLAN, bins_kernel, list_kernel, plan_kernel
 from tokenloop.sampler.kernels.triton_cutoff import cutoff_kernel
 from tokenloop.sampler.kernels.triton_maxima import bounds_kernel, tile_maxima_kernel
+from tokenloop.sampler.kernels.triton_restrict import adjust_kernel, mask_kernel
 from tokenloop.sampler.kernels.triton_token import token_kernel
 
 # 4 KiB of float32 to a program: a vocabulary of 262,144 alone makes 256 of them.
@@ -37,6 +40,8 @@ BINS = 2048
 # CHUNK tokens at once, by this many warps.
 FEW, CHUNK, CUTOFF_WARPS = 128, 512, 16
 PLAN_WARPS = 8
+# Tokens of a row that a program adjusts.
+ADJUSTED = 1024
 
 
 def _tile_maxima(
@@ -168,6 +173,26 @@ def sample_embed(
     arguments = logits, temperature, top_k, top_p, seed, position
     written = {"out": next_id, "table": table, "hidden": hidden, "scale": scale}
     _sampled(*arguments, restricted, tile, **written)
+
+
+@operator("mask", mutates_args={"logits"})
+def mask(logits: Tensor, allowed: Tensor) -> None:
+    """sampler.restrict.mask in place: logits float32 [B, V], allowed uint8 [B, W], contiguous. Rows
+    whose bits are all 1 are not touched."""
+    batch, vocab_size = logits.shape
+    launch(mask_kernel, (triton.cdiv(vocab_size, TILE), batch))(
+        logits, allowed, vocab_size, logits.stride(0), allowed.shape[1], TILE=TILE
+    )
+
+
+@operator("adjust", mutates_args={"logits"})
+def adjust(logits: Tensor, ids: Tensor, scale: Tensor, bias: Tensor) -> None:
+    """sampler.restrict.adjust in place: logits float32 [B, V], ids int64 [B, K], scale and bias
+    float32 [B, K], contiguous. An id of -1 stands for none; no two of a row are equal but these."""
+    batch, count = ids.shape
+    launch(adjust_kernel, (triton.cdiv(count, ADJUSTED), batch))(
+        logits, ids, scale, bias, count, logits.stride(0), BLOCK=ADJUSTED
+    )
 
 
 def _sampled(

@@ -274,7 +274,7 @@ def digests(directory: Path) -> dict:
 
 
 METHODS = [
-    *("decode", "decode_embedded", "embed", "greedy", "greedy_embed"),
+    *("adjust_row", "decode", "decode_embedded", "embed", "greedy", "greedy_embed", "mask_row"),
     *("prefill", "sample", "sample_embed"),
 ]
 

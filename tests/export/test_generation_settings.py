@@ -11,6 +11,7 @@ from tokenloop.export.checkpoint import Checkpoint
 from tokenloop.export.checkpoint.generation_settings import (
     DIRECTORY_KEYS,
     GGUF_KEYS,
+    OF_REQUESTS,
     unread_settings,
 )
 
@@ -21,7 +22,7 @@ def note(directory: Path, **settings) -> str | None:
 
 
 def test_keys_are_those_of_the_formats_and_their_defaults_ask_for_nothing(tmp_path):
-    assert DIRECTORY_KEYS.keys() <= vars(GenerationConfig()).keys()
+    assert {*DIRECTORY_KEYS, *OF_REQUESTS} <= vars(GenerationConfig()).keys()
     defaults = GenerationConfig._get_default_generation_params()
     assert note(tmp_path, **{key: defaults.get(key) for key in DIRECTORY_KEYS}) is None
     sampling = vars(gguf.Keys.General)
@@ -31,11 +32,15 @@ def test_keys_are_those_of_the_formats_and_their_defaults_ask_for_nothing(tmp_pa
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"repetition_penalty": 1.05, "temperature": 0.7}, "asks for repetition_penalty = 1.05, w"),
+        ({"repetition_penalty": 1.05, "temperature": 0.7},
+         "asks for repetition_penalty = 1.05, which no artifact does by itself: give "
+         "--repetition-penalty 1.05"),
+        ({"repetition_penalty": 1.1, "num_beams": 4},
+         "num_beams = 4, which is not built: texts are without it; and for repetition_penalty = 1"),
         ({"suppress_tokens": [3], "num_beams": 4}, "asks for num_beams = 4, suppress_tokens = "),
         ({"stop_strings": "END"}, "stop_strings = 'END', which is not built: texts are without it"),
     ],
-)
+)  # fmt: skip
 def test_what_changes_a_greedy_text_is_named(tmp_path, settings, words):
     assert words in note(tmp_path, **settings)
 

@@ -17,8 +17,9 @@ from tokenloop.export.launches.cubins import Variant, compile_variants  # noqa: 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ("--device", "cuda", "--max-seq-len", 200, "--max-prefill", 128)
 METHODS = {
-    "decode_embedded", "embed", "greedy", "greedy_embed", "next_positions", "prefill_128",
-    "prefill_64", "sample", "sample_embed", "sample_unfiltered", "sample_unfiltered_embed",
+    "adjust", "adjust_row", "decode_embedded", "embed", "greedy", "greedy_embed", "mask",
+    "mask_row", "next_positions", "prefill_128", "prefill_64", "sample", "sample_embed",
+    "sample_unfiltered", "sample_unfiltered_embed",
 }  # fmt: skip
 
 

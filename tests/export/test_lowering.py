@@ -9,12 +9,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.export.replay import replay  # noqa: E402
 from tests.export.test_fused import DEVICE, SHAPE  # noqa: E402
+from tests.sampler.test_restrict import random_bits  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.export.launches.lowering import Slot, lower, names_of, plan  # noqa: E402
 from tokenloop.export.launches.methods import selection_methods  # noqa: E402
 from tokenloop.export.tensors import tensors_of  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
+from tokenloop.sampler.restrict import adjust, mask  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
 
@@ -70,6 +72,28 @@ def test_lowered_selection_writes_the_token_and_its_embedding():
         assert torch.equal(token[:, 0], values[0].argmax(-1)), name
         if name == "greedy_embed":
             assert torch.equal(values[2], network.embed(token))
+
+
+@pytest.mark.parametrize("suffix", ["", "_row"])
+def test_lowered_changes_are_made_in_the_logits_that_are_given(suffix):
+    rows, network = (1 if suffix else 2), make_network()
+    methods = selection_methods(network.model, 2, 37, 24, 9)
+    logits = torch.randn(rows, 37, generator=torch.Generator().manual_seed(0))
+    bits = random_bits(rows, 37)
+    ids = torch.full((rows, 37), -1)
+    ids[:, :2] = torch.tensor([5, 36])
+    scale, bias = torch.full((rows, 37), 1.5), torch.full((rows, 37), 0.25)
+    expected = {
+        "mask": mask(logits, bits),
+        "adjust": adjust(logits, ids[:, :2], scale[:, :2], bias[:, :2]),
+    }
+    for name, changes in {"mask": [bits], "adjust": [ids, scale, bias]}.items():
+        method, inputs = methods[name + suffix]
+        assert [x.shape for x in inputs.values()] == [x.shape for x in (logits, *changes)]
+        (lowered,) = lower(method, [tuple(inputs.values())], {})
+        given = logits.to(DEVICE, copy=True)
+        assert replay(lowered, [given, *(x.to(DEVICE) for x in changes)], {}) == []
+        assert torch.equal(given.cpu(), expected[name]), name
 
 
 slots = st.lists(

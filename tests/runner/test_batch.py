@@ -118,7 +118,7 @@ class Oracle(Program):
 
     def _choose(self, out, logits, choice):
         assert len(logits) == len(out)
-        method, inputs = choice
+        method, inputs, _ = choice
         types = [] if method == "greedy" else [*PARAMETERS.values(), np.int64]
         assert [(x.dtype, x.shape) for x in inputs] == [(t, (len(out),)) for t in types]
         self.selected_by.append(method)
@@ -165,6 +165,7 @@ class Sequence:
     finish_reason: str | None = None
     logprobs: list = field(default_factory=list)
     prompt_logprobs: list = field(default_factory=list)
+    restriction: None = None
 
     def expected(self) -> list[int]:
         return alone(self.prompt_ids, min(self.limit, self.wanted), self.request)

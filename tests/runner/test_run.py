@@ -445,6 +445,11 @@ def test_chat_with_a_base_model_is_refused(run):
         (("--top-p", 0), "--top-p is 0.0; it must be above 0 and at most 1"),
         (("--seed", 2**63), "--seed is 9223372036854775808; it must be an integer of 64 bits"),
         (("--stop", ""), "each must be a text of at least one character"),
+        (("--repetition-penalty", 0), "--repetition-penalty is 0.0; it must be a finite number a"),
+        (("--presence-penalty", "inf"), "--presence-penalty is inf; it must be a finite number"),
+        (("--logit-bias", "70"), "70 is no token id with a number to add, such as 15043+1.5"),
+        (("--logit-bias", "70+1e999"), "--logit-bias is {70: inf}; it must be a finite number"),
+        (("--json-object", "--json-schema", "x"), "--json-schema says what the JSON is"),
         (("--feed", "carrier-pigeon"), "invalid choice: 'carrier-pigeon'"),
         (("--positions", "alias"), "invalid choice: 'alias'"),
         (("-", "-"), "- is given twice"),
@@ -560,6 +565,44 @@ def test_each_line_of_a_jsonl_file_overrides_the_flags(run, run_batch):
     ]
     for entry, alone in zip(found, expected):
         assert {**entry, "stats": alone["stats"]} == alone
+
+
+SCHEMA = {"type": "array", "items": {"enum": [1, "b"]}, "minItems": 2, "maxItems": 3}
+
+
+def test_the_output_is_json_with_biases_and_penalties_as_the_flags_ask(run, run_batch, tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    (entry,) = lines(run("--json", "--json-schema", "schema.json", "--temperature", 1.2))
+    assert len(json.loads(entry["text"])) in (2, 3) and entry["finish_reason"] == "stop"
+    flags = ("--json", "--max-new-tokens", 12)
+    choosing = ("--repetition-penalty", 1.5, "--presence-penalty", 0.5)
+    choosing += ("--frequency-penalty", -0.2, "--logit-bias", "70+2.5", "--logit-bias", "71-100")
+    (plain,), (changed,) = lines(run(*flags, "x")), lines(run(*flags, *choosing, "x"))
+    assert plain["token_ids"] != changed["token_ids"]
+    line = {
+        "prompt": "x", "repetition_penalty": 1.5, "presence_penalty": 0.5,
+        "frequency_penalty": -0.2, "logit_bias": {"70": 2.5, "71": -100},
+    }  # fmt: skip
+    text = f"{json.dumps(line)}\n" + json.dumps({"prompt": "x", "json_schema": SCHEMA})
+    found = lines(run_batch(text, *flags, "--batch", 2, name="prompts.jsonl"))
+    assert found[0]["token_ids"] == changed["token_ids"]
+    assert set(found[1]["text"]) <= set('[1,"b] \n')
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "--json-schema schema.json is not JSON: "),
+        ("[]", "--json-schema schema.json holds no JSON schema; an object is right"),
+        ('{"type": 5}', "json_schema cannot be followed: "),
+        (None, "--json-schema schema.json: No such file or directory"),
+    ],
+)
+def test_a_file_that_holds_no_schema_is_named(run, tmp_path, content, words):
+    (tmp_path / "schema.json").unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / "schema.json").write_text(content)
+    assert_error(run("--json-schema", "schema.json"), words)
 
 
 def test_an_empty_file_of_prompts_gives_nothing(run_batch):

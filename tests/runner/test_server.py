@@ -323,25 +323,63 @@ def test_a_prompts_own_log_probabilities_are_refused_where_it_is_packed():
 # What is refused
 
 
+def response_format(schema) -> dict:
+    return {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    }
+
+
+@pytest.mark.parametrize("fields", [
+    {"frequency_penalty": 1}, {"logit_bias": {"5": 1}}, {"response_format": {"type": "json_object"}}
+], ids=str)  # fmt: skip
+def test_what_an_older_artifact_has_no_method_for_is_refused_by_name(fields):
+    model = text_model()
+    model.manifest["methods"] = []
+    (param,) = fields
+    with running(model) as server:
+        error = refusal_of(server.post(CHAT, HELLO | fields))
+        assert error["param"] == param and "has no method" in error["message"]
+        assert server.post(CHAT, HELLO)[0] == 200
+
+
+def test_penalties_and_biases_change_the_answer_and_none_of_those_beside_it(server):
+    def answer(**fields):
+        body = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0} | fields
+        return json.loads(server.post("/v1/completions", body)[2])["choices"][0]["text"]
+
+    plain = answer()
+    bias = {"logit_bias": {"7": 100}}
+    assert answer(**bias) == TextTokenizer().decode([7] * 20) != plain
+    # Any other token is as likely as the one that was taken, from the second on.
+    assert len(set(answer(**bias, frequency_penalty=100))) > 1
+    assert answer() == plain == answer(logit_bias={}, presence_penalty=0, repetition_penalty=1)
+
+
 @pytest.mark.parametrize(
     ("change", "param", "reason"),
     [
         ({"logprobs": 0}, "logprobs", "valid boolean"),
         ({"top_logprobs": 3}, "top_logprobs", "only for logprobs true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "it is not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "it is not supported (only 0, which"),
-        ({"presence_penalty": False}, "presence_penalty", "it is not supported"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty", "it is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "it is not supported"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "the keys must be token ids"),
+        ({"logit_bias": {"97": 1}}, "logit_bias", "the token id 97 is beyond 96, the last"),
+        ({"logit_bias": {"5": 1e39}}, "logit_bias", "finite number for each"),
+        ({"frequency_penalty": 1e39}, "frequency_penalty", "it must be a finite number"),
+        ({"presence_penalty": False}, "presence_penalty", "valid number"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "a finite number above 0"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object' or 'json_s"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "must be th"),
+        (response_format({"type": "strin"}), "response_format", "Invalid type: strin"),
+        (response_format({"not": {}}), "response_format", "Unimplemented keys: "),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "is missing"),
         ({"tools": [{"type": "web"}]}, "tools[0].type", "'function'"),
         ({"tools": [TOOL | {"x": 1}]}, "tools[0].x", "no field"),
         ({"tools": [STRICT_TOOL]}, "tools[0].function.strict", "it is not supported"),
         ({"tools": [TOOL]}, "tools", "chat template has no tools"),
         ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls", "not supported"),
-        ({"tool_choice": "required"}, "tool_choice", "it is not supported"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice", "it is not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "tools must have some"),
+        ({"tool_choice": "always"}, "tool_choice", '"required" or a function'),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", '"required" or a function'),
         ({"functions": [{}]}, "functions", "it is not supported"),
         ({"chat_template_kwargs": {"enable_thinking": True}},
          "chat_template_kwargs.enable_thinking", "template has no enable_thinking"),

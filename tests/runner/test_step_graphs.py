@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tokenloop.runner.engines.step_graphs import StepGraphs
+from tokenloop.runner.engines.step_graphs import CHOICE, NETWORK, WHOLE, StepGraphs
 from tokenloop.runner.engines.torch_memory import TorchMemory
-from tokenloop.runner.program import GREEDY, Choice, Step
+from tokenloop.runner.program import GREEDY, Change, Choice, Step
 from tokenloop.runner.transfers import Transfers
 
 LINES = torch.tensor([[3, 0], [4, 1], [5, 0], [6, 0]])
@@ -56,15 +56,17 @@ class Device:
 
     def __init__(self):
         self.ran, self.transfers = [], Transfers(TorchMemory(torch.device("cpu")))
+        self.parts = []
         self.graphs = StepGraphs(
             submitted(self.run), submitted(self.next_positions), LINES, torch.arange(9), PARAMETERS,
             self.transfers, None, [],
         )  # fmt: skip
 
-    def run(self, step, buffer):
-        method, inputs = step.choice
+    def run(self, step, buffer, part):
+        method, inputs, changes = step.choice
         inputs = [x.tolist() for x in inputs]
         self.ran.append((buffer, method, step.positions.tolist(), inputs))
+        self.parts.append((part, *(change.method for change in changes)))
 
     def next_positions(self, lines, next_line, position):
         position.copy_(lines[next_line.item()])
@@ -131,3 +133,23 @@ def test_each_kind_of_step_is_captured_once_and_then_replayed(device):
         assert len(graphs) == len(kinds)
         # The first time the step runs as it is.
         assert {graph.replays for graph in graphs} == {times - 1}
+
+
+def test_the_parts_of_a_step_take_one_line_and_every_kind_of_choice_is_captured(device):
+    changes = [(), (Change("mask", {}),), (Change("adjust", {}), Change("mask", {}))]
+    for _ in range(3):
+        for number, change in enumerate(changes):
+            line = number % 3
+            device.graphs.submit(Step(LINES[line], line, GREEDY), 0, True, True, NETWORK)
+            choice = Choice("sample", (), change)
+            device.graphs.submit(Step(LINES[line], line, choice), 0, True, True, CHOICE)
+            # A whole step goes on with the line after it.
+            device.submit(line + 1, 1)
+            names = [one.method for one in change]
+            assert device.parts[-3:] == [(NETWORK,), (CHOICE, *names), (WHOLE,)]
+            (network, chosen) = device.ran[-2:]
+            assert network[2] == chosen[2] == LINES[line].tolist()
+            assert chosen[3][-1] == LINES[line].tolist()
+        assert len(device.graphs._graphs) == 1 + len(changes) + 1
+    # Each network's line but the very first is another than the one after the last.
+    assert device.transfers.device_to_device.count == 8

@@ -4,9 +4,11 @@ that it should, and its template is one of the shape of Qwen3's, which renders i
 
 import asyncio
 import json
+from typing import Annotated, Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.serving import EchoTokenizer, echo_model, events_of, running
 from tokenloop.runner.server.chat import Chats
@@ -129,6 +131,113 @@ def test_tools_calls_and_what_they_gave_reach_the_template(server, client):
     )
     assert second.choices[0].message.content == "Take care"
     assert second.choices[0].finish_reason == "stop"
+
+
+# What an answer must be
+
+
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=4)]
+    kind: Literal["one", "two"]
+    tags: Annotated[list[bool], Field(max_length=2)]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "{nonsense", "<think>Hm</think>Well, [1]"])
+def test_an_answer_fits_its_schema_whatever_the_model_would_say(client, text):
+    parsed = client.chat.completions.parse(**asked(text), response_format=Person, n=2)
+    for choice in parsed.choices:
+        assert choice.finish_reason == "stop" and isinstance(choice.message.parsed, Person)
+        reasoning = getattr(choice.message, "reasoning_content", None)
+        assert reasoning == ("Hm" if "Hm" in text else None)
+    with client.chat.completions.stream(**asked(text), response_format=Person) as stream:
+        (choice,) = stream.get_final_completion().choices
+    assert choice.message.parsed == parsed.choices[0].message.parsed
+
+
+def test_an_answer_that_fits_its_schema_is_left_as_it_is(client):
+    for text in (
+        '{"name": "x]", "kind": "two", "tags": []}',
+        '{\n  "name":"","kind":"one","tags":[]\n}',
+    ):
+        (choice,) = client.chat.completions.parse(**asked(text), response_format=Person).choices
+        assert choice.message.content == text
+    text = '{"any": [1, {"k": null}]}'
+    (choice,) = client.chat.completions.create(
+        **asked(text), response_format={"type": "json_object"}
+    ).choices
+    assert choice.message.content == text
+
+
+def test_reasoning_that_the_prompt_has_begun_comes_before_the_json(client):
+    text = '<think>\nHm {"\n</think>\n\n{"name": "", "kind": "one", "tags": [true]}'
+    (choice,) = client.chat.completions.parse(
+        **asked(text), response_format=Person, **BEGIN_THINKING
+    ).choices
+    assert choice.message.reasoning_content == 'Hm {"'
+    assert choice.message.parsed == Person(name="", kind="one", tags=[True])
+
+
+ROUTE = {
+    "type": "function",
+    "function": {
+        "name": "route", "strict": True,
+        "parameters": {
+            "type": "object", "required": ["by"], "additionalProperties": False,
+            "properties": {"by": {"enum": ["car", "train"]}},
+        },
+    },
+}  # fmt: skip
+NAMED = {"type": "function", "function": {"name": "route"}}
+
+
+@pytest.mark.parametrize("tool_choice", ["required", NAMED], ids=str)
+@pytest.mark.parametrize("text", ["<to", "<tool_call>No.", f"<think>Hm</think>{PARIS}"])
+def test_a_tool_is_called_whatever_the_model_would_say(client, tool_choice, text):
+    tools = [ROUTE] if tool_choice == "required" else [WEATHER, ROUTE]
+    body = asked(text, tools=tools, tool_choice=tool_choice, parallel_tool_calls=False)
+    message, reason = whole(client, **body)
+    (call,) = message["tool_calls"]
+    assert call["name"] == "route" and json.loads(call["arguments"])["by"] in ("car", "train")
+    assert message["content"] == "" and reason == "tool_calls"
+    assert streamed(client, **body) == (message, reason)
+
+
+def test_calls_that_the_model_would_make_are_left_as_they_are(client):
+    body = asked(f"{PARIS}\n{ROME}", tools=[WEATHER], tool_choice="required")
+    message, _ = whole(client, **body)
+    assert [json.loads(c["arguments"])["city"] for c in message["tool_calls"]] == ["Paris", "Rome"]
+    # Beside tools that may be called an answer can be either.
+    for text, calls in (PARIS, 1), ('{"kind": "one"}', 0):
+        message, _ = whole(
+            client, **asked(text, tools=[WEATHER], response_format={"type": "json_object"})
+        )
+        assert len(message["tool_calls"]) == calls and message["content"] == ("", text)[not calls]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": NAMED}, "tool_choice"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}},
+         "response_format"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [ROUTE]}, "tools[0].function.strict"),
+    ],
+)  # fmt: skip
+def test_what_nothing_would_make_sure_of_is_refused(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**asked("", tools=[WEATHER]) | fields)
+    assert refused.value.param == param
+
+
+def test_calls_in_a_form_that_has_no_grammar_are_refused_where_they_must_come():
+    with running(echo_model("<|tool_call>call: {{ tools }}{{ messages[0].content }}")) as server:
+        for fields in {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}:
+            status, _, data = server.post(
+                "/v1/chat/completions", asked("", tools=[WEATHER]) | fields
+            )
+            (param,) = fields
+            assert status == 400 and json.loads(data)["error"]["param"] == param
 
 
 def test_choices_and_the_helper_for_streams_tell_calls_apart(client):
