@@ -38,7 +38,7 @@ class RowState:
             kind = name.rpartition(".")[2]
             if kind in OF_NO_ROW:
                 continue
-            if kind not in CACHES | RUNNING:
+            if kind not in CACHES | RUNNING or any(len(piece.shape) < 2 for piece in pieces):
                 raise RunnerError(
                     f"the state has the tensor {name}, and it is not known how it goes on: no "
                     "prompt's beginning can be kept"
