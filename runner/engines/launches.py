@@ -198,7 +198,9 @@ class LaunchProgram(Program):
 
     def _method(self, name: str) -> Method:
         if name not in self._methods:
-            self._methods[name] = self._list.method(name)
+            # Its outputs are cleared on the stream that writes them, not at some later time.
+            with self._on_stream():
+                self._methods[name] = self._list.method(name)
         return self._methods[name]
 
     def _call(self, name: str, *inputs: Tensor) -> Tensor | None:

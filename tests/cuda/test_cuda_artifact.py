@@ -161,8 +161,9 @@ def test_the_kernels_of_a_step_overlap(package, monkeypatch):
         dependent_launch, "let_overlap", lambda *given: counts.append(let_overlap(*given))
     )
     runner.load(package)
-    # Of each of the two graphs that are captured when it is loaded all but the first kernel's.
-    assert len(counts) == 2 and min(counts) > 10
+    # Of each of the two steps that are captured when it is loaded all but the first kernel's. The
+    # chunks' graphs follow.
+    assert len(counts) > 2 and min(counts[:2]) > 10
 
 
 def test_feeding_the_embedding_saves_a_kernel_in_each_step(model):

@@ -164,6 +164,17 @@ def test_steps_give_the_same_bits_every_time(load, network, quant):
         assert torch.equal(decode(program, prompt), expected)
 
 
+def test_a_method_s_outputs_are_cleared_before_it_runs(load):
+    program = load("qwen3", "bf16", 1)
+    token = torch.tensor([[7]], device="cuda")
+    torch.cuda.synchronize()
+    # What torch's own stream is given now happens half a second later.
+    torch.cuda._sleep(10**9)
+    hidden = program._call("embed", token)
+    torch.cuda.synchronize()
+    assert hidden.count_nonzero() > 0
+
+
 def test_prompts_that_join_together_go_up_in_one_copy(load):
     program = load("qwen3", "bf16", 5)
     before = program.transfers.snapshot()
