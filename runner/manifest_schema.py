@@ -242,8 +242,8 @@ def _check_places(manifest: dict[str, Any]) -> None:
             raise _fault(f"{where}.stride", place["stride"], f"a list of {len(shape)}")
         slots[place["of"]] = slots.get(place["of"], 0) + shape[1]
     for name, shape in whole.items():
-        if slots.get(name) != shape[1]:
-            text = f"places of all {shape[1]} along axis 1 of {name}"
+        if len(shape) < 2 or slots.get(name) != shape[1]:
+            text = f"places of all of {name} along axis 1, whose shape is {shape}"
             raise _fault("state_places", slots.get(name, 0), text)
 
 

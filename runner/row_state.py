@@ -38,7 +38,7 @@ class RowState:
             kind = name.rpartition(".")[2]
             if kind in OF_NO_ROW:
                 continue
-            if kind not in CACHES | RUNNING:
+            if kind not in CACHES | RUNNING or any(len(piece.shape) < 2 for piece in pieces):
                 raise RunnerError(
                     f"the state has the tensor {name}, and it is not known how it goes on: no "
                     "prompt's beginning can be kept"
@@ -73,36 +73,42 @@ class RowState:
 
     def _copy_blocks(self, row: int, first: int, numbers: list[int], to_row: bool) -> None:
         found = runs(numbers)
-        # Numbers go up, which waits for the device. Few copies of many blocks need none.
+        # Numbers go up, which waits for the device. Few runs of blocks need none.
         places = None if len(found) <= MOST_RUNS else self._transfers.upload(numbers)
-        copy = self._transfers.copy
+        # Of the row and of the pool.
+        pairs: list[tuple[Any, Any]] = []
         for (_, pieces), pool in zip(self.by_position, self._blocks):
             if len(pieces) > 1:
                 for block, number in enumerate(numbers, first):
-                    for here, there in self._parts(pieces, row, block, pool[number]):
-                        copy(there, here) if to_row else copy(here, there)
-                continue
-            slots = pieces[0][row]
-            if places is None:
+                    pairs += self._parts(pieces, row, block, pool[number])
+            elif places is None:
+                slots = pieces[0][row]
                 for begin, number, count in found:
-                    here, there = self._of(slots, first + begin, count), pool[number:][:count]
-                    copy(there, here) if to_row else copy(here, there)
-            elif to_row:
-                self._transfers.gather(pool, places, self._of(slots, first, len(numbers)))
+                    here = self._of(slots, first + begin, count)
+                    pairs.append((here, pool[number : number + count]))
             else:
-                self._transfers.scatter(self._of(slots, first, len(numbers)), pool, places)
+                here = self._of(pieces[0][row], first, len(numbers))
+                if to_row:
+                    self._transfers.gather(pool, places, here)
+                else:
+                    self._transfers.scatter(here, pool, places)
+        self._transfers.copy_all([pair[::-1] for pair in pairs] if to_row else pairs)
 
     def keep_row(self, row: int, number: int) -> None:
         """Copy what is copied whole of the row to that row of the pool."""
-        for (_, pieces), pools in zip(self.whole, self._rows):
-            for piece, pool in zip(pieces, pools):
-                self._transfers.copy(piece[row], pool[number])
+        self._transfers.copy_all(self._pairs(row, number))
 
     def put_row(self, row: int, number: int) -> None:
         """Copy that row of the pool to the row."""
-        for (_, pieces), pools in zip(self.whole, self._rows):
-            for piece, pool in zip(pieces, pools):
-                self._transfers.copy(pool[number], piece[row])
+        self._transfers.copy_all([pair[::-1] for pair in self._pairs(row, number)])
+
+    def _pairs(self, row: int, number: int) -> list[tuple[Any, Any]]:
+        """What is copied whole of a row, and its places in the pools."""
+        return [
+            (piece[row], pool[number])
+            for (_, pieces), pools in zip(self.whole, self._rows)
+            for piece, pool in zip(pieces, pools)
+        ]
 
     # Of the host
 

@@ -38,6 +38,12 @@ class HostMemory:
         """Fill device memory from a host array or from device memory."""
         destination[...] = source
 
+    def copy_all(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """As `copy` for pairs of source and destination within device memory, which do not depend
+        on one another."""
+        for source, destination in pairs:
+            destination[...] = source
+
     def empty(self, shape: tuple[int, ...], like: np.ndarray) -> np.ndarray:
         """Device memory of that shape, and of the type of `like`."""
         return np.empty(shape, like.dtype)
@@ -93,6 +99,12 @@ class Transfers:
         """Copy within device memory, between arrays of one shape and type."""
         self._memory.copy(source, destination)
         self.device_to_device.add(source)
+
+    def copy_all(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """As `copy` for pairs of source and destination that do not depend on one another."""
+        self._memory.copy_all(pairs)
+        for source, _ in pairs:
+            self.device_to_device.add(source)
 
     def room(self, shape: tuple[int, ...], like: Any) -> Any:
         """Device memory of that shape for copies of what has the type of `like`."""

@@ -1,5 +1,7 @@
 """Device memory of an engine that computes on torch tensors, on the CPU or a CUDA GPU."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,6 +41,16 @@ class TorchMemory:
             source = torch.from_numpy(source)
         with torch.cuda.stream(self.stream):
             destination.copy_(source)
+
+    def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """As HostMemory.copy_all. On a GPU a launch copies many tensors of one type."""
+        by_type: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for pair in pairs:
+            by_type.setdefault(pair[0].dtype, []).append(pair)
+        with torch.cuda.stream(self.stream):
+            for same in by_type.values():
+                sources, destinations = zip(*same)
+                torch._foreach_copy_(destinations, sources)
 
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """As HostMemory.empty."""

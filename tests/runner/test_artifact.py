@@ -18,6 +18,7 @@ METHODS = [
     *("prefill", "sample", "sample_embed"),
 ]
 TENSOR = {"name": "a", "shape": [2], "dtype": "int64"}
+PLACE = {"of": "caches.0.k", "arena": 0, "offset": 0, "shape": [1, 16, 2, 32], "stride": [1] * 4}
 # Names that lead out of the artifact, or to no file of it.
 OUTSIDE = [
     *("../model.pte", "/etc/passwd", "changed/model.pte", ".", "..", "", "a\0b", "a\nb", "a\\b"),
@@ -127,6 +128,7 @@ WRONG = {
     "methods": [None, "greedy", ["greedy", 3], ["decode", "greedy"], [*METHODS, "greedy"]],
     "dtype": ["float31", "__init__"],
     "state": [None, {}, [3], [{"name": "a"}], [TENSOR | {"dtype": "str"}], [TENSOR, TENSOR]],
+    "state_places": [None, {}, [3], [], [{"of": "caches.0.k"}], [PLACE], [PLACE | {"of": "a"}]],
     "state[0].shape": [[-1], [2.0], [True], 4, [2] * 9, [2**31 - 1] * 3],
     "files": [..., None, [], {}, {"model.pte": {"bytes": 1, "sha256": "0" * 64}}],
     "files.model.pte": [..., 3, {"bytes": -1, "sha256": "0" * 64}, {"bytes": 3, "sha256": "0G"}],

@@ -51,7 +51,10 @@ def test_places_that_are_not_the_programs_are_refused(batch_artifact, tmp_path):
             ({"arena": 9}, "arena 9, and the program's arenas have"),
             ({"offset": 10**9}, "at 1000000000 of arena"),
             ({"of": "caches.9.k"}, "state_places[0].of is 'caches.9.k'; it must be"),
-            ({"shape": [3, 15, 2, 32]}, "state_places is 15; it must be places of all 16"),
+            (
+                {"shape": [3, 15, 2, 32]},
+                "state_places is 15; it must be places of all of caches.0.k",
+            ),
             ({"shape": [3, 16, 2]}, "state_places[0].shape is [3, 16, 2]; it must be"),
             ({"stride": [1]}, "state_places[0].stride is [1]; it must be a list of 4"),
             ({"stride": [2**40, 32, 1536, 1]}, "export it again"),
