@@ -18,6 +18,11 @@ from tokenloop.runner.transfers import Transfers
 
 PROMPTS = [[2, 70, 40, 121, 33, 56, 78, 99, 104], [2], [2, 90, 91]]
 SAMPLING = {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "seed": 7}
+RESTRICTED = {
+    "json_schema": {"type": "object"},
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.2,
+}
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def generated(model):
     variants = [runner.LoopOptions(), runner.LoopOptions("host", "host", double_buffering=False)]
     results = []
     for options in variants:
-        for sampling in ({}, SAMPLING):
+        for sampling in ({}, SAMPLING, RESTRICTED):
             requests = [runner.Request(prompt, 12, **sampling) for prompt in PROMPTS]
             done = model.generate_batch(requests, options).run()
             results.append([result.token_ids for result in done])
