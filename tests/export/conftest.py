@@ -2,10 +2,17 @@
 family of models."""
 
 import functools
+import importlib
+import logging
+import signal
+import subprocess
+import warnings
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import AUSTEN
+from tokenloop.export import command
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +55,30 @@ def as_method(tmp_path_factory):
         return run
 
     return load
+
+
+@pytest.fixture
+def run_here(shared, tmp_path, monkeypatch, capsys):
+    """A function (script, *arguments) that runs an export in `tmp_path` as `run_script` does, but
+    in this process: one of its own takes seconds to start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKENLOOP_CACHE", str(shared / "cache"))
+
+    def run(script: str, *arguments) -> subprocess.CompletedProcess:
+        family = importlib.import_module(f"tokenloop.export.{Path(script).stem}").FAMILY
+        capsys.readouterr()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with warnings.catch_warnings():
+                status = command.main([str(argument) for argument in arguments], family)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            logging.disable(logging.NOTSET)
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run
 
 
 def exported(get, name: str, checkpoint, script: str, *flags):

@@ -45,7 +45,7 @@ def test_the_scripts_give_transformers_greedy_ids(family_artifact, run_script, t
 
 
 @pytest.mark.parametrize("script", WITHOUT_A_MODEL)
-def test_without_a_model_the_script_asks_for_one(run_script, tmp_path, script):
-    done = run_script(script, cwd=tmp_path)
+def test_without_a_model_the_script_asks_for_one(run_here, script):
+    done = run_here(script)
     assert done.returncode == 2
     assert done.stderr == f"{script}: error: {WITHOUT_A_MODEL[script]}\n"

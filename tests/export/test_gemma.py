@@ -1,14 +1,12 @@
 """export/gemma.py as a user runs it: what it writes, and that nothing is left where it fails."""
 
 import json
-import logging
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokenloop.export import artifact, command
-from tokenloop.export.gemma import FAMILY
+from tokenloop.export import artifact
 from tokenloop.runner import manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,33 +31,11 @@ def checkpoint(tiny_checkpoint, tmp_path):
 
 
 @pytest.fixture
-def run_here(tiny_artifact, shared, tmp_path, monkeypatch, capsys):
-    """A function that runs an export in this process, as `run_script` does in one of its own, which
-    takes seconds to start. What it would begin to compile is there, for `tiny_artifact` has it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOKENLOOP_CACHE", str(shared / "cache"))
-
-    def run(*arguments) -> subprocess.CompletedProcess:
-        capsys.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with warnings.catch_warnings():
-                status = command.main([str(argument) for argument in arguments], FAMILY)
-        except SystemExit as end:
-            status = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            logging.disable(logging.NOTSET)
-        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refuses(run_here, run_script, tmp_path):
+def refuses(tiny_artifact, run_here, run_script, tmp_path):
     """A function that runs an export to `output` which must fail in one line, with these words,
     and change nothing in the directory where it runs. With `options` it runs in a process of its
-    own, to which they belong."""
+    own, to which they belong. What the others would begin to compile is kept by then, for
+    `tiny_artifact` has it."""
 
     def run(*words, arguments=FITTING, output="artifact", **options):
         before = contents(tmp_path)
@@ -68,7 +43,7 @@ def refuses(run_here, run_script, tmp_path):
         if options:
             done = run_script("export/gemma.py", *arguments, cwd=tmp_path, **options)
         else:
-            done = run_here(*arguments)
+            done = run_here("export/gemma.py", *arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         # What argparse says comes after its usage.
         line = done.stderr.removesuffix("\n").split("\n")[-1]

@@ -113,10 +113,10 @@ def test_layers_of_a_kind_share_their_kernels(export_artifact, make_qwen_checkpo
     ],
 )  # fmt: skip
 def test_what_no_kernel_is_for_is_refused_in_one_line(
-    run_script, tiny_checkpoint, tmp_path, flags, line
+    run_here, tiny_checkpoint, tmp_path, flags, line
 ):
     arguments = "--model", tiny_checkpoint, "--device", "cuda", *flags, "--output", tmp_path / "x"
-    done = run_script("export/gemma.py", *arguments, cwd=tmp_path)
+    done = run_here("export/gemma.py", *arguments)
     assert done.returncode == 2
     assert line in done.stderr.splitlines()[-1]
     assert not any(tmp_path.iterdir())

@@ -264,11 +264,11 @@ def test_operators_without_kernels_are_refused_by_name():
         raise RuntimeError("another")
 
 
-def test_a_gpu_is_needed(run_script, tiny_checkpoint, tmp_path):
+def test_a_gpu_is_needed(run_here, tiny_checkpoint, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     arguments = ("--model", tiny_checkpoint, "--backend", "cuda")
-    done = run_script("export/gemma.py", *arguments, "--output", tmp_path / "x", cwd=tmp_path)
+    done = run_here("export/gemma.py", *arguments, "--output", tmp_path / "x")
     assert done.returncode == 2 and not (tmp_path / "x").exists()
     assert done.stderr == (
         "export/gemma.py: error: --backend cuda needs a CUDA GPU here: kernels are compiled and "

@@ -83,8 +83,8 @@ def test_the_manifest_has_every_state_with_its_shape(exported, model):
 
 
 @pytest.mark.parametrize("backend", ["xnnpack", "cuda"])
-def test_a_backend_that_does_not_take_hybrids_is_refused_in_one_line(run_script, tmp_path, backend):
-    done = run_script("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend, cwd=tmp_path)
+def test_a_backend_that_does_not_take_hybrids_is_refused_in_one_line(run_here, backend):
+    done = run_here("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend)
     assert done.returncode == 2
     assert done.stderr == (
         f"export/qwen3_5.py: error: {AUSTEN} is a qwen3_5_text model; --backend {backend} does not "
