@@ -263,6 +263,11 @@ def export(
             },
         )
     lines = list(engine.lines)
+    if checkpoint.quantization is not None and options.quant != "keep":
+        lines.append(
+            f"weights in {checkpoint.quantization} were read as floats: --quant {options.quant} "
+            "says how they are stored"
+        )
     if checkpoint.unused:
         lines.append(
             f"{len(checkpoint.unused)} tensors about activations, such as {checkpoint.unused[0]}, "

@@ -135,17 +135,14 @@ class Backbone(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.per_layer = per_layer
+        # E.
+        own = 0 if per_layer is None else per_layer.width
+        self.embedded_size = embed_tokens.embedding_dim + own
         self.embed_scale, self.rounds_scale = embed_scale, rounds_scale
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rope = nn.ModuleDict(rope)
-
-    @property
-    def embedded_size(self) -> int:
-        """E."""
-        own = 0 if self.per_layer is None else self.per_layer.width
-        return self.embed_tokens.embedding_dim + own
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Scaled embeddings [B, T, E] of tokens int64 [B, T]."""

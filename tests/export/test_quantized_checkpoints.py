@@ -8,10 +8,13 @@ from torch import nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.models.eager import assert_near, prefill, prompt
+from tests.models.tiny_models import make_reference
 from tests.mutate_quantized import NAME, REFERENCES, directory, mutated, outcome, reference
 from tests.quantized_references import LAYER
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.errors import ExportError
+from tokenloop.models import gpt_oss
 from tokenloop.models.layers import Stacked
 
 
@@ -100,6 +103,30 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
     expected = convert_moe_packed_tensors(blocks, scales)
     assert (stored.shape, stored.dtype) == ((3, 64, 20), "BF16")
     assert torch.equal(stored.read(), expected)
+
+
+def test_mxfp4_experts_give_the_logits_of_transformers_gpt_oss(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
+    hf = make_reference("gpt_oss", **sizes)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = experts, outputs, inputs // 32
+        blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(122, 126, shape, dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        hf.get_parameter(name).data = convert_moe_packed_tensors(blocks, scales).float()
+    path = directory(tmp_path, {"quant_method": "mxfp4"}, tensors)
+    checkpoint = open_checkpoint(path)
+    config = gpt_oss.Config.from_dict(hf.config.to_dict())
+    with torch.device("meta"):
+        network = gpt_oss.Network(config, 40)
+    load_weights(network, checkpoint, gpt_oss.checkpoint_name)
+    tokens = prompt(20)
+    with torch.no_grad():
+        expected, actual = hf(tokens).logits[0, [6, 13, 19]], prefill(network, tokens, [7, 14, 20])
+    assert_near(torch.cat(actual), expected)
 
 
 @pytest.mark.parametrize("kind", ["gptq", "gptq_v2"])
