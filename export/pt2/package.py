@@ -105,11 +105,15 @@ def compile_selection(
         files = {"embed": compile_method(Embed(backbone), (integers(batch, 1),))}
     for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
         # Networks of one vocabulary have these in common, and one row with several.
-        arguments = compile_rows, (rows, vocab_size)
-        file = place(*arguments, processor(table.weight.device))
-        found = unpack(result_of(*arguments, file))
+        found = kept_files(compile_rows, rows, vocab_size)
         files |= {name + suffix: contents for name, contents in found.items()}
     return files
+
+
+def kept_files(function: Callable, *arguments: int) -> dict[str, dict[str, bytes]]:
+    """function(*arguments), compiled for this processor, or what an earlier export kept of it."""
+    file = place(function, arguments, processor(torch.device("cpu")))
+    return unpack(result_of(function, arguments, file))
 
 
 def compile_rows(rows: int, vocab_size: int) -> dict[str, dict[str, bytes]]:
