@@ -129,10 +129,15 @@ def compile_selection(
     if batch > 1:
         parts.append((compile_rows, (1, vocab_size), "_row"))
     for function, arguments, suffix in parts:
-        file = place(function, arguments, processor(table.weight.device))
-        found = unpack(result_of(function, arguments, file))
+        found = kept_files(function, *arguments)
         files |= {name + suffix: contents for name, contents in found.items()}
     return files
+
+
+def kept_files(function: Callable, *arguments: int) -> dict[str, dict[str, bytes]]:
+    """function(*arguments), compiled for this processor, or what an earlier export kept of it."""
+    file = place(function, arguments, processor(torch.device("cpu")))
+    return unpack(result_of(function, arguments, file))
 
 
 def compile_rows(rows: int, vocab_size: int) -> dict[str, dict[str, bytes]]:
