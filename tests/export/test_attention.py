@@ -464,7 +464,12 @@ def plain_attention(monkeypatch):
     branches run in eager mode, which runs no delegates."""
     called = []
 
-    def plain(kv_heads, group, head_dim, tokens, blocks, windowed, growing, rows=1):
+    def plain(
+        kv_heads, group, head_dim, tokens, blocks, windowed, growing, rows=1, has_sinks=False
+    ):
+        # Those are in test_xnnpack_kinds.py.
+        assert not has_sinks
+
         def call(q, newest, *rest):
             oldest, rest = (rest[0], rest[1:]) if windowed else (None, rest)
             k, v, positions = rest[::3], rest[1::3], rest[2::3]
