@@ -61,7 +61,7 @@ class Generating:
         answer = Answer(
             self._name, self._fingerprint, tickets, self._model.tokenizer,
             [self.chats.reader(fields, is_open) for _ in tickets] if is_chat else None,
-            self._echoes(fields, prompts),
+            self._echoes(fields, prompts), fields.only_echoes,
         )  # fmt: skip
         prompt_tokens = sum(map(len, prompts))
         pieces = self._pieces(tickets, start)
