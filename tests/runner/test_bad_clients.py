@@ -148,7 +148,7 @@ def test_paths_and_headers_of_any_bytes_are_no_fault(server):
 
 
 def test_clients_that_only_hold_connections_are_ended_and_stall_nobody(monkeypatch):
-    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.5)
     slow_head = b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: "
     no_end = request_of("POST", "/v1/nothing", b"", JSON | KEPT | {"content-length": "1000000"})
     with running() as found:
@@ -209,12 +209,10 @@ def test_a_connection_is_not_ended_while_it_is_used():
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_never_reads_is_given_up(monkeypatch, stream):
     """What it has not read is dropped with it, and its connection is gone."""
-    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.1)
-    monkeypatch.setattr(app, "READING_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(app, "READING_SECONDS", 0.5 - 60)
     model = text_model(2, max_seq_len=60_000)
     with running(model, Settings("toy", timeout_s=60)) as found:
-        # The time for its request is not what is waited for here.
-        found.server.reading_s = 0.5
         with found.connect() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             body = {"prompt": "Once", "max_tokens": 1200, "logprobs": 5, "stream": stream} | GREEDY
