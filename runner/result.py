@@ -41,6 +41,8 @@ class Result:
         # Of each of these, and of the prompt's but for the first, if the request asks for them.
         self.logprobs: list[Logprobs] = []
         self.prompt_logprobs: list[Logprobs] = []
+        # The end token that came, if one did; its log probabilities are in no list.
+        self.end_token: Token | None = None
         self.text = ""
         self.finish_reason: str | None = None
         self.error: str | None = None
@@ -73,7 +75,8 @@ class Result:
         if token_id in self._end_ids:
             text = self._stream.finish()
             self.finish_reason = "stop"
-            del self.logprobs[len(self.token_ids) :]
+            found = self.logprobs.pop() if len(self.logprobs) > len(self.token_ids) else None
+            self.end_token = Token(token_id, "", found)
         else:
             self.token_ids.append(token_id)
             text = self._stream.push(token_id)

@@ -18,10 +18,13 @@ class Answer:
     def __init__(
         self, model: str, fingerprint: str, results: Sequence[Result], tokenizer: Tokenizer,
         readers: Sequence[Reader] | None, echoes: Sequence[str] = (), of_a_prompt: int = 1,
+        only_echoes: bool = False,
     ):  # fmt: skip
         """`fingerprint` says which artifact it is. `readers` divide the texts of a chat's choices;
         without them it is a completion, and `echoes` are the prompts that its choices begin with,
-        if they do. Each prompt has so many choices, `of_a_prompt`."""
+        if they do. Each prompt has so many choices, `of_a_prompt`. With `only_echoes` prompts are
+        all that it has: a token has been generated, for a row cannot do without, and nobody hears
+        of it."""
         is_chat = readers is not None
         self._is_chat, self._results, self._of_a_prompt = is_chat, results, of_a_prompt
         self._readers = readers or ()
@@ -31,7 +34,7 @@ class Answer:
         self._logprobs = [
             None if result.request.logprobs is None else kind(tokenizer) for result in results
         ]
-        self._echoes = echoes
+        self._echoes, self._only_echoes = echoes, only_echoes
         self._head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "chat.completion" if is_chat else "text_completion",
@@ -44,12 +47,14 @@ class Answer:
         """The answer, once all results have ended."""
         choices = []
         for index, result in enumerate(self._results):
-            content = {"message": self._message(index)} if self._is_chat else {"text": result.text}
+            text = "" if self._only_echoes else result.text
+            content = {"message": self._message(index)} if self._is_chat else {"text": text}
             echo = self._echo(index) if self._echoes else None
             tokens = [Token(i, "", found) for i, found in zip(result.token_ids, result.logprobs)]
+            tokens = [] if self._only_echoes else [*tokens, *self._end(index)]
             choice = self._choice(index, content, tokens, self._finish_reason(index))
             if echo is not None:
-                choice["text"] = echo["text"] + result.text
+                choice["text"] = echo["text"] + text
                 if choice["logprobs"] is not None:
                     both = echo["logprobs"], choice["logprobs"]
                     choice["logprobs"] = {name: both[0][name] + both[1][name] for name in both[0]}
@@ -61,6 +66,7 @@ class Answer:
         cached that its first choice found."""
         cached = sum(result.cached_tokens for result in self._results[:: self._of_a_prompt])
         new = sum(len(result.token_ids) for result in self._results)
+        new = 0 if self._only_echoes else new
         return {
             "prompt_tokens": prompt_tokens, "completion_tokens": new,
             "total_tokens": prompt_tokens + new,
@@ -79,6 +85,8 @@ class Answer:
 
     def text_chunks(self, index: int, tokens: Sequence[Token]) -> list[dict]:
         """More text of a choice; none while it is held back."""
+        if self._only_echoes:
+            return []
         text = "".join(token.text for token in tokens)
         if not self._is_chat:
             return [self._chunk(index, {"text": text}, tokens, None)]
@@ -91,7 +99,8 @@ class Answer:
     def last_chunks(self, index: int) -> list[dict]:
         """The end of a choice."""
         if not self._is_chat:
-            return [self._chunk(index, {"text": ""}, [], self._finish_reason(index))]
+            end = self._end(index)
+            return [self._chunk(index, {"text": ""}, end, self._finish_reason(index))]
         delta = self._delta(index, self._readers[index].finish())
         rest = [self._chunk(index, {"delta": delta}, [], None)] if delta else []
         return [*rest, self._chunk(index, {"delta": {}}, [], self._finish_reason(index))]
@@ -139,7 +148,15 @@ class Answer:
             for call in parts.calls
         ]  # fmt: skip
 
+    def _end(self, index: int) -> list[Token]:
+        """The end token of a completion, if one came. Its log probability is there, as with other
+        servers: lm-eval takes the last entry for the first token after the prompt."""
+        end = self._results[index].end_token
+        return [end] if end is not None and not (self._is_chat or self._only_echoes) else []
+
     def _finish_reason(self, index: int) -> str | None:
+        if self._only_echoes:
+            return "length"
         reason = self._results[index].finish_reason
         return "tool_calls" if reason == "stop" and self._calls[index] else reason
 

@@ -1,5 +1,6 @@
 """The application: which path gives what, and who may ask."""
 
+import asyncio
 import hmac
 import logging
 import time
@@ -31,6 +32,8 @@ PAGE_HEADERS = {
     "style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
     "form-action 'none'",
 }
+# What a client has beyond the time of its request to read what was generated.
+READING_SECONDS = 60
 HUNG_UP = 499  # of nginx, for the log and the metrics: nobody receives it
 
 
@@ -54,6 +57,8 @@ class Server:
     def __init__(self, engine: Engine, settings: Settings):
         self._engine, self._settings = engine, settings
         self._created = int(time.time())
+        # After which a client that has not read its answer is given up.
+        self.reading_s = settings.timeout_s + READING_SECONDS
         self.metrics = Metrics(engine)
         self._generating = Generating(
             engine, self.metrics, settings.name, settings.timeout_s, settings.log_prompts
@@ -165,8 +170,8 @@ class Endpoint:
             response = refusal(ApiError(500, "the server failed; the reason is in its log"))
         status = response.status_code
         try:
-            await response(scope, receive, send)
-        except HungUp:
+            await asyncio.wait_for(response(scope, receive, send), self._server.reading_s)
+        except (HungUp, asyncio.TimeoutError):
             status = HUNG_UP
         self._server.metrics.answers.labels(self._path, status).inc()
         if not is_open:

@@ -63,16 +63,13 @@ async def _read(request: Request) -> bytes | None:
     return b"".join(pieces) if size <= MOST_BYTES else None
 
 
-async def unless_gone(
-    receive: Receive, work: Coroutine[None, None, Done], seconds: float | None = None
-) -> Done:
-    """What `work` gives. Errors: HungUp if the client hangs up before, or takes longer than
-    `seconds` to read, and work is then cancelled. `receive` is that of a request whose body was
-    read."""
+async def unless_gone(receive: Receive, work: Coroutine[None, None, Done]) -> Done:
+    """What `work` gives. Errors: HungUp if the client hangs up before, and work is then cancelled.
+    `receive` is that of a request whose body was read."""
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(receive))
     try:
         first = asyncio.FIRST_COMPLETED
-        await asyncio.wait({working, gone}, timeout=seconds, return_when=first)
+        await asyncio.wait({working, gone}, return_when=first)
         if working.done():
             return working.result()
         raise HungUp

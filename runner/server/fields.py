@@ -247,13 +247,24 @@ class ChatFields(Asked):
         """Whether the prompt is answered with, before the text."""
         return False
 
+    @property
+    def only_echoes(self) -> bool:
+        """As of CompletionFields."""
+        return False
+
 
 class CompletionFields(Asked):
     """The body of /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(several_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens is 0; without echo it must be at least 1", "max_tokens")
 
     @property
     def alternatives(self) -> int | None:
@@ -267,7 +278,12 @@ class CompletionFields(Asked):
 
     @property
     def limit(self) -> int:
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else max(1, self.max_tokens)
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the prompt is all that is answered with."""
+        return self.max_tokens == 0
 
 
 Kind = TypeVar("Kind", ChatFields, CompletionFields)

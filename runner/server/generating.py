@@ -23,8 +23,6 @@ from tokenloop.runner.server.metrics import Metrics
 from tokenloop.runner.ticket import EngineError, Ticket
 
 LOG = logging.getLogger(__name__)
-# What a client has beyond the time of its request to read what was generated.
-READING_SECONDS = 60
 
 # The number of a choice, and more of its tokens, or None at its end.
 Piece = tuple[int, list[Token] | None]
@@ -61,7 +59,7 @@ class Generating:
         answer = Answer(
             self._name, self._fingerprint, tickets, self._model.tokenizer,
             [self.chats.reader(fields, is_open) for _ in tickets] if is_chat else None,
-            self._echoes(fields, prompts), fields.n,
+            self._echoes(fields, prompts), fields.n, fields.only_echoes,
         )  # fmt: skip
         prompt_tokens = sum(map(len, prompts))
         pieces = self._pieces(tickets, start)
@@ -76,7 +74,7 @@ class Generating:
                 )
                 return EventStream(
                     answer, first, pieces, prompt_tokens if with_usage else None,
-                    self._timeout_s + READING_SECONDS, given_up.pop_all(),
+                    given_up.pop_all(),
                 )  # fmt: skip
             await unless_gone(request.receive, exhaust(pieces))
         return json_response(answer.whole(prompt_tokens))
@@ -237,19 +235,19 @@ class EventStream(Response):
 
     def __init__(
         self, answer: Answer, first: Piece, pieces: AsyncIterator[Piece], prompt_tokens: int | None,
-        seconds: float, given_up: ExitStack,
+        given_up: ExitStack,
     ):  # fmt: skip
-        """`first` has come, and `pieces` are the others. With `prompt_tokens` usage ends it. After
-        `seconds` a client that has not read it is given up; `given_up` then ends what runs."""
+        """`first` has come, and `pieces` are the others. With `prompt_tokens` usage ends it. When
+        it is over, however it is, `given_up` ends what runs."""
         super().__init__(headers={"cache-control": "no-cache"}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._answer, self._first, self._pieces = answer, first, pieces
-        self._prompt_tokens, self._seconds, self._given_up = prompt_tokens, seconds, given_up
+        self._prompt_tokens, self._given_up = prompt_tokens, given_up
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Errors: HungUp."""
         with self._given_up:
-            await unless_gone(receive, self._send(send), self._seconds)
+            await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

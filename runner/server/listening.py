@@ -9,6 +9,7 @@ import uvicorn
 
 from tokenloop.runner.engine import Engine
 from tokenloop.runner.server.app import Server
+from tokenloop.runner.server.connection import Connection
 
 # After what runs has ended, for clients to read it.
 READING_SECONDS = 5
@@ -27,7 +28,7 @@ class Listening(uvicorn.Server):
     ):
         """`ready` is called once connections are taken."""
         config = uvicorn.Config(
-            server.app, loop="asyncio", http="h11", ws="none", lifespan="off", log_config=None,
+            server.app, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None,
             log_level="warning", access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=round(grace_s + READING_SECONDS),
         )  # fmt: skip

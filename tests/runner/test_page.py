@@ -1,15 +1,24 @@
-"""The chat page, in a headless Chromium: Debian's package, where it is installed."""
+"""The chat page, in a headless Chromium: Debian's package, where it is installed.
 
+    python -m tests.runner.test_page --artifact ARTIFACT --save docs/page.png
+
+has a chat with an artifact on it, and writes the picture that docs/serve.md shows.
+"""
+
+import argparse
 import base64
 import json
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from tests.serving import echo_model, running, text_model
-from tokenloop.runner import Request
+from tokenloop.runner import Request, load
+from tokenloop.runner.server.app import Settings
 
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 
@@ -142,3 +151,37 @@ def test_reasoning_is_shown_on_a_line_of_its_own_and_not_sent_back(browser):
         assert lines(browser, "thought") == ["Hm"]
         assert lines(browser, "assistant") == ["Sure", "Yes"]
         assert model.tokenizer.encoded[-1].endswith("<assistant>Sure<user>[[Yes]]<model>")
+
+
+def take_picture(artifact: Path, path: Path, sayings: list[str]) -> None:
+    """Say something to an artifact on the page, and write what it looks like then, as PNG."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running(load(artifact), Settings(artifact.name)) as found,
+    ):
+        browser = Browser(directory)
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{found.port}/")
+        browser.until(f'document.getElementById("model")?.textContent === "{artifact.name}"')
+        for knob, value in (("temperature", "0"), ("max_tokens", "60")):
+            browser.run(f'document.getElementById("{knob}").value = "{value}"')
+        for number, text in enumerate(sayings, 1):
+            say(browser, text, number)
+        assert lines(browser, "error") == []
+        browser.run('document.getElementById("say").value = ""')
+        path.write_bytes(browser.screenshot())
+        browser.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a picture of the page in use.")
+    parser.add_argument("--artifact", type=Path, required=True, help="one with a chat template")
+    parser.add_argument("--save", type=Path, required=True, help="the picture, a PNG")
+    options = parser.parse_args()
+    if CHROMIUM is None:
+        parser.error("no Chromium is installed: apt-get install chromium-headless-shell")
+    sayings = ["What is the capital of France?", "And of Italy?"]
+    take_picture(options.artifact.resolve(), options.save, sayings)
+
+
+if __name__ == "__main__":
+    main()

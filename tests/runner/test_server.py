@@ -247,6 +247,53 @@ def test_an_echo_has_the_prompt_and_its_log_probabilities(server):
     assert json.loads(plain[2])["choices"][0]["text"] == "Once öre" + result.text
 
 
+def prompt_before_the_end(model) -> list[int]:
+    """A prompt after which the end token is the likeliest one."""
+    for first in range(1, 97):
+        for second in range(1, 97):
+            if model.generate(Request([first, second], 1)).run().finish_reason == "stop":
+                return [first, second]
+    raise AssertionError("there is none")
+
+
+def test_a_completions_log_probabilities_have_the_end_token(server):
+    """lm-eval drops the last entry, as that of the one token which it has asked for."""
+    model = text_model(1)
+    ids = prompt_before_the_end(model)
+    before = model.generate(Request(ids, 1, logprobs=1, prompt_logprobs=True)).run()
+    body = {"prompt": ids, "max_tokens": 1, "logprobs": 1, "echo": True} | GREEDY
+    choice = json.loads(server.post(COMPLETIONS, body)[2])["choices"][0]
+    found = choice["logprobs"]
+    assert choice["finish_reason"] == "stop" and found["tokens"][-1] == "<end>"
+    assert found["token_logprobs"][:-1] == [None, before.prompt_logprobs[0].logprob]
+    assert found["token_logprobs"][-1] == found["top_logprobs"][-1]["<end>"] <= 0
+    assert len({len(values) for values in found.values()}) == 1
+    chunks = events_of(server.post(COMPLETIONS, body | {"stream": True})[2])[:-1]
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    streamed = {name: sum((part[name] for part in parts if part), []) for name in found}
+    assert streamed == found
+    # A chat's are those of the message's tokens.
+    result = model.generate(Request(ids, 1, logprobs=0)).run()
+    assert result.logprobs == [] and result.end_token.id == 0
+
+
+def test_an_echo_may_be_all_that_is_asked_for(server):
+    model = text_model(1)
+    ids = model.tokenizer.encode("Once")
+    result = model.generate(Request(ids, 1, logprobs=1, prompt_logprobs=True)).run()
+    body = {"prompt": ["Once", "Once"], "max_tokens": 0, "echo": True, "logprobs": 1} | GREEDY
+    answer = json.loads(server.post(COMPLETIONS, body)[2])
+    assert answer["usage"] == {"prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8}
+    for choice in answer["choices"]:
+        assert (choice["text"], choice["finish_reason"]) == ("Once", "length")
+        found = choice["logprobs"]["token_logprobs"]
+        assert found == [None, *(one.logprob for one in result.prompt_logprobs)]
+    chunks = events_of(server.post(COMPLETIONS, body | {"prompt": "Once", "stream": True})[2])[:-1]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert [choice["text"] for choice in choices] == ["Once", ""]
+    assert choices[-1]["finish_reason"] == "length"
+
+
 def test_without_a_limit_the_output_fills_the_context(server):
     _, _, data = server.post(CHAT, {"messages": HELLO["messages"]} | GREEDY)
     answer = json.loads(data)
@@ -455,6 +502,7 @@ def test_what_a_chat_may_not_ask_is_refused_with_the_fields_name(server, change,
     ("change", "param", "reason"),
     [
         ({"echo": 1}, "echo", "valid boolean"),
+        ({"max_tokens": 0}, "max_tokens", "without echo it must be at least 1"),
         ({"logprobs": True}, "logprobs", "valid integer"),
         ({"best_of": 2}, "best_of", "it is not supported"),
         ({"suffix": "x"}, "suffix", "it is not supported"),
