@@ -44,17 +44,18 @@ def layout(backend: str, grids: Sequence[Grid], inputs: int) -> Layout | None:
     if backend not in BACKENDS or least < -128 or most > 127:
         return None
     is_row = size == inputs
+    # Of the kernels for CUDA. 256 is a group, too; they have been tuned for 128.
+    group = next((known for known in (128, 64, 32) if size % known == 0), None)
     if least >= -8 and most <= 7:
-        if backend == "launches" and inputs >= SHORTEST_4_BIT_ROW:
-            # 256 is a layout, too. Kernels have been tuned for 128.
-            fitting = [known for known in (128, 64) if size % known == 0]
-            if fitting:
-                return Layout(4, fitting[0])
+        if backend == "launches" and inputs >= SHORTEST_4_BIT_ROW and group:
+            return Layout(4, group)
         if backend == "inductor" and inputs >= SHORTEST_4_BIT_ROW:
             return Layout(4, size)
         if backend == "xnnpack" and (is_row or size % XNNPACK_GROUP == 0 and _bfloat16(grids)):
             return Layout(4, size)
-    return Layout(8, size) if is_row or backend == "inductor" else None
+    if is_row or backend == "inductor":
+        return Layout(8, size)
+    return Layout(8, group) if backend == "launches" and group else None
 
 
 def _bfloat16(grids: Iterable[Grid]) -> bool:
