@@ -171,6 +171,7 @@ def export(
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
+    from tokenloop.export.tensors_in_files import tensors_in_files
     from tokenloop.export.tokenizer_check import check_tokenizer
 
     # 1. The checkpoint, the network it describes, and the backend for that.
@@ -215,7 +216,11 @@ def export(
         from tokenloop.export.pte.pte_artifact import CudaPteArtifact as Artifact
     else:
         from tokenloop.export.pte.pte_artifact import PteArtifact as Artifact
-    with new_artifact(options.output) as directory, torch.no_grad():
+    with (
+        new_artifact(options.output) as directory,
+        tensors_in_files(directory),
+        torch.no_grad(),
+    ):
         engine = Artifact(options)
         with torch.device("meta"):
             model = architecture.Network(config, max_seq_len, options.batch, engine.dtype)

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from tokenloop.export.checkpoint.contents import Checkpoint, Grid, NamedGrid
 from tokenloop.export.errors import ExportError
-from tokenloop.models.kernels.linear.packing import GROUP_SIZES, SPAN_WORDS
+from tokenloop.export.tensors_in_files import empty
+from tokenloop.models.kernels.linear.packing import SPAN_WORDS
 
 BACKENDS = "xnnpack", "inductor", "launches"
 # Rows of 4 bits are longer (packing.py).
 SHORTEST_4_BIT_ROW = 2 * SPAN_WORDS + 1
+# Weights whose integers are found at a time.
+BLOCK_ELEMENTS = 1 << 24
 # XNNPACK's groups of 4 bits are multiples of this.
 XNNPACK_GROUP = 32
 
@@ -41,17 +44,18 @@ def layout(backend: str, grids: Sequence[Grid], inputs: int) -> Layout | None:
     if backend not in BACKENDS or least < -128 or most > 127:
         return None
     is_row = size == inputs
+    # Of the kernels for CUDA. 256 is a group, too; they have been tuned for 128.
+    group = next((known for known in (128, 64, 32) if size % known == 0), None)
     if least >= -8 and most <= 7:
-        if backend == "launches" and inputs >= SHORTEST_4_BIT_ROW:
-            # 256 is a layout, too. Kernels have been tuned for 128.
-            fitting = [known for known in GROUP_SIZES[1::-1] if size % known == 0]
-            if fitting:
-                return Layout(4, fitting[0])
+        if backend == "launches" and inputs >= SHORTEST_4_BIT_ROW and group:
+            return Layout(4, group)
         if backend == "inductor" and inputs >= SHORTEST_4_BIT_ROW:
             return Layout(4, size)
         if backend == "xnnpack" and (is_row or size % XNNPACK_GROUP == 0 and _bfloat16(grids)):
             return Layout(4, size)
-    return Layout(8, size) if is_row or backend == "inductor" else None
+    if is_row or backend == "inductor":
+        return Layout(8, size)
+    return Layout(8, group) if backend == "launches" and group else None
 
 
 def _bfloat16(grids: Iterable[Grid]) -> bool:
@@ -81,16 +85,19 @@ def codes_and_scales(linear: nn.Module, group_size: int) -> tuple[Tensor, Tensor
     """
     name, grid = linear.grid
     weight, scales = linear.weight.detach(), grid.scales().float()
-    each = scales.repeat_interleave(grid.group_size, 1)
-    # bfloat16 has 8 bits, and so tells 257 neighbours of integers apart.
-    codes = (weight.float() / each).round_().nan_to_num_().clamp_(grid.least, grid.most)
-    if not torch.equal((codes * each).to(weight.dtype), weight):
-        raise ExportError(
-            f"{name} is no whole multiple of its scales in {weight.dtype}; another --quant makes "
-            "integers of it anew"
-        )
-    scales = scales.repeat_interleave(grid.group_size // group_size, 1)
-    return codes.to(torch.int8), scales
+    codes = empty(weight.shape, torch.int8)
+    for begin in range(0, len(weight), step := max(1, BLOCK_ELEMENTS // weight.shape[1])):
+        rows = slice(begin, begin + step)
+        some, each = weight[rows], scales[rows].repeat_interleave(grid.group_size, 1)
+        # bfloat16 has 8 bits, and so tells 257 neighbours of integers apart.
+        whole = (some.float() / each).round_().nan_to_num_().clamp_(grid.least, grid.most)
+        if not torch.equal((whole * each).to(some.dtype), some):
+            raise ExportError(
+                f"{name} is no whole multiple of its scales in {weight.dtype}; another --quant "
+                "makes integers of it anew"
+            )
+        codes[rows] = whole
+    return codes, scales.repeat_interleave(grid.group_size // group_size, 1)
 
 
 class Keeping:

@@ -6,7 +6,7 @@ views of them. Everything is found in what blocks declare (models/decoder.py). S
 batch, D hidden size, H heads, N outputs and K inputs of a linear layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping, Layout, codes_and_scales, grid_of
 from tokenloop.export.recipes import INTEGER_BITS
+from tokenloop.export.tensors_in_files import copied, empty
 from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import (
@@ -27,6 +28,8 @@ from tokenloop.models.kernels.linear.packing import (
 from tokenloop.models.kernels.linear.reference import dequantize
 
 LINEAR_ATTENTION, SHORT_CONV = "linear_attention", "conv"
+# Weights that are made integers at a time.
+BLOCK_ELEMENTS = 1 << 24
 
 
 class PackedLinear(nn.Module):
@@ -45,15 +48,15 @@ class PackedLinear(nn.Module):
             weight, scale = kept(linears, *bits)
         else:
             parts, scale = [linear.weight for linear in linears], None
-            if bits is not None:
+            rows = sum(linear.out_features for linear in linears)
+            if bits:
+                weight, scale = quantized(parts, bits)
+            elif bits is not None:
                 weight = torch.cat(parts)
             elif len(parts) == 1:
                 weight = parts[0]
             else:
-                rows = sum(linear.out_features for linear in linears)
                 weight, self.parts = parts[0].new_empty(rows, self.inputs), parts
-            if bits:
-                weight, scale = quantized(weight, bits)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
         biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -120,19 +123,40 @@ def check_recipe(network: CausalLM, quant: str) -> None:
         )
 
 
-def quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Words and scales of weight [N, K], in 4 bits by groups of 128 inputs, or of 64 where 128 do
-    not divide K. Errors: ExportError where neither does."""
-    if bits == 8:
-        return quantize_int8(weight)
-    inputs = weight.shape[1]
+def quantized(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
+    """Words and scales of weights [N, K], one below the other, in 4 bits by groups of 128 inputs,
+    or of 64 where 128 do not divide K. Errors: ExportError where neither does."""
+    inputs = parts[0].shape[1]
+    group_size = 64 if inputs % 128 else 128
+    scales = []
+
+    def convert(rows: Tensor) -> Tensor:
+        words, scale = quantize_int8(rows) if bits == 8 else quantize_int4(rows, group_size)
+        scales.append(scale)
+        return words
+
     try:
-        return quantize_int4(weight, 64 if inputs % 128 else 128)
+        return words_of(parts, convert), torch.cat(scales, 1)
     except ValueError as error:
         raise ExportError(
             f"--quant int4 does not fit a linear layer of {inputs} inputs: {error}; int8 and bf16 "
             "take any"
         ) from None
+
+
+def words_of(parts: Sequence[Tensor], convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """int16 words [N, W] of weights that lie one below the other. `convert` gives those of some
+    rows, for which it may take several times their memory."""
+    words, end = None, 0
+    for part in parts:
+        for rows in part.split(max(1, BLOCK_ELEMENTS // part.shape[1])):
+            some = convert(rows)
+            if words is None:
+                count = sum(map(len, parts))
+                words = empty((count, some.shape[1]), some.dtype, some.device)
+            begin, end = end, end + len(rows)
+            words[begin:end] = some
+    return words
 
 
 def unscaled(norm: nn.Module) -> nn.Module:
@@ -150,11 +174,11 @@ def unscaled(norm: nn.Module) -> nn.Module:
 def kept(linears: list[nn.Linear], bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Words and scales of layers that have them from the checkpoint. Scales of 4 bits are of the
     smallest dtype that has their values."""
-    parts = [codes_and_scales(linear, group_size) for linear in linears]
-    codes, scales = (torch.cat(part) for part in zip(*parts))
+    codes, each = zip(*(codes_and_scales(linear, group_size) for linear in linears))
+    words, scales = words_of(codes, lambda rows: pack_words(rows, bits)), torch.cat(each)
     dtypes = (torch.bfloat16, torch.float16) if bits == 4 else ()
     exact = next((dtype for dtype in dtypes if torch.equal(scales.to(dtype).float(), scales)), None)
-    return pack_words(codes, bits), scales.to(exact or torch.float32).T.contiguous()
+    return words, scales.to(exact or torch.float32).T.contiguous()
 
 
 def parts_by_storage(module: nn.Module) -> dict[int, list[Tensor]]:
@@ -385,7 +409,7 @@ def _rows(linear: nn.Linear, index: Tensor) -> nn.Linear:
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    linear.weight = nn.Parameter(copied(weight), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
     return linear

@@ -143,6 +143,12 @@ def linear() -> None:
                 norm = empty(inputs, dtype=x.dtype)
                 options = {"eps": 1e-6, "offset": 1.0, "activation": activation}
                 module.add_norm_linear(x, x, norm, norm[:1], norm, *arguments, **options)
+    # A checkpoint's groups of 32, with its scales.
+    for words, dtype in ((quantized[0][0], float16), (quantized[1][0], float32)):
+        scale = empty(4096 // 32, len(words), dtype=dtype)
+        for rows, activation in ((1, None), (1, "silu"), (32, "silu")):
+            x = empty(rows, 4096, dtype=bfloat16)
+            module.linear(x, words, scale, None, semaphores, activation=activation)
     uneven = empty(3, 5000, dtype=bfloat16), empty(77, 5000, dtype=bfloat16)
     bias = empty(77, dtype=bfloat16)
     module.linear(*uneven, None, bias, semaphores, soft_cap=30.0, out_float32=True)
@@ -296,6 +302,8 @@ def chunks() -> None:
         x = empty(tokens, 1024, dtype=bfloat16)
         for weight, scale in (quantize_int8(dense), quantize_int4(dense)):
             cuda.linear_chunk(x, weight, scale, None, count, activation=activation)
+            few = empty(1024 // 32, 512, dtype=float32 if len(scale) == 1 else float16)
+            cuda.linear_chunk(x, weight, few, None, count, activation=activation)
     x, norm = empty(8192, 2560, dtype=bfloat16), empty(2560, dtype=bfloat16)
     cuda.add_norm(x, x, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(x, norm, count, eps=1e-6)

@@ -201,12 +201,7 @@ def write_gguf(path: Path, architecture: str) -> Path:
     values = {f"{architecture}.{k}": v for k, v in (header | HEADERS[architecture]).items()}
     values |= {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     values["tokenizer.chat_template"] = TEMPLATE
-    add = {
-        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
-        str: writer.add_string, list: writer.add_array, np.ndarray: writer.add_array,
-    }  # fmt: skip
-    for key, value in values.items():
-        add[type(value)](key, value.tolist() if isinstance(value, np.ndarray) else value)
+    add_values(writer, values)
     if architecture == "llama":
         writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, 16, dtype=np.float32))
     for name, data in gguf_tensors(architecture, random_weights(config)).items():
@@ -220,6 +215,16 @@ def write_gguf(path: Path, architecture: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_values(writer: gguf.GGUFWriter, values: dict) -> None:
+    """Add keys with values of any type."""
+    add = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+        str: writer.add_string, list: writer.add_array, np.ndarray: writer.add_array,
+    }  # fmt: skip
+    for key, value in values.items():
+        add[type(value)](key, value.tolist() if isinstance(value, np.ndarray) else value)
 
 
 def gguf_tensors(architecture: str, weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

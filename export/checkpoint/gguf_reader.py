@@ -18,6 +18,7 @@ import torch
 
 from tokenloop.export.checkpoint.gguf_metadata import check_metadata
 from tokenloop.export.errors import ExportError
+from tokenloop.export.tensors_in_files import empty
 from tokenloop.models.config_fields import shown
 
 STRING, ARRAY, FLOAT32, BOOL = 8, 9, 6, 7
@@ -92,7 +93,8 @@ class GgufTensor(NamedTuple):
     def _rows(self, width: int, convert: Callable[[np.ndarray], np.ndarray]) -> torch.Tensor:
         """float32 [..., width], of which `convert` makes rows from the bytes uint8 of rows."""
         rows = math.prod(self.shape[:-1])
-        output = np.empty((rows, width), dtype=np.float32)
+        tensor = empty((rows, width), torch.float32)
+        output = tensor.numpy()
         step = max(1, BLOCK_ELEMENTS // self.shape[-1])
         with self.path.open("rb") as file:
             file.seek(self.offset)
@@ -102,7 +104,7 @@ class GgufTensor(NamedTuple):
                 if data.size != len(block) * self.row_bytes:
                     raise ExportError(f"{self.path} became shorter while {self.name} was read")
                 block[:] = convert(data.reshape(len(block), self.row_bytes))
-        return torch.from_numpy(output).reshape(*self.shape[:-1], width)
+        return tensor.reshape(*self.shape[:-1], width)
 
 
 class _Header:

@@ -15,6 +15,7 @@ import torch
 
 from tokenloop.export.checkpoint.contents import Checkpoint, Grid, NamedGrid
 from tokenloop.export.errors import ExportError
+from tokenloop.export.tensors_in_files import copied, empty
 from tokenloop.models.layers import Rearranged, Shard, Stacked
 
 # The values of these dtypes, spelled as in safetensors, are the weights themselves. fp8, fp4 and
@@ -65,23 +66,26 @@ def load_weights(
         if progress is not None:
             progress(name)
         try:
-            tensor = checkpoint.stored[name].read().to(dtype)
+            tensor = checkpoint.stored[name].read()
         except OSError as error:
             raise ExportError(
                 f"{checkpoint.path}: {name} cannot be read: {error.strerror}"
             ) from error
+        if tensor.dtype != dtype:
+            tensor = copied(tensor, dtype)
         _check_finite(checkpoint, name, tensor)
         for target, rows in parts:
             parameter = parameters[_parameter_name(target)]
-            values = tensor if rows is None else tensor[rows].clone()
+            values = tensor if rows is None else tensor[rows]
             if isinstance(target, Rearranged):
                 values = target.of(values)
             if isinstance(target, Shard):
                 if parameter not in loaded:
-                    loaded[parameter] = name, torch.empty(parameter.shape, dtype=dtype)
+                    loaded[parameter] = name, empty(parameter.shape, dtype)
                 target.of(loaded[parameter][1]).copy_(values)
             elif parameter not in loaded:
-                loaded[parameter] = name, values
+                # A part would keep the memory of the whole.
+                loaded[parameter] = name, values if values is tensor else copied(values)
                 if grids and (read_grid := checkpoint.stored[name].grid) is not None:
                     on_grid[parameter] = _grid_of(name, read_grid(), rows)
             elif not torch.equal(loaded[parameter][1], values):

@@ -8,12 +8,14 @@ also gives the mean of what each linear layer reads. quantize.py makes up for th
 quantized weights with that mean (bias correction, arXiv:1906.04721).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from tokenloop.export.tensors_in_files import empty
 
 TEXT = Path(__file__).with_name("calibration.txt")
 TOKENS = 512
@@ -113,9 +115,17 @@ def _rescale(
         columns = scale.view(shape[0], 1, shape[2]).expand(len(scale) // shape[2], -1, -1)
         columns = columns.expand(-1, readers[0].in_features // len(scale), -1).flatten()
     for reader in readers:
-        reader.weight *= columns
+        _replace(reader, torch.mul, columns)
         seen[reader].mean /= columns
     return scale
+
+
+def _replace(linear: nn.Linear, function: Callable, factor: Tensor) -> None:
+    """Make the layer's weight `function` of it and `factor`. In place it would be changed in memory
+    where it is mapped from the checkpoint."""
+    weight = empty(linear.weight.shape, linear.weight.dtype)
+    function(linear.weight.detach(), factor, out=weight)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
@@ -123,6 +133,6 @@ def _divide_norm(norm: nn.Module, scale: Tensor) -> None:
 
 
 def _divide_rows(linear: nn.Linear, scale: Tensor) -> None:
-    linear.weight /= scale[:, None]
+    _replace(linear, torch.div, scale[:, None])
     if linear.bias is not None:
         linear.bias /= scale

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokenloop.export.kept_weights import Keeping, codes_and_scales
 from tokenloop.export.recipes import Recipe
+from tokenloop.export.tensors_in_files import empty
 from tokenloop.models.moe import Experts
 
 torchao_ops = torch.ops.torchao
@@ -36,8 +37,8 @@ def quantize_rows(
     if weight.shape[1] % group_size:
         raise ValueError(f"rows of {weight.shape[1]} values are not whole groups of {group_size}")
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    values = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0], weight.shape[1] // group_size)
+    values = empty(weight.shape, torch.int8)
+    scales = empty((weight.shape[0], weight.shape[1] // group_size), torch.float32)
     for start in range(0, weight.shape[0], ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         block = weight[rows].detach().float().unflatten(1, (-1, group_size))

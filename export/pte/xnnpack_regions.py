@@ -33,6 +33,7 @@ from executorch.backends.xnnpack.xnnpack_preprocess import (
     generate_node_to_external_map,
 )
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
@@ -42,6 +43,7 @@ from torch.export import Dim, ExportedProgram
 
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.pte.xnnpack_graph import delegate
+from tokenloop.export.tensors_in_files import file_of
 from tokenloop.models.layers import RMSNorm
 
 # With this key XnnpackBackend runs one of its 17 graph passes, the only one that our regions need.
@@ -264,12 +266,22 @@ class RegionKind:
         return run
 
 
+class DataInFiles(NamedDataStore):
+    """Weights as files, from which ExecuTorch copies them into the program's. Otherwise it would
+    hold all of them until the program is written."""
+
+    def add_named_data(self, key: str, data: bytes | Tensor, *arguments, **named) -> None:
+        if isinstance(data, bytes) and (path := file_of(data)) is not None:
+            data = FileBackedData(str(path))
+        super().add_named_data(key, data, *arguments, **named)
+
+
 def serialize(program: ExportedProgram) -> tuple[bytes, NamedDataStoreOutput]:
     """The delegate's bytes for a partitioned program, and its weights.
 
     This is XnnpackBackend.preprocess without its graph passes, which would run for every region.
     """
-    data = NamedDataStore()
+    data = DataInFiles()
     external = generate_node_to_external_map(program, program.graph_module)
     graph = XNNGraph(
         version="0",

@@ -447,6 +447,7 @@ def test_dequantizing_needs_hardly_more_memory_than_its_result(tmp_path):
     checkpoint = open_checkpoint(
         write_gguf(tmp_path / "a.gguf", {"token_embd.weight": (data, kind)})
     )
+    # Of the blocks: NumPy tells what it takes, and torch, which has the result, does not.
     tracemalloc.start()
     try:
         (tensor,) = tensors_in(checkpoint).values()
@@ -454,7 +455,7 @@ def test_dequantizing_needs_hardly_more_memory_than_its_result(tmp_path):
     finally:
         tracemalloc.stop()
     result = tensor.numel() * 4
-    assert result <= peak < 1.25 * result
+    assert 0 < peak < 0.25 * result
 
 
 def test_the_real_model_gives_the_tensors_that_transformers_reads(real_gguf):

@@ -103,7 +103,7 @@ def test_no_two_tensors_of_a_fused_step_share_memory(networks, layout):
 @pytest.mark.parametrize(("inputs", "group_size"), [(256, 128), (576, 64)])
 def test_groups_of_4_bits_are_128_inputs_or_64(inputs, group_size):
     weight = torch.randn(8, inputs, generator=torch.Generator().manual_seed(0))
-    words, scale = quantized(weight, 4)
+    words, scale = quantized([weight], 4)
     assert scale.shape == (inputs // group_size, 8)
     error = (dequantize(words, scale, inputs).float() - weight).abs()
     groups = scale.T.float().repeat_interleave(group_size, 1)
@@ -113,4 +113,4 @@ def test_groups_of_4_bits_are_128_inputs_or_64(inputs, group_size):
 @pytest.mark.parametrize("inputs", [128, 200])
 def test_inputs_that_are_no_whole_groups_of_4_bits_are_refused(inputs):
     with pytest.raises(ExportError, match=f"--quant int4 does not fit a linear layer of {inputs}"):
-        quantized(torch.zeros(8, inputs), 4)
+        quantized([torch.zeros(8, inputs)], 4)

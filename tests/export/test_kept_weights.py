@@ -43,11 +43,14 @@ PROJECTED = "q_proj", "k_proj", "v_proj"
         ("launches", [grid(*INT4, 64)], Layout(4, 64)),
         ("launches", [grid(*INT4, 512)], Layout(4, 128)),
         ("launches", [grid(*INT4, 128), grid(*INT4, 64)], Layout(4, 64)),
-        ("launches", [grid(*INT4, 32)], None),
+        ("launches", [grid(*INT4, 128), grid(*INT4, 32)], Layout(4, 32)),
+        ("launches", [grid(*INT4, 16)], None),
         ("launches", [grid(*INT8, 512)], Layout(8, 512)),
         ("launches", [grid(*INT8, 512), grid(*INT4, 512)], Layout(8, 512)),
-        ("launches", [grid(*INT8, 128)], None),
-        ("launches", [grid(-15, 15, 128)], None),
+        ("launches", [grid(*INT8, 256)], Layout(8, 128)),
+        ("launches", [grid(*INT8, 32), grid(*INT4, 64)], Layout(8, 32)),
+        ("launches", [grid(-32, 31, 16)], None),
+        ("launches", [grid(-15, 15, 128)], Layout(8, 128)),
         ("inductor", [grid(*INT4, 32)], Layout(4, 32)),
         ("inductor", [grid(-15, 15, 128)], Layout(8, 128)),
         ("inductor", [grid(*INT8, 32), grid(-32, 31, 16)], Layout(8, 16)),
@@ -128,14 +131,14 @@ def test_packed_weights_are_the_checkpoint_s(tmp_path, backend, scale_dtype):
 
 
 def test_what_has_no_layout_stays_floating_point(tmp_path):
-    path = compressed_checkpoint(tmp_path / "model", 32, symmetric=False, **WIDE)
+    path = compressed_checkpoint(tmp_path / "model", 16, symmetric=False, **WIDE)
     checkpoint, network = loaded(path, torch.bfloat16)
     assert not can_keep(checkpoint, "launches") and can_keep(checkpoint, "inductor")
     keeping = Keeping("launches", torch.bfloat16)
     pack_blocks(network, keeping)
     assert keeping.kept == [] and len(keeping.left) == 14
     (line,) = keeping.lines()
-    assert "14 are bfloat16" in line and "-10 to 9 in groups of 32" in line
+    assert "14 are bfloat16" in line and "-10 to 9 in groups of 16" in line
     assert all(part.scale is None for part in packed_layers(network))
     keeping = Keeping("inductor", torch.bfloat16)
     _, network = loaded(path, torch.bfloat16)
@@ -189,9 +192,15 @@ def test_xnnpack_keeps_groups_and_leaves_the_rest(tmp_path):
     assert type(network.lm_head) is torch.nn.Linear
 
 
-def test_ggufs_blocks_are_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "kinds"),
+    [
+        ("inductor", ["Q4_0", "Q5_0", "Q8_0", "Q6_K"]),
+        ("launches", ["Q4_0", "Q5_0", "Q8_0", "Q8_0"]),  # groups of 16 are too small for it
+    ],
+)
+def test_ggufs_blocks_are_kept(tmp_path, backend, kinds):
     """Every type that has no minimum, and rows that the format has permuted."""
-    kinds = ["Q4_0", "Q5_0", "Q8_0", "Q6_K"]
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     header = {
@@ -227,7 +236,7 @@ def test_ggufs_blocks_are_kept(tmp_path):
     writer.close()
 
     checkpoint, network = loaded(tmp_path / "model.gguf", torch.bfloat16)
-    keeping = Keeping("inductor", torch.bfloat16)
+    keeping = Keeping(backend, torch.bfloat16)
     blocks = pack_blocks(network, keeping)
     pack_head(network, keeping)
     assert len(keeping.kept) == 15 and keeping.left == [] and keeping.without == 0

@@ -3,12 +3,15 @@ apart."""
 
 import pytest
 import torch
+from executorch.exir._serialize._cord import FileBackedData
+from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import nn
 
 from tests.models.tiny_models import DENSE_NETWORKS, dense_network
 from tokenloop.export.pte.pte_program import lower_layers
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.pte.xnnpack_regions import (
+    DataInFiles,
     DelegatedGELU,
     DelegatedRMSNorm,
     Head,
@@ -17,6 +20,7 @@ from tokenloop.export.pte.xnnpack_regions import (
     prepare,
     trace,
 )
+from tokenloop.export.tensors_in_files import tensors_in_files
 from tokenloop.models.gemma3 import RMSNorm
 from tokenloop.runner.engines.executorch_runtime import set_backend_option
 
@@ -228,3 +232,18 @@ def test_layers_of_equal_bytes_keep_their_own_shapes(as_method):
     for layer in (a, b):
         layer.weight.fill_(0.5)
     run_both(as_method, a, b, random(1, 1, 64), random(1, 1, 32))
+
+
+def test_large_weights_wait_in_files_until_the_program_is_written(tmp_path):
+    data = bytes(range(256)) * 4096
+    with tensors_in_files(tmp_path):
+        weights = DataInFiles()
+        weights.add_named_data("large", data, alignment=16)
+        weights.add_named_data("small", b"1234", alignment=16)
+        large, small = weights.get_named_data_store_output().buffers
+        assert isinstance(large, FileBackedData) and large.to_bytes() == data and small == b"1234"
+        # As the program's own store does it.
+        merged = NamedDataStore()
+        merged.merge_named_data_store(weights.get_named_data_store_output())
+        merged.add_named_data("again", data, alignment=16)
+        assert merged.buffers == [large, small]

@@ -90,17 +90,18 @@ def launch_linear(
 
 
 def group_size(scale: Tensor | None, weight: Tensor, inputs: int, bits: int) -> int:
-    """Inputs that share a scale of 4 bits; else 0."""
+    """Inputs that share a scale; 0 for floating-point weights, and where a row has one."""
     if not bits:
         return 0
-    known = GROUP_SIZES if bits == 4 else (inputs,)
+    known = [size for size in GROUP_SIZES if SPAN_WORDS * WORD_BITS // bits % size == 0]
+    known = known if bits == 4 else [inputs, *known]
     shape = None if scale is None else tuple(scale.shape)
     if shape not in [(inputs // size, weight.shape[0]) for size in known if inputs % size == 0]:
         raise ValueError(
             f"scale of shape {shape}: {weight.shape[0]} rows of {bits} bits need one for each row "
             f"and group of {known}"
         )
-    return inputs // shape[0] if bits == 4 else 0
+    return 0 if bits == 8 and shape[0] == 1 else inputs // shape[0]
 
 
 @operator("linear", mutates_args={"semaphores"})

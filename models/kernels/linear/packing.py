@@ -6,8 +6,8 @@ words are 64 neighbours, and two words that lie side by side in a register give 
 that a tensor core takes. Rows are padded with zeros to whole spans.
 
 Values of 4 bits are stored plus 8, and every group of a row has a scale. Values of 8 bits are two's
-complement, and a row has one scale. The scales of neighbouring rows lie side by side: a program
-reads one group of many rows at a time.
+complement, and a row has one scale, or every group has. The scales of neighbouring rows lie side by
+side: a program reads one group of many rows at a time.
 """
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 
 SPAN_WORDS = 64
 WORD_BITS = 16
-# A field of a span has one scale, and a span has a whole number of them.
-GROUP_SIZES = 64, 128, 256
+# Inputs that share a scale. A span has a whole number of groups, and so has a field or a group of
+# fields. Groups of 32, as GGUF's, are halves of a field.
+GROUP_SIZES = 32, 64, 128, 256
 
 
 def _round(

@@ -30,14 +30,24 @@ def load_rows(x_ptr, b, k, rows, K):
 
 
 @triton.jit
-def load_scales(scale_ptr, n, span, K, count, GROUP: tl.constexpr):
-    """Scales [n] of each group of a span of 4 bits; the weight has `count` rows."""
+def load_scales(scale_ptr, n, span, K, count, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Scales [n] of each group of a span; the weight has `count` rows."""
     scales = ()
-    for i in tl.static_range(WORDS * (BITS_OF_WORD // 4) // GROUP):
+    for i in tl.static_range(WORDS * (BITS_OF_WORD // BITS) // GROUP):
         # Padding has no scale of its own, and needs none.
-        group = tl.minimum(span * (WORDS * (BITS_OF_WORD // 4) // GROUP) + i, K // GROUP - 1)
+        group = tl.minimum(span * (WORDS * (BITS_OF_WORD // BITS) // GROUP) + i, K // GROUP - 1)
         scales = scales + (tl.load(scale_ptr + group * count + n),)
     return scales
+
+
+@triton.jit
+def part_products(w, x, scale, BITS: tl.constexpr):
+    """[n, b] of a field of weights [n, k] and activations [k, b], with that scale [n]."""
+    products = dot(w, x, tl.zeros([w.shape[0], x.shape[1]], tl.float32))
+    if BITS == 4:
+        offsets = tl.full(w.shape, OFFSET, tl.float32).to(tl.bfloat16)
+        products -= dot(offsets, x, tl.zeros(products.shape, tl.float32))
+    return products * scale.to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -48,16 +58,31 @@ def span_products(
     """gate and, where GATED, up [n, b] plus one span of their weights [n, k] times activations
     [k, b].
 
-    Scales of 8 bits are left to the end. With 4 bits each of `gates` and `ups` is the scale of
-    equally many fields. What the weights' offset adds to the products is subtracted from them: that
-    takes one more product of matrices instead of a subtraction for every pair of weights.
+    Each of `gates` and `ups` is the scale of equally many fields, or of half a field. Where a row
+    has one scale there are none: that is left to the end. What the offset of weights of 4 bits adds
+    to the products is subtracted from them: that takes one more product of matrices instead of a
+    subtraction for every pair of weights.
     """
     FIELDS: tl.constexpr = BITS_OF_WORD // BITS
-    SHARED: tl.constexpr = FIELDS if BITS == 8 else FIELDS // len(gates)
+    PARTS: tl.constexpr = len(gates) // FIELDS
+    SHARED: tl.constexpr = FIELDS if len(gates) == 0 or PARTS > 1 else FIELDS // len(gates)
     columns = span * WORDS + tl.arange(0, WORDS)[None, :]
     words = tl.load(w_ptr + first[:, None] * width + columns)
     if GATED:
         others = tl.load(w_ptr + second[:, None] * width + columns)
+    if PARTS > 1:
+        part_of = tl.arange(0, WORDS)[:, None] // (WORDS // PARTS)
+        for i in tl.static_range(FIELDS):
+            k = (span * FIELDS + i) * WORDS + tl.arange(0, WORDS)
+            x = load_rows(x_ptr, b, k, rows, K)
+            for part in tl.static_range(PARTS):
+                own = tl.where(part_of == part, x, tl.zeros(x.shape, x.dtype))
+                scale = gates[i * PARTS + part]
+                gate += part_products(field(words, i, BITS), own, scale, BITS)
+                if GATED:
+                    scale = ups[i * PARTS + part]
+                    up += part_products(field(others, i, BITS), own, scale, BITS)
+        return gate, up
     for group in tl.static_range(FIELDS // SHARED):
         these = tl.zeros(gate.shape, tl.float32)
         those = tl.zeros(gate.shape, tl.float32)
@@ -71,7 +96,7 @@ def span_products(
             if BITS == 4:
                 offsets = tl.full(words.shape, OFFSET, tl.float32).to(tl.bfloat16)
                 excess = dot(offsets, x, excess)
-        if BITS == 8:
+        if len(gates) == 0:
             gate += these
             up += those
         else:
@@ -149,10 +174,10 @@ def dot_kernel(
             asked += prefetch_rows(w_ptr + skipped, *given)
     gates, ups = (), ()
     count = N if ACTIVATION is None else 2 * N
-    if BITS == 4:
-        gates = load_scales(scale_ptr, first, begin, K, count, GROUP)
+    if GROUP > 0:
+        gates = load_scales(scale_ptr, first, begin, K, count, GROUP, BITS)
         if ACTIVATION is not None:
-            ups = load_scales(scale_ptr, second, begin, K, count, GROUP)
+            ups = load_scales(scale_ptr, second, begin, K, count, GROUP, BITS)
     x_ptr += wait_alone(asked)
     if BITS == 0:
         for i in tl.range(begin, end, num_stages=STAGES):
@@ -163,15 +188,15 @@ def dot_kernel(
         # Scales are loaded a span ahead: the pipeline only has the operands of matrix products.
         for i in tl.range(begin, end, num_stages=STAGES):
             these, those = gates, ups
-            if BITS == 4:
-                gates = load_scales(scale_ptr, first, i + 1, K, count, GROUP)
+            if GROUP > 0:
+                gates = load_scales(scale_ptr, first, i + 1, K, count, GROUP, BITS)
                 if ACTIVATION is not None:
-                    ups = load_scales(scale_ptr, second, i + 1, K, count, GROUP)
+                    ups = load_scales(scale_ptr, second, i + 1, K, count, GROUP, BITS)
             gate, up = span_products(
                 gate, up, w_ptr, these, those, x_ptr, first, second, b, i, rows, K, width,
                 BITS, ACTIVATION is not None,
             )  # fmt: skip
-    if BITS == 8:
+    if BITS == 8 and GROUP == 0:
         gate *= tl.load(scale_ptr + first)[:, None]
         if ACTIVATION is not None:
             up *= tl.load(scale_ptr + second)[:, None]

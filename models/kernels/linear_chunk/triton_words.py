@@ -24,7 +24,7 @@ if triton.knobs.runtime.interpret:
     def scaled(values, scale, BITS: tl.constexpr):
         values = values.to(tl.float32)
         values = values - OFFSET if BITS == 4 else values
-        bits = (values * scale.to(tl.float32)[:, None]).to(tl.uint32, bitcast=True)
+        bits = (values * scale.to(tl.float32)).to(tl.uint32, bitcast=True)
         # The interpreter cuts bits off where a GPU rounds.
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
@@ -39,15 +39,15 @@ else:
 
     @triton.jit
     def scaled(values, scale, BITS: tl.constexpr):
-        """bfloat16 weights [n, k] of what `field` gave and scales [n]: float32 for 8 bits, and for
-        4 bits bfloat16, or what a checkpoint has."""
+        """bfloat16 weights [n, k] of what `field` gave and scales [n, k] or [n, 1]: float32 for 8
+        bits, and for 4 bits bfloat16, or what a checkpoint has."""
         if BITS == 8:
-            return (values.to(tl.float32) * scale[:, None]).to(tl.bfloat16)
+            return (values.to(tl.float32) * scale.to(tl.float32)).to(tl.bfloat16)
         if scale.dtype != tl.bfloat16:
             # The difference has 5 bits, and the product with float16 is exact in float32.
             centred = values.to(tl.float32) - OFFSET
-            return (centred * scale.to(tl.float32)[:, None]).to(tl.bfloat16)
-        scales = tl.broadcast_to(scale[:, None], values.shape)
+            return (centred * scale.to(tl.float32)).to(tl.bfloat16)
+        scales = tl.broadcast_to(scale, values.shape)
         return tl.inline_asm_elementwise(
             SCALE_NIBBLES, "=r,r,r", [values, scales], dtype=tl.bfloat16, is_pure=True, pack=2
         )
@@ -55,12 +55,18 @@ else:
 
 @triton.jit
 def load_scale(scale_ptr, n, k, K, rows, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Scales [n] of the WORDS inputs from k on; the weight has so many rows."""
-    if BITS == 8:
-        return tl.load(scale_ptr + n)
+    """Scales [n, 1], or [n, k] where a field has several, of the WORDS inputs from k on; the weight
+    has so many rows."""
     # Padding has no scale of its own, and needs none.
-    group = tl.minimum(k // GROUP, K // GROUP - 1)
-    return tl.load(scale_ptr + group.to(tl.int64) * rows + n)
+    if GROUP == 0:
+        scale = tl.load(scale_ptr + n)[:, None]
+    elif GROUP < WORDS:
+        group = tl.minimum((k + tl.arange(0, WORDS)) // GROUP, K // GROUP - 1)
+        scale = tl.load(scale_ptr + group.to(tl.int64)[None, :] * rows + n[:, None])
+    else:
+        group = tl.minimum(k // GROUP, K // GROUP - 1)
+        scale = tl.load(scale_ptr + group.to(tl.int64) * rows + n)[:, None]
+    return scale
 
 
 @waits  # once it has the words: kernels ahead may read what was where it writes

@@ -4,6 +4,8 @@ Triton's interpreter with odd small ones."""
 import pytest
 import torch
 
+from tokenloop.models.kernels.linear.packing import pack
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 ON_GPU = torch.cuda.is_available()
@@ -13,6 +15,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 EPS = 1e-6
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def quantize_groups(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words of 8 bits and scales [K / size, N] of groups, as `keep` makes them of GGUF's Q8_0."""
+    groups = weight.float().unflatten(1, (-1, size))
+    scale = (groups.abs().amax(2, keepdim=True) / 127).half().float()
+    codes = (groups / scale).round().clamp(-128, 127).int().flatten(1)
+    return pack(codes, 8), scale[..., 0].T.contiguous()
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

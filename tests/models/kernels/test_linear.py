@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models.kernels.checking import DTYPES, EPS, ON_GPU, assert_close
+from tests.models.kernels.checking import DTYPES, EPS, ON_GPU, assert_close, quantize_groups
 from tokenloop.models.kernels.linear import operator, reference
 from tokenloop.models.kernels.linear.linear_tiles import LinearTiles
 from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
@@ -16,7 +16,9 @@ OUTPUTS = 1537 if ON_GPU else 19
 
 
 def quantized(weight: torch.Tensor, bits: int, group_size: int = 0):
-    return quantize_int8(weight) if bits == 8 else quantize_int4(weight, group_size)
+    if bits == 4:
+        return quantize_int4(weight, group_size)
+    return quantize_groups(weight, group_size) if group_size else quantize_int8(weight)
 
 
 def test_what_the_kernels_cannot_read_is_refused(normal, semaphores):
@@ -56,7 +58,9 @@ def test_scales_of_a_checkpoint_may_be_float16(normal, semaphores):
     assert not torch.equal(expected, reference.linear(x, words, scale, None, semaphores))
 
 
-@pytest.mark.parametrize("bits, group_size", [(8, 0), (4, 64), (4, 128), (4, 256)])
+@pytest.mark.parametrize(
+    "bits, group_size", [(8, 0), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128), (4, 256)]
+)
 @pytest.mark.parametrize("activation, splits", [(None, 1), ("silu", 2)])
 def test_linear_of_integer_weights_is_the_reference_s_in_float32(
     normal, semaphores, bits, group_size, activation, splits
@@ -83,7 +87,7 @@ def test_a_row_of_a_batch_is_that_row_alone(normal, semaphores, bits, tiles, row
     x = normal(rows, inputs, dtype=torch.bfloat16)
     weight, scale = normal(OUTPUTS, inputs, scale=inputs**-0.5), None
     if bits:
-        weight, scale = quantized(weight, bits, 128)
+        weight, scale = quantized(weight, bits, 128 if bits == 4 else 0)
     else:
         weight = weight.bfloat16()
     options = {"out_float32": True, "tiles": tiles}

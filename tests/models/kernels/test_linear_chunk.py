@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, assert_close
+from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, assert_close, quantize_groups
 from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
 from tokenloop.models.kernels.linear_chunk import operator, reference
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import ChunkTiles, WordTiles, chunk_tiles
@@ -96,11 +96,19 @@ def test_a_chunk_without_tokens_is_left_alone(normal, form):
         operator.launch_linear_chunk(x, weight, None, counted(0), tiles=TILES[form])
 
 
-@pytest.mark.parametrize("bits, outputs, inputs", [(4, 70, 256), (4, 33, 448), (8, 70, 200)])
+def quantized(weight: torch.Tensor, bits: int, group: int):
+    if bits == 4:
+        return quantize_int4(weight, group)
+    return quantize_groups(weight, group) if group else quantize_int8(weight)
+
+
+@pytest.mark.parametrize(
+    "bits, group, outputs, inputs",
+    [(4, 64, 70, 256), (4, 32, 33, 416), (4, 64, 33, 448), (8, 0, 70, 200), (8, 32, 70, 224)],
+)
 @pytest.mark.parametrize("scales", [None, torch.float16, torch.float32])
-def test_dequantized_weights_are_the_reference_s(normal, bits, outputs, inputs, scales):
-    weight = normal(outputs, inputs)
-    weight, scale = quantize_int8(weight) if bits == 8 else quantize_int4(weight, 64)
+def test_dequantized_weights_are_the_reference_s(normal, bits, group, outputs, inputs, scales):
+    weight, scale = quantized(normal(outputs, inputs), bits, group)
     if scales is not None:
         # A checkpoint's have more digits than bfloat16.
         scale = (scale.float() * 1.003).to(scales)
@@ -109,10 +117,13 @@ def test_dequantized_weights_are_the_reference_s(normal, bits, outputs, inputs, 
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("bits, inputs", [(4, 256), (4, 448), (8, 200)])
-def test_weights_dequantized_in_the_tile_give_the_same_bits(normal, bits, inputs, activation):
-    weight = normal(128 if activation else 64, inputs)
-    weight, scale = quantize_int8(weight) if bits == 8 else quantize_int4(weight, 64)
+@pytest.mark.parametrize(
+    "bits, group, inputs", [(4, 64, 256), (4, 32, 416), (4, 64, 448), (8, 0, 200), (8, 32, 224)]
+)
+def test_weights_dequantized_in_the_tile_give_the_same_bits(
+    normal, bits, group, inputs, activation
+):
+    weight, scale = quantized(normal(128 if activation else 64, inputs), bits, group)
     x, options = normal(70, inputs, dtype=torch.bfloat16), {"activation": activation}
     bias = normal(len(weight), dtype=torch.bfloat16)
     dense = operator.dequantize(weight, scale, inputs)

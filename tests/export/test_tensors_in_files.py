@@ -1,0 +1,128 @@
+"""An export's memory is that of a few tensors, for the others are in files that go with them."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.export.test_checkpoint import write_gguf
+from tokenloop.export import tensors_in_files as files
+from tokenloop.export.checkpoint import Checkpoint, StoredTensor, load_weights
+from tokenloop.export.checkpoint.gguf_reader import read_header
+from tokenloop.export.errors import ExportError
+from tokenloop.export.packed_weights import PackedLinear
+from tokenloop.export.pte.calibrate import _replace
+from tokenloop.export.pte.quantize import QuantizedLinear
+
+MEGABYTE = 1 << 20
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no file's."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * sum(int(size) for size in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+)", text))
+
+
+def in_file(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is that of a file of `tensors_in_files`."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return "/tensors-" in line
+    return False
+
+
+def test_a_large_tensor_is_in_a_file_that_is_gone_with_it(tmp_path):
+    assert not in_file(files.empty((MEGABYTE,), torch.int8))
+    with files.tensors_in_files(tmp_path):
+        small = files.empty((MEGABYTE - 1,), torch.int8)
+        large = files.empty((512, 1024), torch.bfloat16)
+        assert not in_file(small) and in_file(large)
+        (directory,) = tmp_path.iterdir()
+        # It has no name from the beginning, so nothing is left of it after being killed.
+        assert not list(directory.iterdir())
+        copy = files.copied(torch.arange(MEGABYTE).view(1024, 1024).t(), torch.float32)
+        assert in_file(copy) and copy.is_contiguous()
+        assert copy[3, 5] == 5 * 1024 + 3
+        large.fill_(2)
+    assert not list(tmp_path.iterdir())
+    assert (large == 2).all() and in_file(large)
+    assert not in_file(files.empty((MEGABYTE,), torch.int8))
+
+
+def test_tensors_of_another_device_are_no_files(tmp_path):
+    with files.tensors_in_files(tmp_path):
+        assert files.copied(torch.empty(1 << 30, device="meta")).device.type == "meta"
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with files.tensors_in_files(tmp_path):
+        with pytest.raises(ExportError, match="No space left on device; an export needs space"):
+            files.empty((MEGABYTE,), torch.int8)
+        (directory,) = tmp_path.iterdir()
+        assert not list(directory.iterdir())
+
+
+class Layers(nn.Module):
+    def __init__(self, count: int, size: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(count))
+
+
+COUNT, SIZE = 24, 1024
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """GGUF in 8 bits, COUNT layers of 4 MB in float32."""
+    kind = gguf.GGMLQuantizationType.Q8_0
+    rows = np.random.default_rng(0).normal(size=(SIZE, SIZE)).astype(np.float32)
+    data = gguf.quantize(rows, kind)
+    tensors = {f"blk.{i}.attn_output.weight": (data, kind) for i in range(COUNT)}
+    path = write_gguf(tmp_path / "a.gguf", tensors)
+    stored = {
+        name: StoredTensor(tensor.shape, "F32", tensor.dequantize)
+        for name, tensor in read_header(path)[1].items()
+    }
+    return Checkpoint(path, "gguf", {}, (path,), stored)
+
+
+def loaded(checkpoint, dtype: torch.dtype) -> Layers:
+    with torch.device("meta"):
+        network = Layers(COUNT, SIZE)
+    load_weights(
+        network, checkpoint, lambda name: f"layers.{name.split('.')[1]}.weight", dtype=dtype
+    )
+    return network
+
+
+STEPS = {
+    "read": lambda linear: linear,
+    "int8 words": lambda linear: PackedLinear([linear], 8),
+    "int4 words": lambda linear: PackedLinear([linear], 4),
+    "8da8w": lambda linear: QuantizedLinear(linear, 8, None),
+    "calibrated": lambda linear: _replace(linear, torch.mul, torch.full((SIZE,), 2.0)),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_memory_of_weights_is_that_of_a_few_tensors(tmp_path, checkpoint, one_thread, step):
+    result = SIZE * SIZE * 4
+    loaded(checkpoint, torch.float32)  # what the first use of anything takes
+    STEPS[step](nn.Linear(SIZE, SIZE, bias=False).requires_grad_(False))
+    with files.tensors_in_files(tmp_path), torch.no_grad():
+        before = anonymous()
+        network = loaded(checkpoint, torch.float32)
+        made = [STEPS[step](linear) for linear in network.layers]
+        grown = anonymous() - before
+        assert len(made) == COUNT and grown < 6 * result < COUNT * result / 2
