@@ -66,6 +66,7 @@ def candidates(tokens: int, matrix: Matrix) -> list[ChunkTiles]:
         ],
         (128, True): [
             pointers(128, 128, 64, 8, 4), pointers(128, 64, 64, 8, 6), pointers(128, 64, 64, 4, 6),
+            pointers(128, 64, 64, 8, 5, extra=16),
         ],
         (512, False): [
             descriptors(64, 64, 128, 4, 5), descriptors(64, 64, 128, 4, 5, extra=32),

@@ -204,21 +204,23 @@ class PackedPrefill(Prefill):
         return ready
 
 
-def layout(chunk: list[Part], parts: int) -> dict[str, np.ndarray]:
-    """What kernels are told of a chunk of up to `parts` parts, int32 (models/kernels/packed.py).
+LAYOUT = "starts", "rows", "first", "last_starts", "last_first"
 
-    `starts` [parts + 1] are the parts' beginnings among the tokens, and the number of tokens in
-    place of those that are not there. `rows` [parts] are -1 for those. `first` [parts] are
-    positions. `last_starts` and `last_first` are those of a chunk of each part's last token alone.
+
+def layout(chunk: list[Part], out: dict[str, np.ndarray]) -> None:
+    """Fill `out` with what kernels are told of a chunk, int32 (models/kernels/packed.py).
+
+    `starts` [P + 1] are the parts' beginnings among the tokens, and the number of tokens in place
+    of those that are not there. `rows` [P] are -1 for those. `first` [P] are positions.
+    `last_starts` [P + 1] and `last_first` [P] are those of a chunk of each part's last token alone.
     """
-    rows, first = np.full(parts, -1, np.int32), np.zeros(parts, np.int32)
-    last_first, sizes = np.zeros(parts, np.int32), np.zeros(parts, np.int32)
+    starts, rows, first, last_starts, last_first = (out[name] for name in LAYOUT)
+    count = len(chunk)
+    rows[count:], first[count:], last_first[count:] = -1, 0, 0
+    begin = 0
     for i, part in enumerate(chunk):
-        rows[i], first[i], sizes[i] = part.row, part.first, len(part.ids)
-        last_first[i] = part.first + len(part.ids) - 1
-    starts = np.concatenate([[0], sizes.cumsum()]).astype(np.int32)
-    last_starts = np.minimum(np.arange(parts + 1), len(chunk)).astype(np.int32)
-    return {
-        "starts": starts, "rows": rows, "first": first,
-        "last_starts": last_starts, "last_first": last_first,
-    }  # fmt: skip
+        size = len(part.ids)
+        starts[i], rows[i], first[i] = begin, part.row, part.first
+        last_starts[i], last_first[i] = i, part.first + size - 1
+        begin += size
+    starts[count:], last_starts[count:] = begin, count

@@ -95,6 +95,11 @@ class Transfers:
         self._memory.copy(array, out)
         return out
 
+    def send(self, staging: Any, count: int) -> None:
+        """Copy the first `count` numbers of a buffer for uploads (engines/torch_memory.py) to the
+        device memory that it is for."""
+        self.host_to_device.add(staging.send(count))
+
     def copy(self, source: Any, destination: Any) -> None:
         """Copy within device memory, between arrays of one shape and type."""
         self._memory.copy(source, destination)

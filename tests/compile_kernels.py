@@ -193,13 +193,17 @@ def attention_chunk() -> None:
             caches = [empty(4, slots, kv_heads, size, dtype=dtype) for _ in range(2)]
             norms = [empty(size, dtype=dtype) for _ in range(2)]
             where = starts, rows, first
-            q, kv = module.rotate_chunk(
-                empty(1024, width, dtype=dtype), *where, *caches, *norms, empty(size // 2),
-                eps=1e-6, value_norm=shared, values_are_keys=shared, is_ring=is_ring,
-                attention_factor=1.2 if size == 128 else 1.0,
-            )  # fmt: skip
-            module.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=is_ring)
+            options = {
+                "eps": 1e-6, "value_norm": shared, "values_are_keys": shared, "is_ring": is_ring,
+                "attention_factor": 1.2 if size == 128 else 1.0,
+            }  # fmt: skip
             # Few tokens may be cut otherwise.
+            for tokens in (64, 1024):
+                qkv = empty(tokens, width, dtype=dtype)
+                q, kv = module.rotate_chunk(
+                    qkv, *where, *caches, *norms, empty(size // 2), **options
+                )
+            module.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=is_ring)
             few = q[:64], kv[:64], *where, *caches
             module.attend_chunk(*few, scale=1.0, is_ring=is_ring)
             if is_ring:
@@ -297,6 +301,9 @@ def chunks() -> None:
             cuda.linear_chunk(x, weight, None, bias, count, **options)
     x, weight = empty(1024, 1024, dtype=bfloat16), empty(4096, 1024, dtype=bfloat16)
     cuda.linear_chunk(x, weight, None, None, count, out_float32=True)
+    # A tile of 80 gated outputs.
+    x, weight = empty(128, 2560, dtype=bfloat16), empty(2 * 9728, 2560, dtype=bfloat16)
+    cuda.linear_chunk(x, weight, None, None, count, activation="silu")
     dense = torch.zeros(512, 1024)
     for tokens, activation in itertools.product((64, 128, 1024), (None, "gelu_tanh")):
         x = empty(tokens, 1024, dtype=bfloat16)

@@ -13,10 +13,10 @@ from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.engines.launch_list import LaunchList, Method
 from tokenloop.runner.engines.step_graphs import CHOICE, NETWORK, StepGraphs
 from tokenloop.runner.engines.tensors import explained, find_device, load_tensors
-from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
+from tokenloop.runner.engines.torch_memory import Aligned, Staging, TorchMemory
 from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.manifest import Artifact
-from tokenloop.runner.prefill import Part, layout
+from tokenloop.runner.prefill import LAYOUT, Part, layout
 from tokenloop.runner.program import (
     GREEDY,
     PARAMETERS,
@@ -104,16 +104,24 @@ class LaunchProgram(Program):
         # What a chunk is told lies in one memory, which goes up in one copy: numbers of 64 bits,
         # the last of which are the tokens.
         inputs = self._list.inputs(f"{PREFILL}{self._chunks[-1]}")
-        self._layout: dict[str, slice] = {}
+        places: dict[str, slice] = {}
         size = 0
         for name, (shape, _) in inputs.items():
             if name != "tokens":
-                self._layout[name] = slice(2 * size, 2 * size + shape[0])
+                places[name] = slice(2 * size, 2 * size + shape[0])
                 size += -(-shape[0] // 4) * 2  # each begins where 16 bytes do
         self._told = size
         self._prompt = torch.zeros(size + self._chunks[-1], dtype=torch.int64, device=self._device)
         words = self._prompt.view(torch.int32)
-        given = {name: words[place] for name, place in self._layout.items()}
+        given = {name: words[place] for name, place in places.items()}
+        self._staging = Staging(self._prompt, self._stream)
+        # What a method is not told goes nowhere.
+        parts = self.packing.parts
+        self._layouts = [
+            {name: np.zeros(parts + 1, np.int32) for name in LAYOUT}
+            | {name: array.view(np.int32)[place] for name, place in places.items()}
+            for array in self._staging.arrays
+        ]
         self._prefills: dict[int, tuple[Callable[[], tuple[Tensor, ...]], Tensor]] = {}
         self._prefill_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -135,13 +143,14 @@ class LaunchProgram(Program):
         return self._prefill_graphs[count, overlap]
 
     def prefill_packed(self, chunk: list[Part]) -> Tensor:
-        told = np.zeros(2 * self._told, np.int32)
-        for name, values in layout(chunk, self.packing.parts).items():
-            if name in self._layout:
-                told[self._layout[name]] = values
-        tokens = np.concatenate([np.asarray(part.ids, np.int64) for part in chunk])
-        self.transfers.upload(np.concatenate([told.view(np.int64), tokens]), out=self._prompt)
-        count = next(size for size in self._chunks if size >= len(tokens))
+        buffer = self._staging.take()
+        layout(chunk, self._layouts[buffer])
+        told, end = self._staging.arrays[buffer], self._told
+        for part in chunk:
+            begin, end = end, end + len(part.ids)
+            told[begin:end] = np.fromiter(part.ids, np.int64, end - begin)
+        self.transfers.send(self._staging, end)
+        count = next(size for size in self._chunks if size >= end - self._told)
         with self._on_stream():
             self._prefill_graph(count, self._overlap).replay()
         return self._prefills[count][1]

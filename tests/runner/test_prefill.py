@@ -1,10 +1,12 @@
 """Prompts that come together are packed into chunks."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenloop.runner.prefill import Part, layout, packed
+from tokenloop.runner.prefill import LAYOUT, Part, layout, packed
+from tokenloop.runner.transfers import Copies, Transfers
 
 prompts = st.lists(st.integers(1, 900), min_size=1, max_size=9).map(
     lambda sizes: [(7 - row, list(range(row, row + size))) for row, size in enumerate(sizes)]
@@ -36,7 +38,9 @@ def test_prompts_that_fit_share_one_chunk(prompts):
 
 def test_the_layout_of_a_chunk_names_rows_positions_and_last_tokens():
     chunk = [Part(2, 128, [5, 6, 7], True), Part(0, 0, [8] * 64, False)]
-    found = layout(chunk, 4)
+    # Of what was there before nothing is left.
+    found = {name: np.full(5 if "starts" in name else 4, 99, np.int32) for name in LAYOUT}
+    layout(chunk, found)
     assert {name: values.tolist() for name, values in found.items()} == {
         "starts": [0, 3, 67, 67, 67],
         "rows": [2, 0, -1, -1],
@@ -44,4 +48,21 @@ def test_the_layout_of_a_chunk_names_rows_positions_and_last_tokens():
         "last_starts": [0, 1, 2, 2, 2],
         "last_first": [130, 63, 0, 0],
     }
-    assert all(values.dtype == np.int32 for values in found.values())
+
+
+@given(st.lists(st.lists(st.integers(1, 2**40), min_size=1, max_size=8), max_size=7))
+def test_numbers_go_up_from_two_buffers_that_take_turns(given):
+    torch = pytest.importorskip("torch")
+    from tokenloop.runner.engines.torch_memory import Staging
+
+    destination = torch.full((8,), -1)
+    staging, transfers = Staging(destination, None), Transfers()
+    expected, taken = destination.tolist(), []
+    for numbers in given:
+        taken.append(staging.take())
+        staging.arrays[taken[-1]][: len(numbers)] = numbers
+        transfers.send(staging, len(numbers))
+        expected[: len(numbers)] = numbers
+        assert destination.tolist() == expected
+    assert all(a != b for a, b in zip(taken, taken[1:]))
+    assert transfers.host_to_device == Copies(len(given), 8 * sum(map(len, given)))

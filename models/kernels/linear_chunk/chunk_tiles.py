@@ -19,7 +19,7 @@ class ChunkTiles(NamedTuple):
     block_n counts the outputs of a gated layer; its tile has as many rows of gates and of ups.
     With `descriptors` a program stays for all its tiles, of which it stores `parts` one after the
     other; `flatten` makes one loop of its tiles and their inputs, and with `specialize` some warps
-    only copy. A tile by descriptors has `extra` outputs beside its block_n, unless it is gated.
+    only copy. A tile has `extra` outputs beside its block_n; one by descriptors only if not gated.
     """
 
     block_t: int
@@ -80,8 +80,9 @@ OWN_POWER, MEMORY_POWER = 2.65, 3.2
 POINTERS, FLAT, NESTED = (1.1, 3.8), (5.0, 0.1), (5.0, 2.5)
 # Processors without work leave power to the others: so much of their time is not lost.
 IDLE = 0.2
-# What the second, narrow accumulator costs. It helps where 160 outputs fill the processors once.
-BESIDE = 1.3
+# What the second, narrow accumulator costs, where a kernel copies by descriptors and by pointers.
+# It helps where 160 outputs fill the processors once.
+BESIDE, BESIDE_POINTERS = 1.3, 1.1
 # Shared memory of a program but for barriers; copies by descriptors keep some of it for results.
 SHARED, POINTERS_SHARED = 226 * 1024, 200 * 1024
 
@@ -98,17 +99,18 @@ def chunk_tiles(
     aligned = inputs % 8 == 0 and outputs % 8 == 0
 
     def by_descriptors(shape: Shape) -> bool:
-        return aligned and (tokens > 128 or shape.extra > 0)
+        return aligned and (tokens > 128 or shape.extra > 0 and not gated)
 
     def microseconds(shape: Shape) -> float:
         rows = shape.rows + shape.extra
         tiles = -(-tokens // shape.block_t) * -(-outputs * halves // rows)
-        begin, between = POINTERS
+        (begin, between), beside = POINTERS, BESIDE_POINTERS
         if by_descriptors(shape):
             begin, between = NESTED if gated or shape.extra else FLAT
+            beside = BESIDE
         multiply = 2.0 * shape.block_t * rows * inputs / FLOP
         read = 2.0 * inputs * (shape.block_t + rows) / OWN_BYTES
-        own = _together(multiply, read, OWN_POWER) * (BESIDE if shape.extra else 1.0)
+        own = _together(multiply, read, OWN_POWER) * (beside if shape.extra else 1.0)
         busy = tiles / PROCESSORS
         rounds = math.ceil(busy)
         several = (rounds - IDLE * (rounds - busy)) * own + rounds * between
@@ -119,7 +121,8 @@ def chunk_tiles(
         (
             shape
             for shape in SHAPES
-            if shape.block_t <= max(tokens, 64) and (not shape.extra or (aligned and not gated))
+            if shape.block_t <= max(tokens, 64)
+            and (not shape.extra or gated != by_descriptors(shape))
         ),
         key=microseconds,
     )
@@ -128,7 +131,8 @@ def chunk_tiles(
     block = block_t, rows // halves, block_k
     if not by_descriptors(shape):
         stages = min(7 if block_k == 128 else 8, POINTERS_SHARED // step)
-        return ChunkTiles(*block, 8 if block_t == 128 and rows >= 128 else warps, stages)
+        warps = 8 if block_t == 128 and rows >= 128 else warps
+        return ChunkTiles(*block, warps, stages, extra=extra // halves)
     parts = 2 if rows == 256 and not gated else 1
     kept = block_t * (rows // halves + extra) // parts * (4 if out_float32 else 2)
     stages = min(5 if rows > 64 else 7, (SHARED - kept) // step)

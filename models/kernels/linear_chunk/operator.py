@@ -52,7 +52,7 @@ def launch_linear_chunk(
         # Its sums are those of blocks of inputs, which tensor cores' are not.
         tiles = tiles._replace(block_k=SPAN_WORDS)
     y = empty(tokens, outputs, dtype=float32 if out_float32 else x.dtype, device=x.device)
-    if tiles.extra and (gated or not tiles.descriptors or tiles.parts > 1):
+    if tiles.extra and tiles.descriptors and (gated or tiles.parts > 1):
         raise ValueError(f"a tile of {tiles} has no outputs beside")
     tiles_n = triton.cdiv(outputs, tiles.block_n + tiles.extra)
     count_tiles = triton.cdiv(tokens, tiles.block_t) * tiles_n
@@ -72,7 +72,7 @@ def launch_linear_chunk(
     else:
         even = inputs % tiles.block_k == 0
         launch(pointers_kernel, (count_tiles,))(
-            *arguments, **named, EVEN=even, AHEAD=ahead, FIRST=FIRST
+            *arguments, **named, EVEN=even, AHEAD=ahead, FIRST=FIRST, EXTRA=tiles.extra
         )
     return y
 
