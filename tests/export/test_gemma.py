@@ -109,11 +109,12 @@ def test_a_directory_of_another_architecture(refuses, checkpoint):
 
 
 def test_a_gemma_4_with_the_backend_that_does_not_take_it(refuses, checkpoint):
-    change_config(checkpoint, model_type="gemma4_text", hidden_size_per_layer_input=0)
+    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
+    own = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, **experts}
+    change_config(checkpoint, model_type="gemma4_text", **own)
     arguments = ("--model", "tiny", "--backend", "xnnpack")
     refuses(
-        "tiny is a gemma4_text model; --backend xnnpack does not take layers of several shapes, "
-        "norms of values, scaled layers",
+        "tiny is a gemma4_text model; --backend xnnpack does not take an expert of all tokens",
         "inductor, launches, portable, cuda do",
         arguments=arguments,
     )

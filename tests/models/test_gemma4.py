@@ -46,7 +46,10 @@ def test_the_published_31b_has_the_tensors_of_transformers_own():
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
 
 
-def test_a_config_that_says_nothing_of_per_layer_inputs_has_them_and_is_refused():
+def test_a_config_that_says_nothing_of_per_layer_inputs_has_them():
     config = {key: GEMMA_4[key] for key in GEMMA_4 if key != "hidden_size_per_layer_input"}
-    with pytest.raises(ValueError, match="hidden_size_per_layer_input = 256"):
+    # transformers' table of them has its own number of tokens.
+    with pytest.raises(ValueError, match="vocab_size_per_layer_input = 262144: only vocab_size ="):
         Gemma4Config.from_dict(config)
+    config |= {"vocab_size_per_layer_input": GEMMA_4["vocab_size"]}
+    assert Gemma4Config.from_dict(config).hidden_size_per_layer_input == 256
