@@ -136,7 +136,9 @@ def quantized(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
         return words
 
     try:
-        return words_of(parts, convert), torch.cat(scales, 1)
+        words = words_of(parts, convert)
+        # Strides of what has one row are in the manifest: those of the transpose of rows.
+        return words, torch.cat([scale.T for scale in scales]).T.contiguous()
     except ValueError as error:
         raise ExportError(
             f"--quant int4 does not fit a linear layer of {inputs} inputs: {error}; int8 and bf16 "
