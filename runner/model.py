@@ -310,17 +310,19 @@ def checked_ids(ids: Sequence | np.ndarray, vocab_size: int) -> list[int]:
     loop takes for a few. Errors: RunnerError for one that is no integer or not of the vocabulary.
     """
     ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    kinds = set(map(type, ids))
-    if strange := {kind for kind in kinds if not issubclass(kind, Integral) or kind is bool}:
-        wrong = next(i for i in ids if type(i) in strange)
-        raise RunnerError(
-            f"the prompt has the id {shown(wrong)}; ids are integers, 0 to {vocab_size - 1}"
-        )
-    if kinds != {int}:
+    if (kinds := set(map(type, ids))) != {int}:
+        if strange := {kind for kind in kinds if not issubclass(kind, Integral) or kind is bool}:
+            wrong = next(i for i in ids if type(i) in strange)
+            raise RunnerError(
+                f"the prompt has the id {shown(wrong)}; ids are integers, 0 to {vocab_size - 1}"
+            )
         ids = list(map(int, ids))
-    array = np.asarray(ids)
-    # Integers of more than 64 bits are objects.
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocab_size:
+    try:
+        # A negative number is a large one without its sign.
+        largest = np.fromiter(ids, np.int64, len(ids)).view(np.uint64).max()
+    except OverflowError:  # more than 64 bits
+        largest = vocab_size
+    if largest >= vocab_size:
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
         raise RunnerError(f"the prompt has the id {wrong}; ids are 0 to {vocab_size - 1}")
     return ids

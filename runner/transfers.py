@@ -96,8 +96,8 @@ class Transfers:
         return out
 
     def send(self, staging: Any, count: int) -> None:
-        """Copy the first `count` numbers of a buffer for uploads (engines/torch_memory.py) to the
-        device memory that it is for."""
+        """Copy the first `count` numbers of a buffer for uploads (engines/staging.py) to the device
+        memory that it is for."""
         self.host_to_device.add(staging.send(count))
 
     def copy(self, source: Any, destination: Any) -> None:

@@ -16,12 +16,6 @@ from tokenloop.sampler.kernels import operator
 
 Method = tuple[nn.Module, dict[str, Tensor]]
 
-FUNCTIONS = {
-    "greedy": operator.greedy,
-    "sample": operator.sample,
-    # 2 launches do what otherwise takes 7, where no row has a top_k or a top_p.
-    "sample_unfiltered": partial(operator.sample, restricted=False),
-}
 EMBEDDING = {
     "greedy": operator.greedy_embed,
     "sample": operator.sample_embed,
@@ -114,7 +108,7 @@ def selection_methods(
             methods[f"mask{end}"] = Change(operator.mask), given | {"allowed": allowed}
             methods[f"adjust{end}"] = Change(operator.adjust), given | adjusted
         hidden = {"hidden": torch.zeros(rows, 1, hidden_size, dtype=dtype)}
-        for name, function in FUNCTIONS.items():
+        for name, function in operator.SELECTION.items():
             inputs = given | ({} if name == "greedy" else sampling) | written
             methods[name + suffix] = Select(function), inputs
             if not suffix:

@@ -27,7 +27,6 @@ from torch.export import ExportedProgram
 
 from tokenloop.export.artifact import SmallWrites
 from tokenloop.export.errors import ExportError
-from tokenloop.export.launches.methods import FUNCTIONS
 from tokenloop.export.methods import Decode, DecodeEmbedded, Prefill, integers, prompt_chunk
 from tokenloop.export.pte.cuda_inductor import one_form
 from tokenloop.export.pte.cuda_library import decode, missing_shims
@@ -120,7 +119,7 @@ def trace(model: nn.Module) -> dict[str, ExportedProgram]:
         numbers, counts = torch.ones(rows), integers(rows)
         logits = torch.zeros(rows, vocab_size)
         sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
-        for name, function in FUNCTIONS.items():
+        for name, function in operator.SELECTION.items():
             example = (logits, *(() if name == "greedy" else sampling))
             methods[name + suffix] = torch.export.export(Choose(function), example)
             if not suffix:

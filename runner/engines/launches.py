@@ -11,9 +11,10 @@ from torch import Tensor
 from tokenloop.runner.engines.device_logprobs import DeviceLogprobs
 from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.engines.launch_list import LaunchList, Method
+from tokenloop.runner.engines.staging import Staging
 from tokenloop.runner.engines.step_graphs import CHOICE, NETWORK, StepGraphs
 from tokenloop.runner.engines.tensors import explained, find_device, load_tensors
-from tokenloop.runner.engines.torch_memory import Aligned, Staging, TorchMemory
+from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
 from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.manifest import Artifact
 from tokenloop.runner.prefill import LAYOUT, Part, layout

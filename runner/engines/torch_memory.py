@@ -112,42 +112,6 @@ class TorchMemory:
         return numbers
 
 
-class Staging:
-    """Host memory for numbers that go up to the beginning of `destination` [N] again and again. On
-    CUDA the host does not wait for a copy: it fills one of two buffers, which take turns, while the
-    device may read the other one."""
-
-    def __init__(self, destination: Tensor, stream: torch.cuda.Stream | None):
-        """Copies are made on `stream`, which is None where there is no GPU."""
-        self._destination, self._stream = destination, stream
-        on_gpu = stream is not None
-        self._buffers = [
-            torch.zeros(destination.shape, dtype=destination.dtype, pin_memory=on_gpu)
-            for _ in range(2)
-        ]
-        self.arrays = [buffer.numpy() for buffer in self._buffers]
-        # Of a buffer's newest copy.
-        self._events = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
-        self._newest = 0
-
-    def take(self) -> int:
-        """Which of `arrays` is to be filled next, once its last copy is done. It has what it had
-        then."""
-        self._newest = 1 - self._newest
-        if self._events:
-            self._events[self._newest].synchronize()
-        return self._newest
-
-    def send(self, count: int) -> np.ndarray:
-        """Copy the first `count` numbers of the array that was taken last. Returns those."""
-        buffer, destination = self._buffers[self._newest][:count], self._destination[:count]
-        with torch.cuda.stream(self._stream):
-            destination.copy_(buffer, non_blocking=True)
-            if self._events:
-                self._events[self._newest].record()
-        return self.arrays[self._newest][:count]
-
-
 class Aligned:
     """Makes a method's inputs fit compiled kernels. On a GPU these take addresses that ALIGNMENT
     divides, and a view can begin at another one: it is copied. A copy is valid until the next of

@@ -11,6 +11,8 @@ Launches depend on shapes alone and nothing is read back, so they can be capture
     adjust     1, before that, where a row has penalties or biases
 """
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -214,3 +216,12 @@ def _sampled(
     else:
         maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)
     return _tokens(logits, maxima, tile, sampling, bounds, cutoff, **written)
+
+
+# What selects for a method of an artifact, by the method's name.
+SELECTION = {
+    "greedy": greedy,
+    "sample": sample,
+    # 2 launches do what otherwise takes 7, where no row has a top_k or a top_p.
+    "sample_unfiltered": partial(sample, restricted=False),
+}

@@ -53,7 +53,7 @@ def test_the_layout_of_a_chunk_names_rows_positions_and_last_tokens():
 @given(st.lists(st.lists(st.integers(1, 2**40), min_size=1, max_size=8), max_size=7))
 def test_numbers_go_up_from_two_buffers_that_take_turns(given):
     torch = pytest.importorskip("torch")
-    from tokenloop.runner.engines.torch_memory import Staging
+    from tokenloop.runner.engines.staging import Staging
 
     destination = torch.full((8,), -1)
     staging, transfers = Staging(destination, None), Transfers()
