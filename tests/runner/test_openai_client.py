@@ -126,7 +126,7 @@ def test_a_stream_that_is_left_and_a_call_that_is_cancelled_free_their_rows():
 def test_every_kind_of_refusal_is_an_error_of_its_own(client):
     for body, param, code in (
         ({"temperature": "hot"}, "temperature", None),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"extra_body": {"min_p": 0.1}}, "min_p", "unsupported_parameter"),
         ({"extra_body": {"x": 1}}, "x", "unknown_parameter"),
         ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages",
          "context_length_exceeded"),

@@ -283,7 +283,10 @@ def test_an_echo_may_be_all_that_is_asked_for(server):
     result = model.generate(Request(ids, 1, logprobs=1, prompt_logprobs=True)).run()
     body = {"prompt": ["Once", "Once"], "max_tokens": 0, "echo": True, "logprobs": 1} | GREEDY
     answer = json.loads(server.post(COMPLETIONS, body)[2])
-    assert answer["usage"] == {"prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8}
+    assert answer["usage"] == {
+        "prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     for choice in answer["choices"]:
         assert (choice["text"], choice["finish_reason"]) == ("Once", "length")
         found = choice["logprobs"]["token_logprobs"]
