@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tokenloop import runner
+from tokenloop.runner.engines.staging import Staging
 from tokenloop.runner.prefill import packed
 
 pytestmark = [
@@ -173,6 +174,21 @@ def test_a_method_s_outputs_are_cleared_before_it_runs(load):
     hidden = program._call("embed", token)
     torch.cuda.synchronize()
     assert hidden.count_nonzero() > 0
+
+
+def test_a_buffer_is_not_filled_before_the_gpu_has_read_it():
+    stream, destination = torch.cuda.Stream(), torch.zeros(4, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    staging, found = Staging(destination, stream), []
+    for number in range(6):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10**8)
+        staging.arrays[staging.take()][:] = number
+        staging.send(4)
+        with torch.cuda.stream(stream):
+            found.append(destination.clone())
+    torch.cuda.synchronize()
+    assert [values.tolist() for values in found] == [[number] * 4 for number in range(6)]
 
 
 def test_prompts_that_join_together_go_up_in_one_copy(load):
