@@ -193,17 +193,13 @@ def attention_chunk() -> None:
             caches = [empty(4, slots, kv_heads, size, dtype=dtype) for _ in range(2)]
             norms = [empty(size, dtype=dtype) for _ in range(2)]
             where = starts, rows, first
-            options = {
-                "eps": 1e-6, "value_norm": shared, "values_are_keys": shared, "is_ring": is_ring,
-                "attention_factor": 1.2 if size == 128 else 1.0,
-            }  # fmt: skip
-            # Few tokens may be cut otherwise.
-            for tokens in (64, 1024):
-                qkv = empty(tokens, width, dtype=dtype)
-                q, kv = module.rotate_chunk(
-                    qkv, *where, *caches, *norms, empty(size // 2), **options
-                )
+            q, kv = module.rotate_chunk(
+                empty(1024, width, dtype=dtype), *where, *caches, *norms, empty(size // 2),
+                eps=1e-6, value_norm=shared, values_are_keys=shared, is_ring=is_ring,
+                attention_factor=1.2 if size == 128 else 1.0,
+            )  # fmt: skip
             module.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=is_ring)
+            # Few tokens may be cut otherwise.
             few = q[:64], kv[:64], *where, *caches
             module.attend_chunk(*few, scale=1.0, is_ring=is_ring)
             if is_ring:

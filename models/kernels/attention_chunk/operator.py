@@ -75,14 +75,12 @@ def rotate_chunk(
     kv = empty(tokens, 2, kv_heads, head_dim, **new) if is_ring and keys else empty(0, **new)
     block_t = rotated_tokens(head_dim)
     blocks = count_blocks(tokens, rows.shape[0], block_t)
-    # Where processors are left, heads need not wait for one another.
-    parts = groups + 1 if queries and keys and kv_heads * blocks <= PROCESSORS else 1
-    launch(rotate_kernel, (kv_heads, blocks, parts))(
+    launch(rotate_kernel, (kv_heads, blocks))(
         qkv, starts, rows, first, k_cache, v_cache, q_norm, k_norm, inv_freq, q, kv,
         qkv.stride(0), slots, eps, offset, attention_factor,
         KV=kv_heads, HEADS=groups, HALF=head_dim // 2, VALUE_NORM=value_norm,
         VALUES_ARE_KEYS=values_are_keys, KEYS=keys, IS_RING=is_ring, **_sequences(rows),
-        BLOCK_T=block_t, PARTS=parts, num_warps=4,
+        BLOCK_T=block_t, num_warps=4,
     )  # fmt: skip
     return q, kv
 

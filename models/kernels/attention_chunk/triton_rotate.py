@@ -32,10 +32,9 @@ def rotate_kernel(
     attention_factor: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, VALUE_NORM: tl.constexpr,
     VALUES_ARE_KEYS: tl.constexpr, KEYS: tl.constexpr, IS_RING: tl.constexpr,
-    SEQUENCES: tl.constexpr, PADDED: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+    SEQUENCES: tl.constexpr, PADDED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens of one key/value head and the query heads that share it, in PARTS programs:
-    one for all, or one for each query head and one for keys and values.
+    """A block of tokens of one key/value head and the query heads that share it.
 
     Rows of qkv are `width` elements apart. HEADS is 0 where queries are not wanted.
     """
@@ -43,7 +42,6 @@ def rotate_kernel(
     stride: tl.constexpr = KV * SIZE
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     kv = tl.program_id(0)
-    part = tl.program_id(2)
     sequence, start, count, block = find_tokens(
         starts_ptr, tl.program_id(1), SEQUENCES, PADDED, BLOCK_T
     )
@@ -69,10 +67,7 @@ def rotate_kernel(
 
     if HEADS > 0:
         q_offsets = token * (HEADS * stride) + i[None, :]
-        begin, end = 0, HEADS
-        if PARTS > 1:
-            begin, end = part, tl.minimum(part + 1, HEADS)
-        for g in range(begin, end):
+        for g in range(HEADS):
             head = (kv * HEADS + g) * SIZE
             x1, x2 = load_tokens(qkv_ptr + head, in_offsets, mask, HALF)
             if q_norm_ptr is not None:
@@ -80,7 +75,7 @@ def rotate_kernel(
             x1, x2 = rotated(x1, x2, cos, sin, dtype)
             store_tokens(q_ptr + head, q_offsets, x1, x2, mask, HALF)
 
-    if KEYS and part == PARTS - 1:
+    if KEYS:
         key_ptr = qkv_ptr + (HEADS * KV + kv) * SIZE
         x1, x2 = load_tokens(key_ptr, in_offsets, mask, HALF)
         if VALUES_ARE_KEYS:

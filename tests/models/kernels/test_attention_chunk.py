@@ -155,29 +155,6 @@ def test_sinks_take_weight_in_any_chunk(normal, layout, is_ring):
 
 @pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])
 @layers(LAYOUTS[:1])
-def test_a_head_s_own_program_gives_the_same_bits(normal, monkeypatch, layout, is_ring):
-    prompts = Prompts(normal, layout, torch.bfloat16, is_ring)
-    grids, launch = [], operator.launch
-
-    def noted(kernel, grid):
-        if kernel is operator.rotate_kernel:
-            grids.append(grid)
-        return launch(kernel, grid)
-
-    monkeypatch.setattr(operator, "launch", noted)
-    qkv, *where = prompts.chunk([(2, 0, 70), (1, 0, 3)])
-    found = []
-    for processors in (10**6, 0):
-        monkeypatch.setattr(operator, "PROCESSORS", processors)
-        caches = [x.clone() for x in prompts.empty]
-        rest = *caches, *prompts.norms, prompts.inv_freq
-        found.append((*operator.rotate_chunk(qkv, *where, *rest, **prompts.options), *caches))
-    assert [grid[2] for grid in grids] == [prompts.groups + 1, 1]
-    assert all(map(torch.equal, *found))
-
-
-@pytest.mark.parametrize("is_ring", [False, True], ids=["full", "ring"])
-@layers(LAYOUTS[:1])
 def test_the_reference_is_the_caches_own_prefill(normal, layout, is_ring):
     prompts = Prompts(normal, layout, torch.float32, is_ring)
     got, caches = prompts.run(reference, schedule(64))
