@@ -182,12 +182,12 @@ class Model:
         from tokenloop.runner.saved_state import write_state
 
         request = Request(prompt, 1)
-        ids, limit = self.fit(request)
+        ids, *fitted = self.fit(request)
         cache = PrefixCache.for_one(self.loop.program, len(ids))
         keys, options = cache.keys(ids), self.loop.variant(None)
         # It has no more use for the program once it is computed.
         Generation(
-            self.loop, request, self.tokenizer, ids, limit, options, lambda: None, cache
+            self.loop, request, self.tokenizer, ids, *fitted, options, lambda: None, cache
         ).run()  # fmt: skip
         count, copies = cache.copies(keys)
         write_state(Path(path), self.manifest, ids[:count], copies)

@@ -27,7 +27,7 @@ from tokenloop.models.kernels.launch.launches import Launch, kept_launches
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.bool: "i1",
+    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 # What may be read before a kernel waits: weights and tables, what the host writes before a graph,
 # and the state that no other kernel of a graph writes.

@@ -49,7 +49,7 @@ def test_rows_that_another_vocabulary_of_this_size_was_exported_with_are_not_com
 ):
     compiled = []
 
-    def compile_method(method, example):
+    def compile_method(method, example, dynamic_shapes=None):
         name = getattr(method, "function", type(method)).__name__
         compiled.append((name, len(example[0])))
         return {name: str(len(example[0])).encode()}
@@ -57,17 +57,19 @@ def test_rows_that_another_vocabulary_of_this_size_was_exported_with_are_not_com
     monkeypatch.setattr(pt2, "compile_method", compile_method)
     monkeypatch.setenv("TOKENLOOP_CACHE", str(tmp_path / "cache"))
     one = pt2.compile_selection(1, 50, 8, 1.0, torch.float32)
-    assert compiled == [("Embed", 1), ("greedy", 1), ("sample", 1)]
+    changes = [("MaskRow", 1), ("AdjustRow", 1)]
+    assert compiled == [("Embed", 1), ("greedy", 1), ("sample", 1), *changes]
     compiled.clear()
     three = pt2.compile_selection(3, 50, 16, 2.0, torch.bfloat16)
     assert compiled == [("Embed", 3), ("greedy", 3), ("sample", 3)]
-    assert list(three) == ["embed", "greedy", "sample", "greedy_row", "sample_row"]
+    names = ["greedy", "sample", "mask_row", "adjust_row", "greedy_row", "sample_row"]
+    assert list(three) == ["embed", *names]
     for name in ("greedy", "sample"):
         assert one[name] == three[f"{name}_row"] == {name: b"1"}
         assert three[name] == {name: b"3"}
     compiled.clear()
     assert pt2.compile_selection(1, 51, 8, 1.0, torch.float32) == one
-    assert len(compiled) == 3
+    assert len(compiled) == 5
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,10 @@ def test_the_manifest_has_every_state_with_its_shape(exported, model):
     assert len({state["name"] for state in states}) == len(states)
 
 
-@pytest.mark.parametrize("backend", ["xnnpack", "cuda"])
-def test_a_backend_that_does_not_take_hybrids_is_refused_in_one_line(run_here, backend):
-    done = run_here("export/qwen3_5.py", "--model", AUSTEN, "--backend", backend)
+def test_a_backend_that_does_not_take_hybrids_is_refused_in_one_line(run_here):
+    done = run_here("export/qwen3_5.py", "--model", AUSTEN, "--backend", "xnnpack")
     assert done.returncode == 2
     assert done.stderr == (
-        f"export/qwen3_5.py: error: {AUSTEN} is a qwen3_5_text model; --backend {backend} does not "
-        "take gated delta nets: inductor, launches, portable do\n"
+        f"export/qwen3_5.py: error: {AUSTEN} is a qwen3_5_text model; --backend xnnpack does not "
+        "take gated delta nets: inductor, launches, portable, cuda do\n"
     )

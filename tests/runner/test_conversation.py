@@ -109,7 +109,7 @@ def read(tmp_path):
     def read(*prompts, **options):
         flags = Namespace(
             prompts=list(prompts), prompt_file=None, batch=None, chat=False, system=None,
-            messages=None, **{key: getattr(Request, key) for key in KEYS[1:]},
+            messages=None, json_object=False, **{key: getattr(Request, key) for key in KEYS[1:]},
         )  # fmt: skip
         for name, suffix in (("messages", ".json"), ("prompt_file", ".jsonl")):
             if name in options:

@@ -11,16 +11,15 @@ from tokenloop.runner import Request, RunnerError
 TINY = ("--backend", "inductor", "--max-seq-len", 200, "--max-prefill", 7, "--batch", 3)
 
 
-@pytest.fixture(params=["xnnpack", "portable", "inductor", "hybrid", "hybrid-portable"])
+@pytest.fixture(params=["xnnpack", "portable", "inductor", "hybrid"])
 def model(request, batch_artifact, portable_artifact, austen_artifact, export_artifact):
-    """With rings in rows: of blocks of XNNPACK's, plain, and of AOTInductor; and hybrids."""
+    """With rings in rows: of blocks of XNNPACK's, plain, and of AOTInductor; and a hybrid."""
     tiny = "tiny-inductor-batch", "--model", request.getfixturevalue("tiny_checkpoint"), *TINY
     find = {
         "xnnpack": lambda: batch_artifact,
         "portable": lambda: portable_artifact,
         "inductor": lambda: export_artifact(*tiny),
-        "hybrid": lambda: austen_artifact("inductor"),
-        "hybrid-portable": lambda: austen_artifact("portable"),
+        "hybrid": lambda: austen_artifact,
     }
     return runner.load(find[request.param]())
 
