@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -73,6 +74,30 @@ def feed(program, ids: np.ndarray, chunks, decoded: int = 0) -> np.ndarray:
 def even(length: int, chunk: int) -> list[int]:
     """So many positions in chunks of this size, and what is left."""
     return [chunk] * (length // chunk) + [length % chunk] * (length % chunk > 0)
+
+
+def assert_rows_near(
+    program, network, ids: np.ndarray, lengths: list[int], chunk: int, steps: int,
+    near: Callable[[np.ndarray, np.ndarray], None],
+) -> None:  # fmt: skip
+    """The logits of rows that begin with so many of ids int64 [B, T], in chunks of up to `chunk`,
+    and of so many steps of all rows after that, are `near` the eager network's."""
+    for row, length in enumerate(lengths):
+        start = 0
+        for count in even(length, chunk):
+            given = ids[row : row + 1, start : start + count], np.arange(start, start + count)
+            actual = program.prefill(*given, np.array([row])).copy()
+            with torch.no_grad():
+                arguments = map(torch.from_numpy, (*given, np.array([row])))
+                near(actual, network.prefill(*arguments).numpy())
+            start += count
+    for step in range(steps):
+        position = np.array(lengths) + step
+        token = ids[np.arange(len(lengths)), position][:, None]
+        actual = program.decode(token, position).copy()
+        with torch.no_grad():
+            expected = network.decode(torch.from_numpy(token), torch.from_numpy(position)).numpy()
+        near(actual, expected)
 
 
 def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:

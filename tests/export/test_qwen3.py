@@ -12,6 +12,7 @@ import torch
 from tests.export.programs import (
     assert_near,
     assert_near_of_quantized,
+    assert_rows_near,
     even,
     export_here,
     feed,
@@ -120,22 +121,7 @@ def test_rows_of_a_program_give_the_eager_networks_logits(export_of, name):
     program, rows = program_of(directory), model.batch
     ids = np.random.default_rng(0).integers(3, 258, (rows, 20))
     lengths = [9, 1, 5, 12][:rows]
-    for row, length in enumerate(lengths):
-        start = 0
-        for count in even(length, MAX_PREFILL):
-            chunk = ids[row : row + 1, start : start + count], np.arange(start, start + count)
-            actual = program.prefill(*chunk, np.array([row])).copy()
-            with torch.no_grad():
-                arguments = map(torch.from_numpy, (*chunk, np.array([row])))
-                assert_near(actual, model.prefill(*arguments).numpy())
-            start += count
-    for step in range(8):
-        position = np.array(lengths) + step
-        token = ids[np.arange(rows), position][:, None]
-        actual = program.decode(token, position).copy()
-        with torch.no_grad():
-            expected = model.decode(torch.from_numpy(token), torch.from_numpy(position)).numpy()
-        assert_near(actual, expected)
+    assert_rows_near(program, model, ids, lengths, MAX_PREFILL, 8, assert_near)
 
 
 def test_experts_are_not_made_integers_of_without_a_word(make_qwen_checkpoint, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import VOCAB_SIZE, write_byte_tokenizer
-from tests.export.programs import even, export_here, feed
+from tests.export.programs import assert_rows_near, even, export_here, feed
 from tests.models.architectures import FULL, SLIDING
 from tests.models.tiny_models import make_reference
 from tokenloop.export.command import ANY
@@ -65,23 +65,7 @@ def test_chunks_and_steps_give_the_eager_networks_logits(program_of, chunk):
 def test_rows_give_the_eager_networks_logits(program_of):
     program, network = program_of("gpt_oss, 2 rows")
     ids = np.random.default_rng(0).integers(3, VOCAB_SIZE, (2, 34))
-    lengths = [19, 4]
-    for row, length in enumerate(lengths):
-        start = 0
-        for count in even(length, MAX_PREFILL):
-            chunk = ids[row : row + 1, start : start + count], np.arange(start, start + count)
-            actual = program.prefill(*chunk, np.array([row])).copy()
-            with torch.no_grad():
-                arguments = map(torch.from_numpy, (*chunk, np.array([row])))
-                assert_logits(actual, network.prefill(*arguments).numpy())
-            start += count
-    for step in range(12):
-        position = np.array(lengths) + step
-        token = ids[np.arange(2), position][:, None]
-        actual = program.decode(token, position).copy()
-        with torch.no_grad():
-            expected = network.decode(torch.from_numpy(token), torch.from_numpy(position)).numpy()
-        assert_logits(actual, expected)
+    assert_rows_near(program, network, ids, [19, 4], MAX_PREFILL, 12, assert_logits)
 
 
 def assert_logits(actual: np.ndarray, expected: np.ndarray) -> None:
