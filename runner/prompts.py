@@ -103,9 +103,9 @@ def flags_of(options: Namespace) -> Request:
 
 def read_schema(path: Path) -> dict | bool:
     """The file of --json-schema."""
-    where = f"--json-schema {path}"
+    where, text = f"--json-schema {path}", read_file(path, "--json-schema")
     try:
-        found = parse_json(read_file(path, "--json-schema"))
+        found = parse_json(text)
     except ValueError as error:
         raise RunnerError(f"{where} is not JSON: {error}") from None
     if not isinstance(found, (dict, bool)):
