@@ -47,6 +47,8 @@ SLOW_FILES = {
     *("models/kernels/test_attention_chunk.py", "models/kernels/test_experts_chunk.py"),
     *("models/kernels/test_causal_conv1d.py", "models/kernels/test_gated_delta_rule_chunk.py"),
     *("models/kernels/test_attention.py", "models/kernels/test_linear_chunk.py"),
+    *("models/kernels/test_linear.py", "models/kernels/test_rms_norm.py"),
+    "models/kernels/test_experts.py",
     "models/test_exported_methods.py",
     *("sampler/kernels/test_cutoff.py", "sampler/kernels/test_tokens.py"),
     *("runner/test_inductor.py", "runner/test_serve.py", "runner/test_executorch_runtime.py"),
