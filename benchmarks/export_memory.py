@@ -31,10 +31,6 @@ SIZES = {
         "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_000,
     },
-    "1b": {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_000,
-    },
     "4gb": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_000,
@@ -48,6 +44,7 @@ DIRECTORIES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = *DIRECTORIES, "F16", "Q8_0", "Q4_0"
 # Inductor compiles each layer anew.
 SIZES["8b-4-layers"] = SIZES["8b"] | {"num_hidden_layers": 4}
+SIZES["1b"] = SIZES["300m"] | {"num_hidden_layers": 16}
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.logprobs import Logprobs, logprobs_of
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
 from tokenloop.runner.prefix_cache import PrefixCache
-from tokenloop.runner.program import Program, Selected, Step, can_wait
+from tokenloop.runner.program import Choice, Program, Selected, Step, can_wait
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
 from tokenloop.runner.turn import Turn
@@ -25,8 +25,8 @@ class LoopOptions:
 
     - `feed`: "alias" hands a token, a method's output, to the next method as its input. "embed"
       hands on the token's embedding, which selection has looked up. "host" uploads the tokens that
-      the host has read. "auto" is "embed" where the artifact has the methods for it and
-      none that chooses a step's token at once, else "alias".
+      the host has read. "auto" is "embed" where the artifact has the methods for it and none
+      that chooses a step's token at once, else "alias".
     - `positions`: "device" takes them from what went up when the program was loaded or a sequence
       joined. "host" uploads them for each call.
     - `double_buffering`: the next steps are submitted before the newest tokens are read.
@@ -241,9 +241,7 @@ class Steps:
         newest ones. In a batch of one row it is the newest one, without a copy."""
         program, choice = self._program, self._slots.first_choice(row)
         alternatives = self._slots.sequence(row).request.logprobs
-        # Changes are made in place.
-        is_changed = alternatives is not None and choice.changes
-        given = program.copied(logits) if is_changed else logits
+        given = self._before(choice, logits, alternatives is not None)
         if program.manifest["batch"] == 1:
             self._newest = program.select(logits, self._buffer, choice)
         else:
@@ -302,8 +300,7 @@ class Steps:
             return
         (step, logits, wanted), self._begun = self._begun, None
         step = step._replace(choice=self._slots.next_choice(step.positions))
-        # Changes are made in place.
-        given = self._program.copied(self._program.logits) if wanted else None
+        given = self._before(step.choice, logits, bool(wanted))
         self._newest = self._program.end_step(logits, step, self._buffer)
         self._note(given, wanted)
         if self._gathered:
@@ -317,6 +314,11 @@ class Steps:
             fed = self._program.transfers.upload([[i] for i in ids], out=out)
         self._buffer = 1 - self._buffer
         return fed
+
+    def _before(self, choice: Choice, logits: Any, are_wanted: bool) -> Any:
+        """The logits as they are before a choice, which changes them in place, if they are wanted
+        after it."""
+        return self._program.copied(logits) if are_wanted and choice.changes else logits
 
     def _note(self, logits: Any, wanted: list[tuple[int, int]]) -> None:
         """Keep what gives the log probabilities of some rows' newest tokens, before the logits are
