@@ -210,6 +210,8 @@ class LaunchProgram(Program):
         return Selected(out[0], out[self.embedding])
 
     def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        # Changes are made in place, and what is chosen from must be what was changed: a copy too.
+        (logits,) = self._aligned(logits)
         for method, rows in choice.changes:
             self._call(f"{method}_row", logits, *rows[0])
         self._call(f"{choice.method}_row", logits, *choice.inputs, self._row_id)
