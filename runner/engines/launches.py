@@ -1,7 +1,7 @@
 """Launch lists on a CUDA GPU: a step is one launch of a graph, and so is a chunk of prompts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import numpy as np
@@ -261,7 +261,5 @@ class LaunchProgram(Program):
             outputs = method(*self._aligned(*inputs))
         return outputs[0] if outputs else None
 
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
-            yield
+    def _on_stream(self) -> AbstractContextManager[None]:
+        return torch.cuda.stream(self._stream)
