@@ -179,6 +179,26 @@ def attention() -> None:
         )  # fmt: skip
 
 
+def drafts() -> None:
+    module, attention = (operators(f"models.kernels.{n}.operator") for n in ("drafts", "attention"))
+    history, position = empty(2056, dtype=int64), empty(1, dtype=int64)
+    for rows in (1, 8):
+        tokens, positions, chosen = (empty(rows, dtype=int64) for _ in range(3))
+        accepted = empty(1 + rows, dtype=int64)
+        module.next_drafts(history, position, tokens, positions)
+        module.accept(tokens, chosen, history, position, accepted)
+    # Qwen3 0.6B's layers, and the rings of Gemma 3 270M.
+    for kv_heads, groups, size, slots in (8, 2, 128, 2048), (1, 4, 256, 512):
+        caches = [empty(1, slots, kv_heads, size, dtype=bfloat16) for _ in range(2)]
+        rows = [empty(8, 1, kv_heads, size, dtype=bfloat16) for _ in range(2)]
+        attention.attend_drafts(
+            empty(8, kv_heads * (groups + 2) * size, dtype=bfloat16), positions, *caches, *rows,
+            *(empty(size, dtype=bfloat16) for _ in range(2)), empty(size // 2),
+            empty(1000, dtype=int32), scale=0.125, eps=1e-6, stores=size == 128,
+        )  # fmt: skip
+        module.store_drafts(*rows, positions, accepted, *caches)
+
+
 def attention_chunk() -> None:
     module = operators("models.kernels.attention_chunk.operator")
     starts, rows, first = (empty(count, dtype=int32) for count in (9, 8, 8))
