@@ -18,11 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cuda_common import PROMPT, ROOT, export, origin, save
 from tokenloop import runner
+from tokenloop.models.kernels.drafts.reference import next_drafts
 from tokenloop.runner import LoopOptions, Request
 
 CONFIGS = ("gemma3-270m", "qwen3-0.6b")
@@ -47,6 +49,35 @@ def texts(model, is_random: bool, count: int) -> dict[str, Request]:
         "goes on, greedy": Request(once[:40], count),
         "goes on, sampled": Request(once[:40], count, temperature=1.0),
     }
+
+
+def tokens_a_round(ids: list[int], begin: int, drafts: int) -> float:
+    """How many tokens a round of so many drafts would give on average, of a text whose first token
+    after the prompt is at the place `begin`, if all rounds tried them."""
+    rounds, place = 0, begin
+    while place < len(ids) - 1:
+        tokens, positions = (torch.zeros(1 + drafts, dtype=torch.int64) for _ in range(2))
+        next_drafts(torch.tensor(ids[: place + 1]), torch.tensor([place]), tokens, positions)
+        coming = ids[place + 1 : place + 1 + drafts]
+        pairs = zip(tokens[1:].tolist(), coming)
+        held = next((i for i, (draft, token) in enumerate(pairs) if draft != token), len(coming))
+        place += min(1 + held, len(ids) - 1 - place)
+        rounds += 1
+    return (len(ids) - 1 - begin) / rounds
+
+
+def count_tokens(artifact: Path, tokens: int) -> list[dict]:
+    """Tokens a round by text and number of drafts, of an artifact for any engine: its plain loop's
+    texts say them."""
+    model, rows = runner.load(artifact), []
+    model.tokenizer.eos_token_ids.clear()
+    for name, request in texts(model, False, tokens).items():
+        done = model.generate(request).run()
+        ids, begin = [*done.prompt_ids, *done.token_ids], len(done.prompt_ids)
+        found = {str(drafts): tokens_a_round(ids, begin, drafts) for drafts in (3, 7, 15)}
+        rows.append({"text": name, "tokens": len(done.token_ids), "tokens_a_round": found})
+        print(f"{name:<20}", *(f"{k} drafts {value:.2f}" for k, value in found.items()), sep="  ")
+    return rows
 
 
 def ms_of(model, request: Request, options: LoopOptions) -> tuple[float, list[int], object]:
@@ -124,6 +155,10 @@ def main() -> int:
         "--export-only", type=Path, metavar="DIR", help="export there, and measure nothing"
     )
     parser.add_argument("--script", default="gemma.py", help="of export/, for --model")
+    parser.add_argument(
+        "--count", type=Path, metavar="DIR",
+        help="only print how many tokens a round would give, of an artifact that needs no rounds",
+    )  # fmt: skip
     parser.add_argument("--draft-tokens", type=int, default=7, metavar="K")
     parser.add_argument("--max-seq-len", type=int, default=1024, metavar="N")
     parser.add_argument("--tokens", type=int, default=257, metavar="N")
@@ -132,6 +167,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.export_only is not None:
         exported(options, options.export_only)
+        return 0
+    if options.count is not None:
+        rows = count_tokens(options.count, options.tokens)
+        save({**origin("speculation, tokens a round"), "rows": rows}, options.output)
         return 0
     rows, costs = [], {}
     with tempfile.TemporaryDirectory() as directory:
