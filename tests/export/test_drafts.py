@@ -38,6 +38,13 @@ def test_rounds_give_the_tokens_and_the_bits_of_steps():
     size, vocab_size = DRAFTS + 1, network.config.vocab_size
     step = CudaStep(network, rows=size)
     methods = draft_methods(step, network.model, DRAFTS, vocab_size, POSITIONS)
+    # The order in which the runner gives them (runner/engines/draft_rounds.py).
+    where, sampling = ["history", "position"], ["temperature", "top_k", "top_p", "seed", "position"]
+    for rows in (1, size):
+        assert list(methods[f"round_{rows}"][1]) == [*where, "tokens", "positions"]
+        expected = ["tokens", "positions", "chosen", *where, "accepted"]
+        assert list(methods[f"accept_{rows}"][1]) == expected
+    assert list(methods["sample_round"][1]) == ["logits", *sampling, "next_id"]
     weights, _, state = tensors_of(step, *(method for method, _ in methods.values()))
     names = names_of(weights | state)
     lowered = {
