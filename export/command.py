@@ -104,6 +104,11 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     )
     parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
     parser.add_argument(
+        "--draft-tokens", type=int, default=0, metavar="K",
+        help="with --device cuda and one row: let a step try K tokens that the text so far "
+        "suggests (tokenloop run --speculate); 0 for none",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
     )
     options = parser.parse_args(arguments)
@@ -118,11 +123,17 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     if options.device == "cuda":
         options.backend = options.backend or "launches"
     # The shortest sequence is a token of the prompt and one of the output.
-    for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
+    leasts = {"max_seq_len": 2, "max_prefill": 1, "batch": 1, "draft_tokens": 0}
+    for name, least in leasts.items():
         value = getattr(options, name)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} is {value}; it must be at least {least}")
+    if options.draft_tokens and options.batch > 1:
+        parser.error(
+            f"--draft-tokens is {options.draft_tokens} and --batch {options.batch}: the tokens "
+            "that a step tries are of one row"
+        )
     if options.backend is not None and (fault := choose_backend(options, options.backend)):
         parser.error(fault)
     return options
@@ -140,6 +151,12 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
             f"{' and '.join(others)} are for {options.device}"
         )
     options.device = device
+    if options.draft_tokens and backend != "launches":
+        return (
+            f"--draft-tokens is {options.draft_tokens} and --backend {backend}: there a token's "
+            "bits depend on how many are computed together, so the text would not stay what it is; "
+            "it is for --device cuda"
+        )
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
     options.quant_by_default = options.quant is None

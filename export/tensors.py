@@ -42,8 +42,10 @@ def tensors_of(
 
 
 def is_state(name: str) -> bool:
-    """Whether the buffer of that name is written: a layer's cache, or the kernels' semaphores."""
-    return ".cache." in name or name == "kernel_semaphores"
+    """Whether the buffer of that name is written: a layer's cache, a round's part of it, or the
+    kernels' semaphores."""
+    is_draft = name.endswith((".draft_k", ".draft_v"))
+    return ".cache." in name or is_draft or name == "kernel_semaphores"
 
 
 def entries(tensors: dict[str, Tensor]) -> list[dict]:

@@ -36,6 +36,8 @@ def variants(model: Model) -> list[LoopOptions]:
     found.append(LoopOptions(feeds[-1], run_ahead=RUN_AHEAD))
     if program.has_graphs:
         found.append(LoopOptions(feeds[-1], overlap=False))
+    if program.draft_tokens:
+        found.append(LoopOptions(feeds[-1], speculate="lookup"))
     return found
 
 
@@ -58,7 +60,8 @@ def compare(model: Model, request: Request, as_json: bool) -> int:
         seen, text = Console(), io.StringIO()
         width = seen.width if seen.is_terminal else WIDTH
         console = Console(file=text, force_terminal=seen.is_terminal, width=width)
-        console.print(table(rows, model.loop.program.has_graphs))
+        program = model.loop.program
+        console.print(table(rows, program.has_graphs, program.draft_tokens > 0))
         put(text.getvalue())
     return 0 if all(row["identical"] for row in rows) else 1
 
@@ -76,7 +79,7 @@ def measure(model: Model, request: Request, options: LoopOptions) -> dict[str, A
     }
 
 
-def table(rows: list[dict], has_graphs: bool) -> Table:
+def table(rows: list[dict], has_graphs: bool, has_rounds: bool) -> Table:
     found = Table(box=None, pad_edge=False)
     for name in (
         "feed",
@@ -84,6 +87,7 @@ def table(rows: list[dict], has_graphs: bool) -> Table:
         "double buffering",
         "run ahead",
         *["graph", "overlap"] * has_graphs,
+        *["speculate"] * has_rounds,
     ):
         found.add_column(name)
     for name in ("tok/s", "first token, ms", *(f"{name} / bytes" for name in COPIES)):
@@ -98,6 +102,7 @@ def table(rows: list[dict], has_graphs: bool) -> Table:
             on(options["double_buffering"]),
             str(options["run_ahead"]),
             *[on(options["graph"]), on(options["overlap"])] * has_graphs,
+            *[options["speculate"] or "off"] * has_rounds,
             f"{stats['decode_tok_s']:.1f}" if stats["decode_tok_s"] else "",
             f"{stats['time_to_first_token_s'] * 1e3:.1f}",
             *(f"{entry['count']} / {entry['bytes']}" for entry in copies),

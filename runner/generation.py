@@ -5,7 +5,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tokenloop.runner.errors import RunnerError
@@ -14,6 +14,7 @@ from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.request import Request
 from tokenloop.runner.restriction import Restriction
 from tokenloop.runner.result import Result, Token
+from tokenloop.runner.speculation import DraftCounts
 from tokenloop.runner.tokenizer import Tokenizer
 from tokenloop.runner.transfers import Transfers
 
@@ -27,7 +28,8 @@ class Stats:
     `time_to_first_token_s` runs until the host has read the very first token; `prefill_tok_s` is of
     prompts, over the time until their first tokens were computed; `decode_tok_s` is of all other
     tokens, over all other time. A time or a rate is None where there is nothing to measure.
-    `transfers` are the copies made for this generation alone.
+    `transfers` are the copies made for this generation alone. `draft_rounds` are those of the steps
+    that tried drafts, `drafted_tokens` of which `accepted_tokens` held.
     """
 
     requests: int
@@ -39,6 +41,9 @@ class Stats:
     decode_tok_s: float | None
     peak_rss_mb: float
     transfers: dict[str, dict[str, int]]
+    draft_rounds: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class BatchGeneration:
@@ -60,7 +65,7 @@ class BatchGeneration:
         self.results: list[Result] = []
         self.is_finished = False
         self._loop = loop
-        self._steps, self._prefill_s = 0, 0.0
+        self._steps, self._prefill_s, self._drafts = 0, 0.0, DraftCounts()
         # When it began, and the loop's counts then and with the newest token. Until the host had
         # read the first token, and the newest one.
         self._start, self._before, self._copies = 0.0, None, ()
@@ -90,9 +95,10 @@ class BatchGeneration:
         """The next token that is to be shown, or None at the end."""
         loop = self._loop
         if self._before is None:
-            self._before = loop.transfers.snapshot(), loop.steps, loop.prefill_s
+            drafts = replace(loop.drafts)
+            self._before = loop.transfers.snapshot(), loop.steps, loop.prefill_s, drafts
             self._start = time.perf_counter()
-        _, steps, prefill_s = self._before
+        _, steps, prefill_s, drafts = self._before
         try:
             for result, token_id in self._tokens:
                 self._newest_s = time.perf_counter() - self._start
@@ -100,6 +106,7 @@ class BatchGeneration:
                     self._first_s = self._newest_s
                 self._steps, self._prefill_s = loop.steps - steps, loop.prefill_s - prefill_s
                 self._copies = loop.transfers.snapshot()
+                self._drafts = loop.drafts.since(drafts)
                 token = result.take(token_id)
                 if token is not None:
                     return result.index, token
@@ -128,6 +135,9 @@ class BatchGeneration:
             decode_tok_s=decoded / seconds if decoded else None,
             peak_rss_mb=peak_rss_mb(),
             transfers=copies.as_dict(),
+            draft_rounds=self._drafts.rounds,
+            drafted_tokens=self._drafts.drafted,
+            accepted_tokens=self._drafts.accepted,
         )
 
 
@@ -186,8 +196,10 @@ class Generation(Result):
         """The object that `run.py --json` prints."""
         stats = asdict(self.stats) if self.taken else None
         if stats:
-            # They say nothing about a single request.
+            # They say nothing about a single request, nor drafts where there are none.
             del stats["requests"], stats["steps"]
+            if not stats["draft_rounds"]:
+                del stats["draft_rounds"], stats["drafted_tokens"], stats["accepted_tokens"]
         return super().as_dict() | {"stats": stats}
 
 

@@ -13,6 +13,7 @@ from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.program import Choice, Program, Selected, Step, can_wait
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
+from tokenloop.runner.speculation import SPECULATIONS, DraftCounts, Rounds, can_speculate
 from tokenloop.runner.turn import Turn
 
 FEEDS = ("auto", "embed", "alias", "host")
@@ -35,6 +36,8 @@ class LoopOptions:
     - `graph`: a step is one launch of a captured graph, where the program can be captured.
     - `overlap`: the graph's kernels begin while the ones ahead of them end, where the artifact has
       kernels that can.
+    - `speculate`: "lookup" lets steps try tokens that followed the newest ones earlier in the text,
+      where the artifact was exported with --draft-tokens. None is without.
     """
 
     feed: str = "auto"
@@ -43,6 +46,7 @@ class LoopOptions:
     run_ahead: int = 1
     graph: bool = True
     overlap: bool = True
+    speculate: str | None = None
 
     def __post_init__(self):
         if self.feed not in FEEDS:
@@ -59,6 +63,23 @@ class LoopOptions:
             raise RunnerError(
                 f"run_ahead is {self.run_ahead} and feed 'host': each step would wait for the host"
             )
+        if self.speculate is None:
+            return
+        if self.speculate not in SPECULATIONS:
+            names = " or ".join(SPECULATIONS)
+            raise RunnerError(f"speculate is {shown(self.speculate)}; it must be {names}, or None")
+        # Rounds take tokens and positions from the device, and give several tokens by themselves.
+        plain = {"feed": "host", "positions": "host"}
+        for name, value in plain.items():
+            if getattr(self, name) == value:
+                raise RunnerError(
+                    f"speculate is {self.speculate!r} and {name} {value!r}: how many tokens a step "
+                    "gives is known on the device alone"
+                )
+        if self.run_ahead > 1:
+            raise RunnerError(
+                f"speculate is {self.speculate!r} and run_ahead {self.run_ahead}; it must be 1"
+            )
 
 
 class Loop:
@@ -71,8 +92,10 @@ class Loop:
     def __init__(self, program: Program):
         self.program, self.transfers = program, program.transfers
         self.batch: int = program.manifest["batch"]
-        # Since the program was loaded: decode steps, and seconds until first tokens were computed.
+        # Since the program was loaded: decode steps, seconds until first tokens were computed, and
+        # what became of drafts.
         self.steps, self.prefill_s = 0, 0.0
+        self.drafts = DraftCounts()
         # The program's state is one generation's at a time.
         self.turn = Turn()
         # Prefill takes the rows' numbers from it as well.
@@ -89,6 +112,11 @@ class Loop:
             return self._default
         if not isinstance(options, LoopOptions):
             raise RunnerError(f"options is {shown(options)}; it must be LoopOptions")
+        if options.speculate is not None and not self.program.draft_tokens:
+            raise RunnerError(
+                f"speculate is {options.speculate!r}, and the artifact has no rounds for it: "
+                "export it with --device cuda and --draft-tokens 7"
+            )
         if options.feed == "auto":
             embeds = self.program.embeds and not self.program.fuses
             return replace(options, feed="embed" if embeds else "alias")
@@ -117,15 +145,15 @@ class Loop:
         program can do that; otherwise a step waits for a whole prompt. It changes no token. Neither
         does the `cache`, where beginnings of prompts are taken from and kept.
         """
+        if options.speculate is not None:
+            yield from self._speculated(sequences, options, cache)
+            return
         waiting, read = iter(sequences), [0] * self.batch
         ahead = options.double_buffering and options.feed != "host"
         from_host = options.positions == "host"
         slots = Slots(self.program, used, self._table, from_host)
         steps = Steps(self.program, slots, options)
-        if self.program.packing is None:
-            prefill = ChunkedPrefill(self.program, self._table, from_host, cache)
-        else:
-            prefill = PackedPrefill(self.program, cache)
+        prefill = self._prefill(from_host, cache)
         while True:
             # 1. Sequences join: their first tokens lie beside the others' newest ones.
             start = time.perf_counter()
@@ -177,6 +205,38 @@ class Loop:
                     slots.leave(row)
             if not ahead:
                 self.steps += steps.submit(ids if options.feed == "host" else None)
+
+    def _speculated(
+        self, sequences: Iterable[Sequence], options: LoopOptions, cache: PrefixCache | None
+    ) -> Iterator[tuple[Sequence, int]]:
+        """`tokens` in rounds that may try drafts, one sequence after the other. Those whose tokens
+        rounds cannot give come from steps: they are the same."""
+        plain = replace(options, speculate=None)
+        for sequence in sequences:
+            if not can_speculate(sequence):
+                yield from self.tokens([sequence], 1, plain, None, cache)
+                continue
+            start, steps = time.perf_counter(), self.steps
+            slots = Slots(self.program, 1, self._table, False)
+            first, prefill = Steps(self.program, slots, plain), self._prefill(False, cache)
+            for row, _ in slots.join(iter([sequence])):
+                prefill.add(row, sequence.prompt_ids, False)
+            self._first_tokens(slots, first, prefill, None)
+            if not slots.begun():
+                continue
+            ahead = options.double_buffering
+            rounds = Rounds(self.program, sequence, first.unread(), ahead, self.drafts)
+            for number, token_id in enumerate(rounds.tokens()):
+                if number == 0:
+                    self.prefill_s += time.perf_counter() - start
+                self.steps = steps + rounds.submitted
+                yield sequence, token_id
+
+    def _prefill(self, from_host: bool, cache: PrefixCache | None) -> Prefill:
+        """What prefills prompts as the program takes them."""
+        if self.program.packing is None:
+            return ChunkedPrefill(self.program, self._table, from_host, cache)
+        return PackedPrefill(self.program, cache)
 
     def _first_tokens(
         self, slots: Slots, steps: "Steps", prefill: Prefill, max_stall_s: float | None

@@ -24,6 +24,7 @@ DTYPE_BYTES = {
 # The runner has a table of all positions.
 MAX_POSITIONS = 2**24
 MAX_INT = 2**31 - 1
+MAX_DRAFTS = 1023
 MAX_BYTES = 2**62
 
 
@@ -149,6 +150,7 @@ OF_ENGINE = {
         "weights": WEIGHTS,
         "waiting_kernels": [NAME],
         "chunk_multiple": integer(1, MAX_INT),
+        "draft_tokens": Maybe(integer(1, MAX_DRAFTS)),
     },
 }
 NEEDED_METHODS = {
@@ -172,6 +174,15 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     _check_tensors(manifest)
     if "state_places" in manifest:
         _check_places(manifest)
+
+
+def draft_methods(manifest: dict[str, Any]) -> set[str]:
+    """The methods that an artifact with `draft_tokens` has besides, of those that it cannot do
+    without."""
+    if "draft_tokens" not in manifest:
+        return set()
+    rows = 1 + manifest["draft_tokens"]
+    return {"round_1", "accept_1", f"round_{rows}", f"accept_{rows}", "greedy_round"}
 
 
 def named_files(manifest: dict[str, Any]) -> dict[str, str]:
@@ -266,7 +277,9 @@ def _check_methods(manifest: dict[str, Any]) -> None:
     methods, engine = manifest["methods"], manifest["engine"]
     needed = NEEDED_METHODS[engine] | ({"greedy_row"} if manifest["batch"] > 1 else set())
     if engine == "launches":
-        needed = needed | {f"prefill_{manifest['max_prefill']}"}
+        needed = needed | {f"prefill_{manifest['max_prefill']}"} | draft_methods(manifest)
+        if "draft_tokens" in manifest and manifest["batch"] > 1:
+            raise _fault("batch", manifest["batch"], "1 where there are draft_tokens")
         if manifest["max_prefill"] % manifest["chunk_multiple"]:
             right = f"a divisor of max_prefill, {manifest['max_prefill']}"
             raise _fault("chunk_multiple", manifest["chunk_multiple"], right)

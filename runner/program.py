@@ -19,7 +19,8 @@ PARAMETERS = {
 }  # fmt: skip
 # The state by the last part of its names: caches with a slot for each position, what goes on with
 # every token, and what is no row's.
-CACHES, RUNNING, OF_NO_ROW = {"k", "v"}, {"conv", "recurrent"}, {"kernel_semaphores"}
+CACHES, RUNNING = {"k", "v"}, {"conv", "recurrent"}
+OF_NO_ROW = {"kernel_semaphores", "draft_k", "draft_v"}
 
 
 class Change(NamedTuple):
@@ -98,6 +99,10 @@ class Program(Protocol):
     # How prompts are packed, or None where each is prefilled by itself.
     packing: Packing | None = None
     step_inputs: dict[str, Any] = {}
+    # How many drafts a round can try, 0 where there are no rounds, and how long a round with drafts
+    # takes, in rounds without.
+    draft_tokens: int = 0
+    draft_cost: float = 1.0
     # The logits float32 [B, V] of the newest `decode`, where there are log probabilities.
     has_logits: bool = False
     logits: Any = None
@@ -172,6 +177,16 @@ class Program(Protocol):
             value = logprobs_of(logits[row], token_id, count)
             found.append(lambda value=value: value)
         return found
+
+    def begin_rounds(self, ids: list[int], token: Any, request: Request) -> None:
+        """Begin rounds of one sequence, whose prompt `ids` is prefilled, and after which the token
+        int64 [1, 1] was chosen: what the request asks for chooses the tokens after it."""
+
+    def submit_round(self, drafted: bool, method: str, buffer: int) -> Any:
+        """Submit the sequence's next step, which with `drafted` tries draft_tokens drafts of the
+        tokens that follow it; `method` chooses all of them. Gives memory int64 [1 + N], 0 or 1 of
+        two: how many of the tokens that were chosen are the sequence's, at least 1, and those N,
+        1 + draft_tokens or 1. They are the tokens of as many steps without drafts."""
 
     def feed(self, token: Any, buffer: int) -> Any:
         """What the next step is fed of the tokens int64 [B, 1] in a next_id buffer."""

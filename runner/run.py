@@ -137,6 +137,11 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         help="let the graph's kernels begin while the ones ahead of them end",
     )  # fmt: skip
     loop.add_argument(
+        "--speculate", choices=("lookup",),
+        help="let steps try tokens that followed the newest ones earlier in the text, where the "
+        "artifact was exported with --draft-tokens",
+    )  # fmt: skip
+    loop.add_argument(
         "--compare", action="store_true",
         help="run the prompt through every variant of the loop, and print a table of their speed "
         "and copies, or with --json a line for each; exit status 1 if any text differs",
@@ -154,7 +159,10 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     if options.run_ahead > 1 and options.feed == "host":
         parser.error("--run-ahead and --feed host: the host cannot feed what it has not read")
     if options.compare:
-        names = ("feed", "positions", "double_buffering", "run_ahead", "graph", "overlap", "batch")
+        names = (
+            "feed", "positions", "double_buffering", "run_ahead", "graph", "overlap", "speculate",
+            "batch",
+        )  # fmt: skip
         for name in names:
             if getattr(options, name) != parser.get_default(name):
                 parser.error(f"--compare runs every variant of one row: leave out {flag_of(name)}")
@@ -208,6 +216,9 @@ def print_stats(model, stats, *own_lines: str) -> None:
     for direction, copies in stats.transfers.items():
         name = direction.replace("_", " ")
         lines.append(f"{name:<19} {copies['count']} copies, {copies['bytes']} bytes")
+    if stats.draft_rounds:
+        counts = f"{stats.accepted_tokens} of {stats.drafted_tokens} tokens accepted"
+        lines.append(f"drafts              {counts}, {stats.draft_rounds} rounds")
     process.say("\n".join(lines))
 
 

@@ -46,9 +46,9 @@ OPTIONS = "num_warps", "num_stages", "maxnreg"
 compiled = set()
 
 
-def compile_launch(launch: Launch) -> None:
+def compile_launch(launch: Launch) -> str | None:
     """Compile a launch's kernel, with what is a constant for torch's compiler, any 1 among them,
-    and multiples of 16."""
+    and multiples of 16. Returns its PTX, None if it was compiled before."""
     assert all(0 < size < 2**31 for size in launch.grid)
     kernel, named = launch.kernel, dict(launch.named)
     options = {name: named.pop(name) for name in OPTIONS if name in named}
@@ -82,6 +82,8 @@ def compile_launch(launch: Launch) -> None:
             check_wait(kernel.__name__, code, given)
         if len(sys.argv) > 2:
             write_ptx(Path(sys.argv[2]), kernel.__name__, code)
+        return code
+    return None
 
 
 def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
@@ -108,6 +110,29 @@ def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
             assert read <= early, f"{kernel} reads {read - early} before it waits"
         elif target := re.match(r"(?:@!?%\w+\s+)?[a-z][\w.:]*\s+\{?\s*(%\w+)", line):
             sources[target[1]] = sources.get(target[1], set()).union(*found)
+
+
+def arithmetic(code: str) -> list[str]:
+    """The instructions of PTX that compute floating-point numbers or pass them among threads, in
+    their order."""
+    found = re.findall(r"^\s*(?:@!?%\w+\s+)?((?:[a-z]\w*)\.[\w.:]+)\s", code, flags=re.M)
+    moves = "ld", "st", "mov", "cp", "setp", "selp", "prefetch"
+    return [
+        name
+        for name in found
+        if re.search(r"\.(f16|bf16|f32|f64)|^shfl", name) and name.split(".")[0] not in moves
+    ]
+
+
+def check_drafts(codes: list[str]) -> None:
+    """That rows of one sequence are computed as a step computes them: PTX of a step's attention, of
+    what stores the rows' keys, and of their attention."""
+    step, keys, rows = codes
+    assert len(arithmetic(step)) > 300
+    assert arithmetic(rows) == arithmetic(step)
+    # Both store keys and values first.
+    ahead, of_step = (arithmetic(code.split("st.global")[0]) for code in (keys, step))
+    assert len(ahead) > 100 and ahead == of_step[: len(ahead)] == of_step
 
 
 def write_ptx(directory: Path, name: str, code: str) -> None:
@@ -177,6 +202,24 @@ def attention() -> None:
             empty(2, 80 * 64, dtype=dtype), empty(2, dtype=int64), *caches, None, None, empty(32),
             semaphores, empty(64, dtype=dtype), scale=0.125, eps=0.0, attention_factor=1.3,
         )  # fmt: skip
+
+
+def drafts() -> None:
+    module, attention = (operators(f"models.kernels.{n}.operator") for n in ("drafts", "attention"))
+    history, position = empty(2056, dtype=int64), empty(1, dtype=int64)
+    for rows in (1, 8):
+        tokens, positions, chosen = (empty(rows, dtype=int64) for _ in range(3))
+        accepted = empty(1 + rows, dtype=int64)
+        module.next_drafts(history, position, tokens, positions)
+        module.accept(tokens, chosen, history, position, accepted)
+    # Qwen3 0.6B's heads, and a step of theirs.
+    caches = [empty(1, 1024, 8, 128, dtype=bfloat16) for _ in range(2)]
+    rows = [empty(8, 1, 8, 128, dtype=bfloat16) for _ in range(2)]
+    qkv, norms = empty(8, 32 * 128, dtype=bfloat16), [empty(128, dtype=bfloat16) for _ in range(2)]
+    last, options = (*norms, empty(64), empty(1000, dtype=int32)), {"scale": 0.125, "eps": 1e-6}
+    attention.attend_step(qkv[:1], positions[:1], *caches, *last, **options)
+    attention.attend_drafts(qkv, positions, *caches, *rows, *last, **options)
+    module.store_drafts(*rows, positions, accepted, *caches)
 
 
 def attention_chunk() -> None:
@@ -342,6 +385,9 @@ def sampler() -> None:
 if __name__ == "__main__":
     with torch.no_grad(), kept_launches() as launches:
         globals()[sys.argv[1]]()
+    codes = {"attend_kernel": []}
     for launch in launches:
-        compile_launch(launch)
+        codes.setdefault(launch.kernel.__name__, []).append(compile_launch(launch))
+    if sys.argv[1] == "drafts":
+        check_drafts(codes["attend_kernel"])
     print(len(compiled))

@@ -41,10 +41,14 @@ class CudaStep(nn.Module):
     network has them; or both are kept. The embedding stays as it is. With None the step can be
     traced and written and not run (packed_weights.PackedLinear).
 
+    `rows` are the most that `run` takes, by default those of the network.
+
     Raises ExportError as `fit_heads`.
     """
 
-    def __init__(self, network: CausalLM, bits: int | Keeping | None = 0):
+    def __init__(
+        self, network: CausalLM, bits: int | Keeping | None = 0, rows: int | None = None
+    ):  # fmt: skip
         super().__init__()
         backbone = network.model
         for mixer in (block.mixer for block in backbone.layers):
@@ -59,15 +63,20 @@ class CudaStep(nn.Module):
         linears = [part for part in self.layers.modules() if isinstance(part, packed.PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
         kv_heads = max(layer.kv_heads for layer in self.layers)
-        size = cuda.semaphores_size(network.batch, widest, kv_heads)
+        size = cuda.semaphores_size(rows or network.batch, widest, kv_heads)
         semaphores = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
         self.register_buffer("kernel_semaphores", semaphores, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        x, branch, before = hidden[:, 0], None, None
-        for layer in self.layers:
+        return self.run(hidden[:, 0], position)
+
+    def run(self, x: Tensor, position: Tensor, drafts: nn.ModuleList | None = None) -> Tensor:
+        """`forward` of embeddings x [B, D]. With `drafts` (cuda_drafts.Drafts, for each layer) the
+        rows are of one sequence, at consecutive positions."""
+        branch, before = None, None
+        for i, layer in enumerate(self.layers):
             x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv)
-            mixed = MIX[type(layer)](self, layer, projected, position)
+            mixed = MIX[type(layer)](self, layer, projected, position, drafts and drafts[i])
             x, branch = self.finish(layer, x, mixed)
             before = layer
         return self.logits(x, branch)
@@ -122,7 +131,10 @@ class CudaStep(nn.Module):
     def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
         return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, **options)
 
-    def _attend(self, layer: packed.PackedAttention, projected: Tensor, position: Tensor) -> Tensor:
+    def _attend(
+        self, layer: packed.PackedAttention, projected: Tensor, position: Tensor,
+        drafts: nn.Module | None,
+    ) -> Tensor:  # fmt: skip
         """What the layer's `o` takes after `qkv` gave projected [B, N]."""
         gates = None
         if layer.output_gate:
@@ -130,15 +142,21 @@ class CudaStep(nn.Module):
             projected, gates = projected.split([projected.shape[1] - size, size], 1)
         projected, norms, options = normed_heads(layer, projected)
         rope = self.rope[layer.rotation]
-        attended = cuda.attend_step(
-            projected, position, layer.cache.k, layer.cache.v, *norms,
+        attend, caches = cuda.attend_step, (layer.cache.k, layer.cache.v)
+        if drafts is not None:
+            attend, caches = cuda.attend_drafts, (*caches, drafts.draft_k, drafts.draft_v)
+            options |= {"stores": not layer.cache.is_ring}
+        attended = attend(
+            projected, position, *caches, *norms,
             rope.inv_freq, self.kernel_semaphores, *sinks_of(layer), scale=layer.scale, **options,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
             attention_factor=rope.attention_factor,
         )  # fmt: skip
         return attended if gates is None else cuda.sigmoid_gate(attended, gates)
 
-    def _recur(self, layer: packed.PackedDeltaNet, projected: Tensor, position: Tensor) -> Tensor:
+    def _recur(
+        self, layer: packed.PackedDeltaNet, projected: Tensor, position: Tensor, drafts: None
+    ) -> Tensor:
         """As `_attend`, for a gated delta net."""
         # A row begins anew at position 0, and nowhere else.
         cache, started = layer.cache, position

@@ -18,6 +18,8 @@ from tokenloop.models.decoder import CausalLM
 
 # Tokens that chunks of prompts are rounded up to. Each has launches, and a graph, of its own.
 CHUNKS = 64, 128, 256, 512, 1024, 2048, 4096, 8192
+# The rows of a round are its newest token and drafts, and a product's tile has at most 32.
+MOST_DRAFTS = 31
 # Where a prompt may be cut: the delta rule's blocks begin there.
 CHUNK_MULTIPLE = 64
 
@@ -42,6 +44,10 @@ class LaunchArtifact:
                 f"--max-prefill is {options.max_prefill}; with --device cuda it must be a multiple "
                 f"of {CHUNK_MULTIPLE}"
             )
+        if options.draft_tokens > MOST_DRAFTS:
+            raise ExportError(
+                f"--draft-tokens is {options.draft_tokens}; at most {MOST_DRAFTS} are possible"
+            )
         if os.environ.get("TRITON_INTERPRET", "0") == "1":
             raise ExportError("TRITON_INTERPRET is 1, so no kernel would be compiled: unset it")
         try:
@@ -60,12 +66,14 @@ class LaunchArtifact:
         """Write model.launches and model.safetensors, and return the manifest's entries about them.
 
         Errors: ExportError for experts that would have to be integers, for heads that the kernels
-        cannot take, and for a kernel that cannot be compiled.
+        cannot take, for drafts that the layers cannot take back, and for a kernel that cannot be
+        compiled.
         """
         keep = self.options.quant == "keep"
         bits = Keeping("launches", self.dtype) if keep else INTEGER_BITS[self.options.quant] or None
         check_recipe(model, self.options.quant)
         progress("importing Triton")
+        from tokenloop.export.launches.cuda_drafts import draft_methods
         from tokenloop.export.launches.cuda_prefill import CudaPrefill
         from tokenloop.export.launches.cuda_step import CudaStep
         from tokenloop.export.launches.launch_file import write_launches
@@ -75,7 +83,8 @@ class LaunchArtifact:
 
         progress("packing weights")
         backbone, batch, config = model.model, model.batch, model.config
-        step = CudaStep(model, bits)
+        drafts = self.options.draft_tokens
+        step = CudaStep(model, bits, max(batch, drafts + 1))
         prefill = CudaPrefill(step, model)
         self.lines = bits.lines() if keep else []
         with self.device:
@@ -84,6 +93,9 @@ class LaunchArtifact:
         methods = {"decode_embedded": (step, {"hidden": hidden, "position": position})}
         sizes = batch, config.vocab_size, config.hidden_size, model.max_seq_len
         methods |= selection_methods(backbone, *sizes)
+        if drafts:
+            limits = config.vocab_size, model.max_seq_len
+            methods |= draft_methods(step, backbone, drafts, *limits)
         # A chunk need not hold more than all rows together can.
         rows = -(-model.max_seq_len // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
         largest = min(self.options.max_prefill, batch * rows)
@@ -123,4 +135,5 @@ class LaunchArtifact:
             "max_prefill": largest,
             "dtype": str(self.dtype).removeprefix("torch."),
             "state": entries(state),
+            **({"draft_tokens": drafts} if drafts else {}),
         }

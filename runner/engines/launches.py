@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenloop.runner.engines.device_logprobs import DeviceLogprobs
+from tokenloop.runner.engines.draft_rounds import DraftRounds
 from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.engines.launch_list import LaunchList, Method
 from tokenloop.runner.engines.staging import Staging
@@ -27,6 +28,7 @@ from tokenloop.runner.program import (
     Selected,
     Step,
 )
+from tokenloop.runner.request import Request
 from tokenloop.runner.restriction import ADJUSTED
 from tokenloop.runner.transfers import Transfers
 
@@ -53,7 +55,7 @@ class LaunchProgram(Program):
         self._artifact, self.manifest = artifact, artifact.manifest
         self._device = find_device(artifact)
         memory = TorchMemory(self._device)
-        self.transfers, self._stream = Transfers(memory), memory.stream
+        self.transfers, self._stream, self._memory = Transfers(memory), memory.stream, memory
         self._aligned = Aligned(self.transfers, True)
         batch = self.manifest["batch"]
         with self._on_stream(), explained(artifact):
@@ -98,6 +100,19 @@ class LaunchProgram(Program):
                 self.step(self._fed(1 - buffer), Step(lines[0], 0, GREEDY), buffer)
             self.begin(embed=False)
             self._capture_prefill()
+            self.draft_tokens = self.manifest.get("draft_tokens", 0)
+            if self.draft_tokens:
+                self._rounds = DraftRounds(
+                    self._call, self.draft_tokens, self.manifest["max_seq_len"], self._memory,
+                    self.transfers, self.manifest["waiting_kernels"],
+                )  # fmt: skip
+                self.draft_cost = self._rounds.cost
+
+    def begin_rounds(self, ids: list[int], token: Tensor, request: Request) -> None:
+        self._rounds.begin(ids, token, request)
+
+    def submit_round(self, drafted: bool, method: str, buffer: int) -> Tensor:
+        return self._rounds.submit(drafted, method, buffer, self._graph, self._overlap)
 
     def _capture_prefill(self) -> None:
         """Capture a graph for each number of tokens that a chunk is rounded up to. Those whose

@@ -13,6 +13,7 @@ from tests.models.eager import assert_near, prompt  # noqa: E402
 from tests.models.tiny_models import ours  # noqa: E402
 from tokenloop.export.checkpoint import load_weights, open_checkpoint  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
+from tokenloop.export.launches.cuda_drafts import draft_methods  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.export.packed_weights import pack_blocks, quantized  # noqa: E402
 from tokenloop.models import qwen3_5  # noqa: E402
@@ -114,3 +115,9 @@ def test_groups_of_4_bits_are_128_inputs_or_64(inputs, group_size):
 def test_inputs_that_are_no_whole_groups_of_4_bits_are_refused(inputs):
     with pytest.raises(ExportError, match=f"--quant int4 does not fit a linear layer of {inputs}"):
         quantized([torch.zeros(8, inputs)], 4)
+
+
+def test_drafts_are_refused_for_a_state_that_goes_on(networks):
+    network, _ = networks("qwen3_5_text", 1)
+    with pytest.raises(ExportError, match="is 3; this network's delta nets have a state that"):
+        draft_methods(CudaStep(network), network.model, 3, 48, 40)

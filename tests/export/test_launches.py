@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cubins import Variant, compile_variants  # noqa: E402
+from tokenloop.runner.manifest_schema import Fault, check_manifest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ("--device", "cuda", "--max-seq-len", 200, "--max-prefill", 128)
@@ -67,6 +68,7 @@ def test_exports_at_once_give_the_same_bytes(tiny_checkpoint, tmp_path):
     for output in outputs:
         # The last of the lengths wins.
         arguments = "--model", tiny_checkpoint, *CUDA, "--max-prefill", 64, "--output", output
+        arguments = *arguments, "--draft-tokens", 3
         command = [sys.executable, str(ROOT / "export/gemma.py"), *map(str, arguments)]
         exports.append(subprocess.Popen(command, cwd=tmp_path, env=environment))
     assert [export.wait() for export in exports] == [0, 0]
@@ -74,6 +76,16 @@ def test_exports_at_once_give_the_same_bytes(tiny_checkpoint, tmp_path):
     assert files[0] == files[1]
     for name in files[0]:
         assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes(), name
+    # It tries drafts, and the runner takes its manifest.
+    manifest, program, _ = read(outputs[0])
+    rounds = {"round_1", "round_4", "accept_1", "accept_4", "greedy_round"}
+    rounds |= {"sample_round", "sample_unfiltered_round"}
+    assert manifest["draft_tokens"] == 3
+    assert set(program["methods"]) == METHODS - {"prefill_128"} | rounds
+    check_manifest(manifest)
+    for changes in {"batch": 2}, {"draft_tokens": 4}:
+        with pytest.raises(Fault):
+            check_manifest(manifest | changes)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_named_in_one_line():

@@ -138,10 +138,10 @@ DENSE_NETWORKS = {
 }  # fmt: skip
 
 
-def dense_network(name: str, max_seq_len: int, batch: int) -> torch.nn.Module:
-    """One of DENSE_NETWORKS with random weights, the same every time."""
+def dense_network(name: str, max_seq_len: int, batch: int, **changes: object) -> torch.nn.Module:
+    """One of DENSE_NETWORKS with random weights, the same every time, and changes of its config."""
     network_class, config = DENSE_NETWORKS[name]
-    network = network_class(dense.DenseConfig(**config), max_seq_len, batch)
+    network = network_class(dense.DenseConfig(**config | changes), max_seq_len, batch)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in network.named_parameters():
         mean, std = (1.0, 0.4) if "norm" in name else (0.0, 0.25)

@@ -58,3 +58,34 @@ def attend_step(
         scores = scores.softmax(-1)
     out = torch.einsum("bghs,bsgd->bghd", scores, v_cache.float())
     return out.reshape(rows, -1).to(qkv.dtype)
+
+
+def attend_drafts(
+    qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, draft_k: Tensor,
+    draft_v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, inv_freq: Tensor,
+    semaphores: Tensor, sinks: Tensor | None = None, *,
+    scale: float, eps: float, offset: float = 0.0, value_norm: bool = False,
+    values_are_keys: bool = False, attention_factor: float = 1.0, stores: bool = True,
+) -> Tensor:  # fmt: skip
+    """What steps of one row give, one after the other, for rows of qkv at consecutive positions:
+    caches [1, S, G, Dh], at least as many slots as rows.
+
+    Keys and values come to draft_k and draft_v [B, 1, G, Dh]. The caches have them after it if it
+    `stores`, and otherwise they are as before: no row has lost what it may still see.
+    """
+    k, v = k_cache.clone(), v_cache.clone()
+    rows = []
+    for row in range(len(qkv)):
+        given = qkv[row : row + 1], position[row : row + 1]
+        out = attend_step(
+            *given, k, v, q_norm, k_norm, inv_freq, semaphores, sinks, scale=scale, eps=eps,
+            offset=offset, value_norm=value_norm, values_are_keys=values_are_keys,
+            attention_factor=attention_factor,
+        )  # fmt: skip
+        rows.append(out)
+        slot = position[row] % k.shape[1]
+        draft_k[row, 0], draft_v[row, 0] = k[0, slot], v[0, slot]
+    if stores:
+        k_cache.copy_(k)
+        v_cache.copy_(v)
+    return torch.cat(rows)

@@ -52,9 +52,11 @@ def rotated(x1, x2, cos, sin, dtype: tl.constexpr):
 @triton.jit
 def attend_part(
     split, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos, sin,
-    k_weight1, k_weight2, sink, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
+    k_weight1, k_weight2, sink, k_ptr, v_ptr, draft_k_ptr, draft_v_ptr, row, slots,
+    out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
     scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
-    K_NORM: tl.constexpr, SINKS: tl.constexpr, VALUE_NORM: tl.constexpr, KV: tl.constexpr,
+    K_NORM: tl.constexpr, SINKS: tl.constexpr, VALUE_NORM: tl.constexpr, STORES: tl.constexpr,
+    KV: tl.constexpr,
     HEADS: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, FAN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr, STAGES: tl.constexpr,
@@ -85,10 +87,11 @@ def attend_part(
             v32 = v.to(tl.float32)
             mean = tl.sum(v32 * v32, 0) / SIZE
             v = (v32 * (1 / tl.sqrt_rn(mean + eps))).to(dtype)
-        new = slot.to(tl.int64) * stride
-        tl.store(k_ptr + new + i, k1)
-        tl.store(k_ptr + new + HALF + i, k2)
-        tl.store(v_ptr + new + whole, v)
+        if STORES:
+            new = slot.to(tl.int64) * stride
+            tl.store(k_ptr + new + i, k1)
+            tl.store(k_ptr + new + HALF + i, k2)
+            tl.store(v_ptr + new + whole, v)
         products = q1.to(tl.float32) * k1.to(tl.float32)
         products += q2.to(tl.float32) * k2.to(tl.float32)
         largest = tl.sum(products, 1) * unit
@@ -108,8 +111,20 @@ def attend_part(
         seen = (s < end) & (s != slot)
         rows = s.to(tl.int64) * stride
         k_offsets = rows[None, :] + i[:, None]
-        keys1 = tl.load(k_ptr + k_offsets, mask=seen[None, :], other=0.0)
-        keys2 = tl.load(k_ptr + HALF + k_offsets, mask=seen[None, :], other=0.0)
+        if draft_k_ptr is None:
+            keys1 = tl.load(k_ptr + k_offsets, mask=seen[None, :], other=0.0)
+            keys2 = tl.load(k_ptr + HALF + k_offsets, mask=seen[None, :], other=0.0)
+        else:
+            # Row n of the drafts has what the slot of the n-th row will have.
+            n = s - (slot - row)
+            n = tl.where(n < 0, n + slots, n)
+            n = tl.where(n >= slots, n - slots, n)
+            is_draft = n < row
+            drafts = n.to(tl.int64) * stride
+            draft_offsets = drafts[None, :] + i[:, None]
+            k_ptrs = tl.where(is_draft[None, :], draft_k_ptr + draft_offsets, k_ptr + k_offsets)
+            keys1 = tl.load(k_ptrs, mask=seen[None, :], other=0.0)
+            keys2 = tl.load(k_ptrs + HALF, mask=seen[None, :], other=0.0)
         scores = dot(q1, keys1, tl.zeros([BLOCK_G, BLOCK_S], tl.float32))
         scores = dot(q2, keys2, scores)
         scores = tl.where(seen[None, :], scores * unit, float("-inf"))
@@ -118,7 +133,13 @@ def attend_part(
         weights = tl.exp2(scores - greater[:, None])
         shrink = tl.exp2(largest - greater)
         total = total * shrink + tl.sum(weights, 1)
-        values = tl.load(v_ptr + rows[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
+        if draft_k_ptr is None:
+            values = tl.load(v_ptr + rows[:, None] + whole[None, :], mask=seen[:, None], other=0.0)
+        else:
+            v_drafts = draft_v_ptr + drafts[:, None] + whole[None, :]
+            v_ptrs = v_ptr + rows[:, None] + whole[None, :]
+            v_ptrs = tl.where(is_draft[:, None], v_drafts, v_ptrs)
+            values = tl.load(v_ptrs, mask=seen[:, None], other=0.0)
         acc = dot(weights.to(dtype), values, acc * shrink[:, None])
         largest = greater
 
@@ -144,11 +165,12 @@ def parts_of(position, slots, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, LEAST
 @triton.jit
 def attend_kernel(
     qkv_ptr, position_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, inv_freq_ptr, sinks_ptr,
-    out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
+    draft_k_ptr, draft_v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr,
     slots, scale: tl.constexpr, eps: tl.constexpr, offset: tl.constexpr,
     attention_factor: tl.constexpr,
     KV: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    VALUE_NORM: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_NORM: tl.constexpr, STORES: tl.constexpr, VALUES_ARE_KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, FAN: tl.constexpr, BLOCK_S: tl.constexpr, LEAST: tl.constexpr,
     ONE_PART: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -158,6 +180,9 @@ def attend_kernel(
 
     A part has at least LEAST blocks of slots. BLOCK_G is HEADS padded for a matrix product, STORED
     is HEADS padded to a power of two. PARTS are added up at once.
+
+    With drafts [B, KV, SIZE] all rows are of one sequence, at consecutive positions: what a row
+    sees of the rows before it is there, and not in the cache, which is stored to if it STORES.
     """
     SIZE: tl.constexpr = 2 * HALF
     LINES: tl.constexpr = SIZE // 64 if SIZE > 64 else 1
@@ -168,7 +193,10 @@ def attend_kernel(
     whole = tl.arange(0, SIZE)
     g = tl.arange(0, BLOCK_G)
     stride: tl.constexpr = KV * SIZE
-    head = (row.to(tl.int64) * slots * KV + kv) * SIZE
+    if draft_k_ptr is None:
+        head = (row.to(tl.int64) * slots * KV + kv) * SIZE
+    else:
+        head = kv.to(tl.int64) * SIZE
     k_ptr += head
     v_ptr += head
 
@@ -197,7 +225,11 @@ def attend_kernel(
     cos, sin = turned(position.to(tl.float32) * inv_freq, inv_freq, attention_factor)
 
     # 2. The projections.
-    qkv_ptr += row * WIDTH + wait(asked)
+    zero = wait(asked)
+    qkv_ptr += row * WIDTH + zero
+    if draft_k_ptr is not None:
+        draft_k_ptr += head + zero
+        draft_v_ptr += head + zero
     q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
     present = (g < HEADS)[:, None]
     q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0)
@@ -218,15 +250,17 @@ def attend_kernel(
     if ONE_PART:
         attend_part(
             first, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos, sin,
-            k_weight1, k_weight2, sink, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
-            semaphore_ptr, scale, eps, offset, k_norm_ptr is not None, sinks_ptr is not None,
-            VALUE_NORM, KV, HEADS, HALF, SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
+            k_weight1, k_weight2, sink, k_ptr, v_ptr, draft_k_ptr, draft_v_ptr, row, slots,
+            out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr, scale, eps, offset,
+            k_norm_ptr is not None, sinks_ptr is not None, VALUE_NORM, STORES, KV, HEADS, HALF,
+            SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
         )  # fmt: skip
     else:
         for split in range(first, active, tl.num_programs(2)):
             attend_part(
                 split, size, filled, active, slot, pair, q1, q2, new_k1, new_k2, new_v, cos,
-                sin, k_weight1, k_weight2, sink, k_ptr, v_ptr, out_ptr, acc_ptr, max_ptr, sum_ptr,
-                semaphore_ptr, scale, eps, offset, k_norm_ptr is not None, sinks_ptr is not None,
-                VALUE_NORM, KV, HEADS, HALF, SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
+                sin, k_weight1, k_weight2, sink, k_ptr, v_ptr, draft_k_ptr, draft_v_ptr, row,
+                slots, out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr, scale, eps, offset,
+                k_norm_ptr is not None, sinks_ptr is not None, VALUE_NORM, STORES, KV, HEADS, HALF,
+                SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
             )  # fmt: skip

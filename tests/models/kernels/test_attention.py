@@ -1,5 +1,7 @@
 """The Triton kernel of a token's attention gives what its reference gives."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -115,6 +117,48 @@ def test_a_row_s_attention_does_not_depend_on_its_company(normal, semaphores, dt
             row = [x[i : i + 1].clone() for x in (qkv, position, *caches)]
             assert torch.equal(operator.attend_step(*row, *last, **options)[0], together[i])
             assert all(torch.equal(x[0], y[i]) for x, y in zip(row[2:], copies))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    list(itertools.product(LAYOUTS, DTYPES))
+    if ON_GPU
+    else [(LAYOUTS[0], torch.bfloat16), (LAYOUTS[-1], torch.float32)],
+)
+@pytest.mark.parametrize("values_are_keys", [False, True] if ON_GPU else [False])
+def test_rows_of_one_sequence_have_the_bits_of_steps(
+    normal, semaphores, dtype, layout, values_are_keys
+):
+    slots = 700 if ON_GPU else 11
+    qkv, caches, norms, inv_freq, options = attention(normal, layout, slots, dtype, values_are_keys)
+    caches = [x[:1].clone() for x in caches]
+    last = *norms, inv_freq, semaphores
+    # At the beginning and the end of a cache; around a ring's end, and in the midst of a full one.
+    for stores, first in (
+        (True, 0), (True, slots - 3), (False, 3 * slots - 1), (False, slots + slots // 2)
+    ):  # fmt: skip
+        position = first + torch.arange(3, device=DEVICE)
+        mine, step_by_step = [[x.clone() for x in caches] for _ in range(2)]
+        drafts = [torch.full_like(x[:, :1], torch.nan).repeat(3, 1, 1, 1) for x in caches]
+        got = operator.attend_drafts(qkv, position, *mine, *drafts, *last, **options, stores=stores)
+        for i in range(3):
+            row = qkv[i : i + 1], position[i : i + 1]
+            expected = operator.attend_step(*row, *step_by_step, *last, **options)
+            assert torch.equal(got[i : i + 1], expected), (first, i)
+        for x, y, z, draft in zip(mine, step_by_step, caches, drafts):
+            assert torch.equal(x, y if stores else z)
+            assert torch.equal(draft[:, 0], y[0, position % slots])
+        if dtype == torch.float32:
+            theirs = [x.clone() for x in caches]
+            expected = reference.attend_drafts(
+                qkv, position, *theirs, *drafts, *last, **options, stores=stores
+            )
+            assert_close(got, expected, dtype)
+            for x, y in zip(mine, theirs):
+                assert_close(x, y, dtype)
+    short = [x[:, :2].contiguous() for x in caches]
+    with pytest.raises(ValueError, match="3 rows do not fit a cache of 2 slots"):
+        operator.attend_drafts(qkv, position, *short, *drafts, *last, **options)
 
 
 @needs_gpu

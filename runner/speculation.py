@@ -1,0 +1,152 @@
+"""Speculation: a step tries several tokens that the text so far suggests, and those that it would
+have chosen one by one are the sequence's.
+
+The device drafts them and sees which hold, so that a round is submitted before the host has read
+the one before it. The host decides whether a round tries drafts: it costs more than one that does
+not, and the text may suggest nothing. That changes no token.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tokenloop.runner.program import Program, selection_method
+from tokenloop.runner.slots import Sequence
+
+SPECULATIONS = ("lookup",)
+# What drafts that do not hold may cost in all: a share of the time without any. A long run of
+# drafts that hold does not pay for more than some that do not.
+ALLOWED, MOST_CREDIT = 0.01, 4.0
+
+
+@dataclass
+class DraftCounts:
+    """Rounds that tried drafts, how many drafts they tried, and how many of these held."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def since(self, earlier: "DraftCounts") -> "DraftCounts":
+        """The counts from `earlier` on."""
+        before = earlier.rounds, earlier.drafted, earlier.accepted
+        now = self.rounds, self.drafted, self.accepted
+        return DraftCounts(*(a - b for a, b in zip(now, before)))
+
+
+def can_speculate(sequence: Sequence) -> bool:
+    """Whether rounds can give all that the request asks for. A round has no log probabilities, and
+    what restricts a token follows from the token before it."""
+    request = sequence.request
+    asks = request.logprobs is not None or request.prompt_logprobs
+    return sequence.restriction is None and not asks
+
+
+class Repetition:
+    """Whether the newest two tokens of a text have followed one another before."""
+
+    def __init__(self, ids: list[int]):
+        self._newest, self._pairs = ids[-1], set(zip(ids, ids[1:]))
+        self.found = False
+
+    def add(self, token_id: int) -> None:
+        """Go on by a token."""
+        pair = self._newest, token_id
+        self.found = pair in self._pairs
+        self._pairs.add(pair)
+        self._newest = token_id
+
+
+class Budget:
+    """What drafts have saved, less what they have cost, in rounds without drafts. It is enough for
+    a first try, and grows with every round."""
+
+    def __init__(self, cost: float):
+        """`cost` is that of a round with drafts, in rounds without."""
+        self._loss = max(0.0, cost - 1)
+        self._credit, self._most = self._loss, MOST_CREDIT * max(1.0, self._loss)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether a try may fail."""
+        return self._credit >= self._loss
+
+    def spend(self, drafted: bool) -> None:
+        """A round is submitted."""
+        self._credit += ALLOWED - self._loss * drafted
+
+    def earn(self, accepted: int) -> None:
+        """Drafts were accepted."""
+        self._credit = min(self._credit + accepted, self._most)
+
+
+class Rounds:
+    """The rounds of one sequence, from its first token on. `submitted` counts them."""
+
+    def __init__(
+        self, program: Program, sequence: Sequence, first: Any, ahead: bool, counts: DraftCounts
+    ):  # fmt: skip
+        """`first` int64 [1, 1] is the token that was chosen after the prompt. With `ahead` a round
+        is submitted before the one before it is read. `counts` go on."""
+        self._program, self._sequence, self._first = program, sequence, first
+        self._ahead, self._counts = ahead, counts
+        self._method = selection_method([sequence.request], program.manifest)
+        self.submitted = 0
+        # Rounds that are not read: what they give, and whether they try drafts.
+        self._unread: deque[tuple[Any, bool]] = deque()
+        # How many tokens there are as far as rounds have been read.
+        self._count = 1
+        self._text = Repetition(sequence.prompt_ids)
+        self._budget = Budget(program.draft_cost)
+        program.begin_rounds(sequence.prompt_ids, first, sequence.request)
+
+    def tokens(self) -> Iterator[int]:
+        """The sequence's tokens, until it has a `finish_reason` or as many as its limit."""
+        sequence, taken = self._sequence, 0
+        ids = self._read(self._first)
+        while True:
+            for token_id in ids:
+                if sequence.finish_reason is not None:
+                    return
+                self._text.add(token_id)
+                taken += 1
+                yield token_id
+                if taken == sequence.limit:
+                    return
+            if not self._unread:
+                self._submit()
+            values, drafted = self._unread[0]
+            count, *chosen = self._read(values)
+            self._unread.popleft()
+            self._count += count
+            ids = chosen[:count]
+            if drafted:
+                self._budget.earn(count - 1)
+                self._counts.rounds += 1
+                self._counts.drafted += self._program.draft_tokens
+                self._counts.accepted += count - 1
+
+    def _read(self, values: Any) -> list[int]:
+        """The numbers of a round, or the first token. The next round may be submitted before."""
+        transfers = self._program.transfers
+        transfers.prefetch(values)
+        if self._ahead:
+            self._submit()
+        return transfers.download(values)
+
+    def _submit(self) -> None:
+        """Submit a round, if it is needed whatever the unread ones give, and if there is room for
+        it whatever they give."""
+        program, sequence = self._program, self._sequence
+        drafts, room = program.draft_tokens, program.manifest["max_seq_len"]
+        most = sum(1 + drafts * drafted for _, drafted in self._unread)
+        # The furthest that the newest token's position may be.
+        position = len(sequence.prompt_ids) - 1 + self._count + most
+        if self._count + len(self._unread) >= sequence.limit or position >= room:
+            return
+        drafted = self._text.found and self._budget.is_enough and position + drafts < room
+        self._budget.spend(drafted)
+        buffer = self.submitted % 2
+        self._unread.append((program.submit_round(drafted, self._method, buffer), drafted))
+        self.submitted += 1
