@@ -127,14 +127,18 @@ def operators(name: str):
 
 
 def linear() -> None:
-    from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+    from tokenloop.models.kernels.linear.packing import (
+        quantize_float8,
+        quantize_int4,
+        quantize_int8,
+    )
 
     module = operators("models.kernels.linear.operator")
     semaphores = empty(100_000, dtype=int32)
     # Small layers and large ones, and one that fills no tiles.
     for (outputs, inputs), rows in itertools.product(((512, 640), (2048, 4096)), (1, 32)):
         whole = torch.zeros(2 * outputs, inputs)
-        quantized = quantize_int4(whole), quantize_int8(whole)
+        quantized = quantize_int4(whole), quantize_int8(whole), quantize_float8(whole)
         for weight, scale in ((whole, None), (whole.bfloat16(), None), *quantized):
             x = empty(rows, inputs, dtype=float32 if weight.dtype == float32 else bfloat16)
             for activation in (None, "gelu_tanh"):
@@ -149,6 +153,11 @@ def linear() -> None:
         for rows, activation in ((1, None), (1, "silu"), (32, "silu")):
             x = empty(rows, 4096, dtype=bfloat16)
             module.linear(x, words, scale, None, semaphores, activation=activation)
+    # Blocks of float8.
+    words, scale = quantized[2][0], empty(4096 // 128, len(quantized[2][0]))
+    for rows, activation in ((1, None), (32, "silu")):
+        x = empty(rows, 4096, dtype=bfloat16)
+        module.linear(x, words, scale, None, semaphores, activation=activation)
     uneven = empty(3, 5000, dtype=bfloat16), empty(77, 5000, dtype=bfloat16)
     bias = empty(77, dtype=bfloat16)
     module.linear(*uneven, None, bias, semaphores, soft_cap=30.0, out_float32=True)
@@ -284,7 +293,11 @@ def hybrids() -> None:
 
 def chunks() -> None:
     from tokenloop.models.kernels import cuda
-    from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+    from tokenloop.models.kernels.linear.packing import (
+        quantize_float8,
+        quantize_int4,
+        quantize_int8,
+    )
 
     count = empty(1, dtype=int32)
     shapes = (512, 1024), (6144, 2560), (2560, 4096), (5376, 8192), (76, 1002)
@@ -307,6 +320,13 @@ def chunks() -> None:
             cuda.linear_chunk(x, weight, scale, None, count, activation=activation)
             few = empty(1024 // 32, 512, dtype=float32 if len(scale) == 1 else float16)
             cuda.linear_chunk(x, weight, few, None, count, activation=activation)
+        weight, scale = quantize_float8(dense)
+        for scales in (scale, empty(1024 // 128, 512)):
+            cuda.linear_chunk(x, weight, scales, None, count, activation=activation)
+    # More tiles that multiply by the scales of rows: halves, and outputs beside.
+    for tokens, outputs in ((8192, 4096), (1024, 5376)):
+        x, weight = empty(tokens, 1024, dtype=bfloat16), empty(outputs, 1024, dtype=bfloat16)
+        cuda.linear_chunk(x, weight, empty(1, outputs), None, count)
     x, norm = empty(8192, 2560, dtype=bfloat16), empty(2560, dtype=bfloat16)
     cuda.add_norm(x, x, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(x, norm, count, eps=1e-6)

@@ -20,6 +20,7 @@ from tokenloop.export.launches.cuda_step import (
 from tokenloop.export.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
+from tokenloop.models.kernels.linear.packing import leaves_scale
 
 
 class Chunk(NamedTuple):
@@ -145,12 +146,14 @@ class CudaPrefill(nn.Module):
         results, and every token's keys and values."""
         weight, scale, bias = linear_tensors(layer.qkv)
         if scale is not None:
-            weight = cuda.dequantize(weight, scale, layer.qkv.inputs)
+            left = scale if leaves_scale(weight, scale) else None
+            weight, scale = cuda.dequantize(weight, scale, layer.qkv.inputs), left
 
         def project(x: Tensor, begin: int, end: int, count: Tensor) -> Tensor:
             """Outputs from `begin` to `end`."""
             part = None if bias is None else bias[begin:end]
-            return cuda.linear_chunk(x, weight[begin:end], None, part, count)
+            scales = None if scale is None else scale[:, begin:end]
+            return cuda.linear_chunk(x, weight[begin:end], scales, part, count)
 
         end = sum(layer.sizes)
         queries, gates = layer.sizes[0], end - layer.sizes[-1] if layer.output_gate else end

@@ -37,14 +37,14 @@ class CudaStep(nn.Module):
     """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
     decode_embedded.
 
-    `bits` of the layers' weights are 4 or 8, and the head's are then 8. With 0 both stay as the
-    network has them; or both are kept. The embedding stays as it is. With None the step can be
-    traced and written and not run (packed_weights.PackedLinear).
+    `bits` of the layers' weights are 4 or 8, or "fp8", and the head has then integers of 8. With 0
+    both stay as the network has them; or both are kept. The embedding stays as it is. With None the
+    step can be traced and written and not run (packed_weights.PackedLinear).
 
     Raises ExportError as `fit_heads`.
     """
 
-    def __init__(self, network: CausalLM, bits: int | Keeping | None = 0):
+    def __init__(self, network: CausalLM, bits: int | str | Keeping | None = 0):
         super().__init__()
         backbone = network.model
         for mixer in (block.mixer for block in backbone.layers):
@@ -54,7 +54,7 @@ class CudaStep(nn.Module):
         self.layers = nn.ModuleList(packed.pack_blocks(network, bits))
         packed.pack_head(network, bits)
         head = network.lm_head
-        self.head: nn.Module = head.rows if isinstance(head, packed.IntegerHead) else head
+        self.head: nn.Module = head.rows if isinstance(head, packed.PackedHead) else head
         self.soft_cap = network.soft_cap or 0.0
         linears = [part for part in self.layers.modules() if isinstance(part, packed.PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))

@@ -84,8 +84,8 @@ def launch_linear(
     launch(dot_kernel, grid)(
         x, words, scale, bias, partial, semaphores, y,
         rows, outputs, inputs, words.shape[1], steps, soft_cap, BITS=bits,
-        FLOAT8=weight.dtype == FLOAT8, GROUP=group, ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
-        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
+        FLOAT8=weight.dtype == FLOAT8, GROUP=group, ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
+        SPLITS=tiles.splits, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
         EVEN=inputs % block == 0, STAGES=tiles.stages,
         AHEAD=AHEAD if words.shape[1] % 8 == 0 else 0, num_warps=tiles.warps,
     )  # fmt: skip

@@ -122,7 +122,8 @@ def launch_dequantize(weight: Tensor, scale: Tensor, inputs: int) -> Tensor:
     grid = width // SPAN_WORDS, triton.cdiv(outputs, DEQUANTIZED_ROWS)
     launch(dequantize_kernel, grid)(
         words, None if leaves_scale(weight, scale) else scale, out, outputs, inputs, width,
-        GROUP=group, BITS=bits, FLOAT8=weight.dtype == FLOAT8, BLOCK_N=DEQUANTIZED_ROWS, num_warps=4,
+        GROUP=group, BITS=bits, FLOAT8=weight.dtype == FLOAT8, BLOCK_N=DEQUANTIZED_ROWS,
+        num_warps=4,
     )  # fmt: skip
     return out
 

@@ -22,9 +22,7 @@ def load_tile(ptr, rows, k, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def store_outputs(
-    y, up, scale_ptr, bias_ptr, y_ptr, t, n, count, N, ACTIVATION: tl.constexpr
-):
+def store_outputs(y, up, scale_ptr, bias_ptr, y_ptr, t, n, count, N, ACTIVATION: tl.constexpr):
     """Finish sums of tokens t and outputs n, and store those that there are."""
     y = finished(y, up, scale_ptr, bias_ptr, n[None, :], N, ACTIVATION)
     offsets = t.to(tl.int64)[:, None] * N + n[None, :]

@@ -2,7 +2,8 @@
 layer of few tokens.
 
 Both round a value times its scale once to float32 and then to bfloat16, so their products have the
-same bits. Where products get the scale (packing.leaves_scale), weights are only converted. packing.py says how words lie. Names: token t of T, output n of N, input k of K.
+same bits. Where products get the scale (packing.leaves_scale), weights are only converted.
+packing.py says how words lie. Names: token t of T, output n of N, input k of K.
 """
 
 import triton
