@@ -115,7 +115,7 @@ class Keeping:
         self.backend, self.floats = backend, str(floats).removeprefix("torch.")
         self.kept: list[str] = []
         self.left: list[NamedGrid] = []
-        self.without = 0
+        self.without = self.experts = 0
 
     def layout(self, linears: Sequence[nn.Module]) -> Layout | None:
         """How layers that lie together are kept, None for not at all. Counts them."""
@@ -142,4 +142,6 @@ class Keeping:
             )
         if self.without:
             line += f"; {self.without} are neither integers nor float8 in the checkpoint"
+        if self.experts:
+            line += f"; the routed experts of {self.experts} layers are {self.floats}"
         return [line]

@@ -28,6 +28,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 # What may be read before a kernel waits: weights and tables, what the host writes before a graph,
 # and the state that no other kernel of a graph writes.
@@ -244,6 +245,18 @@ def experts() -> None:
         uneven = empty(128, 2 * 77, 1000, dtype=dtype), empty(128, 1000, 77, dtype=dtype)
         x = empty(tokens, 1000, dtype=dtype)
         module.experts_chunk(x, *routed, *uneven, count)
+    # Float8.
+    tables = [
+        table.to(torch.float8_e4m3fn) for table in (empty(128, 1536, 2048), empty(128, 2048, 768))
+    ]
+    own = {"gate_up_scale": empty(128, 1536), "down_scale": empty(128, 2048)}
+    for tokens in (1, 128, 8192):
+        scores, x = empty(tokens, 129, dtype=bfloat16), empty(tokens, 2048, dtype=bfloat16)
+        routed = module.route(scores, 128, 8, True)
+        if tokens == 1:
+            module.experts(x, *routed, *tables, **own)
+        else:
+            module.experts_chunk(x, *routed, *tables, count, x, scores, **own)
 
 
 def positions() -> None:

@@ -222,7 +222,7 @@ def _normed(x: Tensor, norm: nn.Module, count: Tensor | None) -> Tensor:
 
 
 def expert_options(layer: PackedBlock) -> dict[str, Tensor | str]:
-    """What an operator takes of the layer's experts besides SiLU without biases."""
+    """What an operator takes of the layer's experts besides SiLU without biases and scales."""
     experts, options = layer.experts, {}
     if experts.gate_up_proj_bias is not None:
         options = {
@@ -230,6 +230,8 @@ def expert_options(layer: PackedBlock) -> dict[str, Tensor | str]:
         }  # fmt: skip
     if experts.activation != "silu":
         options["activation"] = experts.activation
+    if isinstance(experts, packed.Float8Experts):
+        options |= {"gate_up_scale": experts.gate_up_scale, "down_scale": experts.down_scale}
     return options
 
 

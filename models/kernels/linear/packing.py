@@ -90,12 +90,19 @@ def leaves_scale(weight: Tensor, scale: Tensor | None) -> bool:
     return weight.dtype == FLOAT8 and scale is not None and scale.shape[0] == 1
 
 
+def round_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float [N, K] -> float8 [N, K] and scales float32 [N], by which each row's largest is the
+    largest of float8."""
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / LARGEST_FLOAT8
+    values = (weight.float() / scale[:, None]).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return values.to(FLOAT8), scale
+
+
 def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float [N, K] -> packed float8 [N, 2 * W] and scales float32 [1, N], by which each row's
-    largest is the largest of float8."""
-    scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST_FLOAT8
-    values = (weight.float() / scale).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(FLOAT8)
-    return pack_float8(values), scale.T.contiguous()
+    """float [N, K] -> packed float8 [N, 2 * W] and scales float32 [1, N], those of
+    `round_float8`."""
+    values, scale = round_float8(weight)
+    return pack_float8(values), scale[None]
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
