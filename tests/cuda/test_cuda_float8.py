@@ -7,8 +7,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.driving import PROMPTS, assert_rows_are_those_alone, ids_of, variants  # noqa: E402
+from tests.export.packed import loaded  # noqa: E402
 from tests.export.test_float8 import WIDE, float8_checkpoint  # noqa: E402
-from tests.export.test_kept_weights import loaded  # noqa: E402
 from tokenloop import runner  # noqa: E402
 from tokenloop.export import command  # noqa: E402
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tests.export.packed import loaded, packed_layers  # noqa: E402
 from tests.export.test_cuda_prefill import chunk_of  # noqa: E402
-from tests.export.test_kept_weights import loaded, packed_layers  # noqa: E402
 from tests.models.eager import prompt  # noqa: E402
 from tests.models.tiny_models import ROW_OF, make_reference, network_of  # noqa: E402
 from tests.tiny_checkpoints import write_directory  # noqa: E402
