@@ -139,7 +139,7 @@ def linear() -> None:
     # Small layers and large ones, and one that fills no tiles.
     for (outputs, inputs), rows in itertools.product(((512, 640), (2048, 4096)), (1, 32)):
         whole = torch.zeros(2 * outputs, inputs)
-        quantized = quantize_int4(whole), quantize_int8(whole), quantize_float8(whole)
+        quantized = quantize_int4(whole), quantize_int8(whole)
         for weight, scale in ((whole, None), (whole.bfloat16(), None), *quantized):
             x = empty(rows, inputs, dtype=float32 if weight.dtype == float32 else bfloat16)
             for activation in (None, "gelu_tanh"):
@@ -154,11 +154,13 @@ def linear() -> None:
         for rows, activation in ((1, None), (1, "silu"), (32, "silu")):
             x = empty(rows, 4096, dtype=bfloat16)
             module.linear(x, words, scale, None, semaphores, activation=activation)
-    # Blocks of float8.
-    words, scale = quantized[2][0], empty(4096 // 128, len(quantized[2][0]))
-    for rows, activation in ((1, None), (32, "silu")):
+    # Float8 with a scale for each row, and blocks of it.
+    words, scale = quantize_float8(whole)
+    for rows, activation, scales in (
+        (1, None, scale), (32, "silu", scale), (1, "silu", empty(4096 // 128, len(words))),
+    ):  # fmt: skip
         x = empty(rows, 4096, dtype=bfloat16)
-        module.linear(x, words, scale, None, semaphores, activation=activation)
+        module.linear(x, words, scales, None, semaphores, activation=activation)
     uneven = empty(3, 5000, dtype=bfloat16), empty(77, 5000, dtype=bfloat16)
     bias = empty(77, dtype=bfloat16)
     module.linear(*uneven, None, bias, semaphores, soft_cap=30.0, out_float32=True)
@@ -250,7 +252,7 @@ def experts() -> None:
         table.to(torch.float8_e4m3fn) for table in (empty(128, 1536, 2048), empty(128, 2048, 768))
     ]
     own = {"gate_up_scale": empty(128, 1536), "down_scale": empty(128, 2048)}
-    for tokens in (1, 128, 8192):
+    for tokens in (1, 128):
         scores, x = empty(tokens, 129, dtype=bfloat16), empty(tokens, 2048, dtype=bfloat16)
         routed = module.route(scores, 128, 8, True)
         if tokens == 1:
@@ -333,13 +335,17 @@ def chunks() -> None:
             cuda.linear_chunk(x, weight, scale, None, count, activation=activation)
             few = empty(1024 // 32, 512, dtype=float32 if len(scale) == 1 else float16)
             cuda.linear_chunk(x, weight, few, None, count, activation=activation)
-        weight, scale = quantize_float8(dense)
-        for scales in (scale, empty(1024 // 128, 512)):
-            cuda.linear_chunk(x, weight, scales, None, count, activation=activation)
-    # More tiles that multiply by the scales of rows: halves, and outputs beside.
-    for tokens, outputs in ((8192, 4096), (1024, 5376)):
-        x, weight = empty(tokens, 1024, dtype=bfloat16), empty(outputs, 1024, dtype=bfloat16)
-        cuda.linear_chunk(x, weight, empty(1, outputs), None, count)
+    # Float8 with a scale for each row, and blocks of it.
+    weight, scale = quantize_float8(dense)
+    for tokens, activation, scales in (
+        (64, "silu", scale), (128, None, scale), (128, None, empty(1024 // 128, 512)),
+        (1024, "silu", scale), (512, None, empty(1024 // 128, 512)),
+    ):  # fmt: skip
+        x = empty(tokens, 1024, dtype=bfloat16)
+        cuda.linear_chunk(x, weight, scales, None, count, activation=activation)
+    # Tiles in halves that multiply by the scales of rows.
+    x, weight = empty(8192, 1024, dtype=bfloat16), empty(4096, 1024, dtype=bfloat16)
+    cuda.linear_chunk(x, weight, empty(1, 4096), None, count)
     x, norm = empty(8192, 2560, dtype=bfloat16), empty(2560, dtype=bfloat16)
     cuda.add_norm(x, x, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(x, norm, count, eps=1e-6)

@@ -64,7 +64,8 @@ def test_steps_and_prompts_of_the_recipe_give_the_logits_of_its_weights(monkeypa
     monkeypatch.setattr(operator, "IN_TILE", 0)
     # With experts beside a feed-forward of every token.
     case = "gemma4_text, experts beside"
-    hf = make_reference(case, head_dim=32, global_head_dim=64)
+    shallow = ROW_OF[case].shallow
+    hf = make_reference(case, **shallow, head_dim=32, global_head_dim=64)
     packed = network_of(ROW_OF[case], hf, SLOTS, 4, torch.bfloat16).to(DEVICE)
     plain = network_of(ROW_OF[case], hf, SLOTS, 4)
     before = logits_of(plain, plain)
