@@ -344,8 +344,8 @@ def chunks() -> None:
         x = empty(tokens, 1024, dtype=bfloat16)
         cuda.linear_chunk(x, weight, scales, None, count, activation=activation)
     # Tiles in halves that multiply by the scales of rows.
-    x, weight = empty(8192, 1024, dtype=bfloat16), empty(4096, 1024, dtype=bfloat16)
-    cuda.linear_chunk(x, weight, empty(1, 4096), None, count)
+    x, weight = empty(8192, 1024, dtype=bfloat16), torch.zeros(4096, 1024)
+    cuda.linear_chunk(x, *quantize_float8(weight), None, count)
     x, norm = empty(8192, 2560, dtype=bfloat16), empty(2560, dtype=bfloat16)
     cuda.add_norm(x, x, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(x, norm, count, eps=1e-6)

@@ -143,8 +143,8 @@ def linear_chunk(
 ) -> Tensor:  # fmt: skip
     """See reference.linear_chunk."""
     options = {"activation": activation, "out_float32": out_float32}
-    if scale is None or weight.dtype == bfloat16:
-        return launch_linear_chunk(x, weight, bias, count, **options, scale=scale)
+    if scale is None:
+        return launch_linear_chunk(x, weight, bias, count, **options)
     if x.shape[0] <= IN_TILE:
         return launch_words(x, weight, scale, bias, count, **options)
     _packed(x, weight, scale)

@@ -18,13 +18,10 @@ def linear_chunk(
 
     Rows from `count` int32 [1] on are anything. weight: [O, K] of x's dtype, or one packed by
     linear/packing.py with its `scale`; weights times scales are rounded to bfloat16 first, but
-    float8 with a scale for each row is not rounded. A bfloat16 weight may have such scales, too.
-    With an `activation` the weight has 2 O rows, and the result is activation(first half) * second
-    half.
+    float8 with a scale for each row is not rounded. With an `activation` the weight has 2 O rows,
+    and the result is activation(first half) * second half.
     """
-    if scale is not None and weight.dtype == torch.bfloat16:
-        weight = weight.float() * scale.T
-    elif leaves_scale(weight, scale):
+    if leaves_scale(weight, scale):
         weight = reference.dequantize(weight, scale, x.shape[1])
     elif scale is not None:
         weight = dequantize(weight, scale, x.shape[1])

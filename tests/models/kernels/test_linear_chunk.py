@@ -153,7 +153,8 @@ def test_every_tile_multiplies_by_the_scales_of_rows(normal, form, activation):
     options = {"activation": activation, "out_float32": True}
     given = {"tiles": TILES[form], "scale": scale}
     got = operator.launch_linear_chunk(x, weight, bias, counted(100), **options, **given)
-    expected = reference.linear_chunk(x, weight, scale, bias, counted(100), **options)
+    scaled = weight.float() * scale.T
+    expected = reference.linear_chunk(x, scaled, None, bias, counted(100), **options)
     assert_close(got, expected, torch.float32)
 
 
@@ -162,7 +163,7 @@ def test_weights_may_be_rows_of_a_larger_matrix(normal):
     whole = operator.linear_chunk(x, weight, None, None, counted(64))
     part = operator.linear_chunk(x, weight[32:64], None, None, counted(64))
     assert torch.equal(part, whole[:, 32:64])
-    scale = normal(1, 96)
+    weight, scale = quantized(weight, "fp8")
     whole = operator.linear_chunk(x, weight, scale, None, counted(64))
     part = operator.linear_chunk(x, weight[32:64], scale[:, 32:64], None, counted(64))
     assert torch.equal(part, whole[:, 32:64])
@@ -182,7 +183,9 @@ def test_what_does_not_fit_is_refused(normal):
     with pytest.raises(ValueError):
         operator.linear_chunk(x.float(), *quantize_int8(weight), None, counted(64))
     with pytest.raises(ValueError, match="scale of shape .1, 64. for 96 rows"):
-        operator.linear_chunk(x, weight, normal(1, 64), None, counted(64))
+        operator.launch_linear_chunk(x, weight, None, counted(64), scale=normal(1, 64))
+    with pytest.raises(ValueError, match="the weight with a scale is torch.bfloat16"):
+        operator.linear_chunk(x, weight, normal(1, 96), None, counted(64))
 
 
 def test_tiles_fit_shared_memory_and_descriptors_have_rows_of_whole_16_bytes():
