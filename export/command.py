@@ -76,9 +76,9 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         help="xnnpack: 8da8w or 8da4w, weights of 8 bits per output channel or most of them of 4 "
         "in groups of 32, with int8 activations and a head of 4 bits whose best tokens are scored "
         "again in 8; cuda: bf16; inductor: bf16, or with it layers of int8 or int4 "
-        "weights; all: fp32; keep: a quantized checkpoint's own integers, where the backend has a "
-        "layout for them (default: keep for a quantized directory, else 8da8w with xnnpack, bf16 "
-        "with a GPU, fp32)",
+        "weights; launches: those, and fp8, weights of float8 per output channel; all: fp32; keep: "
+        "a quantized checkpoint's own numbers, where the backend has a layout for them (default: "
+        "keep for a quantized directory, else 8da8w with xnnpack, bf16 with a GPU, fp32)",
     )
     parser.add_argument(
         "--max-seq-len",
@@ -207,8 +207,9 @@ def export(
 
         others = [name for name in supporting(smallest) if can_keep(checkpoint, name)]
         raise ExportError(
-            f"--quant keep: {checkpoint.path} has no integers that --backend {options.backend} has "
-            f"a layout for; {' and '.join(others) or 'no backend'} can keep some of it"
+            f"--quant keep: {checkpoint.path} has no integers or float8 that --backend "
+            f"{options.backend} has a layout for; {' and '.join(others) or 'no backend'} can keep "
+            "some of it"
         )
     is_default = options.quant_by_default and checkpoint.quantization is not None
     if is_default and can_keep(checkpoint, options.backend):

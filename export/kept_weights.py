@@ -1,9 +1,9 @@
-"""`--quant keep`: a checkpoint's own integers and scales, where a backend has a layout for them.
+"""`--quant keep`: a checkpoint's own numbers and scales, where a backend has a layout for them.
 
 Weights are loaded as floats like any others. A linear layer whose weight lies on a grid
-(export/checkpoint/contents.py) has it as `grid`, and its integers are found again with the grid's
-own scales: exactly, which is checked. What a backend has no layout for stays floating point. So
-nothing is quantized anew.
+(export/checkpoint/contents.py) has it as `grid`, and its integers, or float8, are found again with
+the grid's own scales: exactly, which is checked. What a backend has no layout for stays floating
+point. So nothing is quantized anew.
 
 Shapes: N outputs and K inputs of a linear layer, G groups of inputs.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenloop.export.checkpoint.contents import Checkpoint, Grid, NamedGrid
 from tokenloop.export.errors import ExportError
 from tokenloop.export.tensors_in_files import empty
-from tokenloop.models.kernels.linear.packing import SPAN_WORDS
+from tokenloop.models.kernels.linear.packing import FLOAT8, SPAN_WORDS
 
 BACKENDS = "xnnpack", "inductor", "launches"
 # Rows of 4 bits are longer (packing.py).
@@ -30,10 +30,11 @@ XNNPACK_GROUP = 32
 
 
 class Layout(NamedTuple):
-    """Integers of `bits`, 4 or 8. `group_size` neighbours in a row share a scale."""
+    """Integers of `bits`, 4 or 8, or float8. `group_size` neighbours in a row share a scale."""
 
     bits: int
     group_size: int
+    is_float8: bool = False
 
 
 def layout(backend: str, grids: Sequence[Grid], inputs: int) -> Layout | None:
@@ -41,11 +42,16 @@ def layout(backend: str, grids: Sequence[Grid], inputs: int) -> Layout | None:
     # A scale may be repeated, so that all have groups of one size.
     size = math.gcd(*(grid.group_size for grid in grids))
     least, most = min(grid.least for grid in grids), max(grid.most for grid in grids)
-    if backend not in BACKENDS or least < -128 or most > 127:
-        return None
     is_row = size == inputs
     # Of the kernels for CUDA. 256 is a group, too; they have been tuned for 128.
     group = next((known for known in (128, 64, 32) if size % known == 0), None)
+    if any(grid.is_float8 for grid in grids):
+        if backend != "launches" or not all(grid.is_float8 for grid in grids):
+            return None
+        found = size if is_row else group
+        return Layout(8, found, is_float8=True) if found else None
+    if backend not in BACKENDS or least < -128 or most > 127:
+        return None
     if least >= -8 and most <= 7:
         if backend == "launches" and inputs >= SHORTEST_4_BIT_ROW and group:
             return Layout(4, group)
@@ -64,7 +70,7 @@ def _bfloat16(grids: Iterable[Grid]) -> bool:
 
 
 def can_keep(checkpoint: Checkpoint, backend: str) -> bool:
-    """Whether there is a weight whose integers the backend has a layout for."""
+    """Whether there is a weight whose integers or float8 the backend has a layout for."""
     for tensor in checkpoint.stored.values():
         if backend in BACKENDS and tensor.grid is not None and len(tensor.shape) == 2:
             grid = tensor.grid()
@@ -79,22 +85,24 @@ def grid_of(linear: nn.Module) -> NamedGrid | None:
 
 
 def codes_and_scales(linear: nn.Module, group_size: int) -> tuple[Tensor, Tensor]:
-    """The integers int8 [N, K] and the scales float32 [N, K / group_size] of a layer with a grid.
+    """The integers int8 or numbers float8 [N, K], and the scales float32 [N, K / group_size], of a
+    layer with a grid.
 
     Errors: ExportError where they are not the weight, which no format that is read gives.
     """
     name, grid = linear.grid
     weight, scales = linear.weight.detach(), grid.scales().float()
-    codes = empty(weight.shape, torch.int8)
+    codes = empty(weight.shape, FLOAT8 if grid.is_float8 else torch.int8)
     for begin in range(0, len(weight), step := max(1, BLOCK_ELEMENTS // weight.shape[1])):
         rows = slice(begin, begin + step)
         some, each = weight[rows], scales[rows].repeat_interleave(grid.group_size, 1)
-        # bfloat16 has 8 bits, and so tells 257 neighbours of integers apart.
-        whole = (some.float() / each).round_().nan_to_num_().clamp_(grid.least, grid.most)
+        # bfloat16 has 8 bits, and so tells 257 neighbours of integers apart, and all of float8.
+        whole = (some.float() / each).nan_to_num_().clamp_(grid.least, grid.most)
+        whole = whole.to(FLOAT8).float() if grid.is_float8 else whole.round_()
         if not torch.equal((whole * each).to(some.dtype), some):
             raise ExportError(
-                f"{name} is no whole multiple of its scales in {weight.dtype}; another --quant "
-                "makes integers of it anew"
+                f"{name} is no multiple of its scales by {grid.numbers} in {weight.dtype}; another "
+                "--quant makes numbers of it anew"
             )
         codes[rows] = whole
     return codes, scales.repeat_interleave(grid.group_size // group_size, 1)
@@ -107,7 +115,7 @@ class Keeping:
         self.backend, self.floats = backend, str(floats).removeprefix("torch.")
         self.kept: list[str] = []
         self.left: list[NamedGrid] = []
-        self.without = 0
+        self.without = self.experts = 0
 
     def layout(self, linears: Sequence[nn.Module]) -> Layout | None:
         """How layers that lie together are kept, None for not at all. Counts them."""
@@ -124,14 +132,16 @@ class Keeping:
 
     def lines(self) -> list[str]:
         """One line."""
-        line = f"--quant keep: {len(self.kept)} layers have the checkpoint's integers and scales"
+        line = f"--quant keep: {len(self.kept)} layers have the checkpoint's numbers and scales"
         if self.left:
             name, grid = self.left[0]
             line += (
                 f"; {len(self.left)} are {self.floats}, for --backend {self.backend} has no layout "
                 f"for them or not the same for all that it packs together: {name} with "
-                f"{grid.least} to {grid.most} in groups of {grid.group_size}, for one"
+                f"{grid.numbers} in groups of {grid.group_size}, for one"
             )
         if self.without:
-            line += f"; {self.without} are no integers in the checkpoint"
+            line += f"; {self.without} are neither integers nor float8 in the checkpoint"
+        if self.experts:
+            line += f"; the routed experts of {self.experts} layers are {self.floats}"
         return [line]

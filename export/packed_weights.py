@@ -1,9 +1,9 @@
 """The weights that a decode step reads, packed: those that are read together lie together.
 
 The rows of queries, keys and values are packed, and those of gate and up. They are floating point,
-or integers in the words that the kernels read. The network's own layers, which prefill uses, become
-views of them. Everything is found in what blocks declare (models/decoder.py). Shapes: B rows of a
-batch, D hidden size, H heads, N outputs and K inputs of a linear layer.
+or packed as the kernels read them, integers or float8. The network's own layers, which prefill
+uses, become views of them. Everything is found in what blocks declare (models/decoder.py). Shapes:
+B rows of a batch, D hidden size, H heads, N outputs and K inputs of a linear layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +14,23 @@ from torch import Tensor, nn
 
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping, Layout, codes_and_scales, grid_of
-from tokenloop.export.recipes import INTEGER_BITS
+from tokenloop.export.recipes import FP8, PACKING
 from tokenloop.export.tensors_in_files import copied, empty
 from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import (
-    pack as pack_words,
-)
-from tokenloop.models.kernels.linear.packing import (
+    FLOAT8,
+    pack_float8,
+    quantize_float8,
     quantize_int4,
     quantize_int8,
+    round_float8,
+)
+from tokenloop.models.kernels.linear.packing import (
+    pack as pack_words,
 )
 from tokenloop.models.kernels.linear.reference import dequantize
+from tokenloop.models.moe import Experts
 
 LINEAR_ATTENTION, SHORT_CONV = "linear_attention", "conv"
 # Weights that are made integers at a time.
@@ -40,12 +45,12 @@ class PackedLinear(nn.Module):
     a place until then, which takes no memory, and `parts` are what it consists of.
     """
 
-    def __init__(self, linears: list[nn.Linear], bits: int | Layout | None):
+    def __init__(self, linears: list[nn.Linear], bits: int | str | Layout | None):
         super().__init__()
         self.parts: list[Tensor] = []
         self.inputs = linears[0].weight.shape[1]
         if isinstance(bits, Layout):
-            weight, scale = kept(linears, *bits)
+            weight, scale = kept(linears, bits)
         else:
             parts, scale = [linear.weight for linear in linears], None
             rows = sum(linear.out_features for linear in linears)
@@ -90,8 +95,8 @@ class LinearView(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
-class IntegerHead(nn.Module):
-    """An output head whose weights are integers: hidden [B, 1, D] -> logits float32 [B, 1, V]. An
+class PackedHead(nn.Module):
+    """An output head whose weights are packed: hidden [B, 1, D] -> logits float32 [B, 1, V]. An
     embedding that was tied to it keeps the weights as they were."""
 
     def __init__(self, rows: PackedLinear):
@@ -103,35 +108,41 @@ class IntegerHead(nn.Module):
         return F.linear(hidden.float(), dequantize(weight, scale, self.rows.inputs))
 
 
-def pack_head(network: CausalLM, bits: int | Keeping | None) -> None:
-    """Pack the network's head, in 8 bits or as it is kept. One that is floating point stays."""
+def pack_head(network: CausalLM, bits: int | str | Keeping | None) -> None:
+    """Pack the network's head, in integers of 8 bits or as it is kept. One that is not packed
+    stays."""
     head = network.lm_head
     if isinstance(bits, Keeping):
         # A head without a layout would be copied for nothing.
         if layout := bits.layout([head]):
-            network.lm_head = IntegerHead(PackedLinear([head], layout))
+            network.lm_head = PackedHead(PackedLinear([head], layout))
     elif bits:
-        network.lm_head = IntegerHead(PackedLinear([head], 8))
+        network.lm_head = PackedHead(PackedLinear([head], 8))
 
 
 def check_recipe(network: CausalLM, quant: str) -> None:
     """Errors: ExportError for experts that would have to be integers."""
-    if INTEGER_BITS[quant] and any(block.mlp.moe is not None for block in network.model.layers):
+    is_integers = PACKING[quant] in (4, 8)
+    if is_integers and any(block.mlp.moe is not None for block in network.model.layers):
         raise ExportError(
-            f"--quant {quant} is not for experts with --backend inductor or launches; bf16 and "
-            "fp32 are"
+            f"--quant {quant} is not for experts with --backend inductor or launches; bf16, fp32 "
+            "and with launches fp8 are"
         )
 
 
-def quantized(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
-    """Words and scales of weights [N, K], one below the other, in 4 bits by groups of 128 inputs,
-    or of 64 where 128 do not divide K. Errors: ExportError where neither does."""
+def quantized(parts: Sequence[Tensor], bits: int | str) -> tuple[Tensor, Tensor]:
+    """Words and scales of weights [N, K], one below the other, in 8 bits or FP8, or in 4 bits by
+    groups of 128 inputs, or of 64 where 128 do not divide K. Errors: ExportError where neither
+    does."""
     inputs = parts[0].shape[1]
     group_size = 64 if inputs % 128 else 128
     scales = []
 
     def convert(rows: Tensor) -> Tensor:
-        words, scale = quantize_int8(rows) if bits == 8 else quantize_int4(rows, group_size)
+        if bits == FP8:
+            words, scale = quantize_float8(rows)
+        else:
+            words, scale = quantize_int8(rows) if bits == 8 else quantize_int4(rows, group_size)
         scales.append(scale)
         return words
 
@@ -147,8 +158,8 @@ def quantized(parts: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
 
 
 def words_of(parts: Sequence[Tensor], convert: Callable[[Tensor], Tensor]) -> Tensor:
-    """int16 words [N, W] of weights that lie one below the other. `convert` gives those of some
-    rows, for which it may take several times their memory."""
+    """Words [N, W] of weights that lie one below the other. `convert` gives those of some rows, for
+    which it may take several times their memory."""
     words, end = None, 0
     for part in parts:
         for rows in part.split(max(1, BLOCK_ELEMENTS // part.shape[1])):
@@ -173,11 +184,13 @@ def unscaled(norm: nn.Module) -> nn.Module:
     return folded
 
 
-def kept(linears: list[nn.Linear], bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def kept(linears: list[nn.Linear], layout: Layout) -> tuple[Tensor, Tensor]:
     """Words and scales of layers that have them from the checkpoint. Scales of 4 bits are of the
     smallest dtype that has their values."""
+    bits, group_size, is_float8 = layout
     codes, each = zip(*(codes_and_scales(linear, group_size) for linear in linears))
-    words, scales = words_of(codes, lambda rows: pack_words(rows, bits)), torch.cat(each)
+    convert = pack_float8 if is_float8 else lambda rows: pack_words(rows, bits)
+    words, scales = words_of(codes, convert), torch.cat(each)
     dtypes = (torch.bfloat16, torch.float16) if bits == 4 else ()
     exact = next((dtype for dtype in dtypes if torch.equal(scales.to(dtype).float(), scales)), None)
     return words, scales.to(exact or torch.float32).T.contiguous()
@@ -193,7 +206,7 @@ def parts_by_storage(module: nn.Module) -> dict[int, list[Tensor]]:
     }
 
 
-def pack(parent: nn.Module, names: Sequence[str], bits: int | Keeping | None) -> PackedLinear:
+def pack(parent: nn.Module, names: Sequence[str], bits: int | str | Keeping | None) -> PackedLinear:
     """Pack the weights of the linear layers `names` of `parent`, which become views of them."""
     linears = [parent.get_submodule(name) for name in names]
     if isinstance(bits, Keeping):
@@ -202,6 +215,28 @@ def pack(parent: nn.Module, names: Sequence[str], bits: int | Keeping | None) ->
     for name, view in zip(names, packed.views(linears)):
         parent.set_submodule(name, view)
     return packed
+
+
+class Float8Experts(nn.Module):
+    """Routed experts whose matrices are float8, with a scale for each row: what an operator takes
+    of them. The network's own stay as they are."""
+
+    def __init__(self, experts: Experts):
+        super().__init__()
+        self.gate_up_proj, self.gate_up_scale = _float8_table(experts.gate_up_proj)
+        self.down_proj, self.down_scale = _float8_table(experts.down_proj)
+        self.gate_up_proj_bias = experts.gate_up_proj_bias
+        self.down_proj_bias = experts.down_proj_bias
+        self.activation = experts.activation
+
+
+def _float8_table(table: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """float8 [E, N, K] and scales float32 [E, N] of experts' matrices."""
+    values = empty(table.shape, FLOAT8, table.device)
+    scales = table.new_empty(table.shape[:2], dtype=torch.float32)
+    for expert, matrix in enumerate(table):
+        values[expert], scales[expert] = round_float8(matrix)
+    return tuple(nn.Parameter(tensor, requires_grad=False) for tensor in (values, scales))
 
 
 class Beside(nn.Module):
@@ -218,19 +253,21 @@ class PackedBlock(nn.Module):
     """What a decode step reads of a block, whose linear layers become views.
 
     `qkv` gives what the mixer takes, and `o` gives its branch. `gate_up` and `down` are the
-    feed-forward that every token has. `moe` is the config of routed experts, which stay as they are
-    whatever the bits, and which `scores` choose. If `is_shared` the last row of `scores` weighs the
-    result of `down`. What experts that read the residual have besides is `beside`, or None. Norms,
-    `layer_scalar` and `cache` are the block's, None where it has none.
+    feed-forward that every token has. `moe` is the config of routed experts, which are float8 for
+    FP8 and stay as they are for all else, and which `scores` choose. If `is_shared` the last row of
+    `scores` weighs the result of `down`. What experts that read the residual have besides is
+    `beside`, or None. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
     """
 
-    def __init__(self, block: Block, bits: int | Keeping | None):
+    def __init__(self, block: Block, bits: int | str | Keeping | None):
         super().__init__()
         mixer, mlp, dense = block.mixer, block.mlp, block.mlp.dense
         self.moe, self.beside = mlp.moe, None
         self.is_shared = mlp.moe is not None and dense is not None and not mlp.reads_residual
         if self.moe is not None:
-            self.experts = mlp.experts
+            if isinstance(bits, Keeping):
+                bits.experts += 1
+            self.experts = Float8Experts(mlp.experts) if bits == FP8 else mlp.experts
             self.scores = pack(mlp, mlp.routers, 0)
         if mlp.reads_residual:
             self.beside = Beside(mlp)
@@ -252,7 +289,7 @@ class PackedAttention(PackedBlock):
     """A block whose mixer is attention. Rows of `qkv` are queries, keys and values, and gates where
     the layer has an output gate."""
 
-    def __init__(self, block: Block, bits: int | Keeping | None):
+    def __init__(self, block: Block, bits: int | str | Keeping | None):
         super().__init__(block, bits)
         attention = block.mixer
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
@@ -270,7 +307,7 @@ class PackedDeltaNet(PackedBlock):
 
     kv_heads = 0
 
-    def __init__(self, block: Block, bits: int | Keeping | None):
+    def __init__(self, block: Block, bits: int | str | Keeping | None):
         super().__init__(block, bits)
         net = block.mixer
         self.conv1d, self.norm = net.conv1d, net.norm
@@ -278,7 +315,7 @@ class PackedDeltaNet(PackedBlock):
         self.key_size, self.value_size, self.parts = net.key_size, net.value_size, net.parts
 
 
-def pack_blocks(network: CausalLM, bits: int | Keeping | None) -> list[PackedBlock]:
+def pack_blocks(network: CausalLM, bits: int | str | Keeping | None) -> list[PackedBlock]:
     """All blocks, packed with `bits` bits, in the dtype that they have for 0, or as they are kept.
     None is as in PackedLinear. What the network computes stays the same but for the bits."""
     arrange(network)

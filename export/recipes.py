@@ -30,13 +30,19 @@ RECIPES: dict[str, Recipe | None] = {
     "8da4w": Recipe(bits=4, group_size=32, head_bits=4, int8=("v_proj", "o_proj", "down_proj")),
 }
 
+# Weights of layers in float8, with a scale for each row.
+FP8 = "fp8"
+
 # What --quant takes with each --backend, both with the default first.
 FOR_BACKEND = {
     "xnnpack": ("8da8w", "8da4w", "fp32", "keep"),
     "inductor": ("fp32", "bf16", "int8", "int4", "keep"),
-    "launches": ("bf16", "fp32", "int8", "int4", "keep"),
+    "launches": ("bf16", "fp32", "fp8", "int8", "int4", "keep"),
     "portable": ("fp32",),
     "cuda": ("bf16", "fp32"),
 }
-# Bits of the layers' weights with --backend inductor or launches, 0 where none are made integers.
-INTEGER_BITS = {"fp32": 0, "bf16": 0, "int8": 8, "int4": 4, "keep": 0}
+# How layers' weights are packed with --backend inductor or launches: bits of integers, FP8, or 0
+# where they are not.
+PACKING: dict[str, int | str] = {
+    "fp32": 0, "bf16": 0, "fp8": FP8, "int8": 8, "int4": 4, "keep": 0,
+}  # fmt: skip

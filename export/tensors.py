@@ -63,7 +63,8 @@ def entries(tensors: dict[str, Tensor]) -> list[dict]:
 # What is written first, as safetensors does: the dtypes whose elements are the largest.
 DTYPES = {
     torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float16: "F16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8",
+    torch.uint8: "U8",
 }  # fmt: skip
 
 

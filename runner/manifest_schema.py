@@ -19,7 +19,7 @@ BACKENDS = {
 }
 DTYPE_BYTES = {
     "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float16": 2,
-    "bfloat16": 2, "float32": 4, "float64": 8,
+    "bfloat16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1,
 }  # fmt: skip
 # The runner has a table of all positions.
 MAX_POSITIONS = 2**24

@@ -28,6 +28,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 # What may be read before a kernel waits: weights and tables, what the host writes before a graph,
 # and the state that no other kernel of a graph writes.
@@ -152,7 +153,11 @@ def operators(name: str):
 
 
 def linear() -> None:
-    from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+    from tokenloop.models.kernels.linear.packing import (
+        quantize_float8,
+        quantize_int4,
+        quantize_int8,
+    )
 
     module = operators("models.kernels.linear.operator")
     semaphores = empty(100_000, dtype=int32)
@@ -174,6 +179,13 @@ def linear() -> None:
         for rows, activation in ((1, None), (1, "silu"), (32, "silu")):
             x = empty(rows, 4096, dtype=bfloat16)
             module.linear(x, words, scale, None, semaphores, activation=activation)
+    # Float8 with a scale for each row, and blocks of it.
+    words, scale = quantize_float8(whole)
+    for rows, activation, scales in (
+        (1, None, scale), (32, "silu", scale), (1, "silu", empty(4096 // 128, len(words))),
+    ):  # fmt: skip
+        x = empty(rows, 4096, dtype=bfloat16)
+        module.linear(x, words, scales, None, semaphores, activation=activation)
     uneven = empty(3, 5000, dtype=bfloat16), empty(77, 5000, dtype=bfloat16)
     bias = empty(77, dtype=bfloat16)
     module.linear(*uneven, None, bias, semaphores, soft_cap=30.0, out_float32=True)
@@ -278,6 +290,18 @@ def experts() -> None:
         uneven = empty(128, 2 * 77, 1000, dtype=dtype), empty(128, 1000, 77, dtype=dtype)
         x = empty(tokens, 1000, dtype=dtype)
         module.experts_chunk(x, *routed, *uneven, count)
+    # Float8.
+    tables = [
+        table.to(torch.float8_e4m3fn) for table in (empty(128, 1536, 2048), empty(128, 2048, 768))
+    ]
+    own = {"gate_up_scale": empty(128, 1536), "down_scale": empty(128, 2048)}
+    for tokens in (1, 128):
+        scores, x = empty(tokens, 129, dtype=bfloat16), empty(tokens, 2048, dtype=bfloat16)
+        routed = module.route(scores, 128, 8, True)
+        if tokens == 1:
+            module.experts(x, *routed, *tables, **own)
+        else:
+            module.experts_chunk(x, *routed, *tables, count, x, scores, **own)
 
 
 def positions() -> None:
@@ -327,7 +351,11 @@ def hybrids() -> None:
 
 def chunks() -> None:
     from tokenloop.models.kernels import cuda
-    from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+    from tokenloop.models.kernels.linear.packing import (
+        quantize_float8,
+        quantize_int4,
+        quantize_int8,
+    )
 
     count = empty(1, dtype=int32)
     shapes = (512, 1024), (6144, 2560), (2560, 4096), (5376, 8192), (76, 1002)
@@ -350,6 +378,17 @@ def chunks() -> None:
             cuda.linear_chunk(x, weight, scale, None, count, activation=activation)
             few = empty(1024 // 32, 512, dtype=float32 if len(scale) == 1 else float16)
             cuda.linear_chunk(x, weight, few, None, count, activation=activation)
+    # Float8 with a scale for each row, and blocks of it.
+    weight, scale = quantize_float8(dense)
+    for tokens, activation, scales in (
+        (64, "silu", scale), (128, None, scale), (128, None, empty(1024 // 128, 512)),
+        (1024, "silu", scale), (512, None, empty(1024 // 128, 512)),
+    ):  # fmt: skip
+        x = empty(tokens, 1024, dtype=bfloat16)
+        cuda.linear_chunk(x, weight, scales, None, count, activation=activation)
+    # Tiles in halves that multiply by the scales of rows.
+    x, weight = empty(8192, 1024, dtype=bfloat16), torch.zeros(4096, 1024)
+    cuda.linear_chunk(x, *quantize_float8(weight), None, count)
     x, norm = empty(8192, 2560, dtype=bfloat16), empty(2560, dtype=bfloat16)
     cuda.add_norm(x, x, norm, norm[:1], norm, count, eps=1e-6)
     cuda.norm(x, norm, count, eps=1e-6)

@@ -12,14 +12,20 @@ HASH_CHUNK_BYTES = 1 << 20
 
 
 class Grid(NamedTuple):
-    """What the values of a weight [N, K] are multiples of: whole numbers from `least` to `most`,
-    times the scale that `group_size` neighbours of a row share. `scales` reads those, float
-    [N, K / group_size]."""
+    """What the values of a weight [N, K] are multiples of: whole numbers from `least` to `most`, or
+    with `is_float8` numbers of float8_e4m3fn, times the scale that `group_size` neighbours of a row
+    share. `scales` reads those, float [N, K / group_size]."""
 
     least: int
     most: int
     group_size: int
     scales: Callable[[], torch.Tensor]
+    is_float8: bool = False
+
+    @property
+    def numbers(self) -> str:
+        """What is multiplied, in words."""
+        return "float8" if self.is_float8 else f"{self.least} to {self.most}"
 
 
 class NamedGrid(NamedTuple):

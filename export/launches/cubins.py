@@ -21,6 +21,7 @@ ARCHITECTURES = ("sm_90",)
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.bool: "i1", torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 POINTER_ALIGNMENT = 16
 

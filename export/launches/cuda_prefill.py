@@ -20,6 +20,7 @@ from tokenloop.export.launches.cuda_step import (
 from tokenloop.export.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
+from tokenloop.models.kernels.linear.packing import leaves_scale
 
 
 class Chunk(NamedTuple):
@@ -149,12 +150,14 @@ class CudaPrefill(nn.Module):
         """As `_mix` of the last tokens [B, H * Dh]: nobody reads more of the last layer than their
         results, and every token's keys and values."""
         weight, scale, bias = linear_tensors(layer.qkv)
-        if scale is not None:
-            weight = cuda.dequantize(weight, scale, layer.qkv.inputs)
+        if scale is not None and not leaves_scale(weight, scale):
+            # Scales of groups lie side by side for all rows.
+            weight, scale = cuda.dequantize(weight, scale, layer.qkv.inputs), None
 
-        def rows(begin: int, end: int) -> tuple[Tensor, None, Tensor | None]:
-            """The weights of the outputs from `begin` to `end`."""
-            return weight[begin:end], None, None if bias is None else bias[begin:end]
+        def rows(begin: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            """The weights of the outputs from `begin` to `end`, their scales and biases."""
+            scales = None if scale is None else scale[:, begin:end]
+            return weight[begin:end], scales, None if bias is None else bias[begin:end]
 
         end = sum(layer.sizes)
         queries, gates = layer.sizes[0], end - layer.sizes[-1] if layer.output_gate else end

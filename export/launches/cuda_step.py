@@ -37,9 +37,9 @@ class CudaStep(nn.Module):
     """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
     decode_embedded.
 
-    `bits` of the layers' weights are 4 or 8, and the head's are then 8. With 0 both stay as the
-    network has them; or both are kept. The embedding stays as it is. With None the step can be
-    traced and written and not run (packed_weights.PackedLinear).
+    `bits` of the layers' weights are 4 or 8, or "fp8", and the head has then integers of 8. With 0
+    both stay as the network has them; or both are kept. The embedding stays as it is. With None the
+    step can be traced and written and not run (packed_weights.PackedLinear).
 
     `rows` are the most that `run` takes, by default those of the network.
 
@@ -47,7 +47,7 @@ class CudaStep(nn.Module):
     """
 
     def __init__(
-        self, network: CausalLM, bits: int | Keeping | None = 0, rows: int | None = None
+        self, network: CausalLM, bits: int | str | Keeping | None = 0, rows: int | None = None
     ):  # fmt: skip
         super().__init__()
         backbone = network.model
@@ -58,7 +58,7 @@ class CudaStep(nn.Module):
         self.layers = nn.ModuleList(packed.pack_blocks(network, bits))
         packed.pack_head(network, bits)
         head = network.lm_head
-        self.head: nn.Module = head.rows if isinstance(head, packed.IntegerHead) else head
+        self.head: nn.Module = head.rows if isinstance(head, packed.PackedHead) else head
         self.soft_cap = network.soft_cap or 0.0
         linears = [part for part in self.layers.modules() if isinstance(part, packed.PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
@@ -241,7 +241,7 @@ def _normed(x: Tensor, norm: nn.Module, count: Tensor | None) -> Tensor:
 
 
 def expert_options(layer: PackedBlock) -> dict[str, Tensor | str]:
-    """What an operator takes of the layer's experts besides SiLU without biases."""
+    """What an operator takes of the layer's experts besides SiLU without biases and scales."""
     experts, options = layer.experts, {}
     if experts.gate_up_proj_bias is not None:
         options = {
@@ -249,6 +249,8 @@ def expert_options(layer: PackedBlock) -> dict[str, Tensor | str]:
         }  # fmt: skip
     if experts.activation != "silu":
         options["activation"] = experts.activation
+    if isinstance(experts, packed.Float8Experts):
+        options |= {"gate_up_scale": experts.gate_up_scale, "down_scale": experts.down_scale}
     return options
 
 

@@ -12,7 +12,7 @@ from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.launches.cubins import ARCHITECTURES
 from tokenloop.export.packed_weights import check_recipe, parts_by_storage
-from tokenloop.export.recipes import INTEGER_BITS
+from tokenloop.export.recipes import PACKING
 from tokenloop.export.tensors import entries, tensors_of, write_weights
 from tokenloop.models.decoder import CausalLM
 
@@ -70,7 +70,7 @@ class LaunchArtifact:
         compiled.
         """
         keep = self.options.quant == "keep"
-        bits = Keeping("launches", self.dtype) if keep else INTEGER_BITS[self.options.quant] or None
+        bits = Keeping("launches", self.dtype) if keep else PACKING[self.options.quant] or None
         check_recipe(model, self.options.quant)
         progress("importing Triton")
         from tokenloop.export.launches.cuda_drafts import draft_methods

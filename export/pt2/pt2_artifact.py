@@ -12,7 +12,7 @@ from tokenloop.export.background import Background
 from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.methods import DecodeEmbedded, Embed, Prefill, processor
 from tokenloop.export.packed_weights import check_recipe, pack_blocks, pack_head
-from tokenloop.export.recipes import INTEGER_BITS
+from tokenloop.export.recipes import PACKING
 from tokenloop.export.tensors import entries, tensors_of, write_weights
 from tokenloop.models.decoder import CausalLM
 
@@ -43,7 +43,7 @@ class Pt2Artifact:
     ) -> dict:
         """Write model.pt2 and model.safetensors, and return the manifest's entries about them."""
         keep = self.options.quant == "keep"
-        bits = Keeping("inductor", self.dtype) if keep else INTEGER_BITS[self.options.quant]
+        bits = Keeping("inductor", self.dtype) if keep else PACKING[self.options.quant]
         progress("importing torch.export")
         from tokenloop.export.pt2.package import write_package
 

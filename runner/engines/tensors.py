@@ -80,7 +80,10 @@ def _random(entries: list[dict], device: torch.device) -> dict[str, Tensor]:
     tensors = {}
     for entry in entries:
         tensor = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device=device)
-        if not tensor.is_floating_point():
+        if tensor.dtype == torch.float8_e4m3fn:
+            # Any byte without the highest bit of the exponent is a number below 2.
+            tensor.view(torch.uint8).random_(generator=generator).bitwise_and_(0xBF)
+        elif not tensor.is_floating_point():
             tensor.random_(generator=generator)
         elif tensor.dim() == 1:
             # Weights of norms, and frequencies.

@@ -1,21 +1,18 @@
 """`--quant keep`: what is kept is what the checkpoint has, and what is not stays floating point."""
 
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from tests.export.compressed import compressed_checkpoint
-from tokenloop.export.checkpoint import load_weights, open_checkpoint
+from tests.export.packed import loaded, packed_layers
 from tokenloop.export.checkpoint.contents import Grid, NamedGrid
-from tokenloop.export.checkpoint.network import describe
 from tokenloop.export.command import ANY, export, parse_arguments
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping, Layout, can_keep, codes_and_scales, layout
 from tokenloop.export.packed_weights import (
-    IntegerHead,
+    PackedHead,
     PackedLinear,
     pack_blocks,
     pack_head,
@@ -89,23 +86,7 @@ def test_heads_that_are_made_longer_keep_their_integers():
         assert torch.equal(theirs.unflatten(0, (-1, 32))[:, :24].flatten(0, 1), scales)
 
 
-def loaded(path: Path, dtype: torch.dtype):
-    """The checkpoint and its network, with grids."""
-    checkpoint = open_checkpoint(path)
-    described = describe(checkpoint, ("llama", "qwen3", "qwen3_5"), "tests")
-    with torch.device("meta"):
-        network = described.architecture.Network(described.config, 16, 1, dtype)
-    rename = described.architecture.checkpoint_name
-    with torch.no_grad():
-        load_weights(network, checkpoint, rename, dtype=dtype, grids=True)
-    return checkpoint, network.eval().requires_grad_(False)
-
-
 WIDE = {"hidden_size": 256, "intermediate_size": 192, "num_attention_heads": 8}
-
-
-def packed_layers(network) -> list[PackedLinear]:
-    return [part for part in network.modules() if isinstance(part, PackedLinear)]
 
 
 @pytest.mark.parametrize("backend", ["launches", "inductor"])
@@ -240,7 +221,7 @@ def test_ggufs_blocks_are_kept(tmp_path, backend, kinds):
     blocks = pack_blocks(network, keeping)
     pack_head(network, keeping)
     assert len(keeping.kept) == 15 and keeping.left == [] and keeping.without == 0
-    assert isinstance(network.lm_head, IntegerHead)
+    assert isinstance(network.lm_head, PackedHead)
     for i, block in enumerate(blocks):
         parts = {
             "self_attn.q_proj self_attn.k_proj self_attn.v_proj": block.qkv,

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -106,9 +109,14 @@ def test_layers_of_a_kind_share_their_kernels(export_artifact, make_qwen_checkpo
     found = {}
     for layers in (2, 5):
         checkpoint = make_qwen_checkpoint("qwen3", num_hidden_layers=layers)
+        arguments = "--model", checkpoint, *CUDA, "--quant", "fp8"
         name = f"launches-{layers}-layers"
-        artifact = export_artifact(name, "--model", checkpoint, *CUDA, script="export/qwen3.py")
+        artifact = export_artifact(name, *arguments, script="export/qwen3.py")
         found[layers] = read(artifact)
+        assert found[layers][0]["quant"] == "fp8"
+        tensors = load_file(artifact / "model.safetensors")
+        dtypes = Counter(tensor.dtype for tensor in tensors.values())
+        assert dtypes[torch.float8_e4m3fn] == 4 * layers and dtypes[torch.int16] == 1
     assert found[2][2].keys() == found[5][2].keys()
     counts = {
         n: len(program["methods"]["prefill_64"]["launches"]) for n, (_, program, _) in found.items()

@@ -30,16 +30,18 @@ def test_a_weight_is_what_the_formats_own_package_makes_of_it(tmp_path, file):
     # What bitsandbytes makes of int8, and GPTQ's runtime, is rounded a little otherwise.
     exact = file.stem.startswith(("compressed", "awq", "nf4", "fp4"))
     torch.testing.assert_close(weight, expected, rtol=0 if exact else 1e-6, atol=0)
-    # Integers lie on a grid.
-    if file.stem.startswith(("nf4", "fp4", "compressed_fp8")):
+    # Integers lie on a grid, and float8.
+    if file.stem.startswith(("nf4", "fp4")):
         assert stored.grid is None
         return
     grid = stored.grid()
     scales = grid.scales().float()
     assert scales.shape == (weight.shape[0], weight.shape[1] // grid.group_size)
     codes = weight / scales.repeat_interleave(grid.group_size, 1)
-    torch.testing.assert_close(codes, codes.round(), rtol=1e-5, atol=1e-5)
-    assert grid.least <= codes.round().min() and codes.round().max() <= grid.most
+    assert grid.is_float8 == file.stem.startswith("compressed_fp8")
+    whole = codes.to(torch.float8_e4m3fn).float() if grid.is_float8 else codes.round()
+    torch.testing.assert_close(codes, whole, rtol=1e-5, atol=1e-5)
+    assert grid.least <= whole.min() and whole.max() <= grid.most
     if "asymmetric" not in file.stem and config["quant_method"] == "gptq":
         half = 2 ** (config["bits"] - 1)
         assert (grid.least, grid.most) == (-half, half - 1)
@@ -69,6 +71,13 @@ def test_fp8_is_what_transformers_makes_of_it(tmp_path, shape, block, scale, suf
         assert list(stored) == [NAME]
         expected = Fp8Dequantize(None)._dequantize_one(weight, scales, torch.float32)
         assert torch.equal(stored[NAME].read(), expected)
+        if len(shape) > 2:
+            assert stored[NAME].grid is None
+            continue
+        grid = stored[NAME].grid()
+        assert grid.is_float8 and grid.group_size == (block[1] if block else shape[1])
+        each = grid.scales().repeat_interleave(grid.group_size, 1)
+        assert torch.equal(weight.float() * each, expected)
 
 
 @pytest.mark.parametrize("scale", [(), (1,), (33,)])
@@ -85,7 +94,9 @@ def test_the_last_fp8_blocks_may_be_cut_off(tmp_path):
     weight, scales = torch.randn(70, 33).to(torch.float8_e4m3fn), torch.rand(3, 2)
     config = FP8 | {"weight_block_size": [32, 32]}
     tensors = {NAME: weight, f"{LAYER}.weight_scale_inv": scales}
-    read = open_checkpoint(directory(tmp_path, config, tensors)).stored[NAME].read()
+    stored = open_checkpoint(directory(tmp_path, config, tensors)).stored[NAME]
+    read = stored.read()
+    assert stored.grid() is None
     for row in range(70):
         for column in range(33):
             value = weight[row, column].float() * scales[row // 32, column // 32]

@@ -21,7 +21,12 @@ from tokenloop.export.errors import ExportError
 from tokenloop.export.packed_weights import PackedLinear
 from tokenloop.export.pte.calibrate import _replace
 from tokenloop.export.pte.quantize import QuantizedLinear
-from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.export.recipes import FP8
+from tokenloop.models.kernels.linear.packing import (
+    quantize_float8,
+    quantize_int4,
+    quantize_int8,
+)
 
 MEGABYTE = 1 << 20
 
@@ -113,6 +118,7 @@ STEPS = {
     "read": lambda linear: linear,
     "int8 words": lambda linear: PackedLinear([linear], 8),
     "int4 words": lambda linear: PackedLinear([linear], 4),
+    "float8": lambda linear: PackedLinear([linear], FP8),
     "8da8w": lambda linear: QuantizedLinear(linear, 8, None),
     "calibrated": lambda linear: _replace(linear, torch.mul, torch.full((SIZE,), 2.0)),
 }
@@ -143,11 +149,13 @@ def test_the_memory_of_weights_is_that_of_a_few_tensors(tmp_path, checkpoint, st
         assert len(made) == COUNT and grown < COUNT * result / 2
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_integers_made_by_blocks_are_those_of_the_whole(monkeypatch, bits):
+@pytest.mark.parametrize(
+    ("bits", "whole"), [(4, quantize_int4), (8, quantize_int8), (FP8, quantize_float8)]
+)
+def test_weights_packed_by_blocks_are_those_of_the_whole(monkeypatch, bits, whole):
     monkeypatch.setattr(packed_weights, "BLOCK_ELEMENTS", 2000)
     weight = torch.randn(62, 256, generator=torch.Generator().manual_seed(0))
-    expected = quantize_int8(weight) if bits == 8 else quantize_int4(weight)
+    expected = whole(weight)
     got = packed_weights.quantized([weight[:20], weight[20:]], bits)
     for one, other in zip(got, expected):
         # The manifest has strides, also where they mean nothing.

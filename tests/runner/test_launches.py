@@ -6,6 +6,14 @@ import torch
 from tests.driving import altered
 from tokenloop import runner
 from tokenloop.runner import RunnerError
+from tokenloop.runner.engines.tensors import _random
+
+
+def test_random_float8_is_finite_of_both_signs_and_the_same_each_time():
+    entry = {"name": "weight", "shape": [64, 128], "dtype": "float8_e4m3fn"}
+    first, again = (_random([entry], torch.device("cpu"))["weight"].float() for _ in range(2))
+    assert torch.equal(first, again)
+    assert -2 < first.min() < -1.5 and 1.5 < first.max() < 2 and first.unique().numel() > 100
 
 
 def refused(directory) -> str:

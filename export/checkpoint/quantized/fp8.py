@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tokenloop.export.checkpoint.contents import StoredTensor
+from tokenloop.export.checkpoint.contents import Grid, StoredTensor
 from tokenloop.export.checkpoint.quantized.settings import Parts, Settings, spread
 
+LARGEST = 448  # of float8_e4m3fn
 SCALES = "F32", "BF16", "F16", "F8_E8M0", "U8"
 KEYS = {
     "fmt", "weight_block_size", "scale_fmt", "expert_dtype",
@@ -88,13 +89,37 @@ def scaled_floats(parts: Parts, block: tuple[int, int] | None) -> StoredTensor:
         written |= {(): one, (1,): one}
     scale = parts.expect("scale", SCALES, *written)
     grid = written[scale.shape]
-    dequantize = partial(_dequantize, parts, grid, block or (1, 1))
-    return StoredTensor(weight.shape, "F32", dequantize)
+    block = block or (1, columns)
+    dequantize = partial(_dequantize, parts, grid, block)
+    # Experts have a matrix each, and no grid.
+    lies_on = None if outer else partial(_grid, parts, weight.shape, grid, block)
+    return StoredTensor(weight.shape, "F32", dequantize, lies_on)
 
 
 def _dequantize(parts: Parts, grid: tuple[int, ...], block: tuple[int, int]) -> Tensor:
     weight = parts.read("weight").float()
+    return weight.mul_(spread(_scale(parts).view(grid), weight.shape, block))
+
+
+def _scale(parts: Parts) -> Tensor:
     scale = parts.read("scale")
     # A byte is an exponent: that of float8_e8m0fnu, whatever it is called.
-    scale = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
-    return weight.mul_(spread(scale.float().view(grid), weight.shape, block))
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+
+
+def _grid(
+    parts: Parts, shape: tuple[int, int], grid: tuple[int, int], block: tuple[int, int]
+) -> Grid | None:
+    """None where the last block of a row is cut off."""
+    rows, columns = shape
+    size = columns if grid[1] == 1 else block[1]
+    if columns % size:
+        return None
+
+    def scales() -> Tensor:
+        scale = _scale(parts).view(grid)
+        if grid[0] == 1:
+            return scale.expand(rows, -1)
+        return scale.repeat_interleave(block[0], 0)[:rows]
+
+    return Grid(-LARGEST, LARGEST, size, scales, is_float8=True)

@@ -53,23 +53,42 @@ def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See reference.experts. Raises ValueError for a tensor that is not contiguous."""
+    """See reference.experts. Raises ValueError for a tensor that is not contiguous, and for tables
+    whose dtype does not fit."""
     check_contiguous(x=x, chosen=chosen, weights=weights, shared=shared, scores=scores)
+    _check_tables(x, (gate_up, gate_up_scale), (down, down_scale))
     rows, count = chosen.shape
     _, size, inner = down.shape
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
     launch(gate_up_kernel, (triton.cdiv(inner, BLOCK_N), rows * count))(
-        x, chosen, gate_up, gate_up_bias, h, inner, size,
+        x, chosen, gate_up, gate_up_scale, gate_up_bias, h, inner, size,
         ACTIVATION=activation, C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(size), num_warps=4,
     )  # fmt: skip
     y = torch.empty_like(x)
     launch(down_kernel, (triton.cdiv(size, BLOCK_N), rows))(
-        h, chosen, weights, down, down_bias, shared, scores, y, size, inner,
+        h, chosen, weights, down, down_scale, down_bias, shared, scores, y, size, inner,
         0 if scores is None else scores.shape[1],
         C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(inner), num_warps=4,
     )  # fmt: skip
     return y
+
+
+def _check_tables(x: Tensor, *tables: tuple[Tensor, Tensor | None]) -> None:
+    """Errors: ValueError for a table that is neither of x's dtype without scales, nor float8 with
+    a scale for each row where x is bfloat16."""
+    for table, scale in tables:
+        if scale is None and table.dtype == x.dtype:
+            continue
+        is_float8 = x.dtype == torch.bfloat16 and table.dtype == torch.float8_e4m3fn
+        if not is_float8 or scale is None or scale.shape != table.shape[:2]:
+            shape = None if scale is None else tuple(scale.shape)
+            raise ValueError(
+                f"activations are {x.dtype}, experts {table.dtype} of shape {tuple(table.shape)} "
+                f"with scales of shape {shape}"
+            )
+        check_contiguous(table=table, scale=scale)
 
 
 def _block_k(inputs: int) -> int:
@@ -81,18 +100,18 @@ def experts_chunk(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See reference.experts_chunk. Raises ValueError for a tensor that is not contiguous."""
-    biases = gate_up_bias, down_bias
-    return launch_experts_chunk(
-        x, chosen, weights, gate_up, down, count, shared, scores, *biases, activation
-    )
+    """See reference.experts_chunk. Raises ValueError as `experts`."""
+    given = gate_up_bias, down_bias, activation, gate_up_scale, down_scale
+    return launch_experts_chunk(x, chosen, weights, gate_up, down, count, shared, scores, *given)
 
 
 def launch_experts_chunk(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
     tiles: ChunkTiles | None = None,
 ) -> Tensor:  # fmt: skip
     """experts_chunk, cut as `tiles` say."""
@@ -100,6 +119,7 @@ def launch_experts_chunk(
         x=x, chosen=chosen, weights=weights, gate_up=gate_up, down=down, shared=shared,
         scores=scores,
     )  # fmt: skip
+    _check_tables(x, (gate_up, gate_up_scale), (down, down_scale))
     experts, size, inner = down.shape
     tokens, choices = chosen.shape
     pairs = tokens * choices
@@ -126,14 +146,14 @@ def launch_experts_chunk(
     sorted_pairs = slots, blocks, used
     cut = tiles.gate_up
     launch(gate_up_chunk_kernel, (triton.cdiv(inner, cut.block_n) * most_blocks,))(
-        x, *sorted_pairs, gate_up, gate_up_bias, h, inner, size,
+        x, *sorted_pairs, gate_up, gate_up_scale, gate_up_bias, h, inner, size,
         ACTIVATION=activation, C=choices,
         BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=size % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     cut = tiles.down
     launch(down_chunk_kernel, (triton.cdiv(size, cut.block_n) * most_blocks,))(
-        h, *sorted_pairs, down, down_bias, given, size, inner,
+        h, *sorted_pairs, down, down_scale, down_bias, given, size, inner,
         BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=inner % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip

@@ -29,19 +29,26 @@ def route(
     return chosen, weights.to(scores.dtype)
 
 
+def _multiplied(table: Tensor, scale: Tensor | None) -> Tensor:
+    return table if scale is None else table.float() * scale[..., None]
+
+
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gated feed-forwards of x [B, K] by the experts `chosen` int64 [B, C], weighted with
     `weights` [B, C] and added up: [B, K].
 
-    gate_up is [E, 2 I, K], down [E, K, I], and their biases [E, 2 I] and [E, K]. `activation` is
-    one of models.layers.gated. What lies between the two is rounded to x's dtype.
+    gate_up is [E, 2 I, K], down [E, K, I], and their biases [E, 2 I] and [E, K]. They are of x's
+    dtype, or float8, each row of which is multiplied by its scale, float32 [E, 2 I] and [E, K].
+    `activation` is one of models.layers.gated. What lies between the two is rounded to x's dtype.
     `shared` [B, K] is what an expert gives that all rows have; it is added as well, weighted with
     the sigmoid of the last of `scores` [B, S].
     """
+    gate_up, down = _multiplied(gate_up, gate_up_scale), _multiplied(down, down_scale)
     both = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float())
     both = both if gate_up_bias is None else both + gate_up_bias[chosen].float()
     hidden = gated(*both.chunk(2, dim=-1), activation).to(x.dtype).float()
@@ -57,12 +64,14 @@ def experts_chunk(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`experts` of many rows, of which the first `count`, int32 [1], exist. No other is read, and
     the result's others are zero here, and anything in the kernels' result.
 
     A row's result does not depend on the number of rows, nor on where it is, nor on the others.
     """
+    gate_up, down = _multiplied(gate_up, gate_up_scale), _multiplied(down, down_scale)
     tokens = int(count)
     x32, weights32 = x[:tokens].float(), weights[:tokens].float()
     given = x32.new_zeros(*weights32.shape, x.shape[1])

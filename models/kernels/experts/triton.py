@@ -63,7 +63,7 @@ def products(acc, x_ptr, w_ptr, n, N, K, BLOCK_K: tl.constexpr):
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def gate_up_kernel(
-    x_ptr, chosen_ptr, w_ptr, bias_ptr, h_ptr, N, K, ACTIVATION: tl.constexpr,
+    x_ptr, chosen_ptr, w_ptr, scale_ptr, bias_ptr, h_ptr, N, K, ACTIVATION: tl.constexpr,
     C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs activation(gate) * up of one row's choice: h [B, C, N]."""
@@ -75,6 +75,10 @@ def gate_up_kernel(
     row_ptr, zeros = x_ptr + zero + pair // C * K, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     gate = products(zeros, row_ptr, w_ptr + expert, n, N, K, BLOCK_K)
     up = products(zeros, row_ptr, w_ptr + expert + tl.cast(N, tl.int64) * K, n, N, K, BLOCK_K)
+    if scale_ptr is not None:
+        scale_ptr += index * 2 * N
+        gate *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
     if bias_ptr is not None:
         bias_ptr += index * 2 * N
         gate = tl.sum(gate, 1) + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -89,8 +93,8 @@ def gate_up_kernel(
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def down_kernel(
-    h_ptr, chosen_ptr, weights_ptr, w_ptr, bias_ptr, shared_ptr, scores_ptr, y_ptr, N, K, width,
-    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    h_ptr, chosen_ptr, weights_ptr, w_ptr, scale_ptr, bias_ptr, shared_ptr, scores_ptr, y_ptr,
+    N, K, width, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of a row: the weighted sum of what its experts make of h [B, C, K], plus the
     shared expert's output, which the last of the row's scores weighs."""
@@ -106,6 +110,8 @@ def down_kernel(
         acc = products(acc, h_ptr + pair * K, w_ptr + expert, n, N, K, BLOCK_K)
         weight = tl.load(weights_ptr + pair).to(tl.float32)
         given = tl.sum(acc, 1)
+        if scale_ptr is not None:
+            given *= tl.load(scale_ptr + index * N + n, mask=n < N, other=0.0)
         if bias_ptr is not None:
             given += tl.load(bias_ptr + index * N + n, mask=n < N, other=0.0).to(tl.float32)
         y += weight * given

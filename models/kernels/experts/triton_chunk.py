@@ -112,6 +112,15 @@ def load_tile(blocks_ptr, slots_ptr, block, tile, BLOCK_M: tl.constexpr, BLOCK_N
 
 
 @triton.jit
+def load_weights(ptr, offsets, k, K, EVEN: tl.constexpr, like):
+    """As load_inputs, in the dtype of what the pointer `like` is to: bfloat16 of float8."""
+    w = load_inputs(ptr, offsets, k, K, EVEN)
+    if ptr.dtype.element_ty != like.dtype.element_ty:
+        w = w.to(like.dtype.element_ty)
+    return w
+
+
+@triton.jit
 def load_inputs(ptr, offsets, k, K, EVEN: tl.constexpr):
     """Elements at `offsets`, whose inputs are k; zero beyond the last where K is not EVEN."""
     if EVEN:
@@ -122,7 +131,7 @@ def load_inputs(ptr, offsets, k, K, EVEN: tl.constexpr):
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def gate_up_chunk_kernel(
-    x_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, bias_ptr, h_ptr, N, K,
+    x_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, scale_ptr, bias_ptr, h_ptr, N, K,
     ACTIVATION: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
@@ -145,8 +154,12 @@ def gate_up_chunk_kernel(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         x = load_inputs(x_ptr, rows + k[:, None], k[:, None], K, EVEN)
-        gate = dot(load_inputs(w_ptr, gates + k[None, :], k[None, :], K, EVEN), x, gate)
-        up = dot(load_inputs(w_ptr, ups + k[None, :], k[None, :], K, EVEN), x, up)
+        gate = dot(load_weights(w_ptr, gates + k[None, :], k[None, :], K, EVEN, x_ptr), x, gate)
+        up = dot(load_weights(w_ptr, ups + k[None, :], k[None, :], K, EVEN, x_ptr), x, up)
+    if scale_ptr is not None:
+        scale_ptr += expert * 2 * N
+        gate *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
     if bias_ptr is not None:
         bias_ptr += expert * 2 * N
         gate += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -160,7 +173,7 @@ def gate_up_chunk_kernel(
 @waits  # at once: which weights it reads is what it waits for
 @triton.jit
 def down_chunk_kernel(
-    h_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, bias_ptr, y_ptr, N, K,
+    h_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +194,9 @@ def down_chunk_kernel(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         h = load_inputs(h_ptr, rows + k[:, None], k[:, None], K, EVEN)
-        y = dot(load_inputs(w_ptr, outputs + k[None, :], k[None, :], K, EVEN), h, y)
+        y = dot(load_weights(w_ptr, outputs + k[None, :], k[None, :], K, EVEN, h_ptr), h, y)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + expert * N + n, mask=n < N, other=0.0)[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     mask = (slots < end)[None, :] & (n < N)[:, None]

@@ -17,10 +17,12 @@ from tokenloop.models.kernels.linear.linear_tiles import (
     linear_tiles,
 )
 from tokenloop.models.kernels.linear.packing import (
+    FLOAT8,
     GROUP_SIZES,
     SPAN_WORDS,
     WORD_BITS,
     weight_bits,
+    words_of,
 )
 from tokenloop.models.kernels.linear.triton_dot import dot_kernel
 from tokenloop.models.kernels.linear.triton_rows import rows_kernel
@@ -78,13 +80,14 @@ def launch_linear(
     if tiles.splits > 1:
         halves = 1 if activation is None else 2
         partial = empty(tiles.splits, halves, rows, outputs, dtype=float32, device=x.device)
+    words = words_of(weight)
     launch(dot_kernel, grid)(
-        x, weight, scale, bias, partial, semaphores, y,
-        rows, outputs, inputs, weight.shape[1], steps, soft_cap, BITS=bits, GROUP=group,
-        ACTIVATION=activation, SOFT_CAP=soft_cap > 0, SPLITS=tiles.splits,
-        BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
+        x, words, scale, bias, partial, semaphores, y,
+        rows, outputs, inputs, words.shape[1], steps, soft_cap, BITS=bits,
+        FLOAT8=weight.dtype == FLOAT8, GROUP=group, ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
+        SPLITS=tiles.splits, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
         EVEN=inputs % block == 0, STAGES=tiles.stages,
-        AHEAD=AHEAD if weight.shape[1] % 8 == 0 else 0, num_warps=tiles.warps,
+        AHEAD=AHEAD if words.shape[1] % 8 == 0 else 0, num_warps=tiles.warps,
     )  # fmt: skip
     return total, y
 

@@ -1,4 +1,4 @@
-"""Integer weights as the kernels read them: int16 words, 64 of which are a span of a row.
+"""Packed weights as the kernels read them: int16 words, 64 of which are a span of a row.
 
 A span holds 64 * (16 / bits) weights of consecutive inputs. Field j of word i, bits j * bits and
 up, is input 64 * j + i of the span. So one load of a span is 128 bytes, a field's values in all 64
@@ -8,12 +8,17 @@ that a tensor core takes. Rows are padded with zeros to whole spans.
 Values of 4 bits are stored plus 8, and every group of a row has a scale. Values of 8 bits are two's
 complement, and a row has one scale, or every group has. The scales of neighbouring rows lie side by
 side: a program reads one group of many rows at a time.
+
+Weights in float8 (e4m3: a sign, 4 bits of exponent with a bias of 7, 3 of mantissa) lie as those of
+8 bits do, in tensors of that dtype, whose pairs of bytes are the words.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FLOAT8 = torch.float8_e4m3fn
+LARGEST_FLOAT8 = 448.0
 SPAN_WORDS = 64
 WORD_BITS = 16
 # Inputs that share a scale. A span has a whole number of groups, and so has a field or a group of
@@ -60,6 +65,46 @@ def unpack(words: Tensor, bits: int, inputs: int) -> Tensor:
     return values.flatten(1)[:, :inputs]
 
 
+def pack_float8(values: Tensor) -> Tensor:
+    """float8 [N, K] -> float8 [N, 2 * W], in the order of the words' bytes."""
+    span = SPAN_WORDS * 2
+    values = F.pad(values.view(torch.uint8), (0, -values.shape[1] % span))
+    halves = values.view(values.shape[0], -1, 2, SPAN_WORDS)
+    return halves.transpose(2, 3).flatten(1).view(FLOAT8)
+
+
+def unpack_float8(packed: Tensor, inputs: int) -> Tensor:
+    """The float8 [N, inputs] that `pack_float8` was given."""
+    pairs = packed.view(torch.uint8).view(packed.shape[0], -1, SPAN_WORDS, 2)
+    return pairs.transpose(2, 3).flatten(1)[:, :inputs].contiguous().view(FLOAT8)
+
+
+def words_of(weight: Tensor) -> Tensor:
+    """The int16 words [N, W] of a packed weight, be it integers or float8."""
+    return weight.view(torch.int16) if weight.dtype == FLOAT8 else weight
+
+
+def leaves_scale(weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether products are multiplied by the scales, and weights are not: float8 ones, which are
+    exact in bfloat16, with a scale for each row."""
+    return weight.dtype == FLOAT8 and scale is not None and scale.shape[0] == 1
+
+
+def round_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float [N, K] -> float8 [N, K] and scales float32 [N], by which each row's largest is the
+    largest of float8."""
+    scale = weight.float().abs().amax(1).clamp(min=1e-12) / LARGEST_FLOAT8
+    values = (weight.float() / scale[:, None]).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return values.to(FLOAT8), scale
+
+
+def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float [N, K] -> packed float8 [N, 2 * W] and scales float32 [1, N], those of
+    `round_float8`."""
+    values, scale = round_float8(weight)
+    return pack_float8(values), scale[None]
+
+
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """float [N, K] -> words int16 [N, W] and scales float32 [1, N], from each row's largest."""
     values, scale = _round(weight, weight.shape[1], 127, torch.float32)
@@ -81,11 +126,15 @@ def quantize_int4(weight: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor
 
 
 def weight_bits(weight: Tensor, inputs: int) -> int:
-    """Bits of the packed integers that `weight` [N, ...] of so many inputs holds: 4 or 8, or 0 for
-    floating point.
+    """Bits of the packed numbers that `weight` [N, ...] of so many inputs holds: 4 or 8, or 0 for
+    floating point that is not packed.
 
     Raises ValueError when its shape fits none.
     """
+    if weight.dtype == FLOAT8:
+        if weight.shape[1] == -(-inputs // (2 * SPAN_WORDS)) * 2 * SPAN_WORDS:
+            return 8
+        raise ValueError(f"{weight.shape[1]} bytes are not {inputs} inputs of float8")
     if weight.is_floating_point():
         if weight.shape[1] != inputs:
             raise ValueError(f"a weight of {weight.shape[1]} inputs was given {inputs}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenloop.models.kernels.linear.packing import unpack, weight_bits
+from tokenloop.models.kernels.linear.packing import FLOAT8, unpack, unpack_float8, weight_bits
 from tokenloop.models.kernels.rms_norm.reference import add_norm, rms_norm
 
 ACTIVATIONS = {
@@ -18,11 +18,12 @@ ACTIVATIONS = {
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, inputs: int) -> Tensor:
-    """float32 [N, K] of a weight, be it float or words of 4 or 8 bits."""
+    """float32 [N, K] of a weight, be it float, words of 4 or 8 bits, or float8."""
     bits = weight_bits(weight, inputs)
     if not bits:
         return weight.float()
-    values = unpack(weight, bits, inputs).float()
+    is_float = weight.dtype == FLOAT8
+    values = (unpack_float8(weight, inputs) if is_float else unpack(weight, bits, inputs)).float()
     return values * scale.T.repeat_interleave(inputs // scale.shape[0], 1)
 
 
@@ -32,7 +33,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x [B, K] times the weight's transpose -> [B, N], of x's dtype or, if `out_float32`, float32.
 
-    weight: float [N, K], or words of packing.py with their `scale` [K / group, N]. With an
+    weight: float [N, K], or packed by packing.py with its `scale` [K / group, N]. With an
     `activation` the weight has 2 N rows, and the result is activation(first half) * second half.
     With a soft_cap c above 0 a result y becomes c * tanh(y / c).
     """

@@ -1,6 +1,6 @@
 """The Triton kernel of linear layers that takes all rows at once, by the tensor cores.
 
-The weight is the left, large operand; it may be integers (packing.py says how they lie). A row's
+The weight is the left, large operand; it may be packed (packing.py says how). A row's
 result does not depend on the number of rows: each output is summed over the inputs in one order.
 
 Names: row b of `rows`, output n of N, input k of K. A gated layer's weight has 2 N rows, of which
@@ -53,7 +53,7 @@ def part_products(w, x, scale, BITS: tl.constexpr):
 @triton.jit
 def span_products(
     gate, up, w_ptr, gates, ups, x_ptr, first, second, b, span, rows, K, width,
-    BITS: tl.constexpr, GATED: tl.constexpr,
+    BITS: tl.constexpr, FLOAT8: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """gate and, where GATED, up [n, b] plus one span of their weights [n, k] times activations
     [k, b].
@@ -78,10 +78,10 @@ def span_products(
             for part in tl.static_range(PARTS):
                 own = tl.where(part_of == part, x, tl.zeros(x.shape, x.dtype))
                 scale = gates[i * PARTS + part]
-                gate += part_products(field(words, i, BITS), own, scale, BITS)
+                gate += part_products(field(words, i, BITS, FLOAT8), own, scale, BITS)
                 if GATED:
                     scale = ups[i * PARTS + part]
-                    up += part_products(field(others, i, BITS), own, scale, BITS)
+                    up += part_products(field(others, i, BITS, FLOAT8), own, scale, BITS)
         return gate, up
     for group in tl.static_range(FIELDS // SHARED):
         these = tl.zeros(gate.shape, tl.float32)
@@ -90,9 +90,9 @@ def span_products(
         for i in tl.static_range(group * SHARED, (group + 1) * SHARED):
             k = (span * FIELDS + i) * WORDS + tl.arange(0, WORDS)
             x = load_rows(x_ptr, b, k, rows, K)
-            these = dot(field(words, i, BITS), x, these)
+            these = dot(field(words, i, BITS, FLOAT8), x, these)
             if GATED:
-                those = dot(field(others, i, BITS), x, those)
+                those = dot(field(others, i, BITS, FLOAT8), x, those)
             if BITS == 4:
                 offsets = tl.full(words.shape, OFFSET, tl.float32).to(tl.bfloat16)
                 excess = dot(offsets, x, excess)
@@ -138,13 +138,13 @@ def combined(partial_ptr, offsets, mask, stride, SPLITS: tl.constexpr):
 def dot_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, semaphore_ptr, y_ptr,
     rows, N, K, width, steps, soft_cap: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, SOFT_CAP: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    BITS: tl.constexpr, FLOAT8: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
+    SOFT_CAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of BLOCK_B rows, over one of SPLITS parts of the inputs.
 
-    A part is `steps` blocks of BLOCK_K inputs, or `steps` spans of integer weights, which have
+    A part is `steps` blocks of BLOCK_K inputs, or `steps` spans of packed weights, which have
     `width` words a row. The last program to arrive adds the parts up. The first AHEAD programs ask
     for weights before the activations.
     """
@@ -194,7 +194,7 @@ def dot_kernel(
                     ups = load_scales(scale_ptr, second, i + 1, K, count, GROUP, BITS)
             gate, up = span_products(
                 gate, up, w_ptr, these, those, x_ptr, first, second, b, i, rows, K, width,
-                BITS, ACTIVATION is not None,
+                BITS, FLOAT8, ACTIVATION is not None,
             )  # fmt: skip
     if BITS == 8 and GROUP == 0:
         gate *= tl.load(scale_ptr + first)[:, None]

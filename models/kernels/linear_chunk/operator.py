@@ -1,6 +1,6 @@
 """Linear layers over a packed chunk on CUDA.
 
-linear_chunk   1 launch, or 2 where integer weights and more than IN_TILE tokens are given
+linear_chunk   1 launch, or 2 where packed weights and more than IN_TILE tokens are given
 dequantize     1
 
 Each output is summed over the inputs in order, in one float32 accumulator. So a token's result does
@@ -13,7 +13,14 @@ from torch import Tensor, bfloat16, empty, float32
 from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.linear.operator import group_size
-from tokenloop.models.kernels.linear.packing import SPAN_WORDS, WORD_BITS, weight_bits
+from tokenloop.models.kernels.linear.packing import (
+    FLOAT8,
+    SPAN_WORDS,
+    WORD_BITS,
+    leaves_scale,
+    weight_bits,
+    words_of,
+)
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import (
     FIRST,
     IN_TILE,
@@ -33,18 +40,21 @@ DEQUANTIZED_ROWS = 64
 def launch_linear_chunk(
     x: Tensor, weight: Tensor, bias: Tensor | None, count: Tensor, *,
     activation: str | None = None, out_float32: bool = False, tiles: ChunkTiles | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`linear_chunk` of floating-point weights, cut as `tiles` say.
+    """`linear_chunk` of floating-point weights, cut as `tiles` say. `scale` are the rows'.
 
     Raises ValueError for shapes and dtypes that do not fit, and for strides that the kernels cannot
     read.
     """
-    check_contiguous(x=x, weight=weight, bias=bias)
+    check_contiguous(x=x, weight=weight, bias=bias, scale=scale)
     if x.dtype not in (bfloat16, float32) or weight.dtype != x.dtype:
         raise ValueError(f"activations are {x.dtype}, the weight {weight.dtype}")
     tokens, inputs = x.shape
     if weight.shape[1] != inputs:
         raise ValueError(f"a weight of {weight.shape[1]} inputs was given {inputs}")
+    if scale is not None and scale.shape != (1, weight.shape[0]):
+        raise ValueError(f"scale of shape {tuple(scale.shape)} for {weight.shape[0]} rows")
     gated = activation is not None
     outputs = weight.shape[0] // (2 if gated else 1)
     tiles = tiles or chunk_tiles(tokens, outputs, inputs, x.dtype, gated, out_float32)
@@ -57,7 +67,7 @@ def launch_linear_chunk(
     tiles_n = triton.cdiv(outputs, tiles.block_n + tiles.extra)
     count_tiles = triton.cdiv(tokens, tiles.block_t) * tiles_n
     ahead = tiles.stages * tiles.block_k if inputs * x.element_size() % 16 == 0 else 0
-    arguments = x, weight, bias, count, y, tokens, outputs, inputs
+    arguments = x, weight, scale, bias, count, y, tokens, outputs, inputs
     named = {
         "ACTIVATION": activation, "BLOCK_T": tiles.block_t, "BLOCK_N": tiles.block_n,
         "BLOCK_K": tiles.block_k, "GROUP": tiles.group, "STAGES": tiles.stages,
@@ -81,7 +91,7 @@ def launch_words(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, count: Tensor, *,
     activation: str | None = None, out_float32: bool = False, tiles: WordTiles | None = None,
 ) -> Tensor:  # fmt: skip
-    """`linear_chunk` of integer weights, in one launch that makes bfloat16 of them. It raises
+    """`linear_chunk` of packed weights, in one launch that makes bfloat16 of them. It raises
     ValueError as launch_linear_chunk does."""
     check_contiguous(x=x, weight=weight, scale=scale, bias=bias)
     tokens, inputs = x.shape
@@ -90,10 +100,11 @@ def launch_words(
     tiles = tiles or word_tiles(tokens, outputs, bits, activation is not None)
     y = empty(tokens, outputs, dtype=float32 if out_float32 else x.dtype, device=x.device)
     grid = triton.cdiv(tokens, tiles.block_t), triton.cdiv(outputs, tiles.block_n)
+    words = words_of(weight)
     launch(words_kernel, grid)(
-        x, weight, scale, bias, count, y, tokens, outputs, inputs, weight.shape[1],
-        GROUP=group, BITS=bits, ACTIVATION=activation, BLOCK_T=tiles.block_t,
-        BLOCK_N=tiles.block_n, STAGES=tiles.stages,
+        x, words, scale, bias, count, y, tokens, outputs, inputs, words.shape[1],
+        GROUP=group, BITS=bits, FLOAT8=weight.dtype == FLOAT8, LAST=leaves_scale(weight, scale),
+        ACTIVATION=activation, BLOCK_T=tiles.block_t, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
         EVEN=inputs % (SPAN_WORDS * (WORD_BITS // bits)) == 0,
         AHEAD=tiles.stages * SPAN_WORDS, FIRST=FIRST, num_warps=tiles.warps,
     )  # fmt: skip
@@ -105,12 +116,14 @@ def launch_dequantize(weight: Tensor, scale: Tensor, inputs: int) -> Tensor:
     check_contiguous(weight=weight, scale=scale)
     bits = weight_bits(weight, inputs)
     group = group_size(scale, weight, inputs, bits)
-    outputs, width = weight.shape
+    words = words_of(weight)
+    outputs, width = words.shape
     out = empty(outputs, inputs, dtype=bfloat16, device=weight.device)
     grid = width // SPAN_WORDS, triton.cdiv(outputs, DEQUANTIZED_ROWS)
     launch(dequantize_kernel, grid)(
-        weight, scale, out, outputs, inputs, width,
-        GROUP=group, BITS=bits, BLOCK_N=DEQUANTIZED_ROWS, num_warps=4,
+        words, None if leaves_scale(weight, scale) else scale, out, outputs, inputs, width,
+        GROUP=group, BITS=bits, FLOAT8=weight.dtype == FLOAT8, BLOCK_N=DEQUANTIZED_ROWS,
+        num_warps=4,
     )  # fmt: skip
     return out
 
@@ -130,12 +143,13 @@ def linear_chunk(
 ) -> Tensor:  # fmt: skip
     """See reference.linear_chunk."""
     options = {"activation": activation, "out_float32": out_float32}
-    if scale is not None:
-        if x.shape[0] <= IN_TILE:
-            return launch_words(x, weight, scale, bias, count, **options)
-        _packed(x, weight, scale)
-        weight = launch_dequantize(weight, scale, x.shape[1])
-    return launch_linear_chunk(x, weight, bias, count, **options)
+    if scale is None:
+        return launch_linear_chunk(x, weight, bias, count, **options)
+    if x.shape[0] <= IN_TILE:
+        return launch_words(x, weight, scale, bias, count, **options)
+    _packed(x, weight, scale)
+    dense, left = launch_dequantize(weight, scale, x.shape[1]), leaves_scale(weight, scale)
+    return launch_linear_chunk(x, dense, bias, count, **options, scale=scale if left else None)
 
 
 @operator("dequantize")

@@ -18,7 +18,7 @@ from tokenloop.models.kernels.linear_chunk.triton_tiles import ask_for_rows, fin
 @waits
 @triton.jit
 def descriptors_kernel(
-    x_ptr, w_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, AHEAD: tl.constexpr, EXTRA: tl.constexpr = 0,
@@ -79,11 +79,13 @@ def descriptors_kernel(
         t = place_t * BLOCK_T
         n = place_n * TILE_N
         if PARTS == 1:
-            y = finished(y, up, bias_ptr, (n + tl.arange(0, BLOCK_N))[None, :], N, ACTIVATION)
+            m = (n + tl.arange(0, BLOCK_N))[None, :]
+            y = finished(y, up, scale_ptr, bias_ptr, m, N, ACTIVATION)
             y_desc.store([t, n], y.to(y_ptr.dtype.element_ty))
             if EXTRA:
                 n += BLOCK_N
-                z = finished(z, z, bias_ptr, (n + tl.arange(0, EXTRA))[None, :], N, ACTIVATION)
+                m = (n + tl.arange(0, EXTRA))[None, :]
+                z = finished(z, z, scale_ptr, bias_ptr, m, N, ACTIVATION)
                 z_desc.store([t, n], z.to(y_ptr.dtype.element_ty))
         else:
             HALF: tl.constexpr = BLOCK_N // 2
@@ -93,12 +95,10 @@ def descriptors_kernel(
             if GATED:
                 halves = tl.permute(tl.reshape(up, [BLOCK_T, 2, HALF]), [0, 2, 1])
                 left_up, right_up = tl.split(halves)
-            left = finished(
-                left, left_up, bias_ptr, (n + tl.arange(0, HALF))[None, :], N, ACTIVATION
-            )
+            m = (n + tl.arange(0, HALF))[None, :]
+            left = finished(left, left_up, scale_ptr, bias_ptr, m, N, ACTIVATION)
             y_desc.store([t, n], left.to(y_ptr.dtype.element_ty))
             n += HALF
-            right = finished(
-                right, right_up, bias_ptr, (n + tl.arange(0, HALF))[None, :], N, ACTIVATION
-            )
+            m = (n + tl.arange(0, HALF))[None, :]
+            right = finished(right, right_up, scale_ptr, bias_ptr, m, N, ACTIVATION)
             y_desc.store([t, n], right.to(y_ptr.dtype.element_ty))

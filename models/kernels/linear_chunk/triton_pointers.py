@@ -22,9 +22,9 @@ def load_tile(ptr, rows, k, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def store_outputs(y, up, bias_ptr, y_ptr, t, n, count, N, ACTIVATION: tl.constexpr):
+def store_outputs(y, up, scale_ptr, bias_ptr, y_ptr, t, n, count, N, ACTIVATION: tl.constexpr):
     """Finish sums of tokens t and outputs n, and store those that there are."""
-    y = finished(y, up, bias_ptr, n[None, :], N, ACTIVATION)
+    y = finished(y, up, scale_ptr, bias_ptr, n[None, :], N, ACTIVATION)
     offsets = t.to(tl.int64)[:, None] * N + n[None, :]
     mask = (t < count)[:, None] & (n < N)[None, :]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -37,7 +37,7 @@ def store_outputs(y, up, bias_ptr, y_ptr, t, n, count, N, ACTIVATION: tl.constex
 @waits
 @triton.jit
 def pointers_kernel(
-    x_ptr, w_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, count_ptr, y_ptr, T, N, K,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     AHEAD: tl.constexpr, FIRST: tl.constexpr, EXTRA: tl.constexpr,
@@ -94,6 +94,6 @@ def pointers_kernel(
             if GATED:
                 z_up = dot(x, load_tile(w_ptr, fourth, k, K, EVEN).T, z_up)
     y_ptr += release(0)
-    store_outputs(y, up, bias_ptr, y_ptr, t, n, count, N, ACTIVATION)
+    store_outputs(y, up, scale_ptr, bias_ptr, y_ptr, t, n, count, N, ACTIVATION)
     if EXTRA > 0:
-        store_outputs(z, z_up, bias_ptr, y_ptr, t, m, count, N, ACTIVATION)
+        store_outputs(z, z_up, scale_ptr, bias_ptr, y_ptr, t, m, count, N, ACTIVATION)

@@ -45,6 +45,11 @@ def ask_for_rows(w_ptr, n, N, width, ahead, GATED: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def finished(y, up, bias_ptr, n, N, ACTIVATION: tl.constexpr):
-    """float32 results of sums y and `up`; n broadcasts with them."""
+def finished(y, up, scale_ptr, bias_ptr, n, N, ACTIVATION: tl.constexpr):
+    """float32 results of sums y and `up`, which are multiplied by their rows' scales if there are
+    any; n broadcasts with them."""
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + n, mask=n < N, other=0.0)
+        if ACTIVATION is not None:
+            up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)
     return finish(y, up, bias_ptr, n, N, 0.0, ACTIVATION, False)

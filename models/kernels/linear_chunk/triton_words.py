@@ -1,8 +1,9 @@
-"""The Triton kernels that make bfloat16 weights of integers: in device memory, and within a linear
+"""The Triton kernels that make bfloat16 of packed weights: in device memory, and within a linear
 layer of few tokens.
 
 Both round a value times its scale once to float32 and then to bfloat16, so their products have the
-same bits. packing.py says how words lie. Names: token t of T, output n of N, input k of K.
+same bits. Where products get the scale (packing.leaves_scale), weights are only converted.
+packing.py says how words lie. Names: token t of T, output n of N, input k of K.
 """
 
 import triton
@@ -73,9 +74,9 @@ def load_scale(scale_ptr, n, k, K, rows, GROUP: tl.constexpr, BITS: tl.constexpr
 @triton.jit
 def dequantize_kernel(
     w_ptr, scale_ptr, out_ptr, N, K, width, GROUP: tl.constexpr, BITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    FLOAT8: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One span of BLOCK_N rows of `width` words."""
+    """One span of BLOCK_N rows of `width` words; without scales the values themselves."""
     FIELDS: tl.constexpr = BITS_OF_WORD // BITS
     span = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -85,8 +86,11 @@ def dequantize_kernel(
     out_ptr += wait(0)
     for j in tl.static_range(FIELDS):
         start = (span * FIELDS + j) * WORDS
-        scale = load_scale(scale_ptr, row, start, K, N, GROUP, BITS)
-        values = scaled(field(words, j, BITS), scale, BITS)
+        if scale_ptr is None:
+            values = field(words, j, BITS, FLOAT8)
+        else:
+            scale = load_scale(scale_ptr, row, start, K, N, GROUP, BITS)
+            values = scaled(field(words, j, BITS, FLOAT8), scale, BITS)
         k = i + start
         mask = (n < N)[:, None] & (k < K)[None, :]
         tl.store(out_ptr + row[:, None] * K + k[None, :], values, mask=mask)
@@ -97,15 +101,15 @@ def dequantize_kernel(
 @triton.jit
 def words_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, count_ptr, y_ptr, T, N, K, width,
-    GROUP: tl.constexpr, BITS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    FIRST: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, LAST: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, AHEAD: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of BLOCK_T tokens; programs of one tile of outputs run side by side.
 
     Weights are the left operand, which the tensor cores take from registers. EVEN: K is a whole
     number of spans. The FIRST programs ask for AHEAD words of their weights before the activations
-    are there.
+    are there. LAST: products get the scales.
     """
     FIELDS: tl.constexpr = BITS_OF_WORD // BITS
     count = tl.minimum(tl.load(count_ptr), T)
@@ -143,13 +147,19 @@ def words_kernel(
                 x = tl.load(x_ptr + offsets)
             else:
                 x = tl.load(x_ptr + offsets, mask=(k < K)[:, None], other=0.0)
-            scale = load_scale(scale_ptr, first, start, K, rows, GROUP, BITS)
-            y = dot(scaled(field(words, j, BITS), scale, BITS), x, y)
+            if LAST:
+                y = dot(field(words, j, BITS, FLOAT8), x, y)
+            else:
+                scale = load_scale(scale_ptr, first, start, K, rows, GROUP, BITS)
+                y = dot(scaled(field(words, j, BITS, FLOAT8), scale, BITS), x, y)
             if ACTIVATION is not None:
-                scale = load_scale(scale_ptr, second, start, K, rows, GROUP, BITS)
-                up = dot(scaled(field(others, j, BITS), scale, BITS), x, up)
+                if LAST:
+                    up = dot(field(others, j, BITS, FLOAT8), x, up)
+                else:
+                    scale = load_scale(scale_ptr, second, start, K, rows, GROUP, BITS)
+                    up = dot(scaled(field(others, j, BITS, FLOAT8), scale, BITS), x, up)
     y_ptr += release(0)
-    y = finished(y, up, bias_ptr, n[:, None], N, ACTIVATION)
+    y = finished(y, up, scale_ptr if LAST else None, bias_ptr, n[:, None], N, ACTIVATION)
     mask = (n < N)[:, None] & (t < count)[None, :]
     offsets = token[None, :] * N + n[:, None]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

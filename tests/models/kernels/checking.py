@@ -4,7 +4,14 @@ Triton's interpreter with odd small ones."""
 import pytest
 import torch
 
-from tokenloop.models.kernels.linear.packing import pack
+from tokenloop.models.kernels.linear.packing import (
+    FLOAT8,
+    pack,
+    pack_float8,
+    quantize_float8,
+    quantize_int4,
+    quantize_int8,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -23,6 +30,22 @@ def quantize_groups(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torc
     scale = (groups.abs().amax(2, keepdim=True) / 127).half().float()
     codes = (groups / scale).round().clamp(-128, 127).int().flatten(1)
     return pack(codes, 8), scale[..., 0].T.contiguous()
+
+
+def quantized(weight: torch.Tensor, kind: int | str, group_size: int = 0):
+    """Words and scales: `kind` is 4 or 8 bits, or "fp8"; group_size 0 is a scale for each row, or
+    of 4 bits the recipe's."""
+    if kind == "fp8" and group_size:
+        groups = weight.float().unflatten(1, (-1, group_size))
+        # Scales of a checkpoint's blocks are no powers of 2.
+        scale = groups.abs().amax(2, keepdim=True) / 448 * 1.003
+        codes = (groups / scale).flatten(1).to(FLOAT8)
+        return pack_float8(codes), scale[..., 0].T.contiguous()
+    if kind == "fp8":
+        return quantize_float8(weight)
+    if kind == 4:
+        return quantize_int4(weight, group_size or 128)
+    return quantize_groups(weight, group_size) if group_size else quantize_int8(weight)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

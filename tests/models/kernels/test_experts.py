@@ -109,6 +109,34 @@ def test_other_activations_and_biases_are_the_reference_s(activation, dtype):
     assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
 
 
+def float8(weights: tuple[torch.Tensor, torch.Tensor]) -> tuple[list, dict]:
+    """gate_up and down in float8, and the scales of their rows."""
+    scales = [table.float().abs().amax(2) / 448 for table in weights]
+    tables = [
+        (table.float() / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        for table, scale in zip(weights, scales)
+    ]
+    return tables, dict(zip(("gate_up_scale", "down_scale"), scales))
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+def test_experts_in_float8_are_the_reference_s(activation):
+    tables, scales = float8(weights_of(torch.bfloat16))
+    options = options_of(activation, torch.bfloat16) | scales
+    x, scores = (made(3, n, dtype=torch.bfloat16, seed=3) for n in (SIZE, EXPERTS))
+    routed = operator.route(scores, EXPERTS, CHOICES, True)
+    actual = operator.experts(x, *routed, *tables, **options)
+    expected = reference.experts(x, *routed, *tables, **options)
+    tolerance = TOLERANCE[torch.bfloat16] * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[torch.bfloat16], atol=tolerance)
+    row = operator.experts(x[1:2], *(part[1:2] for part in routed), *tables, **options)
+    assert torch.equal(row, actual[1:2])
+    with pytest.raises(ValueError, match="experts torch.float8_e4m3fn of shape .* shape None"):
+        operator.experts(x, *routed, *tables)
+    with pytest.raises(ValueError, match="activations are torch.float32, experts torch.float8"):
+        operator.experts(x.float(), *routed, *tables, **options)
+
+
 def test_what_is_not_contiguous_is_refused():
     x, chosen = made(2, SIZE), torch.zeros(CHOICES, 2, dtype=torch.int64, device=DEVICE).T
     with pytest.raises(ValueError, match=r"^chosen of strides \(1, 2\) is not contiguous"):

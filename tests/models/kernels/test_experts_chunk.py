@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, TOLERANCE
-from tests.models.kernels.test_experts import made, options_of
+from tests.models.kernels.test_experts import float8, made, options_of
 from tokenloop.models.kernels.experts import operator, reference
 from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, Tiles
 
@@ -62,6 +62,19 @@ def test_other_activations_and_biases_are_the_reference_s(activation):
     actual = operator.experts_chunk(*given, counted(TOKENS), **options)
     assert_near(actual, reference.experts_chunk(*given, counted(TOKENS), **options))
     assert_near(actual, reference.experts(*given, **options))
+
+
+def test_experts_in_float8_are_the_reference_s_and_a_token_does_not_know_the_others():
+    tables, scales = float8(weights_of(torch.bfloat16))
+    x, (_, routed) = made(TOKENS, SIZE, dtype=torch.bfloat16), routed_of(TOKENS, torch.bfloat16)
+    given = x, *routed, *tables
+    actual = operator.experts_chunk(*given, counted(TOKENS), **scales)
+    assert_near(actual, reference.experts_chunk(*given, counted(TOKENS), **scales))
+    part = [tensor[3:9].contiguous() for tensor in (x, *routed)]
+    some = operator.experts_chunk(*part, *tables, counted(6), **scales)
+    if ON_GPU:
+        assert torch.equal(some, actual[3:9])
+    assert_near(some, actual[3:9])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

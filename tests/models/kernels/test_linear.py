@@ -3,22 +3,16 @@
 import pytest
 import torch
 
-from tests.models.kernels.checking import DTYPES, EPS, ON_GPU, assert_close, quantize_groups
+from tests.models.kernels.checking import DEVICE, DTYPES, EPS, ON_GPU, assert_close, quantized
 from tokenloop.models.kernels.linear import operator, reference
 from tokenloop.models.kernels.linear.linear_tiles import LinearTiles
-from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tokenloop.models.kernels.linear.packing import pack_float8, quantize_int4
 
 PLAIN = LinearTiles(False, 8, 512 if ON_GPU else 32)
 DOT = LinearTiles(True, 64 if ON_GPU else 16, 64 if ON_GPU else 32, stages=2)
 SPLIT = DOT._replace(splits=3)
 INPUTS = [2048, 5376, 1000] if ON_GPU else [72]
 OUTPUTS = 1537 if ON_GPU else 19
-
-
-def quantized(weight: torch.Tensor, bits: int, group_size: int = 0):
-    if bits == 4:
-        return quantize_int4(weight, group_size)
-    return quantize_groups(weight, group_size) if group_size else quantize_int8(weight)
 
 
 def test_what_the_kernels_cannot_read_is_refused(normal, semaphores):
@@ -28,6 +22,7 @@ def test_what_the_kernels_cannot_read_is_refused(normal, semaphores):
         ("weight of strides", (x[:, :8].contiguous(), weight.T, None)),
         ("activations are torch.float32", (x.float(), words, scale)),
         ("scale of shape None: 8 rows of 4 bits need", (x, words, None)),
+        ("128 bytes are not 256 inputs of float8", (x, pack_float8(every_float8()), None)),
     ):
         with pytest.raises(ValueError, match=message):
             operator.linear(*arguments, None, semaphores)
@@ -58,11 +53,30 @@ def test_scales_of_a_checkpoint_may_be_float16(normal, semaphores):
     assert not torch.equal(expected, reference.linear(x, words, scale, None, semaphores))
 
 
+def every_float8() -> torch.Tensor:
+    """[2, 127]: all finite values, of either sign, subnormal ones and zeros among them."""
+    positive = torch.arange(127, dtype=torch.uint8)
+    return torch.stack([positive, positive + 128]).view(torch.float8_e4m3fn)
+
+
+def test_every_float8_is_exact(semaphores):
+    codes = every_float8().to(DEVICE)
+    scale = torch.ones(1, 2, device=DEVICE)
+    # A row for each input: the weight itself is the result.
+    x = torch.eye(127, dtype=torch.bfloat16, device=DEVICE)
+    got = operator.linear(x, pack_float8(codes), scale, None, semaphores, out_float32=True)
+    assert torch.equal(got, codes.float().T)
+
+
 @pytest.mark.parametrize(
-    "bits, group_size", [(8, 0), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128), (4, 256)]
-)
+    "bits, group_size",
+    [
+        (8, 0), (8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128), (4, 256),
+        ("fp8", 0), ("fp8", 64), ("fp8", 128),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("activation, splits", [(None, 1), ("silu", 2)])
-def test_linear_of_integer_weights_is_the_reference_s_in_float32(
+def test_linear_of_packed_weights_is_the_reference_s_in_float32(
     normal, semaphores, bits, group_size, activation, splits
 ):
     inputs = 5376 if ON_GPU else 512 if group_size == 256 else 384
@@ -77,9 +91,9 @@ def test_linear_of_integer_weights_is_the_reference_s_in_float32(
 
 @pytest.mark.parametrize(
     "bits, tiles",
-    # Tiles of integers are other ones for few rows and for many: those are the operator's own.
-    [(0, PLAIN), (0, DOT), (0, SPLIT), (8, None), (4, None)],
-    ids=["plain", "dot", "split", "int8", "int4"],
+    # Tiles of packed weights are other ones for few rows and for many: the operator's own.
+    [(0, PLAIN), (0, DOT), (0, SPLIT), (8, None), (4, None), ("fp8", None)],
+    ids=["plain", "dot", "split", "int8", "int4", "fp8"],
 )
 @pytest.mark.parametrize("rows", [9, 33] if ON_GPU else [18])
 def test_a_row_of_a_batch_is_that_row_alone(normal, semaphores, bits, tiles, rows):
@@ -87,7 +101,7 @@ def test_a_row_of_a_batch_is_that_row_alone(normal, semaphores, bits, tiles, row
     x = normal(rows, inputs, dtype=torch.bfloat16)
     weight, scale = normal(OUTPUTS, inputs, scale=inputs**-0.5), None
     if bits:
-        weight, scale = quantized(weight, bits, 128 if bits == 4 else 0)
+        weight, scale = quantized(weight, bits)
     else:
         weight = weight.bfloat16()
     options = {"out_float32": True, "tiles": tiles}

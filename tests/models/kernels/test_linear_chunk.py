@@ -6,8 +6,8 @@ import itertools
 import pytest
 import torch
 
-from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, assert_close, quantize_groups
-from tokenloop.models.kernels.linear.packing import quantize_int4, quantize_int8
+from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, assert_close, quantized
+from tokenloop.models.kernels.linear.packing import leaves_scale, quantize_int4, quantize_int8
 from tokenloop.models.kernels.linear_chunk import operator, reference
 from tokenloop.models.kernels.linear_chunk.chunk_tiles import ChunkTiles, WordTiles, chunk_tiles
 
@@ -68,13 +68,13 @@ def test_bits_do_not_depend_on_the_tiles(normal, form, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("bits", [0, 4, 8, "fp8"])
 def test_bits_do_not_depend_on_the_chunk(normal, monkeypatch, dtype, bits):
     if bits and dtype == torch.float32:
-        pytest.skip("integer weights take bfloat16")
+        pytest.skip("packed weights take bfloat16")
     weight, scale = normal(64, 256, dtype=dtype), None
     if bits:
-        weight, scale = (quantize_int8 if bits == 8 else quantize_int4)(weight)
+        weight, scale = quantized(weight, bits)
         # Chunks of 300 and 200 tokens make bfloat16 weights first, the others in their tiles.
         monkeypatch.setattr(operator, "IN_TILE", 128)
     x = normal(300, 256, dtype=dtype)
@@ -97,16 +97,13 @@ def test_a_chunk_without_tokens_is_left_alone(normal, form):
         operator.launch_linear_chunk(x, weight, None, counted(0), tiles=TILES[form])
 
 
-def quantized(weight: torch.Tensor, bits: int, group: int):
-    if bits == 4:
-        return quantize_int4(weight, group)
-    return quantize_groups(weight, group) if group else quantize_int8(weight)
-
-
 @pytest.mark.parametrize(
     "bits, group, outputs, inputs",
-    [(4, 64, 70, 256), (4, 32, 33, 416), (4, 64, 33, 448), (8, 0, 70, 200), (8, 32, 70, 224)],
-)
+    [
+        (4, 64, 70, 256), (4, 32, 33, 416), (4, 64, 33, 448), (8, 0, 70, 200), (8, 32, 70, 224),
+        ("fp8", 0, 70, 200), ("fp8", 128, 70, 384),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("scales", [None, torch.float16, torch.float32])
 def test_dequantized_weights_are_the_reference_s(normal, bits, group, outputs, inputs, scales):
     weight, scale = quantized(normal(outputs, inputs), bits, group)
@@ -119,8 +116,12 @@ def test_dequantized_weights_are_the_reference_s(normal, bits, group, outputs, i
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize(
-    "bits, group, inputs", [(4, 64, 256), (4, 32, 416), (4, 64, 448), (8, 0, 200), (8, 32, 224)]
-)
+    "bits, group, inputs",
+    [
+        (4, 64, 256), (4, 32, 416), (4, 64, 448), (8, 0, 200), (8, 32, 224), ("fp8", 0, 200),
+        ("fp8", 128, 384),
+    ],
+)  # fmt: skip
 def test_weights_dequantized_in_the_tile_give_the_same_bits(
     normal, bits, group, inputs, activation
 ):
@@ -128,19 +129,43 @@ def test_weights_dequantized_in_the_tile_give_the_same_bits(
     x, options = normal(70, inputs, dtype=torch.bfloat16), {"activation": activation}
     bias = normal(len(weight), dtype=torch.bfloat16)
     dense = operator.dequantize(weight, scale, inputs)
-    expected = operator.launch_linear_chunk(x, dense, bias, counted(70), **options)
+    left = scale if leaves_scale(weight, scale) else None
+    expected = operator.launch_linear_chunk(x, dense, bias, counted(70), **options, scale=left)
     for tiles in (None, WordTiles(64, 64), WordTiles(16, 64)):
         got = operator.launch_words(x, weight, scale, bias, counted(70), **options, tiles=tiles)
         if ON_GPU:
             assert torch.equal(got, expected)
         # The interpreter's sums are those of its blocks of inputs.
         assert_close(got, expected, torch.bfloat16)
+        right = reference.linear_chunk(x, weight, scale, bias, counted(70), **options)
+        assert_close(got, right, torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", TILES)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_every_tile_multiplies_by_the_scales_of_rows(normal, form, activation):
+    if TILES[form].extra and TILES[form].descriptors and activation is not None:
+        pytest.skip("a gated layer's tiles have no outputs beside")
+    outputs, inputs = (512, 1536) if ON_GPU else (72, 72)
+    rows = outputs * (1 if activation is None else 2)
+    x, weight = (normal(n, inputs, dtype=torch.bfloat16) for n in (100, rows))
+    scale, bias = normal(1, rows, scale=inputs**-0.5), normal(rows, dtype=torch.bfloat16)
+    options = {"activation": activation, "out_float32": True}
+    given = {"tiles": TILES[form], "scale": scale}
+    got = operator.launch_linear_chunk(x, weight, bias, counted(100), **options, **given)
+    scaled = weight.float() * scale.T
+    expected = reference.linear_chunk(x, scaled, None, bias, counted(100), **options)
+    assert_close(got, expected, torch.float32)
 
 
 def test_weights_may_be_rows_of_a_larger_matrix(normal):
     x, weight = normal(64, 128, dtype=torch.bfloat16), normal(96, 128, dtype=torch.bfloat16)
     whole = operator.linear_chunk(x, weight, None, None, counted(64))
     part = operator.linear_chunk(x, weight[32:64], None, None, counted(64))
+    assert torch.equal(part, whole[:, 32:64])
+    weight, scale = quantized(weight, "fp8")
+    whole = operator.linear_chunk(x, weight, scale, None, counted(64))
+    part = operator.linear_chunk(x, weight[32:64], scale[:, 32:64], None, counted(64))
     assert torch.equal(part, whole[:, 32:64])
 
 
@@ -157,6 +182,10 @@ def test_what_does_not_fit_is_refused(normal):
         )
     with pytest.raises(ValueError):
         operator.linear_chunk(x.float(), *quantize_int8(weight), None, counted(64))
+    with pytest.raises(ValueError, match="scale of shape .1, 64. for 96 rows"):
+        operator.launch_linear_chunk(x, weight, None, counted(64), scale=normal(1, 64))
+    with pytest.raises(ValueError, match="the weight with a scale is torch.bfloat16"):
+        operator.linear_chunk(x, weight, normal(1, 96), None, counted(64))
 
 
 def test_tiles_fit_shared_memory_and_descriptors_have_rows_of_whole_16_bytes():
