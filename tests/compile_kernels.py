@@ -1,17 +1,17 @@
-"""Compile for a Hopper GPU what a group of operators would launch, and see that exactly those
+"""Compile for a Hopper GPU what groups of operators would launch, and see that exactly those
 kernels wait for others that say so.
 
-`python tests/compile_kernels.py linear` prints how many different kernels that were. It takes
-Triton, and no GPU. A second argument is a directory that it writes each kernel's PTX to, as
+`python tests/compile_kernels.py linear hybrids` prints how many different kernels each group has.
+It takes Triton, and no GPU. `--ptx` names a directory that it writes each kernel's PTX to, as
 NAME-HASH.ptx: the text without comments and places in source files, and a hash of that. So two
 commits have the same kernels if `ls` says the same of their directories.
 """
 
+import argparse
 import hashlib
 import importlib
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -43,12 +43,14 @@ OWN_STATE = {
 # Kernels of which some programs return before they wait, but never all of them.
 SOME_RETURN = {"attend_kernel"}
 OPTIONS = "num_warps", "num_stages", "maxnreg"
-compiled = set()
+# What tells kernels apart.
+Key = tuple[str, ...]
+compiled: set[Key] = set()
 
 
-def compile_launch(launch: Launch) -> None:
+def compile_launch(launch: Launch, ptx: Path | None) -> Key:
     """Compile a launch's kernel, with what is a constant for torch's compiler, any 1 among them,
-    and multiples of 16."""
+    and multiples of 16. Its PTX is written to the directory `ptx`, if there is one."""
     assert all(0 < size < 2**31 for size in launch.grid)
     kernel, named = launch.kernel, dict(launch.named)
     options = {name: named.pop(name) for name in OPTIONS if name in named}
@@ -80,8 +82,9 @@ def compile_launch(launch: Launch) -> None:
         if kernel.__name__ in WAITING and kind is ASTSource:
             given = {name: kind for name, kind in signature.items() if kind != "constexpr"}
             check_wait(kernel.__name__, code, given)
-        if len(sys.argv) > 2:
-            write_ptx(Path(sys.argv[2]), kernel.__name__, code)
+        if ptx is not None:
+            write_ptx(ptx, kernel.__name__, code)
+    return key
 
 
 def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
@@ -339,9 +342,19 @@ def sampler() -> None:
         module.sample_embed(logits, *sampling, *written)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    groups = linear, attention, attention_chunk, experts, positions, hybrids, chunks, sampler
+    names = {function.__name__: function for function in groups}
+    parser.add_argument("groups", nargs="+", choices=names)
+    parser.add_argument("--ptx", type=Path)
+    options = parser.parse_args()
+    for name in options.groups:
+        with torch.no_grad(), kept_launches() as launches:
+            names[name]()
+        kernels = {compile_launch(launch, options.ptx) for launch in launches}
+        print(name, len(kernels), flush=True)
+
+
 if __name__ == "__main__":
-    with torch.no_grad(), kept_launches() as launches:
-        globals()[sys.argv[1]]()
-    for launch in launches:
-        compile_launch(launch)
-    print(len(compiled))
+    main()
