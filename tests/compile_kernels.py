@@ -1,17 +1,17 @@
-"""Compile for a Hopper GPU what a group of operators would launch, and see that exactly those
+"""Compile for a Hopper GPU what groups of operators would launch, and see that exactly those
 kernels wait for others that say so.
 
-`python tests/compile_kernels.py linear` prints how many different kernels that were. It takes
-Triton, and no GPU. A second argument is a directory that it writes each kernel's PTX to, as
+`python tests/compile_kernels.py linear hybrids` prints how many different kernels each group has.
+It takes Triton, and no GPU. `--ptx` names a directory that it writes each kernel's PTX to, as
 NAME-HASH.ptx: the text without comments and places in source files, and a hash of that. So two
 commits have the same kernels if `ls` says the same of their directories.
 """
 
+import argparse
 import hashlib
 import importlib
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -44,12 +44,14 @@ OWN_STATE = {
 # Kernels of which some programs return before they wait, but never all of them.
 SOME_RETURN = {"attend_kernel"}
 OPTIONS = "num_warps", "num_stages", "maxnreg"
-compiled = set()
+# What tells kernels apart, and the PTX of those that are compiled.
+Key = tuple[str, ...]
+compiled: dict[Key, str] = {}
 
 
-def compile_launch(launch: Launch) -> str | None:
+def compile_launch(launch: Launch, ptx: Path | None) -> Key:
     """Compile a launch's kernel, with what is a constant for torch's compiler, any 1 among them,
-    and multiples of 16. Returns its PTX, None if it was compiled before."""
+    and multiples of 16. Its PTX is written to the directory `ptx`, if there is one."""
     assert all(0 < size < 2**31 for size in launch.grid)
     kernel, named = launch.kernel, dict(launch.named)
     options = {name: named.pop(name) for name in OPTIONS if name in named}
@@ -72,7 +74,6 @@ def compile_launch(launch: Launch) -> str | None:
             attributes[(i,)] = [["tt.divisibility", 16]]
     key = kernel.__name__, *map(str, (signature, constants, attributes, options))
     if key not in compiled:
-        compiled.add(key)
         kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
         source = kind(kernel, signature, constants, attributes)
         code = triton.compile(source, target=TARGET, options=options).asm["ptx"]
@@ -81,10 +82,10 @@ def compile_launch(launch: Launch) -> str | None:
         if kernel.__name__ in WAITING and kind is ASTSource:
             given = {name: kind for name, kind in signature.items() if kind != "constexpr"}
             check_wait(kernel.__name__, code, given)
-        if len(sys.argv) > 2:
-            write_ptx(Path(sys.argv[2]), kernel.__name__, code)
-        return code
-    return None
+        if ptx is not None:
+            write_ptx(ptx, kernel.__name__, code)
+        compiled[key] = code
+    return key
 
 
 def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
@@ -421,12 +422,23 @@ def sampler() -> None:
         module.sample_embed(logits, *sampling, *written)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    groups = (
+        linear, attention, attention_chunk, drafts, experts, positions, hybrids, chunks, sampler,
+    )  # fmt: skip
+    names = {function.__name__: function for function in groups}
+    parser.add_argument("groups", nargs="+", choices=names)
+    parser.add_argument("--ptx", type=Path)
+    options = parser.parse_args()
+    for name in options.groups:
+        with torch.no_grad(), kept_launches() as launches:
+            names[name]()
+        kernels = dict.fromkeys(compile_launch(launch, options.ptx) for launch in launches)
+        if name == "drafts":
+            check_drafts([compiled[key] for key in kernels if key[0] == "attend_kernel"])
+        print(name, len(kernels), flush=True)
+
+
 if __name__ == "__main__":
-    with torch.no_grad(), kept_launches() as launches:
-        globals()[sys.argv[1]]()
-    codes = {"attend_kernel": []}
-    for launch in launches:
-        codes.setdefault(launch.kernel.__name__, []).append(compile_launch(launch))
-    if sys.argv[1] == "drafts":
-        check_drafts(codes["attend_kernel"])
-    print(len(compiled))
+    main()

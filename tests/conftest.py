@@ -1,5 +1,6 @@
 """Artifacts that many tests share, exported once in a run by the real command line."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -60,6 +61,20 @@ LAST_OF_SLOW = "export/test_families.py"
 
 def parameters_of(item: pytest.Item) -> list:
     return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files that have none of the fast tests are not imported for them. Whatever is ignored for
+    another reason still is."""
+    name = collection_path.relative_to(ROOT / "tests").as_posix()
+    return True if config.option.markexpr == "fast" and name in SLOW_FILES else None
+
+
+def pytest_collection_finish() -> None:
+    """What the tests' files have imported stays. No collection of garbage looks at it again: that
+    would take most of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

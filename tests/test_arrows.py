@@ -40,18 +40,21 @@ def imports_of(module: str) -> set[str]:
     return found
 
 
-IMPORTS = {module: imports_of(module) for module in FILES}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """What each module imports of the others."""
+    return {module: imports_of(module) for module in FILES}
 
 
-def violations(source: str, *targets: str) -> list[str]:
-    """The imports of modules under `source` that are of modules under one of `targets`."""
+def violations(imports: dict[str, set[str]], source: str, *targets: str) -> list[str]:
+    """The `imports` of modules under `source` that are of modules under one of `targets`."""
 
     def is_under(module: str, package: str) -> bool:
         return module == package or module.startswith(f"{package}.")
 
     return [
         f"{module} -> {imported}"
-        for module, found in IMPORTS.items()
+        for module, found in imports.items()
         if is_under(module, source)
         for imported in sorted(found)
         if any(is_under(imported, target) for target in targets)
@@ -72,13 +75,13 @@ def circles(imports: dict[str, set[str]]) -> dict[str, list[str]]:
     return {module: sorted(found & left.keys()) for module, found in left.items()}
 
 
-def test_imports_are_seen_wherever_they_stand():
+def test_imports_are_seen_wherever_they_stand(imports):
     assert all(any(module.startswith(f"{room}.") for module in FILES) for room in ROOMS)
     # At the top, of a package's module, and within a function.
-    assert {"runner.errors", "runner.compare"} <= IMPORTS["runner.run"]
-    assert "runner.engines.executorch_abi" in IMPORTS["runner.engines.executorch_runtime"]
+    assert {"runner.errors", "runner.compare"} <= imports["runner.run"]
+    assert "runner.engines.executorch_abi" in imports["runner.engines.executorch_runtime"]
     engines = {"runner.engines.inductor", "runner.engines.launches"}
-    assert engines <= IMPORTS["runner.model"]
+    assert engines <= imports["runner.model"]
 
 
 def test_circles_are_seen():
@@ -100,13 +103,14 @@ def test_circles_are_seen():
     ],
     ids=str,
 )
-def test_arrows_point_one_way(source, targets):
-    assert violations(source, *targets) == []
+def test_arrows_point_one_way(imports, source, targets):
+    assert violations(imports, source, *targets) == []
 
 
-def test_of_models_the_sampler_knows_only_the_kernels():
-    assert set(violations("sampler", "models")) == set(violations("sampler", "models.kernels"))
+def test_of_models_the_sampler_knows_only_the_kernels(imports):
+    found, kernels = (violations(imports, "sampler", name) for name in ("models", "models.kernels"))
+    assert set(found) == set(kernels)
 
 
-def test_there_are_no_circles():
-    assert circles(IMPORTS) == {}
+def test_there_are_no_circles(imports):
+    assert circles(imports) == {}

@@ -26,6 +26,7 @@ from tokenloop.export.methods import (
 from tokenloop.export.pte import block_cache as attention
 from tokenloop.export.pte import xnnpack_regions as xnnpack
 from tokenloop.export.pte.block_cache import UNIT, BlockCache, SlotLayout
+from tokenloop.export.pte.composite_operators import composite_operators_once
 from tokenloop.export.pte.lazy_graphs import lazy_graphs
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
@@ -173,6 +174,7 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
         return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
 
 
+@composite_operators_once()
 @lazy_graphs()
 def build_program(
     model: CausalLM, backend: str, constants: dict[str, int | bool | list[int]],
@@ -209,6 +211,7 @@ def build_program(
     return *link(program, selection.result()), places
 
 
+@composite_operators_once()
 @lazy_graphs()
 def to_program(
     methods: dict[str, ExportedProgram], constants: dict[str, int | bool | list[int]],

@@ -220,7 +220,7 @@ SEQUENCES = st.builds(
 # The loop
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     batch=st.integers(1, 5),
     max_prefill=st.integers(1, 5),

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
+from unittest import mock
 
 import triton
 from torch import Tensor
+from torch._library import triton as torch_triton
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.library import triton_op, wrap_triton
 from triton.experimental.gluon._runtime import GluonJITFunction
@@ -41,7 +43,10 @@ def operator(name: str, mutates_args: set[str] | None = None) -> Callable[[Calla
 
     def register(function: Callable) -> Callable:
         FUNCTIONS[f"tokenloop::{name}"] = function
-        return triton_op(f"tokenloop::{name}", mutates_args=mutates_args or {})(function)
+        # torch reads the source of all that an operator may call, for the kernels that it wraps.
+        # For all operators that takes two seconds, and there are none: `launch` is given them.
+        with mock.patch.object(torch_triton, "get_inner_triton_kernels", lambda _: [], create=True):
+            return triton_op(f"tokenloop::{name}", mutates_args=mutates_args or {})(function)
 
     return register
 
