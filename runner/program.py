@@ -4,6 +4,7 @@ Arrays are NumPy's or torch's, as the engine computes. B are the rows of a batch
 vocabulary, D the width of hidden, T the length of a chunk of a prompt.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -182,6 +183,14 @@ class Program(Protocol):
 
     def empty(self, *shape: int) -> Any:
         """Memory int64 of that shape, for tokens."""
+
+    def mark(self) -> Any:
+        """A mark behind all that was submitted until now."""
+        return time.perf_counter()
+
+    def seconds(self, begin: Any, end: Any) -> float | None:
+        """The time between two marks, or None as long as what is before the second is not done."""
+        return end - begin
 
 
 def can_wait(manifest: dict[str, Any]) -> bool:
