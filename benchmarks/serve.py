@@ -211,7 +211,8 @@ def benchmark(options: argparse.Namespace) -> dict:
     print(f"ceiling     the loop: {result['tok_s']['loop']:.1f} tok/s, {result['rows']} rows")
     for name, ratio in result["of_the_loop"].items():
         print(f"{name:<17} {result['tok_s'][name]:7.1f} tok/s, {ratio:.3f} of it ({target})")
-    print(f"all of {len(requests)} answered by {clients} clients, none with another text")
+    texts = f"{result['distinct_texts']} texts, all the loop's"
+    print(f"answers           all of {len(requests)} for {clients} clients, {texts}")
     for name, ms in result["processor_ms_of_a_token"].items():
         print(f"{name:<17} {ms:7.2f} ms of the processors for a token")
     between = result["between_chunks_ms"]
