@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.held_state import HeldStates
 from tokenloop.runner.logprobs import Logprobs, logprobs_of
 from tokenloop.runner.pace import Pace, Stall
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
 from tokenloop.runner.prefix_cache import PrefixCache
-from tokenloop.runner.program import Choice, Program, Selected, Step, can_wait
+from tokenloop.runner.program import Choice, Program, Selected, Step
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
 from tokenloop.runner.turn import Turn
@@ -80,7 +81,7 @@ class Loop:
         count = max(program.manifest["max_seq_len"], self.batch)
         self._table = self.transfers.upload(range(count))
         program.capture(self._table)
-        self._can_wait = can_wait(program.manifest)
+        self._held = HeldStates(program)
         self._pace = Pace(program)
 
     def variant(self, options: LoopOptions | None) -> LoopOptions:
@@ -114,8 +115,8 @@ class Loop:
 
         With `stall` a step does not wait longer than that for the prompts of sequences that join,
         or than one chunk takes. Where no byte depends on its size, a chunk has no more tokens than
-        take so long. The rest of a prompt is prefilled after the step, where the program can do
-        that; otherwise a step waits for a whole prompt. It changes no token. Neither does the
+        take so long. The rest of a prompt is prefilled after the step, where the state can be
+        reached; otherwise a step waits for a whole prompt. It changes no token. Neither does the
         `cache`, where beginnings of prompts are taken from and kept.
         """
         waiting, read = iter(sequences), [0] * self.batch
@@ -206,8 +207,9 @@ class Loop:
         if stall is not None:
             max_stall_s = self._pace.seconds(stall)
             # Where a prompt cannot wait between its chunks, fewer tokens would only take longer.
-            if stalled_since is not None and self._can_wait and self.program.packing:
+            if stalled_since is not None and self._held.can_wait and self.program.packing:
                 most = self._pace.tokens(max_stall_s)
+        self._held.put([prompt.row for prompt in prefill.part_done()])
         while prefill.prompts:
             given_up = [row for row, s in slots.waiting() if s.finish_reason is not None]
             for row in given_up:
@@ -234,12 +236,15 @@ class Loop:
                 stalled_since = now
             if max_stall_s is None or stalled_since is None:
                 continue
-            part_done = prefill.part_done()
-            if part_done and not self._can_wait:
-                continue
             # The next chunk takes as long as this one. A program that returns before it is done
             # does not say how long that is.
             if self.program.is_asynchronous or 2 * now - stalled_since - start > max_stall_s:
+                part_done = prefill.part_done()
+                if part_done and not (
+                    self._held.can_wait and self._held.keep([prompt.row for prompt in part_done])
+                ):
+                    most = None
+                    continue
                 for prompt in part_done:
                     slots.wait(prompt.row, prompt.first)
                 break

@@ -82,8 +82,8 @@ class Pace:
         # Larger ones are not known. A step beyond what is known is not a leap.
         size, taken = below
         if slope > 0:
-            return min(2 * size, size + int((seconds - taken) / slope))
-        return max(size + 1, min(2 * size, int(size * seconds / taken)))
+            return size + int(min(size, (seconds - taken) / slope))
+        return max(size + 1, int(min(2 * size, size * seconds / taken)))
 
     def _learn(self) -> None:
         """Note the times of what is done by now."""

@@ -193,14 +193,6 @@ class Program(Protocol):
         return end - begin
 
 
-def can_wait(manifest: dict[str, Any]) -> bool:
-    """Whether a prompt may wait between two of its chunks while other rows step: a step of its row
-    then writes what the next chunk overwrites. So it is where all state lies in caches by position.
-    A delta net's state goes on with every step."""
-    kinds = {tensor["name"].rpartition(".")[2] for tensor in manifest.get("state", [])}
-    return kinds <= CACHES | OF_NO_ROW
-
-
 def selection_method(requests: Iterable[Request], manifest: dict[str, Any]) -> str:
     """The method that chooses the next tokens of these requests: the cheapest that the artifact has
     of those that give all of them what they ask for."""

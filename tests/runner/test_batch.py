@@ -354,7 +354,7 @@ def test_sequences_that_come_late_and_are_prefilled_between_steps_give_what_they
     batch, max_prefill, sequences, gaps, options, can_wait
 ):
     loop = make_loop(batch, 27, max_prefill)
-    loop._can_wait = can_wait
+    loop._held.can_wait = can_wait
     coming, events = Coming(sequences, [*gaps, False]), {id(s): [] for s in sequences}
     for sequence in sequences:
         sequence.finish_reason = None

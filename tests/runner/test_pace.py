@@ -3,10 +3,12 @@
 import itertools
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.stateful import stateful_model
 from tests.threads import yielding_model
 from tests.timed import MULTIPLE, TimedProgram
 from tokenloop.runner.loop import Loop
@@ -92,18 +94,52 @@ def test_while_no_row_runs_chunks_are_whole_and_so_they_are_without_a_stall():
     loop = Loop(TimedProgram(4, chunk_s, STEP_S))
     gaps_of(loop, [Sequence([5] * 2000, 3) for _ in range(3)], 1, Stall(0))
     assert loop.program.chunks == [1024, 976] * 3
-    loop = Loop(TimedProgram(4, chunk_s, STEP_S))
-    gaps_of(loop, joining(3, 2000), 4, None)
-    assert max(loop.program.chunks) == 1024
+    for stall in None, Stall(1e308):
+        loop = Loop(TimedProgram(4, chunk_s, STEP_S))
+        gaps_of(loop, joining(3, 4000), 4, stall)
+        assert max(loop.program.chunks) == 1024
 
 
-def test_whole_prompts_are_chunks_where_a_prompt_cannot_wait():
+def test_whole_prompts_are_chunks_where_a_prompt_cannot_wait(monkeypatch):
     program = TimedProgram(4, chunk_s, STEP_S)
     program.manifest["state"] = [{"name": "layers.0.linear_attn.cache.recurrent"}]
-    loop = Loop(program)
-    gaps_of(loop, joining(3, 600), 4, Stall(0))
+    gaps_of(Loop(program), joining(3, 600), 4, Stall(0))
     # Those that come together share one.
     assert program.chunks == [609, 600, 600]
+    # Its state can be reached, and then there is no memory to keep it in.
+    program.state = {"layers.0.linear_attn.cache.recurrent": [np.zeros((4, 3, 2))]}
+    program.chunks.clear()
+    gaps_of(Loop(program), joining(3, 600, 500), 4, Stall(0))
+    assert program.chunks == [609, *[MULTIPLE] * 300]
+    program.chunks.clear()
+
+    def no_room(shape, like):
+        raise MemoryError
+
+    monkeypatch.setattr(program.transfers, "room", no_room)
+    sequences = joining(3, 600)
+    gaps_of(Loop(program), sequences, 4, Stall(0))
+    assert program.chunks == [609, MULTIPLE, 600 - MULTIPLE, MULTIPLE, 600 - MULTIPLE]
+    assert all(sequence.ids == sequence.expected() for sequence in sequences)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_state_that_goes_on_with_every_step_waits_for_its_prompts_next_chunk(packed):
+    model = stateful_model(3, "hybrid", packed)
+    prompts = [[5], [6], [7 + n % 3 for n in range(31)], [8] * 17, [9] * 30]
+    sequences = [Sequence(p, n) for p, n in zip(prompts, (25, 1, 3, 5, 4))]
+    calls, program = [], model.loop.program
+    for letter, name in (("P", "prefill"), ("P", "prefill_packed"), ("D", "decode")):
+        method = getattr(program, name)
+        setattr(program, name, lambda *a, m=method, x=letter: calls.append(x) or m(*a))
+    for sequence, token_id in model.loop.tokens(
+        sequences, 3, model.loop.variant(None), Stall(0)
+    ):  # fmt: skip
+        sequence.ids.append(token_id)
+    assert "PDPDPDPD" in "".join(calls) and "PP" not in "".join(calls)[3:]
+    for sequence in sequences:
+        alone = stateful_model(1, "hybrid", packed).generate(sequence.prompt_ids, sequence.limit)
+        assert sequence.ids == alone.run().token_ids
 
 
 def test_a_prompt_that_waits_sends_up_one_line_of_positions_a_step():

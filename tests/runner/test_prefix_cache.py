@@ -311,7 +311,7 @@ def test_a_tensor_of_no_row_is_left_alone():
     program.state["kernel_semaphores"] = [np.zeros(3, np.int32)]
     cache = PrefixCache(program, PLENTY)
     assert cache._rows.block_bytes == block_bytes()
-    assert Loop(program)._can_wait
+    assert Loop(program)._held.can_wait
 
 
 # Files
