@@ -40,6 +40,8 @@ NAME = re.compile(r"[^\s{}<]+")
 INTEGER = r"/-?(0|[1-9][0-9]{0,14})/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?([eE][+-]?[0-9]{1,2})?/"
 MOST_NESTED = 100
+# llguidance follows up to 2,000 ways at a time, and one that may be left out is three of them.
+MOST_PROPERTIES = 500
 # Of a pattern: what is escaped, a class, a group's beginning, and every other character.
 PIECES = re.compile(r"\\.|\[(?P<class>\^?\]?(?:\\.|[^\]\\])*)\]|\(\?.?|.", re.DOTALL)
 SETS = {r"\d": "[0-9]", r"\w": "[0-9A-Za-z_]", r"\s": r"[ \t\n\r\f\v]"}
@@ -221,6 +223,11 @@ class Values:
                 raise RunnerError(f"{where}.required has {json.dumps(key)[:80]}; it must be a name")
             # One that is not among the properties.
             schemas.setdefault(key, others)
+        if len(schemas) > MOST_PROPERTIES:
+            raise RunnerError(
+                f"{where}.properties has {len(schemas)}; {MOST_PROPERTIES} are the most in calls "
+                "as this artifact's chat template writes them"
+            )
         keys = sorted(schemas, key=str.lower)
         pairs = []
         for key in keys:

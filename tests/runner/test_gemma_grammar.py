@@ -188,6 +188,7 @@ for _ in range(150):
         ({"$ref": "https://x.de"}, "x.\\$ref is"),
         ({"$ref": "#/$defs/self"}, "which refers to itself"),
         (DEEP, "parameters is nested more than 100 deep"),
+        ({"required": list(map(str, range(501)))}, "x.properties has 501; 500 are the most in"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip

@@ -311,6 +311,16 @@ def test_what_gemmas_calls_cannot_have_is_refused_by_its_name(gemma):
         assert e.value.code == "unsupported_parameter"
 
 
+def test_what_is_nested_too_deeply_for_a_grammar_is_refused(gemma):
+    value: list = []
+    for _ in range(930):
+        value = [value]
+    parameters = {"properties": {"x": {"const": value}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(openai.BadRequestError, match="nested"):
+        gemma.chat.completions.create(**asked("", tools=[tool], tool_choice="required"))
+
+
 def test_calls_in_a_form_that_has_no_grammar_are_refused_where_they_must_come():
     template = "<tool_call><function=f>{{ tools }}{{ messages[0].content }}"
     with running(echo_model(template)) as server:
