@@ -11,6 +11,10 @@ from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Step, 
 from tokenloop.runner.request import Request
 from tokenloop.runner.restriction import Restriction
 
+# Lines of positions go up for so many steps at most, so that a sequence that joins costs little
+# however many tokens are to come.
+MOST_LINES = 512
+
 
 class Sequence(Protocol):
     """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
@@ -191,7 +195,8 @@ class Slots:
         if len(starts) == 1:
             return int(starts[0])
         if self._lines is None or self._line == len(self._lines):
-            ahead = np.arange(1 if self._prefilled.any() else steps.max())[:, None]
+            count = 1 if self._prefilled.any() else min(steps.max(), MOST_LINES)
+            ahead = np.arange(count)[:, None]
             lines = np.where(ahead < steps, starts + ahead, self._prefilled)
             out = self._program.step_inputs.get("lines")
             self._lines, self._line = self._program.transfers.upload(lines, out=out), 0

@@ -53,7 +53,7 @@ class Oracle(Program):
             "vocab_size": VOCABULARY, "methods": methods,
         }  # fmt: skip
         self.selected_by, self.loaded = [], []
-        self.state = np.full((batch, max_seq_len), -1)
+        self.contents = np.full((batch, max_seq_len), -1)
         self.decode_logits = np.zeros((batch, VOCABULARY), np.float32)
         self.prefill_logits = np.zeros((1, VOCABULARY), np.float32)
         names = "greedy", "sample", "sample_unfiltered"
@@ -75,8 +75,8 @@ class Oracle(Program):
         assert 1 <= tokens.size == positions.size <= self.max_prefill
         assert len(row) == (self.batch > 1)
         (where,) = row[0] if row else [0]
-        self.state[where, positions] = tokens[0]
-        self.prefill_logits[0] = logits_of(self.state[where, : positions[-1] + 1])
+        self.contents[where, positions] = tokens[0]
+        self.prefill_logits[0] = logits_of(self.contents[where, : positions[-1] + 1])
         return self.prefill_logits
 
     def decode(self, fed, position):
@@ -89,8 +89,8 @@ class Oracle(Program):
         assert (position.shape, position.dtype) == ((self.batch,), np.int64)
         self.positions.append(position.tolist())
         for row, (id_, at) in enumerate(zip(token[:, 0], position)):
-            self.state[row, at] = id_
-            self.decode_logits[row] = logits_of(self.state[row, : at + 1])
+            self.contents[row, at] = id_
+            self.decode_logits[row] = logits_of(self.contents[row, : at + 1])
         self.logits = self.decode_logits
         return self.decode_logits
 

@@ -145,12 +145,14 @@ def test_a_state_that_goes_on_with_every_step_waits_for_its_prompts_next_chunk(p
 def test_a_prompt_that_waits_sends_up_one_line_of_positions_a_step():
     loop = Loop(TimedProgram(2, chunk_s, STEP_S))
     copies, before = loop.transfers, loop.transfers.snapshot()
-    gaps_of(loop, [Sequence([5], 1500), Sequence([6], 1), Sequence([6] * 400, 2)], 2, Stall(0))
+    sequences = [Sequence([5], 1500), Sequence([6], 1), Sequence([6] * 400, 2)]
+    gaps_of(loop, sequences, 2, Stall(0))
     copied = copies.since(before).host_to_device
     waits = len(loop.program.chunks)
     assert waits > 90
-    # All lines go up as the first begins, and when the second has begun and ended.
-    assert copied.bytes < (3 * 1500 + waits + 3) * 2 * 8 + 1000
+    # As rows begin and end there are 512 at a time, for the first row's 1,500 steps.
+    assert copied.bytes < (1500 + 3 * 512 + waits) * 2 * 8 + 1000
+    assert [s.ids for s in sequences] == [s.expected() for s in sequences]
 
 
 @settings(max_examples=60, deadline=None)
