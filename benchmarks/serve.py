@@ -3,18 +3,17 @@ and to the server, whole and as streams, prints tokens a second, and one JSON li
 
 The ceiling is the loop: BatchGeneration over all requests, in a process of its own. The contenders
 take turns, and every round starts each of them anew, so that start to ready is measured too.
-Clients run on the same processors as the server. Texts must be equal.
+Clients run on the same processors as the server. Texts must be equal. With `--clients` each client
+asks anew when it has its answer. With `--join-tokens` it measures the time between two tokens, too,
+while prompts of so many tokens join (joining.py).
 """
 
 import argparse
 import asyncio
 import datetime
 import json
-import os
-import re
-import signal
+import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,32 +21,42 @@ from pathlib import Path
 from benchmarks.common import (
     DEFAULT_ARTIFACT,
     DEFAULT_TEXT,
-    ROOT,
     BenchmarkError,
     finish,
     machine,
     print_machine,
     run,
 )
+from benchmarks.joining import measure_joining
+from benchmarks.served import Served, ask_all
 
-START = re.compile(r" on http://127\.0\.0\.1:(\d+) ")
-TARGET = 0.95
+TARGET, TARGET_CUDA = 0.95, 0.97
+STEPS = 3
 
 
-def requests_of(artifact: Path, count: int) -> list[dict]:
-    """Greedy requests with prompts of 16 to 256 ids of a text, and 48 to 128 tokens of output."""
+def ids_of(artifact: Path) -> tuple[list[int], dict]:
+    """The ids of a text, and the manifest."""
     from tokenloop.runner.manifest import open_artifact
     from tokenloop.runner.tokenizer import Tokenizer
 
     found = open_artifact(artifact)
     tokenizer = Tokenizer(found.directory, found.manifest["tokenizer"], found.read)
-    ids = tokenizer.encode(DEFAULT_TEXT.read_text(encoding="utf-8")[:60_000])
+    text = DEFAULT_TEXT.read_text(encoding="utf-8")[:60_000]
+    return tokenizer.encode(text), found.manifest
+
+
+def requests_of(artifact: Path, count: int) -> list[dict]:
+    """Greedy requests with prompts of 16 to 256 ids of a text, or fewer where the context is short,
+    and 48 to 128 tokens of output."""
+    ids, manifest = ids_of(artifact)
     bos, ids = ids[:1], ids[1:]
-    sizes = [(15 + 48 * (n * 7 % 6), 48 + 16 * (n * 5 % 6)) for n in range(count)]
-    return [
-        {"prompt": bos + ids[n * 311 :][:size], "max_tokens": limit}
-        for n, (size, limit) in enumerate(sizes)
-    ]
+    longest = min(255, manifest["max_seq_len"] - 129)
+    draw, found = random.Random(0), []
+    for _ in range(count):
+        start, size = draw.randrange(len(ids) - longest), draw.randint(15, longest)
+        prompt = bos + ids[start : start + size]
+        found.append({"prompt": prompt, "max_tokens": draw.randint(48, 128)})
+    return found
 
 
 def offline(artifact: Path, requests: list[dict]) -> dict:
@@ -69,70 +78,16 @@ def offline(artifact: Path, requests: list[dict]) -> dict:
     }
 
 
-class Served:
-    """`runner/serve.py` in a process: its `port`, and `ready_s` from its start on."""
-
-    def __init__(self, artifact: Path, stall_ms: float):
-        command = [sys.executable, str(ROOT / "runner/serve.py"), "--port", "0"]
-        command += ["--artifact", str(artifact), "--max-stall-ms", str(stall_ms)]
-        start = time.perf_counter()
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        said = ""
-        for line in self.process.stderr:
-            said = line
-            if ready := START.search(line):
-                self.ready_s, self.port = time.perf_counter() - start, int(ready[1])
-                break
-        else:
-            raise BenchmarkError(f"the server: {said.strip()}")
-
-    def processor_s(self) -> float:
-        """Seconds of processors that it has used so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def close(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        # It logs each request.
-        self.process.communicate()
-
-
-async def ask(port: int, request: dict, stream: bool) -> tuple[str, int, list[float]]:
-    """Text, number of tokens, and when pieces of it came."""
-    options = {"stream_options": {"include_usage": True}} if stream else {}
-    body = json.dumps(request | {"temperature": 0, "stream": stream} | options).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
-    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    writer.write(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
-    status = await reader.readline()
-    while await reader.readline() != b"\r\n":
-        pass
-    if b" 200 " not in status:
-        raise BenchmarkError(f"the server: {(await reader.read()).decode()}")
-    text, times, usage = "", [], None
-    if stream:
-        while line := await reader.readline():
-            if line.startswith(b"data: {"):
-                event = json.loads(line.removeprefix(b"data: "))
-                usage = event["usage"] or usage
-                if event["choices"]:
-                    times.append(time.perf_counter())
-                    text += event["choices"][0]["text"]
-    else:
-        answer = json.loads(await reader.read())
-        text, usage = answer["choices"][0]["text"], answer["usage"]
-    writer.close()
-    return text, usage["completion_tokens"], times
-
-
-def measure_server(artifact: Path, requests: list[dict], stream: bool, stall_ms: float) -> dict:
-    """All requests at once, each from a client of its own."""
+def measure_server(
+    artifact: Path, requests: list[dict], clients: int, stream: bool, stall_ms: float | None
+) -> dict:
+    """All requests, of so many clients at once."""
     server = Served(artifact, stall_ms)
 
     async def everything() -> dict:
-        await ask(server.port, requests[0], stream)
+        await ask_all(server.port, requests[:1], 1, stream)
         start, before = time.perf_counter(), server.processor_s()
-        answers = await asyncio.gather(*(ask(server.port, r, stream) for r in requests))
+        answers = await ask_all(server.port, requests, clients, stream)
         seconds = time.perf_counter() - start
         gaps = [b - a for _, _, times in answers for a, b in zip(times, times[1:])]
         return {
@@ -171,10 +126,33 @@ def logprobs_ms(artifact: Path, repeats: int = 101) -> dict[str, float]:
     return found
 
 
+def print_joining(found: dict) -> None:
+    step, gaps, steps = found["step"], found["joining"], found["steps"]
+    print(f"floor       a step of {found['rows']} rows: {step['p50']:.2f} ms between two tokens")
+    print(
+        f"joining     prompts of {found['tokens']}: {gaps['p50']:.2f} ms, 99 % within "
+        f"{gaps['p99']:.2f} ms: {steps['p99']:.2f} steps ({STEPS})"
+    )
+    print(
+        f"            99.9 % within {gaps['p99.9']:.2f} ms; {gaps['joined']} joined, each after "
+        f"{gaps['joined_ms']:.0f} ms",
+        flush=True,
+    )
+
+
 def benchmark(options: argparse.Namespace) -> dict:
     artifact, found = options.artifact.resolve(), machine()
     print_machine(found)
     requests = requests_of(artifact, options.requests)
+    clients = options.clients or len(requests)
+    ids, manifest = ids_of(artifact)
+    joining = None
+    if options.join_tokens:
+        joining = measure_joining(
+            artifact, ids, manifest["batch"], options.join_tokens, manifest["max_seq_len"],
+            options.seconds, options.max_stall_ms,
+        )  # fmt: skip
+        print_joining(joining)
     again = ["-m", "benchmarks.serve", "--offline", "--artifact", artifact]
     again += ["--requests", options.requests]
     rounds: dict[str, list[dict]] = {"loop": [], "server": [], "server, streams": []}
@@ -183,7 +161,8 @@ def benchmark(options: argparse.Namespace) -> dict:
         done = run([sys.executable, *again], "the loop")
         rounds["loop"].append(json.loads(done.output.splitlines()[-1]))
         for name in ("server", "server, streams"):
-            measured = measure_server(artifact, requests, name != "server", options.max_stall_ms)
+            stream = name != "server"
+            measured = measure_server(artifact, requests, clients, stream, options.max_stall_ms)
             rounds[name].append(measured)
     expected = rounds["loop"][0]["texts"]
     for name, measured in rounds.items():
@@ -200,6 +179,9 @@ def benchmark(options: argparse.Namespace) -> dict:
         "artifact": artifact.name,
         "rows": rounds["loop"][0]["rows"],
         "requests": len(requests),
+        "clients": clients,
+        # Otherwise a text that is another request's would not show.
+        "distinct_texts": len(set(expected)),
         "prompt_tokens": sum(len(request["prompt"]) for request in requests),
         "new_tokens": rounds["loop"][0]["tokens"],
         "max_stall_ms": options.max_stall_ms,
@@ -219,14 +201,18 @@ def benchmark(options: argparse.Namespace) -> dict:
             f"p{p}": gaps[min(len(gaps) - 1, len(gaps) * p // 100)] for p in (50, 99)
         },
         "ready_s": [min(ready), statistics.median(ready), max(ready)],
+        "joining": joining,
         "logprobs_ms": logprobs_ms(artifact),
         "repeats": options.repeats,
         "machine": found,
         "date": datetime.date.today().isoformat(),
     }
+    target = TARGET_CUDA if manifest.get("device") == "cuda" else TARGET
     print(f"ceiling     the loop: {result['tok_s']['loop']:.1f} tok/s, {result['rows']} rows")
     for name, ratio in result["of_the_loop"].items():
-        print(f"{name:<17} {result['tok_s'][name]:7.1f} tok/s, {ratio:.3f} of it ({TARGET})")
+        print(f"{name:<17} {result['tok_s'][name]:7.1f} tok/s, {ratio:.3f} of it ({target})")
+    texts = f"{result['distinct_texts']} texts, all the loop's"
+    print(f"answers           all of {len(requests)} for {clients} clients, {texts}")
     for name, ms in result["processor_ms_of_a_token"].items():
         print(f"{name:<17} {ms:7.2f} ms of the processors for a token")
     between = result["between_chunks_ms"]
@@ -242,7 +228,13 @@ def main() -> int:
     parser.add_argument("--artifact", type=Path, default=DEFAULT_ARTIFACT)
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-stall-ms", type=float, default=100)
+    parser.add_argument("--max-stall-ms", type=float, help="(default: the server's)")
+    parser.add_argument("--clients", type=int, help="at a time (default: one for each request)")
+    parser.add_argument(
+        "--join-tokens", type=int, default=0, metavar="N",
+        help="measure the time between tokens while prompts of N tokens join, too",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=10, help="how long that takes")
     parser.add_argument("--save", type=Path, help="a file for the JSON line")
     parser.add_argument("--offline", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -252,7 +252,7 @@ def export(
                 if note is not None:
                     process.say(f"{family.command}: note: {note}")
         else:
-            tokenizer = write_byte_tokenizer(directory)
+            tokenizer = write_byte_tokenizer(directory, config.vocab_size)
 
         # 2. Weights, one tensor at a time.
         if options.random_weights is not None:

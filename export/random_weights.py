@@ -1,6 +1,6 @@
 """A network that is only a config.json, to measure how fast the network would be.
 
-The runner makes the weights up when it loads them. The network's tokens are bytes.
+The runner makes the weights up when it loads them. The network's first 256 tokens are bytes.
 """
 
 from pathlib import Path
@@ -20,10 +20,15 @@ def open_config(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", read_config(path), (path,), {})
 
 
-def write_byte_tokenizer(directory: Path) -> dict:
-    """Write a tokenizer.json whose ids 0 to 255 are the bytes, and return the manifest's entry."""
+def write_byte_tokenizer(directory: Path, vocab_size: int = 256) -> dict:
+    """Write a tokenizer.json whose ids 0 to 255 are the bytes, and return the manifest's entry. The
+    others are no text's, and each is printed as its number after a space: outputs differ, and a
+    server has something to send."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    vocabulary = {byte: i for i, byte in enumerate(alphabet)}
+    # Ġ is the byte of a space.
+    vocabulary |= {f"Ġ{i}": i for i in range(len(alphabet), vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(directory / "tokenizer.json"))

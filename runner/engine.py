@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.loop import LoopOptions
 from tokenloop.runner.model import Model, cache_of
+from tokenloop.runner.pace import Stall
 from tokenloop.runner.request import Request, is_integer, is_number
 from tokenloop.runner.ticket import Ticket
 
@@ -59,12 +60,12 @@ class Engine:
 
     def __init__(
         self, model: Model, rows: int | None = None, max_queue: int = 256,
-        max_stall_s: float = 0.1, options: LoopOptions | None = None,
+        max_stall_s: float | None = None, options: LoopOptions | None = None,
         prefix_cache_mb: float | None = 0,
     ):  # fmt: skip
         """At most `rows` run at a time, by default as many as the model has, and `max_queue` more
-        wait. Rows that run stand still for the prompts of others for `max_stall_s` at most, or for
-        as long as one chunk takes (Loop.tokens).
+        wait. Rows that run stand still for the prompts of others for `max_stall_s` at most, by
+        default for as long as two steps take, or for as long as one chunk takes (Loop.tokens).
 
         `prefix_cache_mb` megabytes (1e6 bytes) of the device's memory are for beginnings of
         prompts, which later ones then need not compute; with 0 there is the model's prefix cache,
@@ -79,10 +80,10 @@ class Engine:
             raise RunnerError(f"rows is {rows!r}; it must be 1 to {model.batch}")
         if not is_integer(max_queue) or max_queue < 0:
             raise RunnerError(f"max_queue is {max_queue!r}; it must be at least 0")
-        if not is_number(max_stall_s) or max_stall_s < 0:
+        if max_stall_s is not None and not (is_number(max_stall_s) and max_stall_s >= 0):
             raise RunnerError(f"max_stall_s is {max_stall_s!r}; it must be at least 0")
         self.model, self.rows, self.max_queue = model, rows, max_queue
-        self._max_stall_s, self._options = max_stall_s, model.loop.variant(options)
+        self._stall, self._options = Stall(max_stall_s), model.loop.variant(options)
         # Under the lock of `_changed`: who waits, who has a row or had one until just now, and
         # whether it goes on.
         self._changed = threading.Condition()
@@ -222,7 +223,7 @@ class Engine:
         """Run what waits, and what comes meanwhile, until there is nothing left."""
         joining = Joining(self._next)
         for ticket, token_id in self.model.loop.tokens(
-            joining, self.rows, self._options, self._max_stall_s, self.prefix_cache
+            joining, self.rows, self._options, self._stall, self.prefix_cache
         ):
             self._new_tokens += 1
             ticket.put(token_id)

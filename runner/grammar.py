@@ -3,6 +3,8 @@
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
@@ -15,6 +17,10 @@ WHITE_SPACE = r" ?|\n {0,32}"
 JSON_FAULT = "failed to compile JSON schema: "
 # So many grammars are kept as they are compiled.
 KEPT = 64
+# llguidance compiles rules within rules as deep as they are, and a stack that is used up ends the
+# process. It takes 65,000 rules at most. Of this memory only what is used is taken.
+STACK_BYTES = 1 << 30
+STACK_LOCK = threading.Lock()
 
 
 def json_rule(schema: dict | bool) -> str:
@@ -68,7 +74,7 @@ class Grammars:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = read_vocabulary(self._tokenizer, self._vocab_size)
-        matcher = LLMatcher(self._vocabulary, text, log_level=0)
+        matcher = with_deep_stack(lambda: LLMatcher(self._vocabulary, text, log_level=0))
         if matcher.is_error():
             raise RunnerError(f"{name} cannot be followed: {reason_of(matcher.get_error())}")
         with self._lock:
@@ -76,6 +82,29 @@ class Grammars:
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return matcher.deep_copy()
+
+
+def with_deep_stack(work: Callable[[], Any]) -> Any:
+    """What `work` gives, in a thread whose stack has STACK_BYTES. Errors: those of `work`, and
+    RunnerError where there is no such thread to be had."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # The size is that of all threads which begin from now on.
+    with STACK_LOCK:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="tokenloop grammar", daemon=True).start()
+        except RuntimeError:
+            raise RunnerError("a grammar cannot be compiled: there is no memory for it") from None
+        finally:
+            threading.stack_size(before)
+    return done.result()
 
 
 def reason_of(error: str) -> str:

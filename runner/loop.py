@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.held_state import HeldStates
 from tokenloop.runner.logprobs import Logprobs, logprobs_of
+from tokenloop.runner.pace import Pace, Stall
 from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
 from tokenloop.runner.prefix_cache import PrefixCache
-from tokenloop.runner.program import Choice, Program, Selected, Step, can_wait
+from tokenloop.runner.program import Choice, Program, Selected, Step
 from tokenloop.runner.request import is_integer, shown
 from tokenloop.runner.slots import Sequence, Slots
 from tokenloop.runner.speculation import SPECULATIONS, DraftCounts, Rounds, can_speculate
@@ -102,7 +104,8 @@ class Loop:
         count = max(program.manifest["max_seq_len"], self.batch)
         self._table = self.transfers.upload(range(count))
         program.capture(self._table)
-        self._can_wait = can_wait(program.manifest)
+        self._held = HeldStates(program)
+        self._pace = Pace(program)
         self._default = self.variant(LoopOptions())
 
     def variant(self, options: LoopOptions | None) -> LoopOptions:
@@ -129,7 +132,7 @@ class Loop:
 
     def tokens(
         self, sequences: Iterable[Sequence], used: int, options: LoopOptions,
-        max_stall_s: float | None = None, cache: PrefixCache | None = None,
+        stall: Stall | None = None, cache: PrefixCache | None = None,
     ) -> Iterator[tuple[Sequence, int]]:  # fmt: skip
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
@@ -140,10 +143,11 @@ class Loop:
         dropped. The caller keeps len(prompt_ids) + limit within max_seq_len, both being at least 1,
         and has `options` from `variant`.
 
-        With `max_stall_s` a step does not wait longer than that for the prompts of sequences that
-        join, or than one chunk takes. The rest of a prompt is prefilled after the step, where the
-        program can do that; otherwise a step waits for a whole prompt. It changes no token. Neither
-        does the `cache`, where beginnings of prompts are taken from and kept.
+        With `stall` a step does not wait longer than that for the prompts of sequences that join,
+        or than one chunk takes. Where no byte depends on its size, a chunk has no more tokens than
+        take so long. The rest of a prompt is prefilled after the step, where the state can be
+        reached; otherwise a step waits for a whole prompt. It changes no token. Neither does the
+        `cache`, where beginnings of prompts are taken from and kept.
         """
         if options.speculate is not None:
             yield from self._speculated(sequences, options, cache)
@@ -162,7 +166,7 @@ class Loop:
             if not slots.occupied():
                 return
             prefills = bool(prefill.prompts)
-            joined = self._first_tokens(slots, steps, prefill, max_stall_s)
+            joined = self._first_tokens(slots, steps, prefill, stall)
             for row in joined:
                 read[row] = 0
             if prefills and not self.program.is_asynchronous:
@@ -174,8 +178,13 @@ class Loop:
             unread = steps.unread()
             self.transfers.prefetch(unread)
             restricted = slots.restricted()
-            if ahead:
-                self.steps += steps.begin_step() if restricted else steps.submit()
+            # A step is measured where it is asked how long rows may stand still.
+            begin = self.program.mark() if prefills and stall is not None else None
+            count = 0
+            if ahead and restricted:
+                count = steps.begin_step()
+            elif ahead:
+                self._submit(steps, begin)
             ids = self.transfers.download(unread)
             if prefills and self.program.is_asynchronous:
                 # The first tokens are there, whether the next step is or not.
@@ -192,6 +201,7 @@ class Loop:
                     slots.see(row, token_id)
                 if ahead:
                     steps.end_step()
+                    self._note_steps(count, begin)
             # 3. Sequences that are finished leave.
             for row, sequence, token_id in arrived:
                 if slots.sequence(row) is not sequence:
@@ -204,7 +214,17 @@ class Loop:
                 if sequence.finish_reason is not None or read[row] == sequence.limit:
                     slots.leave(row)
             if not ahead:
-                self.steps += steps.submit(ids if options.feed == "host" else None)
+                begin = None if begin is None else self.program.mark()
+                self._submit(steps, begin, ids if options.feed == "host" else None)
+
+    def _submit(self, steps: "Steps", begin: Any, ids: list[int] | None = None) -> None:
+        self._note_steps(steps.submit(ids), begin)
+
+    def _note_steps(self, count: int, begin: Any) -> None:
+        """So many steps were submitted, and are measured if there is a mark before them."""
+        self.steps += count
+        if begin is not None:
+            self._pace.add_steps(count, begin, self.program.mark())
 
     def _speculated(
         self, sequences: Iterable[Sequence], options: LoopOptions, cache: PrefixCache | None
@@ -239,12 +259,19 @@ class Loop:
         return PackedPrefill(self.program, cache)
 
     def _first_tokens(
-        self, slots: Slots, steps: "Steps", prefill: Prefill, max_stall_s: float | None
+        self, slots: Slots, steps: "Steps", prefill: Prefill, stall: Stall | None
     ) -> set[int]:
         """Prefill the prompts that wait, as long as rows that have begun may stall; the rows that
         begin now."""
         begun: set[int] = set()
         stalled_since = time.perf_counter() if slots.begun() else None
+        max_stall_s = most = None
+        if stall is not None:
+            max_stall_s = self._pace.seconds(stall)
+            # Where a prompt cannot wait between its chunks, fewer tokens would only take longer.
+            if stalled_since is not None and self._held.can_wait and self.program.packing:
+                most = self._pace.tokens(max_stall_s)
+        self._held.put([prompt.row for prompt in prefill.part_done()])
         while prefill.prompts:
             given_up = [row for row, s in slots.waiting() if s.finish_reason is not None]
             for row in given_up:
@@ -253,7 +280,8 @@ class Loop:
             if given_up:
                 continue
             start = time.perf_counter()
-            for prompt, logits in prefill.advance():
+            begin = None if most is None else self.program.mark()
+            for prompt, logits in prefill.advance(most):
                 if prompt.is_done:
                     slots.sequence(prompt.row).cached_tokens = prompt.cached
                     slots.begin(prompt.row)
@@ -263,17 +291,22 @@ class Loop:
                     sequence, next_id = slots.sequence(prompt.row), prompt.ids[prompt.first]
                     found = logprobs_of(logits[0], next_id, sequence.request.logprobs)
                     sequence.prompt_logprobs.append(found)
+            if begin is not None:
+                self._pace.add_chunk(prefill.taken, begin, self.program.mark())
             now = time.perf_counter()
             if stalled_since is None and begun:
                 stalled_since = now
             if max_stall_s is None or stalled_since is None:
                 continue
-            part_done = prefill.part_done()
-            if part_done and not self._can_wait:
-                continue
             # The next chunk takes as long as this one. A program that returns before it is done
             # does not say how long that is.
             if self.program.is_asynchronous or 2 * now - stalled_since - start > max_stall_s:
+                part_done = prefill.part_done()
+                if part_done and not (
+                    self._held.can_wait and self._held.keep([prompt.row for prompt in part_done])
+                ):
+                    most = None
+                    continue
                 for prompt in part_done:
                     slots.wait(prompt.row, prompt.first)
                 break

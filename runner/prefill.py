@@ -50,6 +50,8 @@ class Prefill:
         """`cache` has the beginnings of earlier prompts, and gets those of these."""
         self.program, self._cache = program, cache
         self.prompts: list[Prompt] = []
+        # Of the newest chunk.
+        self.taken = 0
 
     def add(self, row: int, ids: list[int], by_token: bool = False) -> None:
         """Let a prompt wait for its turn. `by_token` is for a program that has logits."""
@@ -66,9 +68,11 @@ class Prefill:
         """The prompts of which a beginning is prefilled."""
         return [prompt for prompt in self.prompts if prompt.first]
 
-    def advance(self) -> list[tuple[Prompt, Any]]:
-        """Prefill one more chunk. Returns the prompts that are done with it, or go by tokens, and
-        the logits float32 [1, V] after what is prefilled, which are valid until the next call."""
+    def advance(self, most: int | None = None) -> list[tuple[Prompt, Any]]:
+        """Prefill one more chunk, of at most so many tokens where no byte depends on its size.
+        Returns the prompts that are done with it, or go by tokens, and the logits float32 [1, V]
+        after what is prefilled, which are valid until the next call. `taken` is then the number of
+        its tokens."""
         raise NotImplementedError
 
     def _begin(self, prompt: Prompt) -> None:
@@ -108,14 +112,16 @@ class ChunkedPrefill(Prefill):
         # The ids int64 [1, N] of the first prompt: they go up once, and chunks are views of them.
         self._ids: Any = None
 
-    def advance(self) -> list[tuple[Prompt, Any]]:
+    def advance(self, most: int | None = None) -> list[tuple[Prompt, Any]]:
+        # Rounding depends on a chunk's size, which is therefore the same without other rows.
         prompt, upload = self.prompts[0], self.program.transfers.upload
         if not prompt.has_begun:
             self._begin(prompt)
             self._ids = upload([prompt.ids])
         start = prompt.first
         chunk = self._ids[:, start : start + (1 if prompt.by_token else self._most)]
-        prompt.first += chunk.shape[1]
+        self.taken = chunk.shape[1]
+        prompt.first += self.taken
         positions = self._table[start : prompt.first]
         if self._from_host:
             positions = upload(range(start, prompt.first))
@@ -174,10 +180,14 @@ class PackedPrefill(Prefill):
     """Prompts that come together share chunks, without padding between them. Where a chunk begins
     always goes up with its tokens. `program` has `packing`."""
 
-    def advance(self) -> list[tuple[Prompt, Any]]:
-        prompts = {prompt.row: prompt for prompt in self._ready()}
+    def advance(self, most: int | None = None) -> list[tuple[Prompt, Any]]:
+        capacity, parts, multiple = self.program.packing
+        if most is not None:
+            capacity = max(multiple, min(capacity, most))
+        prompts = {prompt.row: prompt for prompt in self._ready(capacity, parts)}
         left = list(prompts.values())
-        chunk = next_chunk(left, *self.program.packing)
+        chunk = next_chunk(left, capacity, parts, multiple)
+        self.taken = sum(len(part.ids) for part in chunk)
         logits = self.program.prefill_packed(chunk)
         for part in chunk:
             self._keep(prompts[part.row])
@@ -185,10 +195,9 @@ class PackedPrefill(Prefill):
         ended = [(i, part) for i, part in enumerate(chunk) if part.ends]
         return [(prompts[part.row], logits[i : i + 1]) for i, part in ended]
 
-    def _ready(self) -> list[Prompt]:
+    def _ready(self, capacity: int, parts: int) -> list[Prompt]:
         """The prompts that the next chunk may be of, which have begun, in their order. One that
         begins as another one ahead of it does waits until that one's beginning is kept."""
-        capacity, parts, _ = self.program.packing
         ready: list[Prompt] = []
         for prompt in self.prompts:
             if prompt.keys and not prompt.has_begun:

@@ -4,6 +4,7 @@ Arrays are NumPy's or torch's, as the engine computes. B are the rows of a batch
 vocabulary, D the width of hidden, T the length of a chunk of a prompt.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -198,13 +199,13 @@ class Program(Protocol):
     def empty(self, *shape: int) -> Any:
         """Memory int64 of that shape, for tokens."""
 
+    def mark(self) -> Any:
+        """A mark behind all that was submitted until now."""
+        return time.perf_counter()
 
-def can_wait(manifest: dict[str, Any]) -> bool:
-    """Whether a prompt may wait between two of its chunks while other rows step: a step of its row
-    then writes what the next chunk overwrites. So it is where all state lies in caches by position.
-    A delta net's state goes on with every step."""
-    kinds = {tensor["name"].rpartition(".")[2] for tensor in manifest.get("state", [])}
-    return kinds <= CACHES | OF_NO_ROW
+    def seconds(self, begin: Any, end: Any) -> float | None:
+        """The time between two marks, or None as long as what is before the second is not done."""
+        return end - begin
 
 
 def selection_method(requests: Iterable[Request], manifest: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_when_interrupted()
 
 import argparse
+import gc
 import os
 import re
 import socket
@@ -21,7 +22,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.run import DEFAULT_ARTIFACT, add_loading, flag_of, reason
 
 HOST, PORT = "127.0.0.1", 8000
-MAX_QUEUE, MAX_STALL_MS, TIMEOUT_S, PREFIX_CACHE_MB = 256, 100, 600, 256
+MAX_QUEUE, TIMEOUT_S, PREFIX_CACHE_MB = 256, 600, 256
 KEY_VARIABLE = "TOKENLOOP_API_KEY"
 # What those that run have when the server is told to end.
 GRACE_S = 5
@@ -49,9 +50,9 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         help="how many requests may wait for a row; more are answered with status 429",
     )  # fmt: skip
     parser.add_argument(
-        "--max-stall-ms", type=float, default=MAX_STALL_MS, metavar="MS",
+        "--max-stall-ms", type=float, default=argparse.SUPPRESS, metavar="MS",
         help="how long running rows stand still for others' prompts between two steps: so long at "
-        "most, or as long as one chunk takes",
+        "most, or as long as one chunk takes (default: as long as two steps take)",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, default=TIMEOUT_S, metavar="S",
@@ -70,8 +71,8 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     for name, least in (("threads", 1), ("max_queue", 0)):
         if (value := getattr(options, name)) is not None and value < least:
             parser.error(f"{flag_of(name)} is {value}; it must be at least {least}")
-    if not 0 <= options.max_stall_ms < float("inf"):
-        stall = options.max_stall_ms
+    options.max_stall_ms = stall = getattr(options, "max_stall_ms", None)
+    if stall is not None and not 0 <= stall < float("inf"):
         parser.error(f"--max-stall-ms is {stall}; it must be a finite number, 0 or more")
     options.prefix_cache_mb = cache = getattr(options, "prefix_cache_mb", None)
     if cache is not None and not 0 <= cache < float("inf"):
@@ -139,14 +140,17 @@ def serve(options: argparse.Namespace) -> int:
     settings = Settings(name, options.api_key, options.timeout, only_here, options.log_prompts)
     if not only_here and options.api_key is None:
         process.say(f"{options.program}: warning: whoever reaches {host} can use it: --api-key")
+    stall = options.max_stall_ms
     with Engine(
-        model, max_queue=options.max_queue, max_stall_s=options.max_stall_ms / 1000,
+        model, max_queue=options.max_queue, max_stall_s=None if stall is None else stall / 1000,
         prefix_cache_mb=options.prefix_cache_mb,
     ) as engine:  # fmt: skip
         host = f"[{host}]" if ":" in host else host
         rows = f"{engine.rows} row{'s' * (engine.rows > 1)}"
 
         def ready() -> None:
+            # What is there now stays, and looking through it takes longer than a step.
+            gc.freeze()
             seconds = time.perf_counter() - start
             process.say(f"{name}, {rows}, on http://{host}:{port} after {seconds:.1f} s")
 

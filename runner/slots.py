@@ -11,6 +11,10 @@ from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Step, 
 from tokenloop.runner.request import Request
 from tokenloop.runner.restriction import Restriction
 
+# Lines of positions go up for so many steps at most, so that a sequence that joins costs little
+# however many tokens are to come.
+MOST_LINES = 512
+
 
 class Sequence(Protocol):
     """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
@@ -56,6 +60,7 @@ class Slots:
         self._prefilled = np.zeros(count, np.int64)
         # Lines of positions for the steps to come, and the next one's number. They hold until a
         # sequence joins or leaves early; those of a single row are the table, and always hold.
+        # While a prompt waits for its next chunk, which moves on with every step, there is one.
         self._lines = table[:, None] if count == 1 else None
         self._line = 0
         self._values: dict[str, list] = {}
@@ -189,8 +194,9 @@ class Slots:
         so many `steps`."""
         if len(starts) == 1:
             return int(starts[0])
-        if self._lines is None:
-            ahead = np.arange(steps.max())[:, None]
+        if self._lines is None or self._line == len(self._lines):
+            count = 1 if self._prefilled.any() else min(steps.max(), MOST_LINES)
+            ahead = np.arange(count)[:, None]
             lines = np.where(ahead < steps, starts + ahead, self._prefilled)
             out = self._program.step_inputs.get("lines")
             self._lines, self._line = self._program.transfers.upload(lines, out=out), 0

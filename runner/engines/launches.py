@@ -259,6 +259,14 @@ class LaunchProgram(Program):
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int64, device=self._device)
 
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
+        return begin.elapsed_time(end) / 1e3 if end.query() else None
+
     def _fed(self, buffer: int) -> Tensor:
         """What a step is fed that follows `select` into this buffer."""
         return self._buffers[buffer][self.embedding]

@@ -43,7 +43,7 @@ class Chats:
 
     def reader(self, fields: ChatFields, is_open: bool) -> Reader:
         """What divides a choice's text."""
-        return Reader(self.reasoning, self._calls_of(fields), is_open)
+        return Reader(self.reasoning, self._calls_of(fields), is_open, fields.must_call)
 
     def _calls_of(self, fields: ChatFields) -> CallFormat | None:
         return None if fields.given_tools is None else self.calls

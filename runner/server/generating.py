@@ -55,6 +55,8 @@ class Generating:
             tickets = self._submit(fields, prompts, grammar, param)
         except RunnerError as error:
             raise ApiError(400, str(error), param) from None
+        except RecursionError:
+            raise ApiError(400, "the body is nested too deeply") from None
         is_chat = isinstance(fields, ChatFields)
         answer = Answer(
             self._name, self._fingerprint, tickets, self._model.tokenizer,

@@ -55,21 +55,22 @@ class ReasoningFormat:
 class CallFormat:
     """A call is between the texts `begin` and `end`, and begins with `opening`. `quotes` counts
     the marks in a piece that begin or end a string, in which `end` is text. `read` gives the call,
-    or None for what is none. `markers` are as of reasoning."""
+    or None for what is none; it is told whether a key may stand there twice. `markers` are as of
+    reasoning."""
 
     name: str
     begin: str
     end: str
     opening: str
     quotes: Callable[[str], int]
-    read: Callable[[str], Call | None]
+    read: Callable[[str, bool], Call | None]
     markers: tuple[str, ...]
 
 
-def read_json_call(text: str) -> Call | None:
+def read_json_call(text: str, may_repeat: bool = False) -> Call | None:
     """A call that is a JSON object."""
     try:
-        call = json.loads(text, object_pairs_hook=_once)
+        call = json.loads(text, object_pairs_hook=dict if may_repeat else _once)
         if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
             return None
         return _call(call["name"], call["arguments"])
@@ -78,7 +79,7 @@ def read_json_call(text: str) -> Call | None:
         return None
 
 
-def read_gemma_call(text: str) -> Call | None:
+def read_gemma_call(text: str, may_repeat: bool = False) -> Call | None:
     """A call whose strings stand between <|"|>, and whose keys mostly stand bare."""
     found = re.fullmatch(r"call:([^\s{}]+)(\{.*\})", text.strip(), re.DOTALL)
     if found is None:
@@ -91,7 +92,8 @@ def read_gemma_call(text: str) -> Call | None:
         for number, piece in enumerate(bare_and_strings)
     ]
     try:
-        return _call(found[1], json.loads("".join(pieces), object_pairs_hook=_once))
+        hook = dict if may_repeat else _once
+        return _call(found[1], json.loads("".join(pieces), object_pairs_hook=hook))
     except (ValueError, RecursionError):
         return None
 
@@ -163,11 +165,13 @@ class Reader:
     """
 
     def __init__(
-        self, reasoning: ReasoningFormat | None, calls: CallFormat | None, is_open: bool = False
-    ):
+        self, reasoning: ReasoningFormat | None, calls: CallFormat | None, is_open: bool = False,
+        must_call: bool = False,
+    ):  # fmt: skip
         """A format that is None is not looked for. With `is_open` the prompt has begun the
-        reasoning."""
-        self._reasoning, self._calls = reasoning, calls
+        reasoning. With `must_call` a grammar made the calls, which cannot see to it that a key
+        stands there once: the last one counts, as for other readers of JSON."""
+        self._reasoning, self._calls, self._may_repeat = reasoning, calls, must_call
         self._held = ""
         self._state = self._begin if reasoning else self._text
         if reasoning and is_open:
@@ -263,7 +267,7 @@ class Reader:
             self._looked = self._counted = at + len(calls.end)
             if self._quotes % 2:
                 continue
-            call = calls.read(text[begin:at])
+            call = calls.read(text[begin:at], self._may_repeat)
             if call is None:
                 return self._text_again(parts, self._looked)
             parts.calls.append(call)

@@ -9,8 +9,9 @@ import torch
 from tests.cuda.test_cuda_prefill import NETWORKS
 from tests.warm_cold import compare, some_requests
 from tokenloop import runner
-from tokenloop.runner import LoopOptions, Request
+from tokenloop.runner import Engine, LoopOptions, Request
 from tokenloop.runner.logprobs import logprobs_of
+from tokenloop.runner.pace import Stall
 
 pytestmark = [
     pytest.mark.cuda,
@@ -64,6 +65,39 @@ def test_copies_stay_on_the_device(model):
     for found in copies:
         assert found.device_to_host.bytes == 2 * 8 * rows
         assert found.device_to_device.bytes > 0
+
+
+def test_chunks_between_steps_are_as_long_as_rows_may_stall(model, monkeypatch):
+    requests = [
+        Request(
+            [3 + (n + i * i) % 900 for i in range(400 + 150 * n)], 5,
+            temperature=0.9 * (n % 2), seed=n,
+        )
+        for n in range(6)
+    ]  # fmt: skip
+    alone = [model.generate(request).run().token_ids for request in requests]
+    program, chunks = model.loop.program, []
+    prefill = program.prefill_packed
+
+    def noted(chunk):
+        chunks.append(sum(len(part.ids) for part in chunk))
+        return prefill(chunk)
+
+    monkeypatch.setattr(program, "prefill_packed", noted)
+    longest = {}
+    for stall_s in (0, None, 1000):
+        with (
+            Engine(model, max_stall_s=stall_s) as engine,
+            engine.submit(Request([5], 1900)) as running,
+        ):
+            next(running)
+            chunks.clear()
+            found = [ticket.run().token_ids for ticket in engine.submit_all(requests)]
+            assert running.finish_reason is None and found == alone
+        longest[stall_s] = max(chunks)
+    assert longest[0] == 64 and longest[1000] == 512
+    # The device's clock, of steps and chunks: a millisecond or so.
+    assert 1e-5 < model.loop._pace.seconds(Stall()) < 1
 
 
 @pytest.mark.parametrize("graph", [True, False])

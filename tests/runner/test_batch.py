@@ -17,6 +17,7 @@ from tokenloop.export.artifact import FORMAT_VERSION, seal
 from tokenloop.runner import LoopOptions, Request, RunnerError
 from tokenloop.runner import model as runner_model
 from tokenloop.runner.loop import Loop
+from tokenloop.runner.pace import Stall
 from tokenloop.runner.program import GREEDY, PARAMETERS, Program, Selected
 from tokenloop.runner.transfers import Transfers
 
@@ -52,7 +53,7 @@ class Oracle(Program):
             "vocab_size": VOCABULARY, "methods": methods,
         }  # fmt: skip
         self.selected_by, self.loaded = [], []
-        self.state = np.full((batch, max_seq_len), -1)
+        self.contents = np.full((batch, max_seq_len), -1)
         self.decode_logits = np.zeros((batch, VOCABULARY), np.float32)
         self.prefill_logits = np.zeros((1, VOCABULARY), np.float32)
         names = "greedy", "sample", "sample_unfiltered"
@@ -74,8 +75,8 @@ class Oracle(Program):
         assert 1 <= tokens.size == positions.size <= self.max_prefill
         assert len(row) == (self.batch > 1)
         (where,) = row[0] if row else [0]
-        self.state[where, positions] = tokens[0]
-        self.prefill_logits[0] = logits_of(self.state[where, : positions[-1] + 1])
+        self.contents[where, positions] = tokens[0]
+        self.prefill_logits[0] = logits_of(self.contents[where, : positions[-1] + 1])
         return self.prefill_logits
 
     def decode(self, fed, position):
@@ -88,8 +89,8 @@ class Oracle(Program):
         assert (position.shape, position.dtype) == ((self.batch,), np.int64)
         self.positions.append(position.tolist())
         for row, (id_, at) in enumerate(zip(token[:, 0], position)):
-            self.state[row, at] = id_
-            self.decode_logits[row] = logits_of(self.state[row, : at + 1])
+            self.contents[row, at] = id_
+            self.decode_logits[row] = logits_of(self.contents[row, : at + 1])
         self.logits = self.decode_logits
         return self.decode_logits
 
@@ -353,26 +354,26 @@ def test_sequences_that_come_late_and_are_prefilled_between_steps_give_what_they
     batch, max_prefill, sequences, gaps, options, can_wait
 ):
     loop = make_loop(batch, 27, max_prefill)
-    loop._can_wait = can_wait
+    loop._held.can_wait = can_wait
     coming, events = Coming(sequences, [*gaps, False]), {id(s): [] for s in sequences}
     for sequence in sequences:
         sequence.finish_reason = None
     while coming.left:
         # Without time to stall there is one chunk between two steps.
-        for sequence, token_id in loop.tokens(coming, batch, loop.variant(options), 0):
+        for sequence, token_id in loop.tokens(coming, batch, loop.variant(options), Stall(0)):
             events[id(sequence)].append(token_id)
             if len(events[id(sequence)]) == sequence.wanted:
                 sequence.finish_reason = "enough"
     assert [events[id(s)] for s in sequences] == [s.expected() for s in sequences]
 
 
-def calls_of(loop: Loop, sequences, max_stall_s, used: int = 2) -> str:
+def calls_of(loop: Loop, sequences, stall, used: int = 2) -> str:
     """P for each chunk of a prompt, D for each step, in their order."""
     calls, program = [], loop.program
     for letter, name in (("P", "prefill"), ("D", "decode")):
         method = getattr(program, name)
         setattr(program, name, lambda *a, m=method, x=letter: calls.append(x) or m(*a))
-    for _ in loop.tokens(sequences, used, loop.variant(None), max_stall_s):
+    for _ in loop.tokens(sequences, used, loop.variant(None), stall):
         pass
     return "".join(calls)
 
@@ -384,17 +385,17 @@ def late_prompt() -> list[Sequence]:
 
 
 def test_a_step_waits_for_one_chunk_where_there_is_no_time_to_stall():
-    assert calls_of(make_loop(2), late_prompt(), 0) == "PDPDPDPDPDDDD"
-    assert calls_of(make_loop(2), late_prompt(), 1e9) == "PPDPPPDDDDDDD"
+    assert calls_of(make_loop(2), late_prompt(), Stall(0)) == "PDPDPDPDPDDDD"
+    assert calls_of(make_loop(2), late_prompt(), Stall(1e9)) == "PPDPPPDDDDDDD"
     assert calls_of(make_loop(2), late_prompt(), None) == "PPDPPPDDDDDDD"
 
 
 def test_a_step_waits_for_a_whole_prompt_where_a_step_would_spoil_half_of_one():
     loop = make_loop(2)
     loop.program.manifest["state"] = [{"name": "layers.0.linear_attn.cache.recurrent"}]
-    assert calls_of(Loop(loop.program), late_prompt(), 0) == "PDPDPPPDDDDDD"
+    assert calls_of(Loop(loop.program), late_prompt(), Stall(0)) == "PDPDPPPDDDDDD"
     loop.program.manifest["state"] = [{"name": "layers.0.cache.k"}, {"name": "layers.0.cache.v"}]
-    assert calls_of(Loop(loop.program), late_prompt(), 0) == "PDPDPDPDPDDDD"
+    assert calls_of(Loop(loop.program), late_prompt(), Stall(0)) == "PDPDPDPDPDDDD"
 
 
 def test_nobody_waits_for_the_rest_of_a_prompt_that_is_given_up():
@@ -402,7 +403,7 @@ def test_nobody_waits_for_the_rest_of_a_prompt_that_is_given_up():
     coming = Coming([*sequences, Sequence([8], 3, Request(""))], [False])
     found = {id(s): [] for s in coming.left}
     order = list(found)
-    for sequence, token_id in loop.tokens(coming, 2, loop.variant(None), 0):
+    for sequence, token_id in loop.tokens(coming, 2, loop.variant(None), Stall(0)):
         found[id(sequence)].append(token_id)
         if loop.program.positions and loop.program.positions[-1][1] == 4:
             # One chunk of it is prefilled.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.stateful import FULL, KINDS, StatefulProgram, stateful_model
 from tokenloop.runner import Engine, EngineError, Request, RunnerError, row_state, saved_state
 from tokenloop.runner.loop import Loop
+from tokenloop.runner.pace import Stall
 from tokenloop.runner.prefix_cache import MB, PrefixCache
 from tokenloop.runner.row_state import runs
 
@@ -38,7 +39,7 @@ def run(model, cache, prompts, rows=None, count=3):
     results = [Result(r, model.tokenizer, *model.fit(r), i) for i, r in enumerate(requests)]
     loop = model.loop
     rows = rows or model.batch
-    for result, token_id in loop.tokens(results, rows, loop.variant(None), 0, cache):
+    for result, token_id in loop.tokens(results, rows, loop.variant(None), Stall(0), cache):
         result.take(token_id)
     return results
 
@@ -310,7 +311,7 @@ def test_a_tensor_of_no_row_is_left_alone():
     program.state["kernel_semaphores"] = [np.zeros(3, np.int32)]
     cache = PrefixCache(program, PLENTY)
     assert cache._rows.block_bytes == block_bytes()
-    assert Loop(program)._can_wait
+    assert Loop(program)._held.can_wait
 
 
 # Files

@@ -1,6 +1,7 @@
 """Grammars, penalties and biases restrict their row, in every engine and variant, and no other."""
 
 import json
+import threading
 from functools import partial
 
 import numpy as np
@@ -262,6 +263,16 @@ def test_a_grammar_that_is_none_is_refused_in_one_line(parameters, reason):
     with pytest.raises(RunnerError, match=reason) as refused:
         restriction_of(**parameters)
     assert "\n" not in str(refused.value)
+
+
+def test_a_schema_that_goes_down_deep_ends_no_process():
+    """llguidance's stack is used up by it, if that is a usual one."""
+    definitions = {
+        f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(5000)
+    }
+    schema = {"$ref": "#/$defs/d0", "$defs": definitions | {"d5000": {"type": "null"}}}
+    assert restriction_of(json_schema=schema).masks
+    assert threading.stack_size() == 0
 
 
 def test_without_an_end_token_there_is_no_grammar(monkeypatch):

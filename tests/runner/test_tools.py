@@ -230,8 +230,100 @@ def test_what_nothing_would_make_sure_of_is_refused(client, fields, param):
     assert refused.value.param == param
 
 
+def test_a_key_that_stands_twice_in_a_call_that_must_come_counts_once(client):
+    twice = PARIS.replace("}}", ', "x": 1, "x": 2}}')
+    body = asked(twice, tools=[WEATHER])
+    assert whole(client, **body)[0]["content"] == twice
+    message, reason = whole(client, **body, tool_choice="required")
+    (call,) = message["tool_calls"]
+    assert json.loads(call["arguments"]) == {"city": "Paris", "x": 2} and reason == "tool_calls"
+
+
+GEMMA = """{{ '' if tools else 'no ' }}tools
+{%- for message in messages %}<{{ message.role }}>
+{%- if message.reasoning_content %}<|channel>thought{{ message.reasoning_content }}<channel|>
+{%- endif %}{{ message.content }}
+{%- for call in message.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}{...}
+{%- endfor %}{% endfor %}<model>"""
+BOOK = {
+    "type": "function",
+    "function": {
+        "name": "book", "strict": True,
+        "parameters": {
+            "type": "object", "required": ["to", "days"],
+            "properties": {
+                "to": {"type": "string", "maxLength": 5},
+                "days": {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
+            },
+        },
+    },
+}  # fmt: skip
+ROME_IN_GEMMAS = '<|tool_call>call:book{days:[1,20],to:<|"|>"Rome<|"|>}<tool_call|>'
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    with running(echo_model(GEMMA)) as found:
+        url = f"http://127.0.0.1:{found.port}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            yield client
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "calls"),
+    [
+        (ROME_IN_GEMMAS, "", [("book", {"days": [1, 20], "to": '"Rome'})]),
+        (f"<|channel>thought\nHm<channel|>{ROME_IN_GEMMAS}{ROME_IN_GEMMAS}", "Hm",
+         [("book", {"days": [1, 20], "to": '"Rome'})] * 2),
+        (ROME_IN_GEMMAS.replace("Rome", "Rome, Italy"), "",
+         [("book", {"days": [1, 20], "to": '"Rome'})]),
+    ],
+    ids=len,
+)  # fmt: skip
+def test_gemmas_calls_come_where_they_must(gemma, text, reasoning, calls):
+    for tool_choice in "required", {"type": "function", "function": {"name": "book"}}:
+        body = asked(text, tools=[WEATHER, BOOK], tool_choice=tool_choice)
+        message, reason = whole(gemma, **body)
+        found = [(c["name"], json.loads(c["arguments"])) for c in message["tool_calls"]]
+        assert found == calls[: 1 if tool_choice != "required" else None]
+        assert (message["reasoning_content"], message["content"]) == (reasoning, "")
+        assert reason == "tool_calls" and streamed(gemma, **body) == (message, reason)
+
+
+@pytest.mark.parametrize(
+    "text", ["<|to", "<|tool_call>call:weather{", "<|tool_call>call:book{days:[x"]
+)
+def test_a_tool_is_called_in_gemmas_form_whatever_the_model_would_say(gemma, text):
+    message, reason = whole(gemma, **asked(text, tools=[BOOK], tool_choice="required"))
+    (call,) = message["tool_calls"]
+    arguments = json.loads(call["arguments"])
+    assert list(arguments) == ["days", "to"] and len(arguments["to"]) <= 5
+    assert message["content"] == "" and reason == "tool_calls"
+
+
+def test_what_gemmas_calls_cannot_have_is_refused_by_its_name(gemma):
+    parameters = {"properties": {"on": {"type": "string", "format": "date"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for fields in {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}:
+        with pytest.raises(openai.BadRequestError, match="parameters.properties.on: format") as e:
+            gemma.chat.completions.create(**asked("", tools=[tool]) | fields)
+        assert [e.value.param] == list(fields)
+        assert e.value.code == "unsupported_parameter"
+
+
+def test_what_is_nested_too_deeply_for_a_grammar_is_refused(gemma):
+    value: list = []
+    for _ in range(930):
+        value = [value]
+    parameters = {"properties": {"x": {"const": value}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(openai.BadRequestError, match="nested"):
+        gemma.chat.completions.create(**asked("", tools=[tool], tool_choice="required"))
+
+
 def test_calls_in_a_form_that_has_no_grammar_are_refused_where_they_must_come():
-    with running(echo_model("<|tool_call>call: {{ tools }}{{ messages[0].content }}")) as server:
+    template = "<tool_call><function=f>{{ tools }}{{ messages[0].content }}"
+    with running(echo_model(template)) as server:
         for fields in {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}:
             status, _, data = server.post(
                 "/v1/chat/completions", asked("", tools=[WEATHER]) | fields

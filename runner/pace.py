@@ -1,0 +1,113 @@
+"""How long chunks of prompts and steps take, as it is learnt from those that ran, and how many
+tokens of prompts may come between two steps."""
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from tokenloop.runner.program import Program
+
+# The time of a step is the median of so many, the newest.
+NEWEST_STEPS = 5
+# What was not measured among so many chunks, the newest, is forgotten: it may be no longer so.
+NEWEST_CHUNKS = 100
+
+
+@dataclass(frozen=True)
+class Stall:
+    """How long rows that run may stand still for the prompts of others between two steps: for so
+    many `seconds`, or if that is None as long as `steps` steps take. Then no more than three steps'
+    time is between two tokens."""
+
+    seconds: float | None = None
+    steps: float = 2
+
+
+class Pace:
+    """What is known of one program's times. All of it belongs to the thread whose turn it is."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        # Sizes of chunks are counted in these.
+        self._unit = program.packing.multiple if program.packing else 1
+        # Seconds of a chunk by its size, which of the chunks was the newest of each size, and how
+        # many there were. Seconds of the newest steps.
+        self._chunks: dict[int, float] = {}
+        self._newest: dict[int, int] = {}
+        self._count = 0
+        self._steps: deque[float] = deque(maxlen=NEWEST_STEPS)
+        # What was submitted and may not be done: tokens of a chunk or None for steps, how many
+        # steps, and the program's marks before and behind it.
+        self._submitted: deque[tuple[int | None, int, Any, Any]] = deque()
+
+    def add_chunk(self, tokens: int, begin: Any, end: Any) -> None:
+        """A chunk of so many tokens runs between two marks of the program."""
+        self._submitted.append((tokens, 1, begin, end))
+
+    def add_steps(self, count: int, begin: Any, end: Any) -> None:
+        """So many steps run between two marks."""
+        if count:
+            self._submitted.append((None, count, begin, end))
+
+    def seconds(self, stall: Stall) -> float:
+        """The time that a stall may take. Before any step is known that is none."""
+        self._learn()
+        if stall.seconds is not None:
+            return stall.seconds
+        return stall.steps * statistics.median(self._steps) if self._steps else 0.0
+
+    def tokens(self, seconds: float) -> int:
+        """How many tokens of prompts take no longer than that: at least the fewest that a chunk can
+        have if its prompt goes on."""
+        self._learn()
+        return max(1, self._size(seconds)) * self._unit
+
+    def _size(self, seconds: float) -> int:
+        """As `tokens`, in units, rounded down."""
+        below: tuple[int, float] | None = None
+        slope = 0.0
+        for size, taken in sorted(self._chunks.items()):
+            if taken > seconds:
+                if below is None:
+                    # A smaller one has at least its share.
+                    return int(size * seconds / taken)
+                slope = (taken - below[1]) / (size - below[0])
+                return below[0] + int((seconds - below[1]) / slope)
+            if below is not None:
+                slope = (taken - below[1]) / (size - below[0])
+            below = size, taken
+        if below is None:
+            return 1
+        # Larger ones are not known. A step beyond what is known is not a leap.
+        size, taken = below
+        if slope > 0:
+            return size + int(min(size, (seconds - taken) / slope))
+        return max(size + 1, int(min(2 * size, size * seconds / taken)))
+
+    def _learn(self) -> None:
+        """Note the times of what is done by now."""
+        while self._submitted:
+            tokens, count, begin, end = self._submitted[0]
+            seconds = self._program.seconds(begin, end)
+            if seconds is None:
+                return
+            self._submitted.popleft()
+            if tokens is None:
+                self._steps.append(seconds / count)
+            else:
+                self._note_chunk(-(-tokens // self._unit), seconds)
+
+    def _note_chunk(self, size: int, seconds: float) -> None:
+        """Where one size takes longer than before, such as far from the beginning of a prompt, so
+        do the others; half of it is put down to that."""
+        if seconds <= 0:
+            return
+        if size in self._chunks:
+            scale = (seconds / self._chunks[size]) ** 0.5
+            self._chunks = {other: taken * scale for other, taken in self._chunks.items()}
+        self._count += 1
+        self._chunks[size], self._newest[size] = seconds, self._count
+        for other, count in list(self._newest.items()):
+            if self._count - count >= NEWEST_CHUNKS:
+                del self._chunks[other], self._newest[other]
