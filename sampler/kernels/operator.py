@@ -4,8 +4,7 @@ They are torch.ops.tokenloop.greedy and so on, whose kernels torch.export and AO
 Launches depend on shapes alone and nothing is read back, so they can be captured in a CUDA graph.
 
     greedy     2 launches: the tiles' maxima, one reduction
-    sample     the same 2; 7 where rows have a top_k or top_p: between them the row's bins, the plan
-               of what to search, a list of that, the cutoff, the bounds
+    sample     the same 2; 3 where rows have a top_k or top_p: triton_filter.py's after the maxima
     ..._embed  as many: the last one looks up the tokens' embeddings as well
     mask       1, before these, where a row has a grammar
     adjust     1, before that, where a row has penalties or biases
@@ -18,9 +17,9 @@ import triton
 from torch import Tensor
 
 from tokenloop.models.kernels.launch.launches import launch, operator
-from tokenloop.sampler.kernels.triton_bins import PLAN, bins_kernel, list_kernel, plan_kernel
-from tokenloop.sampler.kernels.triton_cutoff import cutoff_kernel
-from tokenloop.sampler.kernels.triton_maxima import bounds_kernel, tile_maxima_kernel
+from tokenloop.sampler.kernels.triton_bins import SEMAPHORES
+from tokenloop.sampler.kernels.triton_filter import choose_kernel, narrow_kernel
+from tokenloop.sampler.kernels.triton_maxima import tile_maxima_kernel
 from tokenloop.sampler.kernels.triton_restrict import adjust_kernel, mask_kernel
 from tokenloop.sampler.kernels.triton_token import token_kernel
 
@@ -39,27 +38,33 @@ GROUPS = 4
 # have hundreds of tokens to a bin, others a few. A power of two.
 BINS = 2048
 # Up to FEW listed tokens are compared each with each; longer lists are searched digit by digit,
-# CHUNK tokens at once, by this many warps.
-FEW, CHUNK, CUTOFF_WARPS = 128, 512, 16
-PLAN_WARPS = 8
+# CHUNK tokens at once.
+FEW, CHUNK = 128, 512
+# Programs of the launches that filter, of all rows together, each with so many warps: as many as
+# run at once. A program looks at so many parts at a time.
+PROGRAMS, WIDE_WARPS, AT_ONCE = 132, 16, 32
+# A top_k of up to LISTED is short: the row's token is found among so many parts, and then among
+# TOKENS tokens, by one program.
+LISTED, TOKENS = 64, 128
 # Tokens of a row that a program adjusts.
 ADJUSTED = 1024
 
 
 def _tile_maxima(
-    logits: Tensor, tile: int, bins: Tensor | None = None,
-    sampling: tuple[Tensor, ...] = (None, None, None), bounds: Tensor | None = None,
+    logits: Tensor, tile: int, sampling: tuple[Tensor, ...] = (None, None, None),
+    bounds: Tensor | None = None, tops: Tensor | None = None, sums: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """int64 [B, splits]. With temperature, seed and position in `sampling`, the bounds of the
-    scores of the tiles' parts are written to bounds int32 [B, splits * parts]."""
+    scores of the tiles' parts are written to bounds int32 [B, splits * parts]. With tops float32
+    [B, splits * parts] the parts' largest logits are, and sums int64 [B, N] are zeroed."""
     batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
-    count = 0 if bins is None else bins.shape[2]
+    words = 0 if sums is None else sums.shape[1]
     maxima = torch.empty(batch, splits, dtype=torch.int64, device=logits.device)
     launch(tile_maxima_kernel, (splits, batch))(
-        logits, maxima, bins, *sampling, bounds,
+        logits, maxima, tops, sums, *sampling, bounds,
         logits.shape[1], logits.stride(0), logits.stride(1), splits,
-        SAMPLED=bounds is not None, **_cut(tile, logits.shape[1]),
-        BINS=count, ZEROS=triton.next_power_of_2(triton.cdiv(2 * count, splits)), num_warps=WARPS,
+        SAMPLED=bounds is not None, TOPS=tops is not None, **_cut(tile, logits.shape[1]),
+        WORDS=words, ZEROS=triton.next_power_of_2(triton.cdiv(words, splits)), num_warps=WARPS,
     )  # fmt: skip
     return maxima
 
@@ -76,38 +81,51 @@ def _tile_size(rows: int, vocab_size: int) -> int:
     return TILE if rows * triton.cdiv(vocab_size, TILE) <= MANY_TILES else 2 * TILE
 
 
-def _cutoffs(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tile: int
-) -> tuple[Tensor, Tensor]:
-    """The tiles' maxima, and each row's last kept token, packed: int64 [B]."""
+def _filtered(
+    logits: Tensor, sampling: tuple[Tensor, ...], tile: int, out: Tensor | None = None,
+    table: Tensor | None = None, hidden: Tensor | None = None, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """int64 [B, 1], or `out`, where rows may have a top_k or top_p: `sampling` are temperature,
+    top_k, top_p, seed and position. With a table `hidden` is written as well."""
     batch, vocab_size = logits.shape
-    layout = (vocab_size, logits.stride(0), logits.stride(1))
-    filters = (temperature, top_k, top_p)
-    new = {"dtype": torch.int64, "device": logits.device}
-    bins = torch.empty(batch, 2, BINS, **new)
-    plan, cutoff = torch.empty(batch, PLAN.value, **new), torch.empty(batch, **new)
-    listed = torch.empty(batch, vocab_size, dtype=torch.int32, device=logits.device)
+    splits = triton.cdiv(vocab_size, tile)
+    programs = min(splits, max(1, PROGRAMS // batch))
+    cut, padded = _cut(tile, vocab_size), triton.next_power_of_2(splits)
+    count = splits * cut["PARTS"]
 
-    maxima = _tile_maxima(logits, tile, bins=bins)
-    splits = maxima.shape[1]
-    padded = triton.next_power_of_2(splits)
-    tiles = {"TILE": tile, "SPLITS": padded, "BINS": BINS}
-    launch(bins_kernel, (splits, batch))(logits, maxima, *filters, bins, *layout, **tiles)
-    launch(plan_kernel, (batch,))(*filters, bins, plan, vocab_size, BINS=BINS, num_warps=PLAN_WARPS)
-    launch(list_kernel, (splits, batch))(
-        logits, maxima, temperature, plan, listed, *layout, **tiles
-    )
-    launch(cutoff_kernel, (batch,))(
-        logits, maxima, *filters, plan, listed, cutoff, *layout, splits,
-        FEW=FEW, CHUNK=CHUNK, SPLITS=padded, ID_DIGITS=triton.cdiv(vocab_size.bit_length(), 4),
-        num_warps=CUTOFF_WARPS,
+    def new(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(batch, size, dtype=dtype, device=logits.device)
+
+    token = new(1) if out is None else out
+    tops, sums = new(count, torch.float32), new(2 * BINS + 2 * SEMAPHORES.value)
+    parts, short = new(count, torch.int32), new(TOKENS)
+    listed, bounds = new(vocab_size, torch.int32), new(count, torch.int32)
+    width = 0 if table is None else table.shape[1]
+    # What both launches take at the end.
+    last = (
+        *sampling, token, table, hidden,
+        vocab_size, logits.stride(0), logits.stride(1), splits, width, scale,
     )  # fmt: skip
-    return maxima, cutoff
+    both = cut | {
+        "EMBED": table is not None, "SPLITS": padded, "TOPS": triton.next_power_of_2(count),
+        "BINS": BINS, "AT_ONCE": AT_ONCE, "BLOCK_D": triton.next_power_of_2(width),
+        "num_warps": WIDE_WARPS,
+    }  # fmt: skip
+    maxima = _tile_maxima(logits, tile, tops=tops, sums=sums)
+    launch(narrow_kernel, (batch, programs))(
+        logits, maxima, tops, sums, parts, short, *last, **both, LISTED=LISTED, TOKENS=TOKENS
+    )
+    launch(choose_kernel, (batch, programs))(
+        logits, maxima, tops, sums, parts, listed, bounds, *last, **both,
+        GROUPS=min(WIDE_WARPS, padded * cut["PARTS"]),
+        FEW=FEW, CHUNK=CHUNK, ID_DIGITS=triton.cdiv(vocab_size.bit_length(), 4),
+    )  # fmt: skip
+    return token
 
 
 def _tokens(
     logits: Tensor, maxima: Tensor, tile: int, sampling: tuple[Tensor, ...] = (None, None, None),
-    bounds: Tensor | None = None, cutoff: Tensor | None = None, out: Tensor | None = None,
+    bounds: Tensor | None = None, out: Tensor | None = None,
     table: Tensor | None = None, hidden: Tensor | None = None, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """int64 [B, 1], or `out`; with a table `hidden` is written as well."""
@@ -117,9 +135,9 @@ def _tokens(
     if token is None:
         token = torch.empty(batch, 1, dtype=torch.int64, device=maxima.device)
     launch(token_kernel, (batch,))(
-        logits, maxima, cutoff, *sampling, bounds, token, table, hidden,
+        logits, maxima, *sampling, bounds, token, table, hidden,
         logits.shape[1], logits.stride(0), logits.stride(1), splits, width, scale,
-        SAMPLED=bounds is not None, RESTRICTED=cutoff is not None, EMBED=table is not None,
+        SAMPLED=bounds is not None, EMBED=table is not None,
         **cut, SPLITS=padded, GROUPS=min(GROUPS, padded * cut["PARTS"]),
         BLOCK_D=triton.next_power_of_2(width), num_warps=4 if bounds is None else GROUPS,
     )  # fmt: skip
@@ -201,27 +219,20 @@ def _sampled(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor,
     position: Tensor, restricted: bool, tile: int | None, **written: Tensor | float,
 ) -> Tensor:  # fmt: skip
-    sampling, cutoff = (temperature, seed, position), None
-    tile = tile or (TILE if restricted else _tile_size(*logits.shape))
-    batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
-    cut = _cut(tile, logits.shape[1])
-    bounds = torch.empty(batch, splits * cut["PARTS"], dtype=torch.int32, device=logits.device)
+    tile = tile or _tile_size(*logits.shape)
     if restricted:
-        maxima, cutoff = _cutoffs(logits, temperature, top_k, top_p, tile)
-        launch(bounds_kernel, (splits, batch))(
-            logits, maxima, cutoff, *sampling, bounds,
-            logits.shape[1], logits.stride(0), logits.stride(1),
-            **cut, SPLITS=triton.next_power_of_2(splits), num_warps=WARPS,
-        )  # fmt: skip
-    else:
-        maxima = _tile_maxima(logits, tile, sampling=sampling, bounds=bounds)
-    return _tokens(logits, maxima, tile, sampling, bounds, cutoff, **written)
+        return _filtered(logits, (temperature, top_k, top_p, seed, position), tile, **written)
+    batch, splits = logits.shape[0], triton.cdiv(logits.shape[1], tile)
+    cut, sampling = _cut(tile, logits.shape[1]), (temperature, seed, position)
+    bounds = torch.empty(batch, splits * cut["PARTS"], dtype=torch.int32, device=logits.device)
+    maxima = _tile_maxima(logits, tile, sampling, bounds)
+    return _tokens(logits, maxima, tile, sampling, bounds, **written)
 
 
 # What selects for a method of an artifact, by the method's name.
 SELECTION = {
     "greedy": greedy,
     "sample": sample,
-    # 2 launches do what otherwise takes 7, where no row has a top_k or a top_p.
+    # 2 launches do what otherwise takes 3, where no row has a top_k or a top_p.
     "sample_unfiltered": partial(sample, restricted=False),
 }

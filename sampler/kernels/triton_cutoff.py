@@ -1,5 +1,4 @@
-"""The Triton kernel that finds where top-k and top-p cut a row, among the tokens that
-triton_bins.py lists.
+"""What finds where top-k and top-p cut a row, among the tokens that triton_bins.py lists.
 
 A row's cutoff is a packed int64 (logit, id): the last kept token in descending order, where of
 equal logits the higher id comes first. A row that cuts nothing leaves at once.
@@ -8,10 +7,9 @@ equal logits the higher id comes first. A row that cuts nothing leaves at once.
 import triton
 import triton.language as tl
 
-from tokenloop.sampler.kernels.triton_bins import PLAN
 from tokenloop.sampler.kernels.triton_exact import mass
 from tokenloop.sampler.kernels.triton_keys import NOTHING, pack, value
-from tokenloop.sampler.kernels.triton_tiles import load_logits, load_maxima
+from tokenloop.sampler.kernels.triton_tiles import load_logits
 
 
 @triton.jit
@@ -73,31 +71,24 @@ def _search(
 
 
 @triton.jit
-def cutoff_kernel(
-    logits_ptr, maxima_ptr, temperature_ptr, top_k_ptr, top_p_ptr, plan_ptr, list_ptr, cutoff_ptr,
-    vocab_size, row_stride, column_stride, splits,
-    FEW: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, ID_DIGITS: tl.constexpr,
+def find_cutoff(
+    row_ptr, list_ptr, plan_ptr, largest, temperature, k, p, vocab_size, column_stride,
+    FEW: tl.constexpr, CHUNK: tl.constexpr, ID_DIGITS: tl.constexpr,
 ):  # fmt: skip
-    """The last kept token of each row, packed with its id: tokens from it upwards are kept.
+    """The last kept token of a row, packed with its id: tokens from it upwards are kept.
 
     First the k-th largest logit, of whatever id. Then the token with which top_p of the remaining
     mass is reached; of equal logits the higher id comes first.
     """
-    row = tl.program_id(0).to(tl.int64)
-    plan_ptr += row * PLAN
     cutoff = tl.full([], NOTHING, tl.int64)
     first, kth = tl.load(plan_ptr), tl.load(plan_ptr + 2)
     if tl.maximum(first, kth) >= 0:
-        largest = value(tl.max(load_maxima(maxima_ptr, row, splits, SPLITS)))
-        temperature, p = tl.load(temperature_ptr + row), tl.load(top_p_ptr + row)
         size = tl.load(plan_ptr + 6).to(tl.int32)
         total = tl.load(plan_ptr + 5)
-        row_ptr = logits_ptr + row * row_stride
-        list_ptr += row * vocab_size
         if kth >= 0:
             cutoff = _search(
                 row_ptr, list_ptr, size, vocab_size, column_stride,
-                tl.load(plan_ptr + 3), tl.load(top_k_ptr + row).to(tl.float64),
+                tl.load(plan_ptr + 3), k.to(tl.float64),
                 cutoff, largest, temperature, False, 8, FEW, CHUNK,
             )  # fmt: skip
         if p < 1:
@@ -115,4 +106,4 @@ def cutoff_kernel(
                 tl.load(plan_ptr + 4), tl.maximum(p.to(tl.float64) * total.to(tl.float64), 1.0),
                 cutoff, largest, temperature, True, 8 + ID_DIGITS, FEW, CHUNK,
             )  # fmt: skip
-    tl.store(cutoff_ptr + row, cutoff)
+    return cutoff

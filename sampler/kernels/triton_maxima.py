@@ -1,4 +1,4 @@
-"""Triton kernels of the tiles' maxima, and of bounds of the scores of their parts.
+"""The Triton kernel of the tiles' maxima, and bounds of the scores of their parts.
 
 A score is a scaled logit plus noise. Each STRIDE tokens of a tile are cut into PARTS runs, and part
 p of the tile is run p of each of them. Neighbouring threads hold a run where each thread holds 4 of
@@ -10,21 +10,16 @@ import triton
 import triton.language as tl
 
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
-from tokenloop.sampler.kernels.triton_exact import scaled
-from tokenloop.sampler.kernels.triton_keys import ID_MASK, LOWEST_KEY, key, pack, value
+from tokenloop.sampler.kernels.triton_keys import ID_MASK, key, pack
 from tokenloop.sampler.kernels.triton_noise import log2_double_rate, philox_words
 from tokenloop.sampler.kernels.triton_tiles import (
     first_of_largest,
     fold,
     largest_of,
-    load_maxima,
     load_tile,
     numbers,
     tile_start,
 )
-
-# Gumbel noise of 23 bits lies in [-2.82, 16.64]: what is scaled below this cannot win a row.
-HOPELESS = tl.constexpr(-20.0)
 
 
 @triton.jit
@@ -61,18 +56,19 @@ def store_bounds(bounds_ptr, bounds, PARTS: tl.constexpr):
 @waits  # at once
 @triton.jit
 def tile_maxima_kernel(
-    logits_ptr, maxima_ptr, bins_ptr,
+    logits_ptr, maxima_ptr, tops_ptr, sums_ptr,
     temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     vocab_size, row_stride, column_stride, splits,
-    SAMPLED: tl.constexpr,
+    SAMPLED: tl.constexpr, TOPS: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
-    BINS: tl.constexpr, ZEROS: tl.constexpr,
+    WORDS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """The maximum of a tile of a row.
 
     Where SAMPLED, and the row's temperature is above 0, the bounds of its parts' scores as well.
-    Where there are BINS, the row's programs share out the zeroing of its bins, int64 [B, 2, BINS]:
-    ZEROS to each.
+    With TOPS the largest logit of each part, float32 [B, splits * PARTS], as well; no token is in
+    two tiles then. The row's programs share out the zeroing of its sums, int64 [B, WORDS]: ZEROS to
+    each.
     """
     split, row = tl.program_id(0), tl.program_id(1)
     row64 = row.to(tl.int64)
@@ -88,6 +84,13 @@ def tile_maxima_kernel(
         tl.debug_barrier()
     row_ptr = logits_ptr + row64 * row_stride
     x = load_tile(row_ptr, start, vocab_size, column_stride, TILE, WHOLE)
+    if TOPS:
+        if start < split * TILE:
+            x = tl.where(ids >= split * TILE, x, float("-inf"))
+        tops = tl.max(tl.max(fold(x, STRIDE), axis=0), axis=1)
+        run: tl.constexpr = STRIDE // (4 * PARTS)
+        tops = numbers(tl.max(tl.reshape(tops, [PARTS, run]), axis=1))
+        tl.store(tops_ptr + zero + out * PARTS + tl.arange(0, PARTS), tops)
     if SAMPLED:
         # Seed and position add nothing, but they make the branch wait for them, and for them alone.
         # What is used only behind a branch, such as the logits, is waited for all together.
@@ -105,44 +108,9 @@ def tile_maxima_kernel(
     else:
         largest, first = first_of_largest(x, ids, start, STRIDE)
     tl.store(maxima_ptr + out, pack(largest, ID_MASK - first.to(tl.int64)))
-    if BINS:
-        # triton_bins' bins_kernel, the next launch, adds to them.
+    if TOPS:
+        # triton_filter's kernels, the next launches, add to them.
         zeros = split * ZEROS + tl.arange(0, ZEROS)
         tl.store(
-            bins_ptr + zero + row * 2 * BINS + zeros, tl.zeros([ZEROS], tl.int64), zeros < 2 * BINS
+            sums_ptr + zero + row64 * WORDS + zeros, tl.zeros([ZEROS], tl.int64), zeros < WORDS
         )
-
-
-@triton.jit
-def bounds_kernel(
-    logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
-    vocab_size, row_stride, column_stride,
-    TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
-    """bounds int32 [B, splits * PARTS]: the key of each part's bound, of what the cutoff keeps.
-
-    Tiles that cannot hold the row's token are not read. Rows of temperature 0 have no bounds.
-    """
-    split = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
-    if temperature == 0:
-        return
-    splits = tl.cdiv(vocab_size, TILE)
-    largest = value(tl.max(load_maxima(maxima_ptr, row, splits, SPLITS)))
-    own = tl.load(maxima_ptr + row * splits + split)
-    cutoff = tl.load(cutoff_ptr + row)
-    bounds = tl.full([STRIDE // 4], LOWEST_KEY, tl.int32)
-    hopeless = scaled(value(own), largest, temperature) < HOPELESS
-    if ((own >> 32) >= (cutoff >> 32)) & (hopeless == 0):
-        start = tile_start(split, vocab_size, TILE, WHOLE)
-        ids = start + tl.arange(0, TILE)
-        row_ptr = logits_ptr + row * row_stride
-        x = numbers(load_tile(row_ptr, start, vocab_size, column_stride, TILE, WHOLE))
-        x = tl.where(pack(x, ids) >= cutoff, x, float("-inf"))
-        seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + row)
-        counters = start // 4 + tl.arange(0, TILE // 4)
-        rates = log2_double_rate(philox_words(counters, seed, position))
-        bounds = score_bounds(x, rates, temperature, PARTS, STRIDE)[1]
-    store_bounds(bounds_ptr + (row * splits + split) * PARTS, bounds, PARTS)

@@ -1,4 +1,4 @@
-"""The Triton kernel that chooses each row's token, the last launch of the sampler."""
+"""The Triton kernel that chooses each row's token, where no row has a top-k or top-p."""
 
 import triton
 import triton.language as tl
@@ -42,7 +42,7 @@ def _highest(bounds, offsets):
 
 
 @triton.jit
-def _counters(
+def part_counters(
     parts, vocab_size, TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _counters(
 
 
 @triton.jit
-def _four(counters):
+def four(counters):
     """int32 [N, 4]: the ids for which counters [N] make noise."""
     return counters[:, None] * 4 + tl.arange(0, 4)[None, :]
 
@@ -66,22 +66,96 @@ def _best_pair(packed_0, other_0, packed_1, other_1):
     return tl.maximum(packed_0, packed_1), tl.maximum(other_0, other_1)
 
 
+@triton.jit
+def by_group(bounds_ptr, count, SPLITS: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr):
+    """A row's bounds and their offsets, as `noisiest` takes them."""
+    offsets = tl.arange(0, SPLITS * PARTS)
+    bounds = tl.load(bounds_ptr + offsets, mask=offsets < count, other=LOWEST_KEY)
+    return _by_group(bounds, GROUPS), _by_group(offsets, GROUPS)
+
+
+@triton.jit
+def noisiest(
+    row_ptr, maxima, bounds, offsets, cutoff, temperature, seed, position,
+    vocab_size, column_stride,
+    RESTRICTED: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+    WHOLE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The largest score of a row with its id, packed; where RESTRICTED, from the cutoff upwards.
+
+    Parts of tiles are scored exactly, until the bounds of all the others are below the best score.
+    Bounds are in GROUPS; a round scores the part with the highest bound of each group. Most rows
+    take one round, a few take two.
+    """
+    highest, parts = _highest(bounds, offsets)
+    counters = part_counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
+    x = numbers(load_any(row_ptr, four(counters), vocab_size, column_stride, WHOLE))
+    # While these loads are on their way:
+    largest = of_key(tl.max((maxima >> 32).to(tl.int32)))
+    # A row without numbers above -inf gives id 0 at any temperature, and has no bounds.
+    is_open = largest > float("-inf")
+    best = tl.full([], NOTHING | ID_MASK, tl.int64)
+    if is_open:
+        best = tl.full([], NOTHING, tl.int64)
+    unit = largest * (1.4426950408889634 / temperature)
+    while is_open:
+        bounds = tl.where(offsets == parts[None, :, None, None], LOWEST_KEY, bounds)
+        highest, parts = _highest(bounds, offsets)
+        ids = four(counters)
+        noise = tl.reshape(gumbel(counters, seed, position), ids.shape)
+        score = scaled(x, largest, temperature) + noise
+        if RESTRICTED:
+            is_kept = pack(x, ids) >= cutoff
+            score = tl.where(is_kept, score, float("-inf"))
+        # Loads for the next round, if there is one. Parts without a bound do no harm.
+        counters = part_counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
+        x = numbers(load_any(row_ptr, four(counters), vocab_size, column_stride, WHOLE))
+        # 32 bits at a time, twice: the hardware reduces those in one instruction.
+        score = key(score)
+        shape: tl.constexpr = [GROUPS, TILE // PARTS // 4]
+        group_best = tl.max(tl.reshape(tl.max(score, axis=1), shape), axis=1)
+        row_best = tl.reshape(tl.broadcast_to(group_best[:, None], shape), counters.shape)
+        first = tl.where(score == row_best[:, None], ids, ID_MASK)
+        first = tl.min(tl.reshape(tl.min(first, axis=1), shape), axis=1)
+        packed = (group_best.to(tl.int64) << 32) | (ID_MASK - first)
+        packed, bound = tl.reduce((packed, highest), 0, _best_pair)
+        best = tl.maximum(best, packed)
+        # The best score so far, as bounds count scores. NaN, of infinities, ends no search.
+        reached = value(best) * 1.4426950408889634 + unit
+        bound = of_key(bound)
+        is_below = (bound < reached - tolerance(reached)) | (bound == float("-inf"))
+        is_open = is_below == 0
+    return best
+
+
+@triton.jit
+def store_token(
+    best, row, token_ptr, table_ptr, hidden_ptr, width, embed_scale: tl.constexpr,
+    EMBED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the id that `best` packs; with EMBED its row of the table, scaled, as well."""
+    token = ID_MASK - (best & ID_MASK)
+    tl.store(token_ptr + row, token)
+    if EMBED:
+        d = tl.arange(0, BLOCK_D)
+        x = tl.load(table_ptr + token * width + d, mask=d < width, other=0.0)
+        x = (x.to(tl.float32) * embed_scale).to(x.dtype)
+        tl.store(hidden_ptr + row * width + d, x, mask=d < width)
+
+
 @waits  # at once
 @triton.jit
 def token_kernel(
-    logits_ptr, maxima_ptr, cutoff_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
+    logits_ptr, maxima_ptr, temperature_ptr, seed_ptr, position_ptr, bounds_ptr,
     token_ptr, table_ptr, hidden_ptr, vocab_size, row_stride, column_stride, splits, width,
     embed_scale: tl.constexpr,
-    SAMPLED: tl.constexpr, RESTRICTED: tl.constexpr, EMBED: tl.constexpr,
+    SAMPLED: tl.constexpr, EMBED: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
     SPLITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The token of each row: that of the largest logit, or of the largest scaled logit + noise.
 
-    In the latter case parts of tiles are scored exactly, until the bounds of all the others are
-    below the best score. Bounds are in GROUPS; a round scores the part with the highest bound of
-    each group. Most rows take one round, a few take two. With EMBED the token's row of the table
-    [V, width], scaled, goes to hidden [B, width].
+    With EMBED the token's row of the table [V, width], scaled, goes to hidden [B, width].
     """
     row = tl.program_id(0).to(tl.int64)
     zero = wait(0)
@@ -90,64 +164,21 @@ def token_kernel(
     if SAMPLED:
         temperature = tl.load(temperature_ptr + row)
         seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + zero + row)
-        if RESTRICTED:
-            cutoff = tl.load(cutoff_ptr + zero + row)
-        offsets = tl.arange(0, SPLITS * PARTS)
         count = splits * PARTS
         # No bounds were written where the temperature is 0.
         bounds_ptr += zero + row * count
-        bounds = tl.load(bounds_ptr + offsets, mask=offsets < count, other=LOWEST_KEY)
-        bounds, offsets = _by_group(bounds, GROUPS), _by_group(offsets, GROUPS)
+        bounds, offsets = by_group(bounds_ptr, count, SPLITS, PARTS, GROUPS)
         # Without it the compiler delays these loads until the first one is there.
         tl.debug_barrier()
         if temperature > 0:
             row_ptr = logits_ptr + zero + row * row_stride
-            highest, parts = _highest(bounds, offsets)
-            counters = _counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
-            x = numbers(load_any(row_ptr, _four(counters), vocab_size, column_stride, WHOLE))
-            # While these loads are on their way:
-            largest = of_key(tl.max((maxima >> 32).to(tl.int32)))
-            # A row without numbers above -inf gives id 0 at any temperature, and has no bounds.
-            is_open = largest > float("-inf")
-            best = tl.full([], NOTHING | ID_MASK, tl.int64)
-            if is_open:
-                best = tl.full([], NOTHING, tl.int64)
-            unit = largest * (1.4426950408889634 / temperature)
-            while is_open:
-                bounds = tl.where(offsets == parts[None, :, None, None], LOWEST_KEY, bounds)
-                highest, parts = _highest(bounds, offsets)
-                ids = _four(counters)
-                noise = tl.reshape(gumbel(counters, seed, position), ids.shape)
-                score = scaled(x, largest, temperature) + noise
-                if RESTRICTED:
-                    is_kept = pack(x, ids) >= cutoff
-                    score = tl.where(is_kept, score, float("-inf"))
-                # Loads for the next round, if there is one. Parts without a bound do no harm.
-                counters = _counters(parts, vocab_size, TILE, PARTS, STRIDE, WHOLE)
-                x = numbers(load_any(row_ptr, _four(counters), vocab_size, column_stride, WHOLE))
-                # 32 bits at a time, twice: the hardware reduces those in one instruction.
-                score = key(score)
-                shape: tl.constexpr = [GROUPS, TILE // PARTS // 4]
-                group_best = tl.max(tl.reshape(tl.max(score, axis=1), shape), axis=1)
-                row_best = tl.reshape(tl.broadcast_to(group_best[:, None], shape), counters.shape)
-                first = tl.where(score == row_best[:, None], ids, ID_MASK)
-                first = tl.min(tl.reshape(tl.min(first, axis=1), shape), axis=1)
-                packed = (group_best.to(tl.int64) << 32) | (ID_MASK - first)
-                packed, bound = tl.reduce((packed, highest), 0, _best_pair)
-                best = tl.maximum(best, packed)
-                # The best score so far, as bounds count scores. NaN, of infinities, ends no search.
-                reached = value(best) * 1.4426950408889634 + unit
-                bound = of_key(bound)
-                is_below = (bound < reached - tolerance(reached)) | (bound == float("-inf"))
-                is_open = is_below == 0
+            best = noisiest(
+                row_ptr, maxima, bounds, offsets, 0, temperature,
+                seed, position, vocab_size, column_stride,
+                False, TILE, PARTS, STRIDE, WHOLE, GROUPS,
+            )  # fmt: skip
         else:
             best = tl.max(maxima)
     else:
         best = tl.max(maxima)
-    token = ID_MASK - (best & ID_MASK)
-    tl.store(token_ptr + row, token)
-    if EMBED:
-        d = tl.arange(0, BLOCK_D)
-        x = tl.load(table_ptr + token * width + d, mask=d < width, other=0.0)
-        x = (x.to(tl.float32) * embed_scale).to(x.dtype)
-        tl.store(hidden_ptr + row * width + d, x, mask=d < width)
+    store_token(best, row, token_ptr, table_ptr, hidden_ptr, width, embed_scale, EMBED, BLOCK_D)

@@ -60,6 +60,8 @@ def test_the_artifact_has_every_method_and_says_what_it_needs(package_artifact):
     for method in program["methods"].values():
         assert set(method["tensors"]) <= known
         assert method["launches"]
+    names = "greedy", "sample_unfiltered", "sample", "sample_embed"
+    assert [len(program["methods"][name]["launches"]) for name in names] == [2, 2, 3, 3]
 
 
 def test_exports_at_once_give_the_same_bytes(tiny_checkpoint, tmp_path):

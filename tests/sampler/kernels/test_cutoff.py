@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from tests.sampler.kernels.drawing import DEVICE, ON_GPU, TILE, ours
+from tokenloop.models.kernels.launch.launches import kept_launches
 from tokenloop.sampler import sample as reference
 from tokenloop.sampler.kernels import operator
-from tokenloop.sampler.kernels.triton_maxima import HOPELESS
+from tokenloop.sampler.kernels.triton_bins import CUTOFF
+from tokenloop.sampler.kernels.triton_filter import HOPELESS
 
 INF = math.inf
+LAUNCHES = ["tile_maxima_kernel", "narrow_kernel", "choose_kernel"]
 # NumPy's, of inf - inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -55,6 +58,19 @@ def test_top_k_keeps_ties_and_top_p_drops_the_lower_ids_first(monkeypatch, bins,
     assert tokens == reference.sample(logits, *values).flatten().tolist()
 
 
+def cutoffs(x, temperature, top_k, top_p) -> torch.Tensor:
+    """The packed cutoffs of rows, int64 [B], which choose_kernel leaves in the plan."""
+    zeros = torch.zeros_like(top_k)
+    inputs = [y.to(DEVICE) for y in (x, temperature, top_k, top_p, zeros, zeros)]
+    with kept_launches() as launches:
+        operator._sampled(*inputs, True, TILE)
+    for launch in launches:
+        launch.kernel[launch.grid](*launch.arguments, **launch.named)
+    assert [launch.kernel.__name__ for launch in launches] == LAUNCHES
+    sums = launches[-1].arguments[3]
+    return sums[:, 2 * operator.BINS + CUTOFF.value]
+
+
 @pytest.mark.parametrize(
     "spread, bins, few",
     [(0.01, 4, 64), (1.0, 128, 16), (1.0, 2048, 8), (6.0, 128, 128), (60.0, 2048, 8)],
@@ -63,6 +79,8 @@ def test_cutoffs_are_the_reference_s_wherever_bins_part_a_row(monkeypatch, sprea
     """Rows within one bin, across many, and mostly below all, with ties on either side."""
     monkeypatch.setattr(operator, "BINS", bins)
     monkeypatch.setattr(operator, "FEW", few)
+    # No row has its token from one program.
+    monkeypatch.setattr(operator, "LISTED", 1)
     generator = torch.Generator().manual_seed(7)
     cuts = CUTS if ON_GPU else CUTS[::2] if spread == 1.0 else CUTS[1::2]
     rows = len(cuts)
@@ -71,8 +89,7 @@ def test_cutoffs_are_the_reference_s_wherever_bins_part_a_row(monkeypatch, sprea
     x *= spread
     top_k, top_p = (torch.tensor(column) for column in zip(*cuts))
     temperature = torch.full((rows,), 0.8)
-    inputs = [y.to(DEVICE) for y in (x, temperature, top_k, top_p)]
-    cutoff = operator._cutoffs(*inputs, TILE)[1].cpu()[:, None]
+    cutoff = cutoffs(x, temperature, top_k, top_p).cpu()[:, None]
 
     largest = x.amax(-1, keepdim=True)
     descending = x.sort(-1, descending=True).values
@@ -84,3 +101,20 @@ def test_cutoffs_are_the_reference_s_wherever_bins_part_a_row(monkeypatch, sprea
     # What cannot win may stay.
     can_win = reference.scale(x, largest, temperature) >= HOPELESS.value
     assert torch.equal(kept & can_win, expected & can_win)
+
+
+@pytest.mark.parametrize("listed", [1, 8])
+def test_a_token_in_two_tiles_counts_once(monkeypatch, listed):
+    """The last tile of 80 logits begins within the one before. With the largest logit there, twice
+    among the tiles' maxima, the second largest was taken for the third, and a top-k cut nothing."""
+    monkeypatch.setattr(operator, "LISTED", listed)
+    rows, size = 4, 5 * operator.TILE // 2 if ON_GPU else 80
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(13))
+    tile = operator.TILE if ON_GPU else 32
+    shared = torch.arange(rows) + size - tile
+    x[torch.arange(rows), shared] = 4.0
+    x[:, 3] = 3.9
+    values = [torch.ones(rows), torch.full((rows,), 2), torch.ones(rows)]
+    values += [torch.arange(rows), torch.arange(rows)]
+    expected = reference.sample(x, *values).flatten().tolist()
+    assert ours(operator.sample, x, *values, tile=tile) == expected
