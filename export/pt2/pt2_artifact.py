@@ -34,7 +34,7 @@ class Pt2Artifact:
         self.selection = Background(
             "the selection methods", _compile_selection, model.batch, model.config.vocab_size,
             model.config.hidden_size, model.model.scale_in(self.dtype), self.dtype,
-            None if own is None else (own.layers, own.size),
+            None if own is None else (own.rows, own.layers, own.size),
             processor=processor(self.device),
         )  # fmt: skip
 
