@@ -11,7 +11,7 @@ import sys
 from tokenloop.export import demo
 from tokenloop.export.command import Family, main
 
-FAMILY = Family("export/gemma.py", "Gemma", ("gemma3", "gemma4"), demo.gemma3_270m)
+FAMILY = Family("export/gemma.py", "Gemma", ("gemma3", "gemma3n", "gemma4"), demo.gemma3_270m)
 
 if __name__ == "__main__":
     sys.exit(main(family=FAMILY))

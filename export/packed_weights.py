@@ -249,6 +249,26 @@ class Beside(nn.Module):
         self.dense_branch_norm = mlp.dense_branch_norm
 
 
+class PackedLayerInputs(nn.Module):
+    """What makes the layers' inputs of embeddings and of the tokens' own vectors (per_layer.py)."""
+
+    def __init__(self, per_layer: nn.Module, bits: int | Keeping | None):
+        super().__init__()
+        self.layers, self.size = per_layer.layers, per_layer.size
+        self.projection = pack(per_layer, ["projection"], bits)
+        self.norm = per_layer.projection_norm
+
+
+class PackedBranch(nn.Module):
+    """The branch of a layer's own input: what lets it in, and the projection and norm after it."""
+
+    def __init__(self, branch: nn.Module, bits: int | Keeping | None):
+        super().__init__()
+        self.activation, self.norm = branch.activation, branch.norm
+        self.input_gate = pack(branch, ["input_gate"], bits)
+        self.projection = pack(branch, ["projection"], bits)
+
+
 class PackedBlock(nn.Module):
     """What a decode step reads of a block, whose linear layers become views.
 
@@ -257,9 +277,13 @@ class PackedBlock(nn.Module):
     FP8 and stay as they are for all else, and which `scores` choose. If `is_shared` the last row of
     `scores` weighs the result of `down`. What experts that read the residual have besides is
     `beside`, or None. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
+    `per_layer` is the branch of its own input, or None. `used_cache` is `cache`, or the one that
+    another block has; one whose mixer has no keys of its own only reads it.
     """
 
-    def __init__(self, block: Block, bits: int | str | Keeping | None):
+    has_keys = True
+
+    def __init__(self, block: Block, bits: int | str | Keeping | None, cache: nn.Module):
         super().__init__()
         mixer, mlp, dense = block.mixer, block.mlp, block.mlp.dense
         self.moe, self.beside = mlp.moe, None
@@ -283,15 +307,30 @@ class PackedBlock(nn.Module):
         self.post_attention_norm = block.norm("mixer_branch")
         self.post_mlp_norm = block.norm("mlp_branch")
         self.layer_scalar, self.cache = block.layer_scalar, mixer.cache
+        # Not as a module of this one: its state has the names of the block that owns it.
+        self._used = (cache,)
+        self.per_layer = None
+        if block.per_layer is not None:
+            self.per_layer = PackedBranch(block.per_layer, bits)
+
+    @property
+    def used_cache(self) -> nn.Module:
+        return self._used[0]
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        """The norm of the block's last branch."""
+        return self.post_mlp_norm if self.per_layer is None else self.per_layer.norm
 
 
 class PackedAttention(PackedBlock):
     """A block whose mixer is attention. Rows of `qkv` are queries, keys and values, and gates where
-    the layer has an output gate."""
+    the layer has an output gate. Without `has_keys` there are only queries."""
 
-    def __init__(self, block: Block, bits: int | str | Keeping | None):
-        super().__init__(block, bits)
+    def __init__(self, block: Block, bits: int | str | Keeping | None, cache: nn.Module):
+        super().__init__(block, bits, cache)
         attention = block.mixer
+        self.has_keys = attention.has_keys
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         self.rotation, self.scale = attention.rotation, attention.scale
         self.whole_norms = attention.whole_norms
@@ -307,8 +346,8 @@ class PackedDeltaNet(PackedBlock):
 
     kv_heads = 0
 
-    def __init__(self, block: Block, bits: int | str | Keeping | None):
-        super().__init__(block, bits)
+    def __init__(self, block: Block, bits: int | str | Keeping | None, cache: nn.Module):
+        super().__init__(block, bits, cache)
         net = block.mixer
         self.conv1d, self.norm = net.conv1d, net.norm
         self.A_log, self.dt_bias = net.A_log, net.dt_bias
@@ -321,9 +360,15 @@ def pack_blocks(network: CausalLM, bits: int | str | Keeping | None) -> list[Pac
     arrange(network)
     kinds = {LINEAR_ATTENTION: PackedDeltaNet, SHORT_CONV: PackedBlock}
     return [
-        kinds.get(block.mixer.layer_type, PackedAttention)(block, bits)
-        for block in network.model.layers
+        kinds.get(block.mixer.layer_type, PackedAttention)(block, bits, cache)
+        for block, cache in zip(network.model.layers, network.model.caches())
     ]
+
+
+def pack_inputs(network: CausalLM, bits: int | Keeping | None) -> PackedLayerInputs | None:
+    """What makes the layers' inputs, packed as the blocks are. None where they have none."""
+    per_layer = network.model.per_layer
+    return None if per_layer is None else PackedLayerInputs(per_layer, bits)
 
 
 class QueriesAndGates(nn.Module):
@@ -372,12 +417,11 @@ def arrange(network: CausalLM) -> None:
 def _arrange_attention(attention: nn.Module, rotated: int) -> None:
     """`rotated` elements of each head are rotated."""
     size = attention.head_dim
-    index = torch.arange(size, device=attention.k_proj.weight.device)
+    index = torch.arange(size, device=attention.q_proj.weight.device)
     first, second, rest = index.split([rotated // 2, rotated // 2, size - rotated])
     left, right = rest.chunk(2)
     order = torch.cat([first, left, second, right])
     rows = torch.arange(attention.q_proj.out_features, device=index.device)
-    keys = rows[: attention.k_proj.out_features].unflatten(0, (-1, size))
     if attention.output_gate:
         queries, gates = rows.unflatten(0, (-1, 2, size)).unbind(1)
         attention.q_proj = QueriesAndGates(
@@ -387,7 +431,9 @@ def _arrange_attention(attention: nn.Module, rotated: int) -> None:
     else:
         queries = rows.unflatten(0, (-1, size))
         attention.q_proj = _rows(attention.q_proj, queries[:, order])
-    attention.k_proj = _rows(attention.k_proj, keys[:, order])
+    if attention.has_keys:
+        keys = rows[: attention.k_proj.out_features].unflatten(0, (-1, size))
+        attention.k_proj = _rows(attention.k_proj, keys[:, order])
     for norm in (attention.q_norm, attention.k_norm):
         if norm is not None:
             heads = norm.weight.unflatten(0, (-1, size))[:, order]

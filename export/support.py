@@ -13,9 +13,11 @@ def unsupported(network: CausalLM, backend: str) -> str | None:
         return "gated delta nets"
     if backend not in ("portable", "inductor") and "conv" in types:
         return "short convolutions"
-    if backend not in ("portable", "inductor") and network.model.per_layer is not None:
+    if backend not in ("portable", "inductor") and network.model.streams is not None:
+        return "alternating updates"
+    if backend in ("xnnpack", "cuda") and network.model.per_layer is not None:
         return "per-layer embeddings"
-    if backend not in ("portable", "inductor") and any(m.shares for m in mixers):
+    if backend in ("xnnpack", "cuda") and any(m.shares for m in mixers):
         return "shared keys and values"
     if backend != "xnnpack":
         return None

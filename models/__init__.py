@@ -8,8 +8,8 @@ from importlib import import_module
 from types import ModuleType
 
 ARCHITECTURES = (
-    "gemma3", "gemma4", "gpt_oss", "granite", "lfm2", "llama", "mistral", "olmo2", "phi3", "qwen3",
-    "qwen3_5", "smollm3",
+    "gemma3", "gemma3n", "gemma4", "gpt_oss", "granite", "lfm2", "llama", "mistral", "olmo2",
+    "phi3", "qwen3", "qwen3_5", "smollm3",
 )  # fmt: skip
 
 

@@ -97,6 +97,11 @@ class Block(nn.Module):
         """The norm of a role (a key of SANDWICH_NORMS), or None."""
         return self.get_submodule(self._norms[role]) if role in self._norms else None
 
+    def begin(self, x: Tensor) -> Tensor:
+        """What `project` and `finish` take of what the layer before gave: x itself, or, of several
+        streams (models/altup.py), predictions."""
+        return x
+
     def project(self, x: Tensor, rope: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """All of the block before its state is used: what `Mixer.project` gives."""
         return self.mixer.project(self._normed("mixer", x), rope)
@@ -126,15 +131,16 @@ class Backbone(nn.Module):
     """Embedding, blocks and final norm. `rope` has an entry for each `rotation` of a mixer.
     Embeddings are multiplied by `embed_scale`, as the weights' dtype holds it if `rounds_scale`.
     With `per_layer` (models.per_layer) a token's own vectors for the layers lie behind its
-    embedding: E elements in all."""
+    embedding: E elements in all. With `streams` (models.altup) blocks take several hidden states of
+    a token."""
 
     def __init__(
         self, embed_tokens: nn.Embedding, layers: Iterable[Block], norm: nn.Module,
         rope: dict[str, RotaryEmbedding], embed_scale: float = 1.0, rounds_scale: bool = True,
-        per_layer: nn.Module | None = None,
+        per_layer: nn.Module | None = None, streams: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.per_layer = per_layer
+        self.per_layer, self.streams = per_layer, streams
         # E.
         own = 0 if per_layer is None else per_layer.width
         self.embedded_size = embed_tokens.embedding_dim + own
@@ -151,14 +157,17 @@ class Backbone(nn.Module):
         return x if self.per_layer is None else torch.cat([x, self.per_layer.look_up(tokens)], -1)
 
     def split(self, embedded: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """What the first layer reads [B, T, D] of embeddings [B, T, E], and what each layer's
-        `finish` takes besides."""
+        """What the first layer reads of embeddings [B, T, E], [B, T, D] or streams of that, and
+        what each layer's `finish` takes besides."""
         if self.per_layer is None:
-            return embedded, [()] * len(self.layers)
+            return self._expanded(embedded), [()] * len(self.layers)
         x, own = embedded.split(
             [embedded.shape[-1] - self.per_layer.width, self.per_layer.width], -1
         )
-        return x, [(given,) for given in self.per_layer(x, own)]
+        return self._expanded(x), [(given,) for given in self.per_layer(x, own)]
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        return x if self.streams is None else self.streams.expand(x)
 
     def scale_in(self, dtype: torch.dtype) -> float:
         """What embeddings of `dtype` are multiplied by."""
@@ -184,6 +193,7 @@ class Backbone(nn.Module):
         x, given = self.split(x)
         seen: dict[str, tuple[Tensor, ...]] = {}
         for layer, own in zip(self.layers, given):
+            x = layer.begin(x)
             inputs, gate = layer.project(x, rope)
             shared = (seen,) if layer.mixer.shares else ()
             mixed = layer.mixer.prefill(*inputs, positions, row, *shared)
@@ -198,6 +208,7 @@ class Backbone(nn.Module):
         x, given = self.split(x)
         seen: dict[str, tuple[Tensor, ...]] = {}
         for layer, own in zip(self.layers, given):
+            x = layer.begin(x)
             inputs, gate = layer.project(x, rope)
             shared = (seen,) if layer.mixer.shares else ()
             x = layer.finish(x, layer.mixer.decode(*inputs, position, *shared), gate, *own)
@@ -218,10 +229,10 @@ class CausalLM(nn.Module):
         rope: dict[str, RotaryEmbedding], max_seq_len: int, batch: int, max_chunk: int, *,
         tied: bool, embed_scale: float = 1.0, rounds_scale: bool = True,
         soft_cap: float | None = None, per_layer: nn.Module | None = None,
-        left_out: frozenset[str] = frozenset(),
+        streams: nn.Module | None = None, left_out: frozenset[str] = frozenset(),
     ):  # fmt: skip
-        """`config` has vocab_size and hidden_size; layers, norm, rope, embed_scale, rounds_scale
-        and per_layer are the Backbone's."""
+        """`config` has vocab_size and hidden_size; layers, norm, rope, embed_scale, rounds_scale,
+        per_layer and streams are the Backbone's."""
         super().__init__()
         self.left_out = left_out
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -229,7 +240,7 @@ class CausalLM(nn.Module):
         self.batch, self.max_seq_len = batch, max_seq_len
         self.longest_chunk = max_chunk
         scale = embed_scale, rounds_scale
-        self.model = Backbone(embed_tokens, layers, norm, rope, *scale, per_layer)
+        self.model = Backbone(embed_tokens, layers, norm, rope, *scale, per_layer, streams)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if tied:
             self.lm_head.weight = embed_tokens.weight
@@ -242,7 +253,8 @@ class CausalLM(nn.Module):
             layer.mixer.max_chunk = self.max_chunk
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [B, V] of hidden states [B, 1, D] before the final norm."""
+        """float32 [B, V] of hidden states [B, 1, D], or streams of them, before the final norm."""
+        hidden = hidden if self.model.streams is None else self.model.streams.merge(hidden)
         logits = self.lm_head(self.model.norm(hidden)).float()[:, 0]
         if self.soft_cap is None:
             return logits

@@ -71,7 +71,7 @@ class Gemma3Config:
         config = configs.read(config, defaults=DEFAULTS, only=ONLY, needed=needed)
         configs.rotated("head_dim", config["head_dim"])
         pattern = config.get("sliding_window_pattern") or 6
-        rope = _rope(config)
+        rope = ropes(config)
         config = configs.reaching(config, rope[FULL])
         return cls(
             **{key: config[key] for key in plain},
@@ -80,7 +80,9 @@ class Gemma3Config:
         )
 
 
-def _rope(config: dict) -> dict[str, RopeConfig]:
+def ropes(config: dict) -> dict[str, RopeConfig]:
+    """The rotary embedding of each type of layer. Raises ValueError for parameters of all types
+    together, and as models/config_rope.py."""
     nested = config.get("rope_parameters") or {}
     if "rope_theta" in nested or "rope_type" in nested:
         raise ValueError("rope_parameters must have an entry for each kind of layer")

@@ -6,6 +6,7 @@ layers may have no v_proj. A value is then the key before norm and rotation.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -136,7 +137,7 @@ class Gemma4Config:
             raise ValueError("final_logit_softcapping = 0 leaves no logits; null is no cap")
         # The last layer is full whatever the list says.
         layer_types = (*configs.layer_types(config, SLIDING, 6)[:-1], FULL)
-        _check_sharing(config, layer_types)
+        check_sharing(config, layer_types)
         rows = config.get("vocab_size_per_layer_input") or DEFAULTS["vocab_size"]
         if config["hidden_size_per_layer_input"] and rows != config["vocab_size"]:
             raise ValueError(
@@ -153,7 +154,7 @@ class Gemma4Config:
         )
 
 
-def _check_sharing(config: dict[str, Any], layer_types: tuple[str, ...]) -> None:
+def check_sharing(config: dict[str, Any], layer_types: tuple[str, ...]) -> None:
     """Raises ValueError for a layer whose keys no layer has that is not shared."""
     shared = config["num_kv_shared_layers"]
     own = layer_types[: len(layer_types) - shared] if shared < len(layer_types) else ()
@@ -230,6 +231,12 @@ def _rope(config: dict[str, Any], layer_type: str) -> layers.RopeConfig:
     return configs.rope(entry, ROPE_TYPES, layer_type)
 
 
+def keys_of(layers: Iterable[int]) -> frozenset[str]:
+    """The parameters of the layers' own keys and values."""
+    names = "k_proj", "v_proj", "k_norm"
+    return frozenset(f"model.layers.{i}.self_attn.{name}.weight" for i in layers for name in names)
+
+
 def checkpoint_name(name: str) -> str | None:
     """A checkpoint's tensor name as this model's parameter name. None for what is left out."""
     name = text_name(name, ("vision_tower", "embed_vision", "audio_tower", "embed_audio"))
@@ -293,13 +300,6 @@ class Gemma4(CausalLM):
         if size:
             sizes = c.vocab_size, count, size, c.hidden_size
             per_layer = PerLayerInputs(*sizes, scaled_norm)
-        names = "k_proj", "v_proj", "k_norm"
-        left_out = frozenset(
-            f"model.layers.{i}.self_attn.{name}.weight"
-            for i in range(unshared, count)
-            for name in names
-        )
-
         rope = {
             name: layers.RotaryEmbedding(own.rope, own.head_dim, max_seq_len)
             for name, own in c.attention.items()
@@ -309,7 +309,7 @@ class Gemma4(CausalLM):
         super().__init__(
             c, blocks, norm(c.hidden_size), rope, *cache, tied=True,
             embed_scale=c.hidden_size**0.5, soft_cap=c.final_logit_softcapping,
-            per_layer=per_layer, left_out=left_out,
+            per_layer=per_layer, left_out=keys_of(range(unshared, count)),
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -319,11 +320,14 @@ class MLP(nn.Module):
     moe, reads_residual = None, False
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False
-    ):
-        """`activation` is a key of ACTIVATIONS."""
+        self, hidden_size: int, intermediate_size: int, activation: str, bias: bool = False,
+        sparsity: float = 0.0,
+    ):  # fmt: skip
+        """`activation` is a key of ACTIVATIONS. With `sparsity` so much of a normal distribution of
+        a token's gates becomes 0, and the others are what they are above that."""
         super().__init__()
         self.activation = activation
+        self.cutoff = NormalDist().inv_cdf(sparsity) if sparsity else None
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
@@ -334,4 +338,13 @@ class MLP(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gates = self.gate_proj(x)
+        gates = gates if self.cutoff is None else self._sparse(gates)
+        return self.down_proj(self.act(gates) * self.up_proj(x))
+
+    def _sparse(self, gates: Tensor) -> Tensor:
+        """The gates above `cutoff` standard deviations from their mean, less that."""
+        x = gates.float()
+        mean = x.mean(-1, keepdim=True)
+        deviation = (x - mean).square().mean(-1, keepdim=True).sqrt()
+        return F.relu(x - (mean + deviation * self.cutoff)).to(gates.dtype)

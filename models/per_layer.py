@@ -19,13 +19,14 @@ class PerLayerInputs(nn.Module):
     """The layers' inputs, of a token's own vectors and of a projection of its embedding."""
 
     def __init__(
-        self, vocab_size: int, layers: int, size: int, hidden_size: int,
-        norm: Callable[[int, float], nn.Module],
+        self, rows: int, layers: int, size: int, hidden_size: int,
+        norm: Callable[[int, float], nn.Module], clips: bool = False,
     ):  # fmt: skip
-        """`norm` makes a norm, given its size and what its eps is multiplied by."""
+        """`norm` makes a norm, given its size and what its eps is multiplied by. The table has
+        `rows` tokens. One that `clips` takes the first for all that it does not have."""
         super().__init__()
-        self.layers, self.size = layers, size
-        self.embed_tokens = nn.Embedding(vocab_size, layers * size)
+        self.rows, self.layers, self.size, self.clips = rows, layers, size, clips
+        self.embed_tokens = nn.Embedding(rows, layers * size)
         self.projection = nn.Linear(hidden_size, layers * size, bias=False)
         # A projection is divided by the root of D before its norm, which sees that in its eps only.
         self.projection_norm = norm(size, hidden_size)
@@ -41,6 +42,8 @@ class PerLayerInputs(nn.Module):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """The tokens' own vectors [B, T, L * P], scaled."""
+        if self.clips:
+            tokens = torch.where(tokens < self.rows, tokens, 0)
         x = self.embed_tokens(tokens)
         return x * self.scale_in(x.dtype)
 
@@ -65,5 +68,9 @@ class PerLayerBranch(nn.Module):
         self.projection = nn.Linear(size, hidden_size, bias=False)
         self.norm, self.act = norm, ACTIVATIONS[activation]()
 
+    def branch(self, x: Tensor, given: Tensor) -> Tensor:
+        """What is added to x."""
+        return self.norm(self.projection(self.act(self.input_gate(x)) * given))
+
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        return x + self.norm(self.projection(self.act(self.input_gate(x)) * given))
+        return x + self.branch(x, given)

@@ -26,6 +26,7 @@ from tests.models.eager import feed, prefill, prompt
 from tests.models.tiny_models import ROW_OF, randomize
 from tests.random_configs import MODEL_TYPES, random_config
 from tokenloop.export.checkpoint import Checkpoint, StoredTensor, load_weights
+from tokenloop.export.checkpoint.network import names_of
 from tokenloop.models.config_fields import FIELDS, ROPE_FIELDS
 
 LENGTH, CHUNKED = 20, 14
@@ -81,7 +82,7 @@ def compared(config: dict, hf: torch.nn.Module, expected: torch.Tensor) -> tuple
         for name, tensor in hf.state_dict().items()
     }
     checkpoint = Checkpoint(Path("random"), "safetensors", config, (), stored)
-    load_weights(model, checkpoint, row.networks.checkpoint_name)
+    load_weights(model, checkpoint, names_of(row.networks, model))
     tokens = prompt(LENGTH, vocabulary=31)
     size = min(model.max_chunk, 9)
     ends = [*range(size, CHUNKED, size), CHUNKED]

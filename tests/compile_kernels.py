@@ -81,18 +81,23 @@ def compile_launch(launch: Launch, ptx: Path | None) -> Key:
         # Warps of a Gluon kernel that begin later have code of their own ahead of the wait.
         if kernel.__name__ in WAITING and kind is ASTSource:
             given = {name: kind for name, kind in signature.items() if kind != "constexpr"}
-            check_wait(kernel.__name__, code, given)
+            own_state = OWN_STATE.get(kernel.__name__, set())
+            # State that an earlier kernel of the step writes is only asked for.
+            writes = constants.get("KEYS", True)
+            check_wait(kernel.__name__, code, given, own_state if writes else set(), own_state)
         if ptx is not None:
             write_ptx(ptx, kernel.__name__, code)
         compiled[key] = code
     return key
 
 
-def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
+def check_wait(
+    kernel: str, code: str, given: dict[str, str], read_too: set[str], asked_too: set[str]
+) -> None:
     """See that a program waits before it returns or stores, and that what it reads before that is
-    in EARLY; `given` are the types of its parameters."""
+    in EARLY or `read_too`, and what it prefetches in EARLY or `asked_too`; `given` are the types of
+    its parameters."""
     names = [name if kind.startswith("*") else None for name, kind in given.items()]
-    early = EARLY | OWN_STATE.get(kernel, set()) | {None}
     body = code.split(".entry")[1].split("\n{", 1)[1]
     ahead, behind = body.split("griddepcontrol.wait", 1)
     # Every path leads through the wait.
@@ -109,6 +114,7 @@ def check_wait(kernel: str, code: str, given: dict[str, str]) -> None:
         elif re.search(r"(ld\.global|cp\.async|prefetch)", line):
             address = re.search(r"\[\s*(%\w+)(?:\s*\+[^]]*)?\s*\]", line.split("shared")[-1])
             read = {names[i] for i in sources.get(address[1], set())} if address else set()
+            early = EARLY | (asked_too if "prefetch" in line else read_too) | {None}
             assert read <= early, f"{kernel} reads {read - early} before it waits"
         elif target := re.match(r"(?:@!?%\w+\s+)?[a-z][\w.:]*\s+\{?\s*(%\w+)", line):
             sources[target[1]] = sources.get(target[1], set()).union(*found)
@@ -215,6 +221,43 @@ def attention() -> None:
             empty(2, 80 * 64, dtype=dtype), empty(2, dtype=int64), *caches, None, None, empty(32),
             semaphores, empty(64, dtype=dtype), scale=0.125, eps=0.0, attention_factor=1.3,
         )  # fmt: skip
+
+    # Heads of Gemma 4 E2B that see what an earlier layer's kernel has written.
+    for (size, slots), dtype in itertools.product(((256, 512), (512, 8448)), (bfloat16, float32)):
+        caches = (empty(2, slots, 1, size, dtype=dtype) for _ in range(2))
+        module.attend_step(
+            empty(2, 8 * size, dtype=dtype), empty(2, dtype=int64), *caches,
+            empty(size, dtype=dtype), None, empty(size // 2), semaphores, scale=1.0, eps=1e-6,
+            keys=False,
+        )  # fmt: skip
+
+
+def per_layer() -> None:
+    from tokenloop.models.kernels import cuda
+
+    count, starts = empty(1, dtype=int32), empty(3, dtype=int32)
+    for rows, dtype in itertools.product((1, 2, 1024), (bfloat16, float32)):
+        number = count if rows > 2 else None
+        given = empty(rows, 35 * 256, dtype=dtype)
+        norm = empty(256, dtype=dtype)
+        inputs = cuda.layer_inputs(given, given, norm, number, eps=1e-6)
+        gate = empty(rows, 256, dtype=dtype)
+        cuda.gate_input(gate, inputs[:, 256:512], number, activation="gelu_tanh")
+        cuda.last_tokens(inputs, starts)
+    tables = empty(1000, 1536, dtype=bfloat16), empty(1000, 35 * 256, dtype=bfloat16)
+    hidden = cuda.embed_both(empty(2, dtype=int64), *tables, scale=39.25, other_scale=16.0)
+    own = hidden[2 * 1536 :].view(2, -1)
+    cuda.embed_into(empty(2, dtype=int64), tables[1], own, scale=16.0)
+    # Its rings, of which a layer without keys sees what is filled.
+    for size, slots in ((256, 512), (512, 8448)):
+        caches = [empty(2, slots, 1, size, dtype=bfloat16) for _ in range(2)]
+        filled = cuda.filled_slots(empty(2, dtype=int32), slots)
+        where = starts, empty(2, dtype=int32), filled
+        q, kv = cuda.rotate_chunk(
+            empty(2, 8 * size, dtype=bfloat16), *where, *caches, empty(size, dtype=bfloat16), None,
+            empty(size // 2), eps=1e-6, is_ring=slots == 512, keys=False,
+        )  # fmt: skip
+        cuda.attend_chunk(q, kv, *where, *caches, scale=1.0, is_ring=False)
 
 
 def drafts() -> None:
@@ -425,7 +468,8 @@ def sampler() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     groups = (
-        linear, attention, attention_chunk, drafts, experts, positions, hybrids, chunks, sampler,
+        linear, attention, attention_chunk, per_layer, drafts, experts, positions, hybrids, chunks,
+        sampler,
     )  # fmt: skip
     names = {function.__name__: function for function in groups}
     parser.add_argument("groups", nargs="+", choices=names)

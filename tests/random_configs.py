@@ -47,7 +47,7 @@ def random_config(rng: Random, model_type: str) -> dict[str, Any]:
     if model_type in ("qwen2",) and rng.random() < 0.7:
         config["head_dim"] = None
     if model_type.startswith("gemma"):
-        config |= gemma(rng, model_type, layers)
+        config |= gemma(rng, model_type, layers, config["vocab_size"])
     if model_type in HYBRIDS:
         config |= hybrid(rng, layers)
     config |= kin(rng, model_type, layers)
@@ -71,14 +71,32 @@ def random_config(rng: Random, model_type: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def gemma(rng: Random, model_type: str, layers: int) -> dict[str, Any]:
+def gemma(rng: Random, model_type: str, layers: int, vocab_size: int) -> dict[str, Any]:
     own = {"tie_word_embeddings": True, "sliding_window": rng.choice((1, 5, 100))}
     if rng.random() < 0.7:
         own["layer_types"] = [rng.choice((SLIDING, FULL)) for _ in range(layers)]
     if model_type == "gemma3_text":
         return own | {"query_pre_attn_scalar": rng.choice((5, 24))}
+    shared = {"num_kv_shared_layers": rng.choice((0, 0, 1))}
+    if model_type == "gemma3n_text":
+        shares = [rng.choice((0.0, 0.5, 0.9)) for _ in range(layers)]
+        return own | shared | {
+            "hidden_size_per_layer_input": 6, "laurel_rank": rng.choice((2, 5)),
+            "vocab_size_per_layer_input": rng.choice((vocab_size, 20)),
+            "altup_num_inputs": rng.choice((2, 3, 4)), "altup_correct_scale": rng.random() < 0.5,
+            "activation_sparsity_pattern": rng.choice((shares, None)),
+            "intermediate_size": rng.choice((8, [rng.choice((8, 21)) for _ in range(layers)])),
+            "final_logit_softcapping": rng.choice((5.0, None)),
+        }  # fmt: skip
+    if rng.random() < 0.3:
+        own |= {
+            "enable_moe_block": True, "num_experts": rng.choice((3, 5)), "moe_intermediate_size": 6,
+            "top_k_experts": rng.randint(1, 3),
+        }  # fmt: skip
+    own |= shared | {"use_double_wide_mlp": rng.random() < 0.2}
     return own | {
-        "hidden_size_per_layer_input": 0, "global_head_dim": rng.choice((8, 12)),
+        "hidden_size_per_layer_input": rng.choice((0, 0, 6)),
+        "vocab_size_per_layer_input": vocab_size, "global_head_dim": rng.choice((8, 12)),
         "num_global_key_value_heads": rng.choice((None, 1)),
         "attention_k_eq_v": rng.random() < 0.5,
         "final_logit_softcapping": rng.choice((None, 5.0)),
@@ -188,7 +206,7 @@ def kin_rotary(rng: Random, model_type: str, entry: dict[str, Any], theta: float
 def gemma_rotary(
     rng: Random, model_type: str, entry: dict[str, Any], theta: float
 ) -> dict[str, Any]:
-    if model_type == "gemma3_text" and rng.random() < 0.5:
+    if model_type in ("gemma3_text", "gemma3n_text") and rng.random() < 0.5:
         return {"rope_scaling": entry or None, "rope_theta": theta, "rope_local_base_freq": 50.0}
     if rng.random() < 0.2:
         return {}

@@ -3,6 +3,7 @@
 GGUF has the tokens and merges, but only a name for how text is cut and normalised before them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,25 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
             f"{path}: tokenizer.ggml.pre is {shown(pre)}; {', '.join(PRE_TOKENIZERS)} can be "
             "rebuilt. For others export from the Hugging Face directory"
         )
+    tokens, types, vocabulary, merges = bpe_parts(path, metadata)
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges)
+    except Exception as error:  # the tokenizers package raises nothing more precise
+        raise ExportError(f"{path} holds no valid byte-level BPE: {error}") from error
+    tokenizer = Tokenizer(model)
+    if PRE_TOKENIZERS[pre].composed:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(PRE_TOKENIZERS[pre].cuts))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(added_tokens(metadata, tokens, types))
+    return tokenizer
+
+
+def bpe_parts(
+    path: Path, metadata: dict[str, Any]
+) -> tuple[list[str], list[int], dict[str, int], list[tuple[str, ...]]]:
+    """The tokens with their types, the vocabulary without what is unused, and the merges. Errors:
+    those of `byte_level_tokenizer` about these."""
     missing = [
         f"tokenizer.ggml.{key}"
         for key in ("tokens", "token_type", "merges")
@@ -141,21 +161,16 @@ def byte_level_tokenizer(path: Path, metadata: dict[str, Any]) -> Tokenizer:
         if (first := vocabulary.setdefault(token, i)) != i:
             raise ExportError(f"{path}: the tokens {first} and {i} are both {shown(token)}")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    try:
-        model = models.BPE(vocabulary, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges)
-    except Exception as error:  # the tokenizers package raises nothing more precise
-        raise ExportError(f"{path} holds no valid byte-level BPE: {error}") from error
-    tokenizer = Tokenizer(model)
-    if PRE_TOKENIZERS[pre].composed:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(PRE_TOKENIZERS[pre].cuts))
-    tokenizer.decoder = decoders.ByteLevel()
+    return tokens, types, vocabulary, merges
+
+
+def added_tokens(
+    metadata: dict[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> list[AddedToken]:
+    """The tokens that are found in text before it is cut."""
     rstrip = set(strip_right(metadata, types))
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind != USER_DEFINED, normalized=False, rstrip=i in rstrip)
-            for i, (token, kind) in enumerate(zip(tokens, types))
-            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-        ]
-    )
-    return tokenizer
+    return [
+        AddedToken(token, special=kind != USER_DEFINED, normalized=False, rstrip=i in rstrip)
+        for i, (token, kind) in enumerate(zip(tokens, types))
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+    ]

@@ -33,10 +33,15 @@ NAMES = {
     "output_norm.weight": "model.norm.weight",
     "token_embd_norm.weight": "model.norm.weight",  # LFM2's
     "output.weight": "lm_head.weight",
+    # Gemma 4's, where each layer has an input of its own.
+    "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
+    "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
+    "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
     ROPE_FACTORS: None,  # the config has these
     **dict.fromkeys(LONGROPE_FACTORS),
 }
-# blk.N.<key>.weight -> model.layers.N.<value>.weight; or .bias
+# blk.N.<key>.weight -> model.layers.N.<value>.weight; or .bias. A key that ends in a kind itself
+# is of a whole name, and its value too.
 BLOCK_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -120,6 +125,99 @@ def gemma3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
             "final_logit_softcapping": keys.optional("final_logit_softcapping", None),
         }
     )
+
+
+def gemma4_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a Gemma4TextConfig.
+
+    Errors: ExportError as common_config, for two sizes of one layer's heads, for layers of one type
+    that differ, and for what a Gemma4TextConfig does not have.
+    """
+    name = "attention.head_count_kv"
+    kv_heads, sizes = keys.by_layer(name), keys.by_layer("feed_forward_length")
+    # The size of full layers' heads is the file's head_dim.
+    one = {f"gemma4.{name}": kv_heads[-1]}
+    config = common_config(keys._replace(metadata=keys.metadata | one), tensors)
+    full_size, sliding_size = config["head_dim"], keys.required("attention.key_length_swa")
+    for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
+        if (size := keys.optional(key, sliding_size)) != sliding_size:
+            raise ExportError(
+                f"{keys.path}: gemma4.{key} is {size}; {sliding_size}, the size of a sliding key's "
+                "head, is supported"
+            )
+    slides = keys.flags("attention.sliding_window_pattern")
+    if slides is None or slides[-1]:
+        pattern = keys.metadata.get("gemma4.attention.sliding_window_pattern")
+        raise ExportError(
+            f"{keys.path}: gemma4.attention.sliding_window_pattern is {shown(pattern)}; a list of "
+            f"flags is right, one for each of {len(kv_heads)} layers, and false for the last"
+        )
+    of_type = {flag: {n for n, each in zip(kv_heads, slides) if each == flag} for flag in slides}
+    if any(len(counts) > 1 for counts in of_type.values()):
+        raise ExportError(
+            f"{keys.path}: gemma4.{name} is {shown(kv_heads)}; one number for all sliding layers, "
+            "and one for all others, is supported"
+        )
+    shared = keys.optional("attention.shared_kv_layers", 0)
+    unshared = len(slides) - shared
+    wide = sizes != sizes[:1] * len(sizes)
+    if wide and sizes != [sizes[0] * (1 if i < unshared else 2) for i in range(len(sizes))]:
+        raise ExportError(
+            f"{keys.path}: gemma4.feed_forward_length is {shown(sizes)}; one number, or twice it "
+            f"for the {shared} layers that share keys, is supported"
+        )
+    own_full = [i for i, flag in enumerate(slides[:unshared]) if not flag]
+    shape = {"head_dim": full_size, "num_key_value_heads": kv_heads[-1]}
+    theta = config.pop("rope_theta")
+    rotated = _rotated_share(keys, config.pop("rope_scaling"))
+    return config | _gemma4_experts(keys) | {
+        "model_type": "gemma4_text",
+        "intermediate_size": sizes[0],
+        "use_double_wide_mlp": wide,
+        "head_dim": sliding_size,
+        "num_key_value_heads": kv_heads[slides.index(True)] if True in slides else kv_heads[-1],
+        "per_layer_config": {str(i): shape for i, flag in enumerate(slides) if not flag},
+        "layer_types": [f"{'sliding' if each else 'full'}_attention" for each in slides],
+        "attention_k_eq_v": not any(f"blk.{i}.attn_v.weight" in tensors for i in own_full),
+        "num_kv_shared_layers": shared,
+        "sliding_window": keys.required("attention.sliding_window"),
+        "hidden_size_per_layer_input": keys.optional("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": config["vocab_size"],
+        # Without the key llama.cpp caps logits at 30, and its converter leaves it out for no cap.
+        "final_logit_softcapping": keys.required("final_logit_softcapping"),
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": rotated,
+            },
+            "sliding_attention": {
+                "rope_type": "default", "rope_theta": keys.optional("rope.freq_base_swa", theta),
+            },
+        },
+    }  # fmt: skip
+
+
+def _rotated_share(keys: Keys, scaling: dict[str, Any] | None) -> float:
+    """The share of a full layer's pairs that rotate: the others' frequencies are divided by what
+    leaves none. Errors: ExportError for other divisors."""
+    divisors = None if scaling is None else scaling.get("factors")
+    count = 0 if divisors is None else divisors.count(1.0)
+    if not count or divisors[:count] != [1.0] * count or min(divisors[count:], default=1e30) < 1e29:
+        raise ExportError(
+            f"{keys.path}: {ROPE_FACTORS} must divide the first of a full layer's pairs by 1 and "
+            f"the others by 1e30; it is {shown(divisors)}"
+        )
+    return count / len(divisors)
+
+
+def _gemma4_experts(keys: Keys) -> dict[str, Any]:
+    if not (count := keys.optional("expert_count", 0)):
+        return {}
+    return {
+        "enable_moe_block": True,
+        "num_experts": count,
+        "top_k_experts": keys.required("expert_used_count"),
+        "moe_intermediate_size": keys.required("expert_feed_forward_length"),
+    }
 
 
 def qwen_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
@@ -226,6 +324,34 @@ def lfm2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     }
 
 
+def mistral3_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a Ministral3Config: Ministral 3's, and Mistral Small 3's.
+
+    Errors: ExportError as llama_config, and for a YaRN that is not Ministral 3's, which leaves the
+    length of queries and keys as it is.
+    """
+    config = llama_config(keys, tensors)
+    rope = {"rope_theta": config.pop("rope_theta")}
+    scaling = config.pop("rope_scaling") or {"rope_type": "default"}
+    if scaling["rope_type"] == "yarn":
+        name = "rope.scaling.yarn_log_multiplier"
+        if (value := keys.optional(name, None)) != 1:
+            raise ExportError(f"{keys.path}: mistral3.{name} is {shown(value)}; 1 is supported")
+        if (value := keys.optional("rope.scaling.attn_factor", 1.0)) != 1:
+            raise ExportError(
+                f"{keys.path}: mistral3.rope.scaling.attn_factor is {value}; 1 is supported"
+            )
+        del scaling["attention_factor"]
+        rope |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    if beta := keys.optional("attention.temperature_scale", 0.0):
+        rope["llama_4_scaling_beta"] = beta
+        # Without it no position is known from which on queries grow.
+        rope["original_max_position_embeddings"] = keys.required(
+            "rope.scaling.original_context_length"
+        )
+    return config | {"model_type": "ministral3", "rope_parameters": rope | scaling}
+
+
 def olmo2_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
     """The config.json of an Olmo2Config, or of an Olmo3Config where layers slide.
 
@@ -299,6 +425,26 @@ GEMMA3 = Architecture(
     BLOCK_NAMES | {"ffn_norm": "pre_feedforward_layernorm"} | POST_NORMS,
     norm_offset=1.0,
 )
+GEMMA4 = Architecture(
+    gemma4_config,
+    BLOCK_NAMES
+    | POST_NORMS
+    | {
+        "ffn_norm": "pre_feedforward_layernorm",
+        "layer_output_scale.weight": "layer_scalar",
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
+        "ffn_gate_inp": "router.proj",
+        "ffn_gate_inp.scale": "router.scale",
+        "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+        "ffn_down_exps.weight": "experts.down_proj",
+        "ffn_down_exps.scale": "router.per_expert_scale",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    },
+)
 EXPERTS = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.gate_proj",
@@ -308,6 +454,7 @@ EXPERTS = {
 QWEN = Architecture(qwen_config, BLOCK_NAMES | EXPERTS)
 ARCHITECTURES = {
     "gemma3": GEMMA3,
+    "gemma4": GEMMA4,
     "gpt-oss": Architecture(
         gpt_oss_config,
         BLOCK_NAMES
@@ -325,6 +472,7 @@ ARCHITECTURES = {
         },
     ),
     "llama": Architecture(llama_config, permuted=True),
+    "mistral3": Architecture(mistral3_config, permuted=True),
     "olmo2": Architecture(olmo2_config, BLOCK_NAMES | POST_NORMS),
     "phi3": Architecture(
         phi3_config,
@@ -379,6 +527,8 @@ def _renamed(architecture: Architecture, tensor: GgufTensor) -> str | None:
     if tensor.name in NAMES:
         return NAMES[tensor.name]
     match tensor.name.split("."):
+        case ["blk", layer, *parts] if (name := ".".join(parts)) in architecture.block_names:
+            return f"model.layers.{layer}.{architecture.block_names[name]}"
         case ["blk", layer, *parts, "weight" | "bias" as kind]:
             if (part := ".".join(parts)) in architecture.block_names:
                 return f"model.layers.{layer}.{architecture.block_names[part]}.{kind}"

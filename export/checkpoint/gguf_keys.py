@@ -99,6 +99,24 @@ class Keys(NamedTuple):
         self.asked.add(key)
         return values.tolist()
 
+    def by_layer(self, key: str) -> list[Any]:
+        """The value of a required key for each layer. Errors: those of `required`, and ExportError
+        for a list that has not one value for each layer."""
+        name, count = f"{self.architecture}.{key}", self.required("block_count")
+        values = self.metadata.get(name)
+        if not isinstance(values, (list, np.ndarray)):
+            return [self.required(key)] * count
+        values = np.asarray(values).tolist()
+        if len(values) != count:
+            raise ExportError(
+                f"{self.path}: {name} has {len(values)} values; one for each of {count} layers is "
+                "right"
+            )
+        self.asked.add(key)
+        for value in values:
+            check_value(self.path, name, value, ARCHITECTURE_KINDS[key])
+        return values
+
     def check_asked(self) -> None:
         """Errors: ExportError for a key that nobody has asked for, unless it does nothing."""
         for name, value in self.metadata.items():

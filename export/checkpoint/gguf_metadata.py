@@ -69,13 +69,17 @@ ARCHITECTURE_KINDS = {
         "attention.head_count": "num_attention_heads",
         "attention.head_count_kv": "num_key_value_heads",
         "attention.key_length": "head_dim",
+        "attention.key_length_swa": "head_dim",
         "attention.layer_norm_rms_epsilon": "rms_norm_eps",
         "attention.sliding_window": "sliding_window",
         "attention.sliding_window_pattern": "sliding_window_pattern",
+        "attention.shared_kv_layers": "num_kv_shared_layers",
         "attention.value_length": "head_dim",
+        "attention.value_length_swa": "head_dim",
         "block_count": "num_hidden_layers",
         "context_length": "max_position_embeddings",
         "embedding_length": "hidden_size",
+        "embedding_length_per_layer_input": "hidden_size_per_layer_input",
         "expert_count": "num_experts",
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_used_count": "num_experts_per_tok",
@@ -83,6 +87,7 @@ ARCHITECTURE_KINDS = {
         "feed_forward_length": "intermediate_size",
         "final_logit_softcapping": "final_logit_softcapping",
         "rope.dimension_count": "head_dim",
+        "rope.dimension_count_swa": "head_dim",
         "shortconv.l_cache": "conv_L_cache",
         "rope.freq_base": "rope_theta",
         "rope.freq_base_swa": "rope_local_base_freq",
@@ -98,7 +103,15 @@ ARCHITECTURE_KINDS = {
         for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow")
     },
     **dict.fromkeys(
-        ("attention.scale", "embedding_scale", "logit_scale", "residual_scale"), SCALING_FACTOR
+        (
+            "attention.scale",
+            "attention.temperature_scale",
+            "embedding_scale",
+            "logit_scale",
+            "residual_scale",
+            "rope.scaling.yarn_log_multiplier",
+        ),
+        SCALING_FACTOR,
     ),
 }
 

@@ -7,6 +7,7 @@ from tokenloop.export.checkpoint.byte_level_bpe import PRE_TOKENIZERS, byte_leve
 from tokenloop.export.checkpoint.contents import Checkpoint
 from tokenloop.export.checkpoint.gguf_tokens import ROLES, end_tokens, special_id
 from tokenloop.export.checkpoint.sentencepiece_bpe import sentencepiece_model
+from tokenloop.export.checkpoint.spaced_bpe import spaced_tokenizer
 from tokenloop.export.checkpoint.vocabulary import (
     Pieces,
     Templates,
@@ -28,16 +29,20 @@ def rebuild_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str
         file, adds_bos = "tokenizer.model", True
         data, pieces = sentencepiece_model(path, metadata)
         vocabulary = sentencepiece_vocabulary(parse_sentencepiece(path, data))
-    elif kind == "gpt2":
-        tokenizer, pieces = byte_level_tokenizer(path, metadata), Pieces([], [])
-        file, adds_bos = "tokenizer.json", PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].adds_bos
+    elif kind in ("gpt2", "gemma4"):
+        file, pieces = "tokenizer.json", Pieces([], [])
+        if kind == "gemma4":
+            tokenizer, adds_bos = spaced_tokenizer(path, metadata), True
+        else:
+            tokenizer = byte_level_tokenizer(path, metadata)
+            adds_bos = PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].adds_bos
         data = tokenizer.to_str().encode("utf-8")
         vocabulary = Vocabulary(tokenizer.token_to_id, tokenizer.id_to_token)
     else:
         raise ExportError(
             f"{path}: tokenizer.ggml.model is {shown(kind)}, which is not supported; llama "
-            "(SentencePiece BPE) and gpt2 (byte-level BPE) are. For others export from the Hugging "
-            "Face directory"
+            "(SentencePiece BPE), gpt2 (byte-level BPE) and gemma4 are. For others export from the "
+            "Hugging Face directory"
         )
     template = metadata.get("tokenizer.chat_template")
     (directory / file).write_bytes(data)
@@ -51,7 +56,7 @@ def rebuild_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str
     around = {}
     for role, default in (("bos", adds_bos), ("eos", False)):
         adds = metadata.get(f"tokenizer.ggml.add_{role}_token", default)
-        if adds and ids[role] is None and kind == "gpt2":
+        if adds and ids[role] is None and kind != "llama":
             raise ExportError(
                 f"{path} has no key tokenizer.ggml.{role}_token_id, and a text is to have that "
                 f"token; with the key, or add_{role}_token false, it can be exported"

@@ -83,6 +83,11 @@ def draft_methods(
     layer's ring or the caches have room for.
     """
     rows = count + 1
+    if step.per_layer is not None or not all(layer.has_keys for layer in step.layers):
+        raise ExportError(
+            f"--draft-tokens is {count}; this network's layers have inputs of their own or see "
+            "others' keys, which rounds cannot do: leave it out"
+        )
     for layer in step.layers:
         if not isinstance(layer, PackedAttention):
             raise ExportError(

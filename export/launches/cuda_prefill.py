@@ -4,6 +4,7 @@ Shapes: T tokens of up to B sequences, one after the other, of which the chunk s
 are; D hidden size, H query heads of size Dh, N outputs of a linear layer, V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ from tokenloop.export.launches.cuda_step import (
     add_norm,
     linear_tensors,
     normed_heads,
+    per_layer_branch,
     routed_experts,
     sinks_of,
 )
+from tokenloop.export.launches.embedded import Tables
 from tokenloop.export.packed_weights import PackedAttention, PackedBlock, PackedDeltaNet
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
@@ -37,7 +40,7 @@ class Chunk(NamedTuple):
         return self.starts[-1:]
 
 
-class CudaPrefill(nn.Module):
+class CudaPrefill(Tables):
     """A chunk's tokens int64 [T] -> logits float32 [B, V] after the last token of each sequence. A
     sequence without tokens has any logits.
 
@@ -47,9 +50,10 @@ class CudaPrefill(nn.Module):
     """
 
     def __init__(self, step: CudaStep, network: CausalLM):
-        super().__init__()
-        self.step, self.embed_tokens = step, network.model.embed_tokens
-        self.embed_scale = network.model.scale_in(self.embed_tokens.weight.dtype)
+        super().__init__(network.model)
+        self.step, kinds = step, [layer.has_keys for layer in step.layers]
+        # From here on no layer has keys of its own, so nobody reads more than the last tokens.
+        self.tail = kinds.index(False) if False in kinds else len(kinds)
 
     def forward(
         self, tokens: Tensor, starts: Tensor, rows: Tensor, first: Tensor, last_starts: Tensor,
@@ -57,12 +61,13 @@ class CudaPrefill(nn.Module):
     ) -> Tensor:  # fmt: skip
         chunk, last = Chunk(starts, rows, first), Chunk(last_starts, rows, last_first)
         table = self.embed_tokens.weight
-        x = cuda.embed_chunk(tokens, table, chunk.count, scale=self.embed_scale)
+        x = cuda.embed_chunk(tokens, table, chunk.count, scale=self.scale)
+        given, last_given = self._inputs(x, tokens, chunk)
         branch, before = None, None
-        *layers, final = self.step.layers
-        for layer in layers:
+        *layers, final = self.step.layers[: self.tail]
+        for layer, each in zip(layers, given):
             x, normed = self._norm(before, x, branch, layer.input_norm, chunk.count)
-            x, branch = self._finish(layer, x, self._mix(layer, normed, chunk), chunk.count)
+            x, branch = self._finish(layer, x, self._mix(layer, normed, chunk), chunk.count, each)
             before = layer
         x, normed = self._norm(before, x, branch, final.input_norm, chunk.count)
         if isinstance(final, PackedAttention) and not final.cache.is_ring:
@@ -70,13 +75,26 @@ class CudaPrefill(nn.Module):
         else:
             mixed = cuda.last_tokens(self._mix(final, normed, chunk), starts)
         x = cuda.last_tokens(x, starts)
-        if final.moe is None:
-            # These are rows as a step has them, and its kernels are faster with few.
-            x, branch = self.step.finish(final, x, mixed)
-        else:
-            # Where there is no sequence there is anything, which no router may see.
-            x, branch = self._finish(final, x, mixed, last.count)
+        x, branch = self._end(final, x, mixed, last.count, last_given[len(layers)])
+        before, seen = final, {}
+        for layer, each in zip(self.step.layers[self.tail :], last_given[self.tail :]):
+            x, normed = self._norm(before, x, branch, layer.input_norm, last.count)
+            mixed = self._see(layer, normed, last, seen)
+            x, branch = self._end(layer, x, mixed, last.count, each)
+            before = layer
         return self.step.logits(x, branch)
+
+    def _inputs(
+        self, x: Tensor, tokens: Tensor, chunk: Chunk
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Each layer's input [T, P], and that of the last tokens [B, P], or a None for each."""
+        given, last = None, None
+        if self.own is not None:
+            own = cuda.embed_chunk(tokens, self.own, chunk.count, scale=self.own_scale)
+            linear = partial(self._linear, count=chunk.count)
+            given = self.step.inputs(x, own, linear, chunk.count)
+            last = cuda.last_tokens(given, chunk.starts)
+        return self.step.by_layer(given), self.step.by_layer(last)
 
     def _norm(
         self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
@@ -84,16 +102,37 @@ class CudaPrefill(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The residual after the layer `before`, and its norm."""
         if before is not None:
-            return add_norm(x, branch, before.post_mlp_norm, before.layer_scalar, norm, count)
+            return add_norm(x, branch, before.last_norm, before.layer_scalar, norm, count)
         if norm is None:
             return x, x
         return x, cuda.norm(x, norm.weight, count, eps=norm.eps, offset=norm.offset)
 
-    def _finish(
-        self, layer: PackedBlock, x: Tensor, mixed: Tensor, count: Tensor
+    def _end(
+        self, layer: PackedBlock, x: Tensor, mixed: Tensor, count: Tensor, given: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The residual after the mixer, whose heads gave `mixed`, and the feed-forward's branch."""
+        """As `_finish`, of the last tokens [B, D]. They are rows as a step has them, and its kernels
+        are faster with few."""
+        if layer.moe is None:
+            return self.step.finish(layer, x, mixed, given)
+        # Where there is no sequence there is anything, which no router may see.
+        return self._finish(layer, x, mixed, count, given)
+
+    def _finish(
+        self, layer: PackedBlock, x: Tensor, mixed: Tensor, count: Tensor, given: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual ahead of the last branch, and that branch: the one of the layer's own input
+        where it is `given`, and else the feed-forward's. The mixer's heads gave `mixed`."""
         branch = self._linear(mixed, layer.o, count)
+        x, branch = self._feed_forward(layer, x, branch, count)
+        if given is None:
+            return x, branch
+        linear = partial(self._linear, count=count)
+        return per_layer_branch(layer, x, branch, given, linear, count)
+
+    def _feed_forward(
+        self, layer: PackedBlock, x: Tensor, branch: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual after the mixer, whose branch is given, and the feed-forward's branch."""
         x, normed = add_norm(x, branch, layer.post_attention_norm, None, layer.mlp_norm, count)
         if layer.moe is None:
             return x, self._dense(layer, normed, count)
@@ -131,7 +170,7 @@ class CudaPrefill(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Queries, normed and rotated, and keys and values for a ring. A cache that is no ring has
         them now. `parts` say which of the two there are."""
-        cache, rope = layer.cache, self.step.rope[layer.rotation]
+        cache, rope = layer.used_cache, self.step.rope[layer.rotation]
         qkv, norms, options = normed_heads(layer, qkv, chunk.count, **parts)
         return cuda.rotate_chunk(
             qkv, *chunk, cache.k, cache.v, *norms, rope.inv_freq,
@@ -171,6 +210,21 @@ class CudaPrefill(nn.Module):
         if not layer.output_gate:
             return attended
         return cuda.sigmoid_gate(attended, project(*rows(gates, end), semaphores), last.count)
+
+    def _see(
+        self, layer: PackedAttention, normed: Tensor, last: Chunk, seen: dict[int, Tensor]
+    ) -> Tensor:
+        """What the `o` of a layer without keys takes, of the last tokens [B, D]. `seen` keeps how
+        much of rings is filled, by their slots."""
+        cache = layer.used_cache
+        q, kv = self._rotate(layer, self._linear(normed, layer.qkv, last.count), last, keys=False)
+        if cache.is_ring:
+            # By now a ring has just what the last tokens see, whatever its order.
+            if cache.slots not in seen:
+                seen[cache.slots] = cuda.filled_slots(last.first, cache.slots)
+            last = last._replace(first=seen[cache.slots])
+        options = {"scale": layer.scale, "is_ring": False}
+        return cuda.attend_chunk(q, kv, *last, cache.k, cache.v, *sinks_of(layer), **options)
 
     def _recur(self, layer: PackedDeltaNet, projected: Tensor, chunk: Chunk) -> Tensor:
         """What the layer's `o` takes after `qkv` gave projected [T, N]."""

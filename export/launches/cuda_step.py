@@ -1,8 +1,9 @@
 """A decode step on CUDA by models/kernels. A layer takes five launches where its mixer is
 attention, and seven where it is a gated delta net. Routed experts take three more, or five more
-where one of them is every token's. The end takes one."""
+where one of them is every token's, and an input of the layer's own takes four more. The end takes
+one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tokenloop.export import packed_weights as packed
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping
+from tokenloop.export.launches.embedded import split
 from tokenloop.export.packed_weights import PackedBlock
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
@@ -34,8 +36,8 @@ def fit_heads(attention: nn.Module) -> None:
 
 
 class CudaStep(nn.Module):
-    """hidden [B, 1, D], position int64 [B] -> logits float32 [B, V], as the network's
-    decode_embedded.
+    """hidden [B, 1, E], position int64 [B] -> logits float32 [B, V], as the network's
+    decode_embedded. In memory hidden is as embedded.py has it.
 
     `bits` of the layers' weights are 4 or 8, or "fp8", and the head has then integers of 8. With 0
     both stay as the network has them; or both are kept. The embedding stays as it is. With None the
@@ -56,11 +58,13 @@ class CudaStep(nn.Module):
                 fit_heads(mixer)
         self.rope, self.norm = backbone.rope, packed.unscaled(backbone.norm)
         self.layers = nn.ModuleList(packed.pack_blocks(network, bits))
+        self.per_layer = packed.pack_inputs(network, bits)
+        self.hidden_size = backbone.embed_tokens.embedding_dim
         packed.pack_head(network, bits)
         head = network.lm_head
         self.head: nn.Module = head.rows if isinstance(head, packed.PackedHead) else head
         self.soft_cap = network.soft_cap or 0.0
-        linears = [part for part in self.layers.modules() if isinstance(part, packed.PackedLinear)]
+        linears = [part for part in self.modules() if isinstance(part, packed.PackedLinear)]
         widest = max(linear.weight.shape[0] for linear in (*linears, self.head))
         kv_heads = max(layer.kv_heads for layer in self.layers)
         size = cuda.semaphores_size(rows or network.batch, widest, kv_heads)
@@ -68,28 +72,64 @@ class CudaStep(nn.Module):
         self.register_buffer("kernel_semaphores", semaphores, persistent=False)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
-        return self.run(hidden[:, 0], position)
+        x, own = split(hidden, self.hidden_size)
+        return self.run(x, position, own)
 
-    def run(self, x: Tensor, position: Tensor, drafts: nn.ModuleList | None = None) -> Tensor:
-        """`forward` of embeddings x [B, D]. With `drafts` (cuda_drafts.Drafts, for each layer) the
-        rows are of one sequence, at consecutive positions."""
+    def run(
+        self, x: Tensor, position: Tensor, own: Tensor | None = None,
+        drafts: nn.ModuleList | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`forward` of embeddings x [B, D], and the tokens' own vectors [B, W] for the layers' inputs.
+        With `drafts` (cuda_drafts.Drafts, for each layer) the rows are of one sequence, at
+        consecutive positions."""
+        given = None if own is None else self.inputs(x, own, self._linear)
         branch, before = None, None
-        for i, layer in enumerate(self.layers):
+        for i, (layer, each) in enumerate(zip(self.layers, self.by_layer(given))):
             x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv)
             mixed = MIX[type(layer)](self, layer, projected, position, drafts and drafts[i])
-            x, branch = self.finish(layer, x, mixed)
+            x, branch = self.finish(layer, x, mixed, each)
             before = layer
         return self.logits(x, branch)
+
+    def network_parameters(self) -> Iterable[Tensor]:
+        """All weights but the head's."""
+        yield from self.layers.parameters()
+        if self.per_layer is not None:
+            yield from self.per_layer.parameters()
+
+    def inputs(
+        self, x: Tensor, own: Tensor, linear: Callable[[Tensor, nn.Module], Tensor],
+        count: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The layers' inputs [N, W] of embeddings x [N, D] and the tokens' own vectors [N, W].
+        `linear` multiplies. Of a chunk the first `count` rows are."""
+        norm, projected = self.per_layer.norm, linear(x, self.per_layer.projection)
+        options = {"eps": norm.eps, "offset": norm.offset}
+        return cuda.layer_inputs(projected, own, norm.weight, count, **options)
+
+    def by_layer(self, given: Tensor | None) -> Sequence[Tensor | None]:
+        """Views of the layers' inputs [N, W], one for each layer, or a None for each."""
+        if given is None:
+            return [None] * len(self.layers)
+        return given.split(self.per_layer.size, 1)
 
     def logits(self, x: Tensor, branch: Tensor) -> Tensor:
         """float32 [B, V] of the residual [B, D] in the last layer and its feed-forward's branch."""
         options = {"out_float32": True, "soft_cap": self.soft_cap}
         return self._after(self.layers[-1], x, branch, self.norm, self.head, **options)[1]
 
-    def finish(self, layer: PackedBlock, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual [B, D] after the mixer, whose `o` takes `mixed`, and the feed-forward's
-        branch."""
-        branch = self._linear(mixed, layer.o)
+    def finish(
+        self, layer: PackedBlock, x: Tensor, mixed: Tensor, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual [B, D] ahead of the last branch, and that branch: the one of the layer's own
+        input where it is `given`, and else the feed-forward's. The mixer's heads gave `mixed`."""
+        x, branch = self._feed_forward(layer, x, self._linear(mixed, layer.o))
+        if given is None:
+            return x, branch
+        return per_layer_branch(layer, x, branch, given, self._linear)
+
+    def _feed_forward(self, layer: PackedBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual after the mixer, whose branch is given, and the feed-forward's branch."""
         added = x, branch, layer.post_attention_norm, None, layer.mlp_norm
         if layer.moe is None:
             x, gated = self._add_norm_linear(*added, layer.gate_up, activation=layer.activation)
@@ -107,7 +147,7 @@ class CudaStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The residual after the layer `before`, and what `linear` gives for its norm."""
         if before is not None:
-            added = x, branch, before.post_mlp_norm, before.layer_scalar, norm
+            added = x, branch, before.last_norm, before.layer_scalar, norm
             return self._add_norm_linear(*added, linear, **options)
         if norm is None:
             return x, self._linear(x, linear, **options)
@@ -142,15 +182,16 @@ class CudaStep(nn.Module):
             projected, gates = projected.split([projected.shape[1] - size, size], 1)
         projected, norms, options = normed_heads(layer, projected)
         rope = self.rope[layer.rotation]
-        attend, caches = cuda.attend_step, (layer.cache.k, layer.cache.v)
+        cache, parts = layer.used_cache, {} if layer.has_keys else {"keys": False}
+        attend, caches = cuda.attend_step, (cache.k, cache.v)
         if drafts is not None:
             attend, caches = cuda.attend_drafts, (*caches, drafts.draft_k, drafts.draft_v)
-            options |= {"stores": not layer.cache.is_ring}
+            parts |= {"stores": not cache.is_ring}
         attended = attend(
             projected, position, *caches, *norms,
             rope.inv_freq, self.kernel_semaphores, *sinks_of(layer), scale=layer.scale, **options,
             value_norm=layer.value_norm, values_are_keys=layer.values_are_keys,
-            attention_factor=rope.attention_factor,
+            attention_factor=rope.attention_factor, **parts,
         )  # fmt: skip
         return attended if gates is None else cuda.sigmoid_gate(attended, gates)
 
@@ -190,6 +231,19 @@ def add_norm(
     return x, x
 
 
+def per_layer_branch(
+    layer: PackedBlock, x: Tensor, branch: Tensor, given: Tensor,
+    linear: Callable[[Tensor, nn.Module], Tensor], count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The residual after the feed-forward, whose branch is given, and the branch of the layer's own
+    input `given` [N, P]. `linear` multiplies. Of a chunk the first `count` rows are."""
+    own, post = layer.per_layer, layer.post_mlp_norm
+    eps, offset = (0.0, 0.0) if post is None else (post.eps, post.offset)
+    x = cuda.add_branch(x, branch, weight_of(post), None, count, eps=eps, offset=offset)
+    gated = cuda.gate_input(linear(x, own.input_gate), given, count, activation=own.activation)
+    return x, linear(gated, own.projection)
+
+
 def normed_heads(
     layer: packed.PackedAttention, projected: Tensor, count: Tensor | None = None,
     queries: bool = True, keys: bool = True,
@@ -200,7 +254,8 @@ def normed_heads(
     q_norm, k_norm = layer.q_norm, layer.k_norm
     if q_norm is None:
         return projected, (None, None), {"eps": 0.0, "offset": 0.0}
-    weights, options = (q_norm.weight, k_norm.weight), {"eps": q_norm.eps, "offset": q_norm.offset}
+    weights = q_norm.weight, weight_of(k_norm)
+    options = {"eps": q_norm.eps, "offset": q_norm.offset}
     if not layer.whole_norms:
         return projected, weights, options
     weights = [weight if there else None for weight, there in zip(weights, (queries, keys))]

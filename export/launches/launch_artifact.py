@@ -88,18 +88,17 @@ class LaunchArtifact:
         prefill = CudaPrefill(step, model)
         self.lines = bits.lines() if keep else []
         with self.device:
-            hidden = torch.zeros(batch, 1, config.hidden_size, dtype=self.dtype)
+            hidden = torch.zeros(batch, 1, backbone.embedded_size, dtype=self.dtype)
             position = torch.zeros(batch, dtype=torch.int64)
         methods = {"decode_embedded": (step, {"hidden": hidden, "position": position})}
-        sizes = batch, config.vocab_size, config.hidden_size, model.max_seq_len
-        methods |= selection_methods(backbone, *sizes)
+        methods |= selection_methods(backbone, batch, config.vocab_size, model.max_seq_len)
         if drafts:
             limits = config.vocab_size, model.max_seq_len
             methods |= draft_methods(step, backbone, drafts, *limits)
         # A chunk need not hold more than all rows together can.
         rows = -(-model.max_seq_len // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
         largest = min(self.options.max_prefill, batch * rows)
-        widest = max(x.shape[0] for x in step.layers.parameters() if x.dim() == 2)
+        widest = max(x.shape[0] for x in step.network_parameters() if x.dim() == 2)
         if largest * widest >= 2**31:
             raise ExportError(
                 f"--max-prefill is {largest}; a layer of this network gives {widest} numbers a "

@@ -1,6 +1,6 @@
 """The methods of an artifact for CUDA, each with its example inputs by name.
 
-Shapes: B rows, T tokens of a packed chunk, D hidden size, V vocabulary.
+Shapes: B rows, T tokens of a packed chunk, E what `embed` gives of a token, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tokenloop.export.launches.embedded import Tables, split
 from tokenloop.export.methods import Select, integers, mask_bytes
 from tokenloop.models.decoder import Backbone
 from tokenloop.models.kernels import cuda
@@ -38,17 +39,8 @@ class Change(nn.Module):
         self.function(logits, *changes)
 
 
-class Table(nn.Module):
-    """The table of embeddings [V, D] and their scale."""
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        self.embed_tokens = backbone.embed_tokens
-        self.scale = backbone.scale_in(self.embed_tokens.weight.dtype)
-
-
-class SelectEmbed(Table):
-    """What Select takes, and then hidden [B, 1, D], which is written as well. `hidden` is the
+class SelectEmbed(Tables):
+    """What Select takes, and then hidden [B, 1, E], which is written as well. `hidden` is the
     embedding of next_id."""
 
     def __init__(self, backbone: Backbone, function: Callable[..., None]):
@@ -58,15 +50,19 @@ class SelectEmbed(Table):
     def forward(self, logits: Tensor, *sampling_and_outputs: Tensor) -> None:
         *sampling, next_id, hidden = sampling_and_outputs
         table = self.embed_tokens.weight
-        self.function(logits, *sampling, table, next_id, hidden, scale=self.scale)
+        if self.own is None:
+            self.function(logits, *sampling, table, next_id, hidden, scale=self.scale)
+            return
+        x, own = split(hidden, table.shape[1])
+        self.function(logits, *sampling, table, next_id, x[:, None], scale=self.scale)
+        cuda.embed_into(next_id[:, 0], self.own, own, scale=self.own_scale)
 
 
-class Lookup(Table):
-    """token int64 [B, 1] -> hidden [B, 1, D], which decode_embedded takes."""
+class Lookup(Tables):
+    """token int64 [B, 1] -> hidden [B, 1, E], which decode_embedded takes."""
 
     def forward(self, token: Tensor) -> Tensor:
-        table = self.embed_tokens.weight
-        return cuda.embed_chunk(token[:, 0], table, scale=self.scale)[:, None]
+        return self.look_up(token)
 
 
 class NextPositions(nn.Module):
@@ -77,7 +73,7 @@ class NextPositions(nn.Module):
 
 
 def selection_methods(
-    backbone: Backbone, batch: int, vocab_size: int, hidden_size: int, max_seq_len: int
+    backbone: Backbone, batch: int, vocab_size: int, max_seq_len: int
 ) -> dict[str, Method]:
     """What is between a step's logits and the next step: the lookup, the positions, what changes
     logits, and selection, with the lookup, without it, and of one row of several."""
@@ -107,7 +103,7 @@ def selection_methods(
         for end in sorted({suffix, "_row"} if rows == 1 else {suffix}):
             methods[f"mask{end}"] = Change(operator.mask), given | {"allowed": allowed}
             methods[f"adjust{end}"] = Change(operator.adjust), given | adjusted
-        hidden = {"hidden": torch.zeros(rows, 1, hidden_size, dtype=dtype)}
+        hidden = {"hidden": torch.zeros(rows, 1, backbone.embedded_size, dtype=dtype)}
         for name, function in operator.SELECTION.items():
             inputs = given | ({} if name == "greedy" else sampling) | written
             methods[name + suffix] = Select(function), inputs

@@ -103,14 +103,14 @@ def write_archive(path: Path, methods: dict[str, list[str]], directory: Path) ->
 
 def compile_selection(
     batch: int, vocab_size: int, hidden_size: int, embed_scale: float, dtype: torch.dtype,
-    per_layer: tuple[int, int] | None = None,
+    per_layer: tuple[int, int, int] | None = None,
 ) -> dict[str, dict[str, bytes]]:  # fmt: skip
     """The compiled files, by method and name, of what is between a step's logits and the next step.
 
     These are the lookup, selection, selection of one row of several, and what changes the logits of
     one row. The table is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight". `per_layer`
-    are layers and the size of each one's input, where there are any:
-    "per_layer.embed_tokens.weight".
+    are the rows of the table of the layers' inputs, the layers and the size of each one's, where
+    there are any: "per_layer.embed_tokens.weight".
     """
     # Compiled code is given its weights when it is loaded. These are never looked at.
     table = torch.empty(vocab_size, hidden_size, dtype=dtype)
@@ -118,8 +118,9 @@ def compile_selection(
     own = None
     if per_layer is not None:
         with torch.device("meta"):
-            own = PerLayerInputs(vocab_size, *per_layer, 1, lambda *_: nn.Identity())
-        table_of_all = torch.empty(vocab_size, own.width, dtype=dtype)
+            clips = per_layer[0] < vocab_size
+            own = PerLayerInputs(*per_layer, 1, lambda *_: nn.Identity(), clips)
+        table_of_all = torch.empty(own.rows, own.width, dtype=dtype)
         own.embed_tokens = nn.Embedding.from_pretrained(table_of_all)
     backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, False, own)
     with torch.no_grad():

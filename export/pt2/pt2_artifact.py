@@ -11,7 +11,7 @@ from torch import nn
 from tokenloop.export.background import Background
 from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.methods import DecodeEmbedded, Embed, Prefill, processor
-from tokenloop.export.packed_weights import check_recipe, pack_blocks, pack_head
+from tokenloop.export.packed_weights import check_recipe, pack_blocks, pack_head, pack_inputs
 from tokenloop.export.recipes import PACKING
 from tokenloop.export.tensors import entries, tensors_of, write_weights
 from tokenloop.models.decoder import CausalLM
@@ -34,7 +34,7 @@ class Pt2Artifact:
         self.selection = Background(
             "the selection methods", _compile_selection, model.batch, model.config.vocab_size,
             model.config.hidden_size, model.model.scale_in(self.dtype), self.dtype,
-            None if own is None else (own.layers, own.size),
+            None if own is None else (own.rows, own.layers, own.size),
             processor=processor(self.device),
         )  # fmt: skip
 
@@ -50,7 +50,9 @@ class Pt2Artifact:
         # Modules with the whole tensors, of which the layers' tensors are views.
         whole = []
         if bits:
-            whole = [nn.ModuleDict({"layers": nn.ModuleList(pack_blocks(model, bits))})]
+            parts = {"layers": nn.ModuleList(pack_blocks(model, bits))}
+            inputs = pack_inputs(model, bits)
+            whole = [nn.ModuleDict(parts if inputs is None else parts | {"per_layer": inputs})]
             pack_head(model, bits)
         self.lines = bits.lines() if keep else []
         decode = DecodeEmbedded(model)

@@ -10,10 +10,20 @@ import triton
 
 from tokenloop.models.kernels.attention.attend_tiles import FAN, most_splits
 from tokenloop.models.kernels.attention.operator import attend_drafts, attend_step
-from tokenloop.models.kernels.attention_chunk.operator import attend_chunk, rotate_chunk, store_ring
+from tokenloop.models.kernels.attention_chunk.operator import (
+    attend_chunk,
+    filled_slots,
+    rotate_chunk,
+    store_ring,
+)
 from tokenloop.models.kernels.causal_conv1d.operator import causal_conv1d, causal_conv1d_update
 from tokenloop.models.kernels.drafts.operator import accept, next_drafts, store_drafts
-from tokenloop.models.kernels.embedding.operator import embed_chunk, last_tokens
+from tokenloop.models.kernels.embedding.operator import (
+    embed_both,
+    embed_chunk,
+    embed_into,
+    last_tokens,
+)
 from tokenloop.models.kernels.experts.operator import experts, experts_chunk, route
 from tokenloop.models.kernels.gated_delta_rule.operator import (
     gated_delta_rule_chunk,
@@ -23,14 +33,16 @@ from tokenloop.models.kernels.gated_rms_norm.operator import gated_rms_norm
 from tokenloop.models.kernels.linear.operator import add_norm_linear, linear, norm_linear
 from tokenloop.models.kernels.linear_chunk.operator import dequantize, linear_chunk
 from tokenloop.models.kernels.next_positions.operator import next_positions
+from tokenloop.models.kernels.per_layer.operator import gate_input, layer_inputs
 from tokenloop.models.kernels.rms_norm.operator import add_branch, add_norm, norm, norm_heads
 from tokenloop.models.kernels.sigmoid_gate.operator import sigmoid_gate
 
 __all__ = [
     "accept", "add_branch", "add_norm", "add_norm_linear", "attend_chunk", "attend_drafts",
-    "attend_step", "causal_conv1d", "causal_conv1d_update", "dequantize", "embed_chunk", "experts",
-    "experts_chunk", "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm",
-    "last_tokens", "linear", "linear_chunk", "next_drafts", "next_positions", "norm", "norm_heads",
+    "attend_step", "causal_conv1d", "causal_conv1d_update", "dequantize", "embed_both",
+    "embed_chunk", "embed_into", "experts", "experts_chunk", "filled_slots", "gate_input",
+    "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "last_tokens",
+    "layer_inputs", "linear", "linear_chunk", "next_drafts", "next_positions", "norm", "norm_heads",
     "norm_linear", "rotate_chunk", "route", "semaphores_size", "sigmoid_gate", "store_drafts",
     "store_ring",
 ]  # fmt: skip

@@ -1,10 +1,11 @@
-"""Llama's kin on a GPU give the ids of transformers in float32, alone and beside other rows."""
+"""Llama's kin and Gemma 4 E2B on a GPU give the ids of transformers in float32, alone and beside
+other rows."""
 
 import pytest
 import torch
 
 from tests.driving import PROMPTS
-from tests.models.tiny_models import ROW_OF, TYPICAL, make_reference
+from tests.models.tiny_models import PER_LAYER, ROW_OF, TYPICAL, make_reference
 from tests.tiny_checkpoints import write_byte_tokenizer
 from tokenloop import runner
 from tokenloop.export import command
@@ -20,9 +21,22 @@ COUNT = 60
 HEADS = {"phi3": 4}
 # Their heads are parts of the hidden size.
 PARTED = ("phi3", "granite", "granitemoehybrid")
+S, F = "sliding_attention", "full_attention"
+# As E2B's: the last layers of its first fifteen have the keys that twenty share.
+E2B = {
+    "head_dim": 64, "global_head_dim": 128, "num_attention_heads": 6, "num_key_value_heads": 1,
+    "num_global_key_value_heads": 1, "vocab_size_per_layer_input": 300, "sliding_window": 40,
+    "hidden_size_per_layer_input": 32, "num_hidden_layers": 8, "num_kv_shared_layers": 4,
+    "layer_types": [S, F, S, F, S, S, S, F],
+}  # fmt: skip
 
 
 def reference(model_type: str) -> torch.nn.Module:
+    if model_type == PER_LAYER:
+        model = make_reference(PER_LAYER, **SIZES | E2B)
+        # A head that is tied to longer embeddings would say the last token again.
+        model.model.embed_tokens.weight.data *= 0.05
+        return model
     case = next(case for case in TYPICAL if case.split(",")[0] == model_type)
     model = make_reference(
         case, **SIZES, num_attention_heads=HEADS.get(model_type, 6), num_key_value_heads=2,
@@ -34,7 +48,7 @@ def reference(model_type: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("model_type", KIN)
+@pytest.mark.parametrize("model_type", [*KIN, PER_LAYER])
 def test_float32_gives_the_ids_of_transformers(tmp_path, model_type):
     hf = reference(model_type)
     hf.save_pretrained(tmp_path / "checkpoint")

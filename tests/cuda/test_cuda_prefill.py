@@ -36,6 +36,12 @@ GEMMA4 = GEMMA | {
     "global_head_dim": 512, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 30.0,
 }  # fmt: skip
+# The first three layers have the keys that the others share.
+GEMMA4_E2B = GEMMA4 | {
+    "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 1000,
+    "attention_k_eq_v": False, "num_hidden_layers": 6, "num_kv_shared_layers": 3,
+    "layer_types": GEMMA["layer_types"][:2] * 3, "use_double_wide_mlp": True,
+}  # fmt: skip
 HYBRID = {
     "model_type": "qwen3_5_text", "vocab_size": 1000, "hidden_size": 512,
     "intermediate_size": 768, "num_hidden_layers": 4, "full_attention_interval": 4,
@@ -50,11 +56,13 @@ NETWORKS = {
     "experts": ("export/qwen3.py", QWEN | EXPERTS | {"model_type": "qwen3_moe"}),
     "gemma3": ("export/gemma.py", GEMMA),
     "gemma4": ("export/gemma.py", GEMMA4),
+    "gemma4-e2b": ("export/gemma.py", GEMMA4_E2B),
     "hybrid": ("export/qwen3_5.py", HYBRID),
 }
 CASES = [(name, "bf16") for name in NETWORKS]
 CASES += [("qwen3", "int8"), ("qwen3", "int4"), ("qwen3", "fp32"), ("gemma3", "fp32")]
 CASES += [("hybrid", "fp32"), ("experts", "fp32"), ("gemma4", "int4")]
+CASES += [("gemma4-e2b", "fp32"), ("gemma4-e2b", "int8")]
 LENGTH, CAPACITY = 1500, 2048
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from tests.models.eager import assert_near, even_ends, prefill, prompt  # noqa: E402
 from tests.models.tiny_models import (  # noqa: E402
     DENSE_NETWORKS,
+    PER_LAYER,
     ROW_OF,
     dense_network,
     make_reference,
@@ -34,6 +35,7 @@ NETWORKS = {
     "gemma4_text": WIDE | {"global_head_dim": 64},
     "gpt_oss": WIDE,
     "gemma4_text, experts beside": WIDE | {"global_head_dim": 64},
+    PER_LAYER: WIDE | {"global_head_dim": 64},
     "qwen3_5_text": HYBRID | {"rope_parameters": YARN | {"partial_rotary_factor": 0.25}},
     "qwen3_5_moe_text": HYBRID,
     "qwen3_next": HYBRID,

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.models.tiny_models import (  # noqa: E402
     DENSE_NETWORKS,
+    PER_LAYER,
     ROW_OF,
     dense_network,
     make_reference,
@@ -14,6 +15,7 @@ from tests.models.tiny_models import (  # noqa: E402
 )
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
+from tokenloop.export.launches.methods import Lookup  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,6 +74,7 @@ def test_steps_of_llama_s_kin_give_the_networks_logits(name):
     [
         ("gpt_oss", {"head_dim": 32}),
         ("gemma4_text, experts beside", {"head_dim": 32, "global_head_dim": 64}),
+        (PER_LAYER, {"head_dim": 32, "global_head_dim": 64}),
     ],
 )
 def test_steps_of_what_one_family_has_give_the_networks_logits(case, changes):
@@ -81,13 +84,13 @@ def test_steps_of_what_one_family_has_give_the_networks_logits(case, changes):
 
 def check_steps(plain: torch.nn.Module, fused: torch.nn.Module, steps: range = range(4)) -> None:
     """That the CUDA step of `fused` gives the logits of `plain`, an equal network."""
-    step = CudaStep(fused.to(DEVICE))
+    step, embed = CudaStep(fused.to(DEVICE)), Lookup(fused.model)
     tokens = torch.randint(plain.config.vocab_size, (len(steps), 2, 1))
     with torch.no_grad():
         for position, token in zip(steps, tokens):
             where = torch.tensor([position, position + 3])
             expected = plain.decode(token, where)
-            actual = step(fused.embed(token.to(DEVICE)), where.to(DEVICE)).cpu()
+            actual = step(embed(token.to(DEVICE)), where.to(DEVICE)).cpu()
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert not step.kernel_semaphores.any()
 

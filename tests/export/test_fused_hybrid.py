@@ -10,12 +10,17 @@ ON_GPU = torch.cuda.is_available()
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.models.eager import assert_near, prompt  # noqa: E402
-from tests.models.tiny_models import ours  # noqa: E402
+from tests.models.tiny_models import PER_LAYER, ours  # noqa: E402
 from tokenloop.export.checkpoint import load_weights, open_checkpoint  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_drafts import draft_methods  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
-from tokenloop.export.packed_weights import pack_blocks, quantized  # noqa: E402
+from tokenloop.export.packed_weights import (  # noqa: E402
+    pack_blocks,
+    pack_head,
+    pack_inputs,
+    quantized,
+)  # noqa: E402
 from tokenloop.models import qwen3_5  # noqa: E402
 from tokenloop.models.kernels.linear.reference import dequantize  # noqa: E402
 
@@ -55,6 +60,22 @@ def test_a_packed_network_of_short_convolutions_computes_what_it_did():
     chunk, step = (prompt(7), torch.arange(7)), (torch.tensor([[3]]), torch.tensor([7]))
     assert_near(packed.prefill(*chunk), plain.prefill(*chunk))
     assert_near(packed.decode(*step), plain.decode(*step))
+
+
+@pytest.mark.parametrize("case", [PER_LAYER, "gemma3n_text"])
+def test_integer_weights_are_all_that_a_network_of_per_layer_inputs_has(case):
+    plain, rounded = ours(case), ours(case)
+    pack_blocks(rounded, 8)
+    assert pack_inputs(rounded, 8).projection.scale is not None
+    pack_head(rounded, 8)
+    linears = [name for name, x in rounded.named_modules() if type(x) is torch.nn.Linear]
+    # What mixes streams is small, and stays.
+    assert all({"altup", "laurel", "streams"} & set(name.split(".")) for name in linears)
+    chunk, step = (prompt(7), torch.arange(7)), (torch.tensor([[3]]), torch.tensor([7]))
+    for method, given in (("prefill", chunk), ("decode", step)):
+        expected = getattr(plain, method)(*given)
+        difference = getattr(rounded, method)(*given) - expected
+        assert 0 < difference.abs().max() < 0.1 * expected.abs().max()
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, EXPERTS])

@@ -11,6 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteConfig,
@@ -19,6 +21,8 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
@@ -69,6 +73,23 @@ LLAMA_3 = {
 }  # fmt: skip
 # Of 6 pairs, as float32 has them.
 LONGROPE = [1 + i / 8 for i in range(6)]
+FULL, SLIDING = "full_attention", "sliding_attention"
+GEMMA_4 = {
+    "head_dim": 14, "global_head_dim": 24, "layer_types": [SLIDING, FULL], "pad_token_id": 0,
+    "sliding_window": 5, "final_logit_softcapping": 20.0, "hidden_size_per_layer_input": 0,
+    "num_global_key_value_heads": 1, "attention_k_eq_v": True, "rope_parameters": {
+        FULL: {"rope_type": "proportional", "rope_theta": 5e5, "partial_rotary_factor": 0.25},
+        SLIDING: {"rope_type": "default", "rope_theta": 700.0},
+    },
+}  # fmt: skip
+GEMMA_4_HEADER = {
+    "attention.head_count_kv": [2, 1], "attention.key_length": 24, "attention.value_length": 24,
+    "attention.key_length_swa": 14, "attention.value_length_swa": 14, "rope.dimension_count": 24,
+    "rope.dimension_count_swa": 14, "attention.sliding_window": 5,
+    "attention.sliding_window_pattern": [True, False], "attention.shared_kv_layers": 0,
+    "embedding_length_per_layer_input": 0, "final_logit_softcapping": 20.0,
+    "rope.freq_base_swa": 700.0,
+}  # fmt: skip
 MODELS = [
     Model("llama", LlamaConfig, LlamaForCausalLM, {}, permuted=True),
     Model(
@@ -141,6 +162,39 @@ MODELS = [
          "rms_norm_eps": 1e-6, "pad_token_id": 0},
         header={"attention.sliding_window": 5, "attention.sliding_window_pattern": [True, False]},
     ),
+    Model("gemma4", Gemma4TextConfig, Gemma4ForCausalLM, GEMMA_4, header=GEMMA_4_HEADER),
+    Model(
+        "gemma4", Gemma4TextConfig, Gemma4ForCausalLM,
+        GEMMA_4 | {
+            "layer_types": [SLIDING, FULL] * 2, "num_hidden_layers": 4, "attention_k_eq_v": False,
+            "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 97,
+        },
+        header=GEMMA_4_HEADER | {
+            "block_count": 4, "attention.head_count_kv": 2, "attention.shared_kv_layers": 2,
+            "attention.sliding_window_pattern": [True, False] * 2,
+            "embedding_length_per_layer_input": 10, "feed_forward_length": [80, 80, 160, 160],
+        },
+    ),
+    Model(
+        "gemma4", Gemma4TextConfig, Gemma4ForCausalLM,
+        GEMMA_4 | EXPERTS | {"enable_moe_block": True, "top_k_experts": 2},
+        header=GEMMA_4_HEADER
+        | {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 24},
+    ),
+    Model(
+        "mistral3", Ministral3Config, Ministral3ForCausalLM,
+        {"head_dim": 18, "pad_token_id": 0, "rms_norm_eps": 1e-6, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "beta_fast": 16.0,
+            "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        }},
+        permuted=True,
+        header={"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+                "rope.scaling.original_context_length": 64, "rope.scaling.yarn_beta_fast": 16.0,
+                "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.yarn_log_multiplier": 1.0,
+                "attention.temperature_scale": 0.1},
+    ),
 ]  # fmt: skip
 BLOCK_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -161,6 +215,17 @@ NAMES = {
     "model.norm.weight": "output_norm.weight",
     "model.embedding_norm.weight": "token_embd_norm.weight",
     "lm_head.weight": "output.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+}
+# Gemma 4's tensors of a block whose kinds are no weight and bias of a module.
+WHOLE_NAMES = {
+    "layer_scalar": "layer_output_scale.weight",
+    "router.scale": "ffn_gate_inp.scale",
+    "router.per_expert_scale": "ffn_down_exps.scale",
+    "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "experts.down_proj": "ffn_down_exps.weight",
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,6 +240,9 @@ def tiny(case: Model) -> torch.nn.Module:
         torch.nn.init.normal_(parameter, std=0.3)
         if "norm" in name:
             parameter.data += 1.0
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.75)
     return model
 
 
@@ -202,7 +270,18 @@ def block_names(architecture: str) -> dict[str, str]:
         "post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp",
         "self_attn": "attn_sinks",
     }  # fmt: skip
-    own = {"olmo2": post_norms, "phi3": stacked, "lfm2": lfm2, "gpt-oss": gpt_oss}
+    gemma4 = {
+        "pre_feedforward_layernorm": "ffn_norm", "router.proj": "ffn_gate_inp",
+        "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj",
+        "post_per_layer_input_norm": "post_norm",
+        "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+        "post_feedforward_layernorm_1": "post_ffw_norm_1",
+        "post_feedforward_layernorm_2": "post_ffw_norm_2",
+    }  # fmt: skip
+    own = {
+        "olmo2": post_norms, "phi3": stacked, "lfm2": lfm2, "gpt-oss": gpt_oss,
+        "gemma4": post_norms | gemma4,
+    }  # fmt: skip
     return BLOCK_NAMES | own.get(architecture, {})
 
 
@@ -212,8 +291,12 @@ def gguf_tensors(
     """The model's tensors in llama.cpp's names; gate and up of all experts apart."""
     config, rope = model.config, model.config.rope_parameters
     names = block_names(architecture)
-    counts = config.num_attention_heads, config.num_key_value_heads
-    heads = dict(zip(("self_attn.q_proj", "self_attn.k_proj"), counts)) if permuted else {}
+    heads = {}
+    if permuted:
+        heads = {
+            "self_attn.q_proj": config.num_attention_heads,
+            "self_attn.k_proj": config.num_key_value_heads,
+        }
     tensors = {}
     if rope.get("rope_type") == "longrope":
         for length in ("short", "long"):
@@ -223,7 +306,13 @@ def gguf_tensors(
         scaled = model.model.rotary_emb.inv_freq.numpy()
         plain = 1.0 / SMALL["rope_theta"] ** np.linspace(0, 1, len(scaled), endpoint=False)
         tensors["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
-    for name, parameter in model.named_parameters():
+    if architecture == "gemma4":
+        # Full layers' pairs: those that rotate, and the others.
+        turn = round(12 * rope[FULL]["partial_rotary_factor"])
+        tensors["rope_freqs.weight"] = np.array([1.0] * turn + [1e30] * (12 - turn), np.float32)
+    parameters = dict(model.named_parameters())
+    parameters |= {name: x for name, x in model.named_buffers() if name.endswith("layer_scalar")}
+    for name, parameter in parameters.items():
         data = parameter.detach().numpy()
         if name in NAMES:
             tensors[NAMES[name]] = data
@@ -231,6 +320,8 @@ def gguf_tensors(
         layer, rest = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()
         if architecture == "gpt-oss" and ".experts." in rest:
             tensors |= gpt_oss_experts(layer, rest.removeprefix("mlp.experts."), data)
+        elif rest in WHOLE_NAMES:
+            tensors[f"blk.{layer}.{WHOLE_NAMES[rest]}"] = data
         elif rest == "mlp.experts.gate_up_proj":
             for part, half in zip(("gate", "up"), np.split(data, 2, axis=1)):
                 tensors[f"blk.{layer}.ffn_{part}_exps.weight"] = np.ascontiguousarray(half)
@@ -296,7 +387,7 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
     path = write(tmp_path / "tiny.gguf", case.architecture, tensors, **values)
     checkpoint = open_checkpoint(path)
     network = by_model_type()[checkpoint.config["model_type"]]
-    theirs = {network.checkpoint_name(name): values for name, values in hf.named_parameters()}
+    theirs = {network.checkpoint_name(name): values for name, values in hf.state_dict().items()}
     for name, stored in checkpoint.stored.items():
         # A mixture's experts are stacked in another way.
         same = ".experts." in name or torch.equal(
@@ -316,6 +407,56 @@ def test_a_file_gives_the_logits_of_the_model_it_came_from(tmp_path, case):
         expected = hf(tokens).logits[0]
     assert (expected.amax(-1) - expected.amin(-1)).min() > 2.0
     assert_near(torch.cat(prefill(model, tokens, [4, 11])), expected[[3, 10]])
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"attention.sliding_window_pattern": [True, True]}, "pattern is .* false for the last"),
+        ({"attention.sliding_window_pattern": 2}, "pattern is 2; a list of flags is right"),
+        ({"attention.head_count_kv": [2, 1, 1]}, "head_count_kv has 3 values; one for each of 2"),
+        ({"rope.dimension_count_swa": 12}, "rope.dimension_count_swa is 12; 14, the size"),
+        ({"attention.value_length": 14}, "attention.value_length is 14; 24, the size"),
+        ({"feed_forward_length": [80, 160]}, r"feed_forward_length is \[80, 160\]; one number, or"),
+        ({"final_logit_softcapping": None}, "has no key gemma4.final_logit_softcapping"),
+        ({"attention.key_length_swa": None}, "has no key gemma4.attention.key_length_swa"),
+        ({"rope.scaling.factor": 4.0}, r"rope_freqs.weight must divide .* it is \[4.0"),
+        ({"attention.scale": 0.5}, "has the key gemma4.attention.scale, which is not supported"),
+        ({"suppress_tokens": [3]}, "has the key gemma4.suppress_tokens, which is not supported"),
+    ],
+)
+def test_what_a_gemma_4_file_may_not_ask_for_is_refused_by_name(tmp_path, header, message):
+    case = next(case for case in MODELS if case.architecture == "gemma4")
+    tensors = gguf_tensors(tiny(case), False, "gemma4")
+    with pytest.raises(ExportError, match=message) as raised:
+        open_checkpoint(write(tmp_path / "a.gguf", "gemma4", tensors, **GEMMA_4_HEADER | header))
+    assert "\n" not in str(raised.value)
+    del tensors["rope_freqs.weight"]
+    with pytest.raises(ExportError, match="rope_freqs.weight must divide .* it is None"):
+        open_checkpoint(write(tmp_path / "b.gguf", "gemma4", tensors, **GEMMA_4_HEADER))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"rope.scaling.yarn_log_multiplier": None}, "yarn_log_multiplier is None; 1 is supported"),
+        ({"rope.scaling.yarn_log_multiplier": 0.5}, "yarn_log_multiplier is 0.5; 1 is supported"),
+        ({"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor is 2.0; 1 is supported"),
+        ({"attention.temperature_length": 64}, "temperature_length, which is not supported"),
+        ({"expert_count": 8}, "expert_count is 8; a mixture of experts is not supported"),
+        (
+            {"rope.scaling.type": None, "rope.scaling.factor": None,
+             "rope.scaling.yarn_beta_fast": None, "rope.scaling.yarn_beta_slow": None,
+             "rope.scaling.yarn_log_multiplier": None,
+             "rope.scaling.original_context_length": None},
+            "has no key mistral3.rope.scaling.original_context_length",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_mistral_3_file_may_not_ask_for_is_refused_by_name(tmp_path, header, message):
+    case = next(case for case in MODELS if case.architecture == "mistral3")
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(write(tmp_path / "a.gguf", "mistral3", EMBEDDING, **case.header | header))
 
 
 def approximately(fields: dict) -> dict:

@@ -9,9 +9,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.export.replay import replay  # noqa: E402
 from tests.export.test_fused import DEVICE, SHAPE  # noqa: E402
+from tests.models.tiny_models import PER_LAYER, ROW_OF, make_reference, network_of  # noqa: E402
 from tests.sampler.test_restrict import random_bits  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
+from tokenloop.export.launches.embedded import split  # noqa: E402
 from tokenloop.export.launches.lowering import Slot, lower, names_of, plan  # noqa: E402
 from tokenloop.export.launches.methods import selection_methods  # noqa: E402
 from tokenloop.export.tensors import tensors_of  # noqa: E402
@@ -30,17 +32,24 @@ def make_network(model_type: str = "qwen3", batch: int = 2):
     return network.to(DEVICE)
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
+def per_layer_network():
+    """One with inputs of the layers' own, whose last layers have no keys."""
+    hf = make_reference(PER_LAYER, head_dim=32, global_head_dim=64)
+    return network_of(ROW_OF[PER_LAYER], hf, 9, 2).to(DEVICE)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe", PER_LAYER])
 def test_a_lowered_step_gives_the_steps_logits_and_state(model_type):
-    network = make_network(model_type)
+    network = per_layer_network() if model_type == PER_LAYER else make_network(model_type)
+    size = network.model.embedded_size
     step = CudaStep(network)
     weights, _, state = tensors_of(step)
     tensors = {name: x.clone() for name, x in (weights | state).items()}
-    example = torch.zeros(2, 1, 24, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    (lowered,) = lower(step, [example], names_of(weights | state))
+    example = torch.zeros(2, 1, size), torch.zeros(2, dtype=torch.int64)
+    (lowered,) = lower(step, [tuple(x.to(DEVICE) for x in example)], names_of(weights | state))
     with torch.no_grad():
         for position in range(3):
-            hidden = torch.randn(2, 1, 24, device=DEVICE)
+            hidden = torch.randn(2, 1, size, device=DEVICE)
             where = torch.tensor([position, position + 2], device=DEVICE)
             expected = step(hidden, where)
             (logits,) = replay(lowered, [hidden, where], tensors)
@@ -58,10 +67,12 @@ def test_a_method_with_an_operation_that_no_kernel_does_is_refused():
         lower(Doubled(), [(torch.zeros(3),)], {})
 
 
-def test_lowered_selection_writes_the_token_and_its_embedding():
-    network = make_network()
-    methods = selection_methods(network.model, 2, 37, 24, 9)
-    methods = {name: methods[name] for name in ("greedy", "greedy_embed", "greedy_row")}
+@pytest.mark.parametrize("has_own", [False, True], ids=["embeddings", "and the layers' own"])
+def test_lowered_selection_writes_the_token_and_its_embedding(has_own):
+    network = per_layer_network() if has_own else make_network()
+    methods = selection_methods(network.model, 2, network.config.vocab_size, 9)
+    methods = {name: methods[name] for name in ("greedy", "greedy_embed", "greedy_row", "embed")}
+    lookup, given = methods.pop("embed")
     tensors, _, _ = tensors_of(*(method for method, _ in methods.values()))
     for name, (method, inputs) in methods.items():
         (lowered,) = lower(method, [tuple(inputs.values())], names_of(tensors))
@@ -71,13 +82,18 @@ def test_lowered_selection_writes_the_token_and_its_embedding():
         token = values[1]
         assert torch.equal(token[:, 0], values[0].argmax(-1)), name
         if name == "greedy_embed":
-            assert torch.equal(values[2], network.embed(token))
+            expected = network.embed(token)[:, 0]
+            x, own = split(values[2], network.config.hidden_size)
+            parts = (x,) if own is None else (x, own)
+            assert torch.equal(torch.cat(parts, 1), expected)
+            (lowered,) = lower(lookup, [tuple(given.values())], names_of(tensors))
+            assert torch.equal(replay(lowered, [token], tensors)[0], values[2])
 
 
 @pytest.mark.parametrize("suffix", ["", "_row"])
 def test_lowered_changes_are_made_in_the_logits_that_are_given(suffix):
     rows, network = (1 if suffix else 2), make_network()
-    methods = selection_methods(network.model, 2, 37, 24, 9)
+    methods = selection_methods(network.model, 2, 37, 9)
     logits = torch.randn(rows, 37, generator=torch.Generator().manual_seed(0))
     bits = random_bits(rows, 37)
     ids = torch.full((rows, 37), -1)

@@ -14,6 +14,7 @@ import transformers
 
 from tokenloop.models import (
     gemma3,
+    gemma3n,
     gemma4,
     gpt_oss,
     granite,
@@ -410,6 +411,101 @@ QWEN_3_ROW = Architecture(
     },
     shallow={"num_hidden_layers": 1},
     scaled=("qwen3, linear rope", {"rope_scaling": None}),
+)  # fmt: skip
+
+
+# What google/gemma-3n-E2B-it's text_config says of the network.
+GEMMA_3N_E2B = {
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20, "altup_active_idx": 0,
+    "altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_num_inputs": 4,
+    "attention_bias": False, "final_logit_softcapping": 30.0, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2048,
+    "hidden_size_per_layer_input": 256, "intermediate_size": [8192] * 30, "laurel_rank": 64,
+    "layer_types": ([SLIDING] * 4 + [FULL]) * 6, "max_position_embeddings": 32_768,
+    "model_type": "gemma3n_text", "num_attention_heads": 8, "num_hidden_layers": 30,
+    "num_key_value_heads": 2, "num_kv_shared_layers": 10, "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10_000.0, "rope_scaling": None, "rope_theta": 1_000_000.0,
+    "sliding_window": 512, "vocab_size": 262_400, "vocab_size_per_layer_input": 262_144,
+}  # fmt: skip
+
+GEMMA_3N_ROW = Architecture(
+    networks=gemma3n,
+    classes={"gemma3n_text": (transformers.Gemma3nTextConfig, transformers.Gemma3nForCausalLM)},
+    # The table of the layers' inputs has fewer tokens than the vocabulary.
+    small={
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14, "sliding_window": 7,
+        "max_position_embeddings": 256, "final_logit_softcapping": 8.0, "pad_token_id": 0,
+        "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 10, "laurel_rank": 5,
+        "num_kv_shared_layers": 2, "layer_types": [SLIDING, FULL, SLIDING, FULL],
+        "activation_sparsity_pattern": [0.7, 0.0, 0.4, 0.0],
+    },
+    cases={
+        "gemma3n_text": {},
+        "gemma3n_text, three streams, widths of layers, a full table": {
+            "altup_num_inputs": 3, "altup_correct_scale": False,
+            "intermediate_size": [80, 36, 56, 80], "vocab_size_per_layer_input": 97,
+            "rope_parameters": GEMMA_3_LINEAR_ROPE,
+        },
+        "gemma3n_text, no keys shared, 4 sliding to 1 full, another epsilon": {
+            "num_kv_shared_layers": 0, "num_hidden_layers": 5, "layer_types": None,
+            "activation_sparsity_pattern": None, "rms_norm_eps": 0.1,
+        },
+    },
+    weights=[
+        ("norm", 1.0, 0.4), ("correct_output_scale", 1.0, 0.4), ("coefs", 0.0, 0.2),
+        ("modality_router", 0.0, 8.0), ("embed_tokens", 0.0, 0.25), ("", 0.0, 0.4),
+    ],
+    max_seq_len=96,
+    prompts=(1, 7, 8, 30),
+    rows=(40, 2, 8),
+    chunks=(5, 7, 1, 3, 7, 7, 2, 30),
+    max_chunk=7,
+    states={(2, 7, 2, 14): torch.bfloat16, (2, 50, 2, 14): torch.bfloat16},
+    refused=("gemma3n_text", [
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
+        ({"altup_active_idx": 1}, "altup_active_idx = 1"),
+        ({"altup_num_inputs": 1}, "altup_num_inputs = 1 .*at least 2 and 1 are right"),
+        ({"hidden_size_per_layer_input": 0}, "hidden_size_per_layer_input = 0: at least 2 and 1"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping = 0"),
+        ({"vocab_size_per_layer_input": 98}, "vocab_size_per_layer_input = 98 is more than"),
+        ({"num_kv_shared_layers": 3}, "num_kv_shared_layers = 3 .* leaves no keys of full_"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"intermediate_size": [80, 80]}, r"intermediate_size = \[80, 80\]: one, or a list of one"),
+        ({"intermediate_size": "odd"}, "intermediate_size = 'odd'"),
+        ({"activation_sparsity_pattern": [0.5]}, r"activation_sparsity_pattern = \[0.5\]: a list"),
+        ({"activation_sparsity_pattern": 0.5}, "activation_sparsity_pattern = 0.5: a list"),
+        ({"layer_types": [FULL]}, "layer_types has 1 entries for 4 layers"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters must have an entry for each"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ]),
+    required=(),
+    says={"num_kv_shared_layers": 2},
+    names={
+        prefix + name: f"model.{ours}"
+        for prefix, (name, ours) in product(
+            ("model.", "model.language_model."),
+            (
+                ("layers.11.altup.correct_output_scale",) * 2,
+                ("layers.11.laurel.linear_left.weight",) * 2,
+                ("altup_projections.1.weight", "streams.projections.1.weight"),
+                ("altup_unembed_projections.2.weight", "streams.unembed_projections.2.weight"),
+                ("embed_tokens_per_layer.weight", "per_layer.embed_tokens.weight"),
+                ("layers.1.per_layer_projection.weight", "layers.1.per_layer.projection.weight"),
+            ),
+        )
+    } | {"lm_head.weight": "lm_head.weight"} | dict.fromkeys((
+        "model.vision_tower.timm_model.conv_stem.conv.weight",
+        "model.embed_vision.embedding_projection.weight",
+        "model.audio_tower.conformer.0.norm.weight", "model.embed_audio.embedding.weight",
+    )),
+    published=(GEMMA_3N_E2B,),
+    shallow={
+        "num_hidden_layers": 2, "layer_types": [SLIDING, FULL], "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.7, 0.0],
+    },
 )  # fmt: skip
 
 
@@ -952,6 +1048,6 @@ GPT_OSS_ROW = Architecture(
 )  # fmt: skip
 
 ARCHITECTURES = [
-    GEMMA_3_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW, MISTRAL_ROW, SMOLLM_3_ROW,
-    GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW, GPT_OSS_ROW,
+    GEMMA_3_ROW, GEMMA_3N_ROW, GEMMA_4_ROW, LLAMA_ROW, QWEN_3_ROW, QWEN_3_5_ROW, MISTRAL_ROW,
+    SMOLLM_3_ROW, GRANITE_ROW, OLMO_2_ROW, PHI_3_ROW, LFM_2_ROW, GPT_OSS_ROW,
 ]  # fmt: skip

@@ -15,8 +15,10 @@ HARMLESS = {
     "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "transformers_version",
     "use_cache",
 }  # fmt: skip
-# Those that do nothing beside another one, which has one value only.
+# Those that do nothing, or nothing beside another one, which has one value only.
 IDLE = {
+    # In training.
+    "gemma3n_text": {"altup_coef_clip"},
     # Without experts, and without layers of Mamba.
     "granitemoehybrid": {
         "intermediate_size", "num_experts_per_tok", "time_step_limit",

@@ -22,6 +22,8 @@ def model_type_of(case: str) -> str:
     return case.split(",")[0]
 
 
+# A case with an input of each layer's own, whose last layers have no keys.
+PER_LAYER = "gemma4_text, per-layer inputs, shared keys"
 # The first case of each model_type.
 TYPICAL = list({model_type_of(case): case for case in reversed(CASES)}.values())[::-1]
 

@@ -13,19 +13,22 @@ def launch_attend(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, sinks: Tensor | None = None, *,
     scale: float, eps: float, offset: float = 0.0, value_norm: bool = False,
-    values_are_keys: bool = False, attention_factor: float = 1.0, tiles: AttendTiles | None = None,
-    drafts: tuple[Tensor, Tensor] | None = None, stores: bool = True,
+    values_are_keys: bool = False, attention_factor: float = 1.0, keys: bool = True,
+    tiles: AttendTiles | None = None, drafts: tuple[Tensor, Tensor] | None = None,
+    stores: bool = True,
 ) -> Tensor:  # fmt: skip
     """`attend_step`, or with `drafts` `attend_drafts`, cut as `tiles` say.
 
-    Raises ValueError for projections that the caches do not fit.
+    Raises ValueError for projections that the caches do not fit, and for sinks without keys.
     """
     check_contiguous(k_cache=k_cache, v_cache=v_cache)
     if qkv.stride(1) != 1:
         raise ValueError(f"qkv of strides {qkv.stride()}: a row must be contiguous")
+    if sinks is not None and not keys:
+        raise ValueError("sinks are scored with the token's own key, and there are no keys")
     _, slots, kv_heads, head_dim = k_cache.shape
     rows = len(qkv)
-    groups = qkv.shape[1] // (kv_heads * head_dim) - (1 if values_are_keys else 2)
+    groups = qkv.shape[1] // (kv_heads * head_dim) - (1 if values_are_keys else 2) * keys
     if qkv.shape[1] % (kv_heads * head_dim) or groups < 1 or qkv.dtype != k_cache.dtype:
         raise ValueError(
             f"projections {qkv.dtype} {tuple(qkv.shape)} do not fit caches {k_cache.dtype} "
@@ -53,7 +56,7 @@ def launch_attend(
         ONE_PART=programs == splits,
         BLOCK_G=max(16, stored),
         PARTS=max(1, min(fan, tiles.combined // (stored * head_dim))),
-        STORED=stored, STAGES=tiles.stages, num_warps=tiles.warps,
+        STORED=stored, STAGES=tiles.stages, KEYS=keys, num_warps=tiles.warps,
     )  # fmt: skip
     return out
 
@@ -63,13 +66,14 @@ def attend_step(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, sinks: Tensor | None = None, *,
     scale: float, eps: float, offset: float = 0.0, value_norm: bool = False,
-    values_are_keys: bool = False, attention_factor: float = 1.0,
+    values_are_keys: bool = False, attention_factor: float = 1.0, keys: bool = True,
 ) -> Tensor:  # fmt: skip
     """See reference.attend_step. Tensors are contiguous, but rows of qkv may lie further apart."""
     return launch_attend(
         qkv, position, k_cache, v_cache, q_norm, k_norm, inv_freq, semaphores, sinks,
         scale=scale, eps=eps, offset=offset,
         value_norm=value_norm, values_are_keys=values_are_keys, attention_factor=attention_factor,
+        keys=keys,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ def attend_step(
     qkv: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None,
     k_norm: Tensor | None, inv_freq: Tensor, semaphores: Tensor, sinks: Tensor | None = None, *,
     scale: float, eps: float, offset: float = 0.0, value_norm: bool = False,
-    values_are_keys: bool = False, attention_factor: float = 1.0,
+    values_are_keys: bool = False, attention_factor: float = 1.0, keys: bool = True,
 ) -> Tensor:  # fmt: skip
     """One token's attention of each row, after its key and value are put into the caches.
 
@@ -22,14 +22,13 @@ def attend_step(
     in slot p % S; inv_freq float32 [Dh / 2] is 0 where a pair is not rotated. With values_are_keys
     qkv is [B, (H + G) * Dh], and a value is its key before norm and rotation. With value_norm
     values are normed, without a weight. Pairs that are rotated are multiplied by attention_factor.
-    `sinks` [H] are a score more of each head, which no value belongs to.
+    `sinks` [H] are a score more of each head, which no value belongs to. Without `keys` qkv is
+    [B, H * Dh], and the caches have the token's key and value already.
     """
     rows, slots, kv_heads, head_dim = k_cache.shape
-    heads = qkv.shape[1] // head_dim - kv_heads * (1 if values_are_keys else 2)
-    q, k, *rest = qkv.view(rows, -1, head_dim).split(
-        [heads, kv_heads] if values_are_keys else [heads, kv_heads, kv_heads], dim=1
-    )
-    v = k if values_are_keys else rest[0]
+    others = [kv_heads] * ((1 if values_are_keys else 2) * keys)
+    heads = qkv.shape[1] // head_dim - sum(others)
+    q, *rest = qkv.view(rows, -1, head_dim).split([heads, *others], dim=1)
     angles = (position.float()[:, None] * inv_freq)[:, None]
     length = torch.where(inv_freq != 0, attention_factor, 1.0)
     cos, sin = angles.cos() * length, angles.sin() * length
@@ -40,12 +39,14 @@ def attend_step(
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return rotated.to(qkv.dtype)
 
-    q, k = prepare(q, q_norm), prepare(k, k_norm)
-    if value_norm:
-        v = rms_norm(v, None, eps, offset).to(qkv.dtype)
-    row = torch.arange(rows, device=qkv.device)
-    k_cache.index_put_((row, position % slots), k)
-    v_cache.index_put_((row, position % slots), v)
+    q = prepare(q, q_norm)
+    if keys:
+        k, v = rest[0], rest[-1]
+        if value_norm:
+            v = rms_norm(v, None, eps, offset).to(qkv.dtype)
+        row = torch.arange(rows, device=qkv.device)
+        k_cache.index_put_((row, position % slots), prepare(k, k_norm))
+        v_cache.index_put_((row, position % slots), v)
 
     grouped = q.float().view(rows, kv_heads, heads // kv_heads, head_dim)
     scores = torch.einsum("bghd,bsgd->bghs", grouped, k_cache.float()) * scale

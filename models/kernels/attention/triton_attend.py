@@ -60,6 +60,7 @@ def attend_part(
     HEADS: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, FAN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr, STAGES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
     """Attention of a row and key/value head to part `split` of its slots; the last part to arrive
     does what is left to do."""
@@ -76,7 +77,8 @@ def attend_part(
     largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, SIZE], tl.float32)
-    if (slot >= begin) & (slot < end):
+    # Without KEYS the token's own are in the caches, and are read with the others.
+    if KEYS and ((slot >= begin) & (slot < end)):
         # The new token is this program's, and is not read back from the caches.
         k1, k2 = new_k1, new_k2
         if K_NORM:
@@ -108,7 +110,9 @@ def attend_part(
 
     for start in tl.range(begin, end, BLOCK_S, num_stages=STAGES):
         s = start + tl.arange(0, BLOCK_S)
-        seen = (s < end) & (s != slot)
+        seen = s < end
+        if KEYS:
+            seen = seen & (s != slot)
         rows = s.to(tl.int64) * stride
         k_offsets = rows[None, :] + i[:, None]
         if draft_k_ptr is None:
@@ -173,10 +177,11 @@ def attend_kernel(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, FAN: tl.constexpr, BLOCK_S: tl.constexpr, LEAST: tl.constexpr,
     ONE_PART: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr, STORED: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, KEYS: tl.constexpr = True,
 ):  # fmt: skip
     """One part of the slots of a row and key/value head; unless ONE_PART, a program takes as many
-    as there are for each. Rows of projections are WIDTH apart.
+    as there are for each. Rows of projections are WIDTH apart. Without KEYS an earlier kernel has
+    written the token's own key and value.
 
     A part has at least LEAST blocks of slots. BLOCK_G is HEADS padded for a matrix product, STORED
     is HEADS padded to a power of two. PARTS are added up at once.
@@ -201,7 +206,8 @@ def attend_kernel(
     v_ptr += head
 
     # 1. What no kernel that overlaps writes. The position is there before the first of them begins,
-    # and a step writes no slot but the new one, which is written here.
+    # and a step writes no slot but the new one, which is written here. Without KEYS slots are only
+    # asked for: L2 has what an earlier kernel writes.
     position = tl.load(position_ptr + row).to(tl.int32)
     filled, size = parts_of(position, slots, SPLITS, BLOCK_S, LEAST)
     active = tl.cdiv(filled, size)
@@ -230,16 +236,21 @@ def attend_kernel(
     if draft_k_ptr is not None:
         draft_k_ptr += head + zero
         draft_v_ptr += head + zero
+    if not KEYS:
+        k_ptr += zero
+        v_ptr += zero
     q_offsets = (kv * HEADS + g)[:, None] * SIZE + i[None, :]
     present = (g < HEADS)[:, None]
     q1 = tl.load(qkv_ptr + q_offsets, mask=present, other=0.0)
     q2 = tl.load(qkv_ptr + HALF + q_offsets, mask=present, other=0.0)
-    key_ptr = qkv_ptr + (HEADS * KV + kv) * SIZE
-    value_ptr = key_ptr
-    if not VALUES_ARE_KEYS:
-        value_ptr = key_ptr + KV * SIZE
-    new_k1, new_k2 = load_halves(key_ptr, i, HALF)
-    new_v = tl.load(value_ptr + whole)
+    new_k1, new_k2, new_v = inv_freq, inv_freq, inv_freq  # not used
+    if KEYS:
+        key_ptr = qkv_ptr + (HEADS * KV + kv) * SIZE
+        value_ptr = key_ptr
+        if not VALUES_ARE_KEYS:
+            value_ptr = key_ptr + KV * SIZE
+        new_k1, new_k2 = load_halves(key_ptr, i, HALF)
+        new_v = tl.load(value_ptr + whole)
     q1, q2 = q1.to(tl.float32), q2.to(tl.float32)
     if q_norm_ptr is not None:
         q1, q2 = normed(q1, q2, offset + q_weight1, offset + q_weight2, eps)
@@ -253,7 +264,7 @@ def attend_kernel(
             k_weight1, k_weight2, sink, k_ptr, v_ptr, draft_k_ptr, draft_v_ptr, row, slots,
             out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr, scale, eps, offset,
             k_norm_ptr is not None, sinks_ptr is not None, VALUE_NORM, STORES, KV, HEADS, HALF,
-            SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
+            SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES, KEYS,
         )  # fmt: skip
     else:
         for split in range(first, active, tl.num_programs(2)):
@@ -262,5 +273,5 @@ def attend_kernel(
                 sin, k_weight1, k_weight2, sink, k_ptr, v_ptr, draft_k_ptr, draft_v_ptr, row,
                 slots, out_ptr, acc_ptr, max_ptr, sum_ptr, semaphore_ptr, scale, eps, offset,
                 k_norm_ptr is not None, sinks_ptr is not None, VALUE_NORM, STORES, KV, HEADS, HALF,
-                SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES,
+                SPLITS, FAN, BLOCK_S, BLOCK_G, PARTS, STORED, STAGES, KEYS,
             )  # fmt: skip

@@ -3,7 +3,7 @@ to attend, and one to put a chunk into a ring."""
 
 import torch
 import triton
-from torch import Tensor, empty, int8
+from torch import Tensor, empty, empty_like, int8
 
 from tokenloop.models.kernels.attention.triton_attend import LOG2_E
 from tokenloop.models.kernels.attention_chunk.chunk_tiles import (
@@ -22,7 +22,11 @@ from tokenloop.models.kernels.attention_chunk.gluon_attend_chunk import (
 from tokenloop.models.kernels.attention_chunk.gluon_attend_ring import gluon_attend_ring_kernel
 from tokenloop.models.kernels.attention_chunk.gluon_attend_wide import gluon_attend_wide_kernel
 from tokenloop.models.kernels.attention_chunk.triton_attend_chunk import attend_chunk_kernel
-from tokenloop.models.kernels.attention_chunk.triton_rotate import rotate_kernel, store_ring_kernel
+from tokenloop.models.kernels.attention_chunk.triton_rotate import (
+    filled_slots_kernel,
+    rotate_kernel,
+    store_ring_kernel,
+)
 from tokenloop.models.kernels.attention_chunk.triton_sequences import count_blocks
 from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.launches import launch, operator
@@ -187,3 +191,14 @@ def store_ring(
         kv, starts, rows, first, k_cache, v_cache, slots,
         KV=kv_heads, SIZE=head_dim, **_sequences(rows), BLOCK_T=block_t, num_warps=4,
     )  # fmt: skip
+
+
+@operator("filled_slots")
+def filled_slots(first: Tensor, slots: int) -> Tensor:
+    """See reference.filled_slots. `first` is contiguous."""
+    check_contiguous(first=first)
+    filled, count = empty_like(first), first.shape[0]
+    launch(filled_slots_kernel, (1,))(
+        first, filled, slots, SEQUENCES=count, PADDED=triton.next_power_of_2(count), num_warps=1
+    )
+    return filled

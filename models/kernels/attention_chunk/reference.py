@@ -107,3 +107,9 @@ def store_ring(
         last = positions[-slots:] % slots
         k_cache[row, last] = kv[tokens, 0][-slots:]
         v_cache[row, last] = kv[tokens, 1][-slots:]
+
+
+def filled_slots(first: Tensor, slots: int) -> Tensor:
+    """The last slot of a ring of `slots` that is filled up to each position first int32 [B]: that
+    of a token which sees it whole, when its own key is stored."""
+    return first.clamp(max=slots - 1)

@@ -1,4 +1,5 @@
-"""Triton kernels that make queries, keys and values, and put those of a chunk into a ring.
+"""Triton kernels that make queries, keys and values, and put those of a chunk into a ring, of which
+the last one says how much is filled.
 
 Names: query head g of the HEADS that share a key/value head; token t of a block of BLOCK_T; i, the
 first or the second half of a head, which rotation pairs (x1, x2).
@@ -129,3 +130,14 @@ def store_ring_kernel(
     to = (row * slots + slot)[:, None] * stride + i
     tl.store(k_ptr + to, tl.load(kv_ptr + from_offsets, mask=mask), mask=mask)
     tl.store(v_ptr + to, tl.load(kv_ptr + stride + from_offsets, mask=mask), mask=mask)
+
+
+@waits  # once it has the positions, which the host wrote
+@triton.jit
+def filled_slots_kernel(
+    first_ptr, filled_ptr, slots, SEQUENCES: tl.constexpr, PADDED: tl.constexpr
+):
+    """All positions, each at most that of the ring's last slot."""
+    i = tl.arange(0, PADDED)
+    first = tl.load(first_ptr + i, mask=i < SEQUENCES, other=0)
+    tl.store(filled_ptr + wait(0) + i, tl.minimum(first, slots - 1), mask=i < SEQUENCES)

@@ -18,6 +18,15 @@ def embed_chunk(
     return (rows.float() * scale).to(table.dtype)
 
 
+def embed_both(
+    tokens: Tensor, table: Tensor, other: Tensor, *, scale: float = 1.0, other_scale: float = 1.0
+) -> Tensor:
+    """The rows [T, D] of a table [V, D], and then those [T, E] of another [V, E], each times its
+    scale: [T * (D + E)], in which the tokens' rows of one table lie together."""
+    rows = embed_chunk(tokens, table, scale=scale), embed_chunk(tokens, other, scale=other_scale)
+    return torch.cat([each.flatten() for each in rows])
+
+
 def last_tokens(x: Tensor, starts: Tensor) -> Tensor:
     """Row starts[i + 1] - 1 of x [T, D] for each sequence i: [B, D]. starts: int32 [B + 1].
 

@@ -91,6 +91,36 @@ def test_sinks_take_weight_however_slots_are_cut(normal, semaphores, dtype):
         assert not got[:, 0].any() and got[:, 1].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_without_keys_sees_those_of_the_caches_and_writes_none(
+    normal, semaphores, dtype, layout
+):
+    slots = 1000 if ON_GPU else 19
+    qkv, caches, norms, inv_freq, options = attention(normal, layout, slots, dtype, False)
+    kv_heads, groups, head_dim = layout
+    q = qkv[:, : kv_heads * groups * head_dim].contiguous()
+    before = [x.clone() for x in caches]
+    rest = norms[0], None, inv_freq, semaphores
+    for position in ([0, 3, slots - 1], [slots, 2 * slots - 1, 7 * slots + 5]):
+        position = torch.tensor(position, device=DEVICE)
+        tiles = AttendTiles(16 if ON_GPU else 4, 4, 1, stages=1, fan=2, combined=64)
+        got = operator.launch_attend(
+            q, position, *caches, *rest, **options, keys=False, tiles=tiles
+        )
+        expected = reference.attend_step(q, position, *caches, *rest, **options, keys=False)
+        assert_close(got, expected, dtype)
+        assert all(torch.equal(x, y) for x, y in zip(caches, before))
+        alone = operator.launch_attend(
+            q[1:2], position[1:2], *(x[1:2].clone() for x in caches), *rest, **options, keys=False,
+            tiles=tiles,
+        )  # fmt: skip
+        assert torch.equal(alone[0], got[1])
+    with pytest.raises(ValueError, match="there are no keys"):
+        sinks = normal(kv_heads * groups, dtype=dtype)
+        operator.attend_step(q, position, *caches, *rest, sinks, **options, keys=False)
+
+
 def test_attention_needs_no_norms(normal, semaphores):
     slots = 50 if ON_GPU else 7
     qkv, caches, _, inv_freq, options = attention(normal, LAYOUTS[0], slots, torch.float32, False)
