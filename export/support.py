@@ -9,21 +9,15 @@ def unsupported(network: CausalLM, backend: str) -> str | None:
     blocks = network.model.layers
     mixers = [block.mixer for block in blocks]
     types = {m.layer_type for m in mixers}
-    if backend == "xnnpack" and "linear_attention" in types:
-        return "gated delta nets"
-    if backend not in ("portable", "inductor") and "conv" in types:
+    if backend not in ("portable", "inductor", "xnnpack") and "conv" in types:
         return "short convolutions"
     if backend not in ("portable", "inductor") and network.model.per_layer is not None:
         return "per-layer embeddings"
     if backend not in ("portable", "inductor") and any(m.shares for m in mixers):
         return "shared keys and values"
-    if backend != "xnnpack":
-        return None
-    found = {
-        "output gates": any(m.output_gate for m in mixers),
-        "an expert of all tokens": any(b.mlp.moe and b.mlp.dense for b in blocks),
-    }
-    return ", ".join(what for what, is_there in found.items() if is_there) or None
+    if backend == "xnnpack" and any(b.mlp.moe and b.mlp.reads_residual for b in blocks):
+        return "an expert of all tokens"
+    return None
 
 
 def supporting(network: CausalLM) -> list[str]:

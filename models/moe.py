@@ -133,9 +133,11 @@ class SparseMoe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         routed = self.route(self.gate(x.reshape(-1, x.shape[-1])))
         out = run_experts(self.experts, self.moe, x, routed)
-        if not self.is_shared:
-            return out
-        return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        return out + self.shared(x) if self.is_shared else out
+
+    def shared(self, x: Tensor) -> Tensor:
+        """What the expert of all tokens gives."""
+        return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
 
 
 class MlpBesideMoe(MLP):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from executorch.exir import (
@@ -30,9 +31,28 @@ from tokenloop.export.pte.lazy_graphs import lazy_graphs
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
+from tokenloop.export.pte.running_regions import (
+    LINEAR_ATTENTION,
+    RUNNING,
+    SHORT_CONV,
+    BeforeDeltaNet,
+    BeforeShortConv,
+    InsideDeltaNet,
+)
+from tokenloop.export.pte.running_state import DeltaRule, RunningState, chunk_taps, step_taps
 from tokenloop.export.pte.state_places import state_places
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
 from tokenloop.models.decoder import CausalLM
+
+
+class Mix(NamedTuple):
+    """What a method does with layers' state. attend(name, cache, sinks, q, k, v) is the attention
+    of a layer type, taps(cache, x) gives a convolution's taps of its inputs x [1, T, C], and
+    rule(i, cache, q, k, v, a, b) is the gated delta rule of layer i."""
+
+    attend: Callable
+    taps: Callable
+    rule: Callable
 
 
 class DelegatedMethod(nn.Module):
@@ -44,39 +64,53 @@ class DelegatedMethod(nn.Module):
         self.rope = model.model.rope
         mixers = [layer.mixer for layer in model.model.layers]
         self.layer_types = [mixer.layer_type for mixer in mixers]
-        self.rotations = [mixer.rotation for mixer in mixers]
+        self.rotations = [None if is_running(mixer) else mixer.rotation for mixer in mixers]
         self.before = nn.ModuleList(layers.before)
+        self.inside = nn.ModuleDict({str(i): region for i, region in layers.inside.items()})
         self.after = nn.ModuleList(layers.after)
         mixtures = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
         self.experts = nn.ModuleList(map(LoweredExperts, mixtures))
         self.lm_head = lowered.head
         # Methods share the buffers that have equal names.
-        self.caches = nn.ModuleList(lowered.caches)
+        self.caches = nn.ModuleDict({str(i): cache for i, cache in lowered.caches.items()})
         self.slots = nn.ModuleDict(lowered.slots)
         self.shortlist, self.rescore = lowered.shortlist, lowered.rescore
-        # Layers of a type have the same shape: export/support.py sees to it.
+        # Layers of a type have the same shape.
+        attending = {i: mixer for i, mixer in enumerate(mixers) if not is_running(mixer)}
         self.shapes = {
-            m.layer_type: (m.kv_heads, m.heads // m.kv_heads, m.head_dim) for m in mixers
+            m.layer_type: (m.kv_heads, m.heads // m.kv_heads, m.head_dim)
+            for m in attending.values()
         }
-        self.has_sinks = {m.layer_type: m.sinks is not None for m in mixers}
-        for i, mixer in enumerate(mixers):
+        self.has_sinks = {m.layer_type: m.sinks is not None for m in attending.values()}
+        nets = {i: m for i, m in enumerate(mixers) if m.layer_type == LINEAR_ATTENTION}
+        self.rule = DeltaRule(nets, self.CHUNKS) if nets else None
+        for i, mixer in attending.items():
             sinks = None if mixer.sinks is None else mixer.sinks.detach().float()
             self.register_buffer(f"sinks{i}", sinks)
         self.rows = model.batch
         self.soft_cap = None if model.soft_cap is None else soft_cap(model.config.vocab_size)
         self.cap = model.soft_cap
 
-    def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, D]. attend(name, cache, sinks, q, k, v) is the
-        attention of a layer type. last(x) picks the N positions whose logits are wanted from
-        [1, T, ...]."""
-        rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.rotations)}
-        for i, (name, cache) in enumerate(zip(self.layer_types, self.caches)):
-            sinks = getattr(self, f"sinks{i}")
-            attended = attend(name, cache, sinks, *self.before[i](x, *rope[self.rotations[i]]))
+    def run(self, x: Tensor, positions: Tensor, mix: Mix, last: Callable) -> Tensor:
+        """Logits [N, V] of embeddings x [1, T, D]. last(x) picks the N positions whose logits are
+        wanted from [1, T, ...]."""
+        rotations = [name for name in dict.fromkeys(self.rotations) if name is not None]
+        rope = {name: self.rope[name](positions) for name in rotations}
+        for i, name in enumerate(self.layer_types):
+            cache = self.caches[str(i)]
+            if name == LINEAR_ATTENTION:
+                x_in, a, b, *gates = self.before[i](x)
+                given = self.inside[str(i)](*mix.taps(cache, x_in))
+                mixed = [mix.rule(i, cache, *given, a, b)]
+            elif name == SHORT_CONV:
+                x_in, *gates = self.before[i](x)
+                mixed = mix.taps(cache, x_in)
+            else:
+                q, k, v, *gates = self.before[i](x, *rope[self.rotations[i]])
+                mixed = [mix.attend(name, cache, getattr(self, f"sinks{i}"), q, k, v)]
             if i == len(self.layer_types) - 1:
-                x, attended = last(x), last(attended)
-            x, *routed = self.after[i](x, attended)
+                x, mixed, gates = last(x), map(last, mixed), map(last, gates)
+            x, *routed = self.after[i](x, *mixed, *gates)
             if routed:
                 x = x + self.experts[i](*routed)
         logits, hidden = self.lm_head(x)
@@ -94,6 +128,8 @@ class DelegatedMethod(nn.Module):
 class DelegatedPrefill(DelegatedMethod):
     """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
     logits float32 [1, V] after the last token."""
+
+    CHUNKS = True
 
     def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
         super().__init__(model, lowered, lowered.prefill)
@@ -113,7 +149,7 @@ class DelegatedPrefill(DelegatedMethod):
             for group in dict.fromkeys(group for _, group, _ in self.shapes.values())
         }
         shared, places = {}, {}
-        first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
+        first = {name: self.caches[str(self.layer_types.index(name))] for name in self.slots}
         for name, slots in self.slots.items():
             _, group, _ = self.shapes[name]
             shared[name] = attention.Chunk(
@@ -133,11 +169,23 @@ class DelegatedPrefill(DelegatedMethod):
             cache.store(k, v, places[name])
             return attended
 
-        return self.run(self.embed(tokens), positions, attend, lambda x: x[:, -1:])
+        running = row if row is not None else torch.zeros(1, dtype=torch.int64)
+        started = positions[:1] > 0
+
+        def taps(cache, x):
+            return chunk_taps(cache, x, running, started)
+
+        def rule(i, cache, *given):
+            return self.rule.chunk(i, cache, *given, positions, running, started)
+
+        mix = Mix(attend, taps, rule)
+        return self.run(self.embed(tokens), positions, mix, lambda x: x[:, -1:])
 
 
 class DelegatedDecodeEmbedded(DelegatedMethod):
     """hidden float32 [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
+
+    CHUNKS = False
 
     def __init__(self, model: nn.Module, lowered: "Lowered"):
         super().__init__(model, lowered, lowered.decode)
@@ -158,7 +206,7 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
                 heads: column[None].expand(heads, -1, -1).reshape(-1, 1, 1) for heads in newest
             }
         furthest = position.amax()
-        first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
+        first = {name: self.caches[str(self.layer_types.index(name))] for name in self.slots}
         places = {
             name: first[name].places(slots.indices(position)) for name, slots in self.slots.items()
         }
@@ -169,8 +217,17 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
             given = cache, self.slots[name], furthest, newest[heads]
             return self.attention[name](q, *given, sinks)
 
+        started = position > 0
+
+        def taps(cache, x):
+            return step_taps(cache, x, started)
+
+        def rule(i, cache, *given):
+            return self.rule.step(i, cache, *given, started)
+
         # Regions take a step's rows in place of a chunk's tokens.
-        return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
+        mix = Mix(attend, taps, rule)
+        return self.run(hidden.transpose(0, 1), position, mix, lambda x: x)
 
 
 @lazy_graphs()
@@ -233,21 +290,35 @@ def to_program(
 
 @dataclass(frozen=True)
 class Regions:
-    """The layers' regions before and after their attention."""
+    """The layers' regions before and after their mixers, and those between a delta net's
+    convolution and its rule, by layer."""
 
     before: list[nn.Module]
     after: list[nn.Module]
+    inside: dict[int, nn.Module]
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """A layer's regions with what xnnpack.trace takes of them, and what else tells those of one
+    kind."""
+
+    before: tuple[nn.Module, Sequence[Tensor], Sequence]
+    after: tuple[nn.Module, Sequence[Tensor], Sequence]
+    kind: tuple
+    inside: tuple[nn.Module, Sequence[Tensor], Sequence] | None = None
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What both methods of a model are made of. `slots` are by layer type. `rescore` has what the
+    """What both methods of a model are made of. `caches` are by layer, and `slots` are by type of
+    layer. `rescore` has what the
     `shortlist`, if there is one, scores with, by the number of rows."""
 
     prefill: Regions
     decode: Regions
     head: nn.Module
-    caches: list[BlockCache]
+    caches: dict[int, BlockCache | RunningState]
     slots: dict[str, SlotLayout]
     shortlist: Shortlist | None
     rescore: dict[int, GraphDelegate]
@@ -273,12 +344,18 @@ def lower(
     head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
 
     mixers = [layer.mixer for layer in backbone.layers]
-    slots = {mixer.layer_type: SlotLayout(mixer.cache) for mixer in mixers}
+    slots = {m.layer_type: SlotLayout(m.cache) for m in mixers if not is_running(m)}
+
+    def cache_of(mixer: nn.Module) -> BlockCache | RunningState:
+        if is_running(mixer):
+            return RunningState(mixer.cache)
+        return BlockCache(mixer.cache, slots[mixer.layer_type])
+
     return Lowered(
         prefill,
         decode,
         head,
-        [BlockCache(mixer.cache, slots[mixer.layer_type]) for mixer in mixers],
+        {i: cache_of(mixer) for i, mixer in enumerate(mixers)},
         slots,
         shortlist,
         {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
@@ -293,28 +370,67 @@ def lower_layers(
     x = torch.zeros(1, traced, model.config.hidden_size)
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
 
-    regions, kinds = Regions([], []), {}
-    for i, layer in enumerate(layers, 1):
-        progress(f"lowering layer {i} of {len(layers)}")
-        before, after, mixer = (
-            xnnpack.BeforeAttention(layer),
-            xnnpack.AfterAttention(layer),
-            layer.mixer,
+    # Tensors of their own: torch.export takes one that is passed twice for one argument.
+    def zeros(count: int, size: int) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(1, traced, size) for _ in range(count))
+
+    def of_short_conv(layer: nn.Module) -> Traceable:
+        taps, size = layer.mixer.conv.width, model.config.hidden_size
+        after = (x, *zeros(taps + 1, size)), (wide, (wide,) * (taps + 1))
+        return Traceable(
+            (BeforeShortConv(layer), (x,), (wide,)),
+            (xnnpack.AfterShortConv(layer), *after),
+            (SHORT_CONV,),
         )
-        # Two tensors, because torch.export takes one that is passed twice for one argument.
+
+    def of_delta_net(layer: nn.Module) -> Traceable:
+        net = layer.mixer
+        taps, values = net.conv1d.width, net.value_heads * net.value_size
+        given = zeros(taps, sum(net.parts))
+        return Traceable(
+            (BeforeDeltaNet(layer), (x,), (wide,)),
+            (xnnpack.AfterMixer(layer), (x, *zeros(2, values)), (wide,) * 3),
+            (LINEAR_ATTENTION,),
+            (InsideDeltaNet(net), given, ((wide,) * taps,)),
+        )
+
+    def of_attention(layer: nn.Module) -> Traceable:
+        mixer = layer.mixer
         rotated = 2 * model.model.rope[mixer.rotation].inv_freq.shape[0]
         cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
         heads, size = mixer.kv_heads, mixer.heads * mixer.head_dim
         attended = torch.zeros(heads, traced, size // heads)
-        kind = rotated, heads, mixer.head_dim, xnnpack.tensors_of(layer)
+        gates = zeros(int(hasattr(mixer, "gates")), size)
+        return Traceable(
+            (xnnpack.BeforeAttention(layer), (x, cos, sin), (wide, tall, tall)),
+            (
+                xnnpack.AfterAttention(layer),
+                (x, attended, *gates),
+                (wide, wide, (wide,))[: 2 + len(gates)],
+            ),
+            (rotated, heads, mixer.head_dim),
+        )
+
+    of = {SHORT_CONV: of_short_conv, LINEAR_ATTENTION: of_delta_net}
+    regions, kinds = Regions([], [], {}), {}
+    for i, layer in enumerate(layers):
+        progress(f"lowering layer {i + 1} of {len(layers)}")
+        made = of.get(layer.mixer.layer_type, of_attention)(layer)
+        kind = made.kind, xnnpack.tensors_of(layer)
+        parts = [part for part in (made.before, made.after, made.inside) if part is not None]
         if kind not in kinds:
-            kinds[kind] = (
-                xnnpack.trace(before, (x, cos, sin), (wide, tall, tall)),
-                xnnpack.trace(after, (x, attended), (wide, wide)),
-            )
-        regions.before.append(kinds[kind][0].lower(before))
-        regions.after.append(kinds[kind][1].lower(after))
+            kinds[kind] = [xnnpack.trace(*part) for part in parts]
+        lowered = [traced.lower(part[0]) for traced, part in zip(kinds[kind], parts)]
+        regions.before.append(lowered[0])
+        regions.after.append(lowered[1])
+        if made.inside is not None:
+            regions.inside[i] = lowered[2]
     return regions
+
+
+def is_running(mixer: nn.Module) -> bool:
+    """Whether the mixer's state goes on with every token."""
+    return mixer.layer_type in RUNNING
 
 
 def soft_cap(vocab_size: int) -> GraphDelegate:

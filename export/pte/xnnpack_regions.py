@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from tokenloop.export.pte.quantize import QuantizedLinear
-from tokenloop.export.pte.xnnpack_graph import delegate
+from tokenloop.export.pte.running_regions import RUNNING, prepare_running
+from tokenloop.export.pte.xnnpack_graph import CONCATENATIONS, delegate
 from tokenloop.export.tensors_in_files import file_of
 from tokenloop.models.layers import RMSNorm
 
@@ -51,6 +52,7 @@ COMPILE_SPECS = [CompileSpec("dqlinear_partitioner", b"")]
 # The validity check refuses quantized_decomposed operators, and XNNPACK's partitioner does not
 # expect operators with dimension orders.
 COMPILE_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+MOST_JOINED = max(CONCATENATIONS)
 
 
 class DelegatedRMSNorm(nn.Module):
@@ -109,13 +111,10 @@ def prepare(model: nn.Module) -> None:
     """Replace, in place, the modules that XNNPACK does not take as they are. Queries are scaled
     where they are normalised, or would be, so that attention need not scale them."""
     for layer in model.model.layers:
-        attention = layer.mixer
-        if attention.q_norm is None:
-            attention.q_norm = DelegatedScale(attention.scale)
+        if layer.mixer.layer_type in RUNNING:
+            prepare_running(layer.mixer)
         else:
-            attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
-        if attention.v_norm is not None:
-            attention.v_norm = DelegatedValueNorm(attention.v_norm.eps, attention.head_dim)
+            prepare_attention(layer.mixer)
         if (scalar := layer.layer_scalar) is not None:
             # A region's constants are buffers.
             del layer.layer_scalar
@@ -126,6 +125,20 @@ def prepare(model: nn.Module) -> None:
                 setattr(module, name, DelegatedRMSNorm(child))
             elif isinstance(child, nn.GELU) and child.approximate == "tanh":
                 setattr(module, name, DelegatedGELU())
+
+
+def prepare_attention(attention: nn.Module) -> None:
+    """As `prepare`, of attention."""
+    if attention.q_norm is None:
+        attention.q_norm = DelegatedScale(attention.scale)
+    else:
+        attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
+    if attention.v_norm is not None:
+        attention.v_norm = DelegatedValueNorm(attention.v_norm.eps, attention.head_dim)
+    if attention.output_gate:
+        # packed_weights.separate has made two layers of them.
+        attention.gates, attention.q_proj = attention.q_proj.gates, attention.q_proj.queries
+        attention.output_gate = False
 
 
 def tensors_of(layer: nn.Module) -> tuple:
@@ -153,8 +166,12 @@ class InParts(nn.Module):
         if count == 1:
             return self.linear(x)
         size = -(-x.shape[1] // count)
-        parts = [x[:, i : i + size] for i in range(0, x.shape[1], size)]
-        return torch.cat([self.linear(part) for part in parts], dim=1)
+        parts = [self.linear(x[:, i : i + size]) for i in range(0, x.shape[1], size)]
+        # XNNPACK joins a few tensors at once.
+        while len(parts) > 1:
+            groups = [parts[i : i + MOST_JOINED] for i in range(0, len(parts), MOST_JOINED)]
+            parts = [torch.cat(group, 1) if len(group) > 1 else group[0] for group in groups]
+        return parts[0]
 
 
 def in_parts(layer: nn.Module) -> nn.Module:
@@ -170,13 +187,21 @@ def in_parts(layer: nn.Module) -> nn.Module:
 
 class BeforeAttention(nn.Module):
     """x [1, T, D], cos and sin [T, 1, head_dim] -> a layer's q [K, T, G head_dim], k and v
-    [K, T, head_dim], for K key-value heads with G query heads each."""
+    [K, T, head_dim], for K key-value heads with G query heads each; and its output gates
+    [1, T, K G head_dim], if it has any."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        mixer, gates = self.layer.mixer, ()
+        if hasattr(mixer, "gates"):
+            norm = self.layer.norm("mixer")
+            gates = (mixer.gates(x if norm is None else norm(x)),)
+        return *self._heads(x, cos, sin), *gates
+
+    def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (q, k, v), _ = self.layer.project(x, {self.layer.mixer.rotation: (cos, sin)})
         heads, size = k.shape[2:]
         wide = q.shape[2] // heads * size
@@ -186,23 +211,48 @@ class BeforeAttention(nn.Module):
         return q.permute(1, 0, 2), k.permute(1, 0, 2), v.permute(1, 0, 2)
 
 
-class AfterAttention(nn.Module):
-    """x [1, T, D], attended [K, T, G head_dim] -> (x after the layer,). A layer with experts gives
-    x before them, what they read [1, T, D], and the router's scores of them [1, T, E]."""
+class AfterMixer(nn.Module):
+    """x [1, T, D], and what came of the mixer -> (x after the layer,). A layer with experts gives
+    x before them, what they read [1, T, D], and the router's scores of them [1, T, E].
+
+    This one takes what `Mixer.combine` takes, a gated delta net's [1, T, H V] both.
+    """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, mixed: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:
+        if self.layer.mlp.moe is None:
+            return (self.layer.finish(x, mixed, gate),)
+        x = self.layer.add_mixed(x, mixed, gate)
+        hidden = self.layer.norm("mlp")(x)
+        scores = self.layer.mlp.gate(hidden)
+        if self.layer.mlp.dense is not None:
+            x = x + self.layer.mlp.shared(hidden)
+        return x, hidden, scores
+
+
+class AfterAttention(AfterMixer):
+    """AfterMixer of attended [K, T, G head_dim], and of gates [1, T, K G head_dim] where there are
+    any."""
+
+    def forward(self, x: Tensor, attended: Tensor, *gates: Tensor) -> tuple[Tensor, ...]:
         if attended.shape[0] > 1:
             attended = attended.permute(1, 0, 2).contiguous()
         attended = attended.view(1, -1, self.layer.mixer.o_proj.in_features)
-        if self.layer.mlp.moe is None:
-            return (self.layer.finish(x, attended, None),)
-        x = self.layer.add_mixed(x, attended, None)
-        hidden = self.layer.norm("mlp")(x)
-        return x, hidden, self.layer.mlp.gate(hidden)
+        for gate in gates:
+            attended = attended * torch.sigmoid(gate)
+        return super().forward(x, attended, None)
+
+
+class AfterShortConv(AfterMixer):
+    """AfterMixer of the convolution's taps, each [1, T, D], and of what its result is multiplied
+    by."""
+
+    def forward(self, x: Tensor, *taps_and_gate: Tensor) -> tuple[Tensor, ...]:
+        *taps, gate = taps_and_gate
+        return super().forward(x, self.layer.mixer.conv(*taps), gate)
 
 
 class Head(nn.Module):
