@@ -46,7 +46,7 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
             _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
         if attention.layer_type in RUNNING:
             continue
-        if attention.v_norm is not None or attention.values_are_keys:
+        if attention.v_norm is not None or attention.values_are_keys or not attention.has_keys:
             continue
         # Heads that share a value head share its channels.
         heads = attention.kv_heads, -1, attention.head_dim

@@ -1,7 +1,7 @@
 """The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -46,9 +46,10 @@ from tokenloop.models.decoder import CausalLM
 
 
 class Mix(NamedTuple):
-    """What a method does with layers' state. attend(name, cache, sinks, q, k, v) is the attention
-    of a layer type, taps(cache, x) gives a convolution's taps of its inputs x [1, T, C], and
-    rule(i, cache, q, k, v, a, b) is the gated delta rule of layer i."""
+    """What a method does with layers' state. attend(i, cache, sinks, q, own) is the attention of
+    layer i, whose `own` keys and values are None where it sees another one's. taps(cache, x) gives
+    a convolution's taps of its inputs x [1, T, C], and rule(i, cache, q, k, v, a, b) is the gated
+    delta rule of layer i."""
 
     attend: Callable
     taps: Callable
@@ -61,6 +62,11 @@ class DelegatedMethod(nn.Module):
     def __init__(self, model: nn.Module, lowered: "Lowered", layers: "Regions"):
         super().__init__()
         self.embed_tokens, self.embed = model.model.embed_tokens, model.model.embed
+        # What `embed` looks up besides, and the region of the layers' own inputs.
+        inputs = model.model.per_layer
+        self.own_tokens = None if inputs is None else inputs.embed_tokens
+        self.own_size = 0 if inputs is None else inputs.size
+        self.hidden_size, self.own_inputs = model.config.hidden_size, layers.own_inputs
         self.rope = model.model.rope
         mixers = [layer.mixer for layer in model.model.layers]
         self.layer_types = [mixer.layer_type for mixer in mixers]
@@ -68,8 +74,10 @@ class DelegatedMethod(nn.Module):
         self.before = nn.ModuleList(layers.before)
         self.inside = nn.ModuleDict({str(i): region for i, region in layers.inside.items()})
         self.after = nn.ModuleList(layers.after)
-        mixtures = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
-        self.experts = nn.ModuleList(map(LoweredExperts, mixtures))
+        self.ends = nn.ModuleDict({str(i): region for i, region in layers.ends.items()})
+        mixtures = [i for i, x in enumerate(model.model.layers) if x.mlp.moe is not None]
+        self.mixtures = {layer: number for number, layer in enumerate(mixtures)}
+        self.experts = nn.ModuleList(LoweredExperts(model.model.layers[i].mlp) for i in mixtures)
         self.lm_head = lowered.head
         # Methods share the buffers that have equal names.
         self.caches = nn.ModuleDict({str(i): cache for i, cache in lowered.caches.items()})
@@ -87,17 +95,23 @@ class DelegatedMethod(nn.Module):
         for i, mixer in attending.items():
             sinks = None if mixer.sinks is None else mixer.sinks.detach().float()
             self.register_buffer(f"sinks{i}", sinks)
+        # A layer's cache, its own or that of the last before it which shares its own.
+        self.owners = [model.model.caches().index(cache) for cache in model.model.caches()]
         self.rows = model.batch
         self.soft_cap = None if model.soft_cap is None else soft_cap(model.config.vocab_size)
         self.cap = model.soft_cap
 
     def run(self, x: Tensor, positions: Tensor, mix: Mix, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, D]. last(x) picks the N positions whose logits are
+        """Logits [N, V] of embeddings x [1, T, E]. last(x) picks the N positions whose logits are
         wanted from [1, T, ...]."""
+        owns = None
+        if self.own_inputs is not None:
+            x, owns = x[..., : self.hidden_size], x[..., self.hidden_size :]
+            (owns,) = self.own_inputs(x, owns)
         rotations = [name for name in dict.fromkeys(self.rotations) if name is not None]
         rope = {name: self.rope[name](positions) for name in rotations}
         for i, name in enumerate(self.layer_types):
-            cache = self.caches[str(i)]
+            cache = self.caches[str(self.owners[i])]
             if name == LINEAR_ATTENTION:
                 x_in, a, b, *gates = self.before[i](x)
                 given = self.inside[str(i)](*mix.taps(cache, x_in))
@@ -106,13 +120,23 @@ class DelegatedMethod(nn.Module):
                 x_in, *gates = self.before[i](x)
                 mixed = mix.taps(cache, x_in)
             else:
-                q, k, v, *gates = self.before[i](x, *rope[self.rotations[i]])
-                mixed = [mix.attend(name, cache, getattr(self, f"sinks{i}"), q, k, v)]
+                q, *gates = self.before[i](x, *rope[self.rotations[i]])
+                own_keys = None
+                if self.owners[i] == i:
+                    *own_keys, gates = gates[0], gates[1], gates[2:]
+                mixed = [mix.attend(i, cache, getattr(self, f"sinks{i}"), q, own_keys)]
+            own = []
+            if owns is not None:
+                own = [owns[..., i * self.own_size : (i + 1) * self.own_size]]
             if i == len(self.layer_types) - 1:
-                x, mixed, gates = last(x), map(last, mixed), map(last, gates)
-            x, *routed = self.after[i](x, *mixed, *gates)
+                x, mixed, gates, own = last(x), map(last, mixed), map(last, gates), map(last, own)
+            own = list(own)
+            is_later = str(i) in self.ends
+            x, *routed = self.after[i](x, *mixed, *gates, *([] if is_later else own))
             if routed:
-                x = x + self.experts[i](*routed)
+                hidden, scores, *beside = routed
+                out = self.experts[self.mixtures[i]](hidden, scores)
+                x = self.ends[str(i)](out, x, *beside, *own)[0] if is_later else x + out
         logits, hidden = self.lm_head(x)
         if self.shortlist is not None:
             size = hidden.shape[-1]
@@ -164,9 +188,16 @@ class DelegatedPrefill(DelegatedMethod):
             one = row if row is not None else torch.zeros(1, dtype=torch.int64)
             places[name] = first[name].places(slots.indices(positions), one)
 
-        def attend(name, cache, sinks, q, k, v):
+        # What is shared is stored when no layer needs any more what was there.
+        waiting = {}
+
+        def attend(i, cache, sinks, q, own):
+            name, owner = self.layer_types[i], self.owners[i]
+            k, v = waiting[owner] if own is None else own
             attended = self.attention[name](q, k, v, cache, shared[name], sinks)
-            cache.store(k, v, places[name])
+            waiting[owner] = k, v
+            if owner not in self.owners[i + 1 :]:
+                cache.store(k, v, places[name])
             return attended
 
         running = row if row is not None else torch.zeros(1, dtype=torch.int64)
@@ -211,8 +242,10 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
             name: first[name].places(slots.indices(position)) for name, slots in self.slots.items()
         }
 
-        def attend(name, cache, sinks, q, k, v):
-            cache.store(k, v, places[name])
+        def attend(i, cache, sinks, q, own):
+            name = self.layer_types[i]
+            if own is not None:
+                cache.store(*own, places[name])
             heads, _, _ = self.shapes[name]
             given = cache, self.slots[name], furthest, newest[heads]
             return self.attention[name](q, *given, sinks)
@@ -290,12 +323,15 @@ def to_program(
 
 @dataclass(frozen=True)
 class Regions:
-    """The layers' regions before and after their mixers, and those between a delta net's
-    convolution and its rule, by layer."""
+    """The layers' regions before and after their mixers. By layer those between a delta net's
+    convolution and its rule, and those after experts. `own_inputs` gives the layers' own inputs,
+    where there are any."""
 
     before: list[nn.Module]
     after: list[nn.Module]
     inside: dict[int, nn.Module]
+    ends: dict[int, nn.Module]
+    own_inputs: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -334,7 +370,7 @@ def lower(
     decode = prefill
     if batch > 1:
         layers = [xnnpack.in_parts(layer) for layer in backbone.layers]
-        decode = lower_layers(model, layers, batch, None, progress)
+        decode = lower_layers(model, layers, batch, None, progress, in_parts=True)
     progress("lowering the head")
     linear = model.lm_head
     shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
@@ -344,7 +380,7 @@ def lower(
     head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
 
     mixers = [layer.mixer for layer in backbone.layers]
-    slots = {m.layer_type: SlotLayout(m.cache) for m in mixers if not is_running(m)}
+    slots = {m.layer_type: SlotLayout(m.cache) for m in mixers if not is_running(m) and m.has_keys}
 
     def cache_of(mixer: nn.Module) -> BlockCache | RunningState:
         if is_running(mixer):
@@ -355,7 +391,7 @@ def lower(
         prefill,
         decode,
         head,
-        {i: cache_of(mixer) for i, mixer in enumerate(mixers)},
+        {i: cache_of(mixer) for i, mixer in enumerate(mixers) if mixer.cache is not None},
         slots,
         shortlist,
         {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
@@ -364,10 +400,12 @@ def lower(
 
 def lower_layers(
     model: nn.Module, layers: Sequence[nn.Module], traced: int, length: Dim | None,
-    progress: Callable[[str], None],
+    progress: Callable[[str], None], in_parts: bool = False,
 ) -> Regions:  # fmt: skip
-    """The regions of `layers`, as in `lower`."""
-    x = torch.zeros(1, traced, model.config.hidden_size)
+    """The regions of `layers`, as in `lower`. These are `in_parts` if the others are to be."""
+    hidden_size, inputs = model.config.hidden_size, model.model.per_layer
+    own_size = 0 if inputs is None else inputs.size
+    x = torch.zeros(1, traced, hidden_size)
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
 
     # Tensors of their own: torch.export takes one that is passed twice for one argument.
@@ -375,21 +413,25 @@ def lower_layers(
         return tuple(torch.zeros(1, traced, size) for _ in range(count))
 
     def of_short_conv(layer: nn.Module) -> Traceable:
-        taps, size = layer.mixer.conv.width, model.config.hidden_size
-        after = (x, *zeros(taps + 1, size)), (wide, (wide,) * (taps + 1))
+        taps, size = layer.mixer.conv.width, hidden_size
+        given = *zeros(taps + 1, size), *own(layer)
         return Traceable(
             (BeforeShortConv(layer), (x,), (wide,)),
-            (xnnpack.AfterShortConv(layer), *after),
+            (xnnpack.AfterShortConv(layer), (x, *given), (wide, (wide,) * len(given))),
             (SHORT_CONV,),
         )
 
     def of_delta_net(layer: nn.Module) -> Traceable:
         net = layer.mixer
         taps, values = net.conv1d.width, net.value_heads * net.value_size
-        given = zeros(taps, sum(net.parts))
+        given, after = zeros(taps, sum(net.parts)), (*zeros(2, values), *own(layer))
         return Traceable(
             (BeforeDeltaNet(layer), (x,), (wide,)),
-            (xnnpack.AfterMixer(layer), (x, *zeros(2, values)), (wide,) * 3),
+            (
+                xnnpack.AfterMixer(layer),
+                (x, *after),
+                (wide, wide, wide, (wide,) * len(own(layer)))[: 1 + len(after)],
+            ),
             (LINEAR_ATTENTION,),
             (InsideDeltaNet(net), given, ((wide,) * taps,)),
         )
@@ -400,24 +442,41 @@ def lower_layers(
         cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
         heads, size = mixer.kv_heads, mixer.heads * mixer.head_dim
         attended = torch.zeros(heads, traced, size // heads)
-        gates = zeros(int(hasattr(mixer, "gates")), size)
+        given = *zeros(int(hasattr(mixer, "gates")), size), *own(layer)
         return Traceable(
             (xnnpack.BeforeAttention(layer), (x, cos, sin), (wide, tall, tall)),
             (
                 xnnpack.AfterAttention(layer),
-                (x, attended, *gates),
-                (wide, wide, (wide,))[: 2 + len(gates)],
+                (x, attended, *given),
+                (wide, wide, (wide,) * len(given))[: 2 + len(given)],
             ),
             (rotated, heads, mixer.head_dim),
         )
 
+    def own(layer: nn.Module) -> tuple[Tensor, ...]:
+        """The layer's own input, where its last region reads that."""
+        return () if layer.per_layer is None or xnnpack.adds_later(layer) else zeros(1, own_size)
+
+    def after_experts(layer: nn.Module) -> tuple[nn.Module, Sequence[Tensor], Sequence]:
+        count = layer.mlp.dense is not None
+        given = *zeros(count, hidden_size), *zeros(layer.per_layer is not None, own_size)
+        shapes = wide, wide, (wide,) * len(given)
+        return xnnpack.AfterExperts(layer), (*zeros(1, hidden_size), x, *given), shapes
+
     of = {SHORT_CONV: of_short_conv, LINEAR_ATTENTION: of_delta_net}
-    regions, kinds = Regions([], [], {}), {}
+    regions, kinds = Regions([], [], {}, {}, None), {}
+    if inputs is not None:
+        region = xnnpack.PerLayerInputs(xnnpack.in_parts(inputs) if in_parts else inputs)
+        given = x, *zeros(1, inputs.width)
+        lowered = xnnpack.trace(region, given, (wide, wide)).lower(region)
+        regions = replace(regions, own_inputs=lowered)
     for i, layer in enumerate(layers):
         progress(f"lowering layer {i + 1} of {len(layers)}")
         made = of.get(layer.mixer.layer_type, of_attention)(layer)
         kind = made.kind, xnnpack.tensors_of(layer)
         parts = [part for part in (made.before, made.after, made.inside) if part is not None]
+        if xnnpack.adds_later(layer):
+            parts.append(after_experts(layer))
         if kind not in kinds:
             kinds[kind] = [xnnpack.trace(*part) for part in parts]
         lowered = [traced.lower(part[0]) for traced, part in zip(kinds[kind], parts)]
@@ -425,6 +484,8 @@ def lower_layers(
         regions.after.append(lowered[1])
         if made.inside is not None:
             regions.inside[i] = lowered[2]
+        if xnnpack.adds_later(layer):
+            regions.ends[i] = lowered[-1]
     return regions
 
 

@@ -265,6 +265,8 @@ def quantize(
     tied = head.weight is model.model.embed_tokens.weight
     embedding = QuantizedEmbedding(model.model.embed_tokens)
     model.model.embed_tokens = embedding
+    if (inputs := model.model.per_layer) is not None:
+        inputs.embed_tokens = QuantizedEmbedding(inputs.embed_tokens)
     if recipe.head_bits == 4 and ShortlistHead.fits(head):
         rows = embedding if tied else QuantizedEmbedding(head)
         model.lm_head = ShortlistHead(head, rows, means.pop(head, None))

@@ -20,7 +20,15 @@ MAX_SEQ_LEN, MAX_PREFILL = 40, 7
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL], "vocab_size": VOCAB_SIZE}
 # Of each a case, what changes, and the rows.
 PROGRAMS = {
-    "gemma4": ("gemma4_text, 5 sliding to 1 full", {}, 1),
+    # A ring and a full cache that are shared, experts, and layers' own inputs.
+    "gemma4": (
+        "gemma4_text, per-layer inputs and experts, a window beyond the cache",
+        {
+            "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 9,
+            "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+        1,
+    ),
     "lfm2": (
         "lfm2, untied, biases, a width of 2", {"conv_L_cache": 3, "layer_types": ["conv", FULL]},
         1,
