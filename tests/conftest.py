@@ -167,6 +167,28 @@ def austen_artifact(export_artifact) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hybrid_checkpoint(make_hybrid_checkpoint) -> Path:
+    """A small random hybrid in Qwen3-Next's layout, with experts. Lowering many layers takes its
+    time."""
+    experts = {
+        "num_experts": 7, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    }  # fmt: skip
+    layer_types = ["linear_attention", "full_attention"]
+    return make_hybrid_checkpoint(
+        "qwen3_next", num_hidden_layers=2, layer_types=layer_types, **experts
+    )
+
+
+@pytest.fixture(scope="session")
+def hybrid_artifact(export_artifact, hybrid_checkpoint) -> Path:
+    """That hybrid in float32, of three rows. The delta rule takes 32 tokens at once."""
+    arguments = ("--model", hybrid_checkpoint, "--quant", "fp32", "--batch", 3)
+    arguments += ("--max-seq-len", 200, "--max-prefill", 34)
+    return export_artifact("tiny-hybrid", *arguments, script="export/qwen3_5.py")
+
+
+@pytest.fixture(scope="session")
 def tiny_artifact(export_artifact, tiny_checkpoint) -> Path:
     """The tiny checkpoint in float32, with a chunk that its window is no multiple of."""
     arguments = ("--model", tiny_checkpoint, "--quant", "fp32")

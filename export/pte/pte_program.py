@@ -1,7 +1,7 @@
 """The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,14 +30,11 @@ from tokenloop.export.pte.block_cache import UNIT, BlockCache, SlotLayout
 from tokenloop.export.pte.lazy_graphs import lazy_graphs
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
+from tokenloop.export.pte.lowered_layers import Regions, is_running, lower_layers
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
 from tokenloop.export.pte.running_regions import (
     LINEAR_ATTENTION,
-    RUNNING,
     SHORT_CONV,
-    BeforeDeltaNet,
-    BeforeShortConv,
-    InsideDeltaNet,
 )
 from tokenloop.export.pte.running_state import DeltaRule, RunningState, chunk_taps, step_taps
 from tokenloop.export.pte.state_places import state_places
@@ -322,30 +319,6 @@ def to_program(
 
 
 @dataclass(frozen=True)
-class Regions:
-    """The layers' regions before and after their mixers. By layer those between a delta net's
-    convolution and its rule, and those after experts. `own_inputs` gives the layers' own inputs,
-    where there are any."""
-
-    before: list[nn.Module]
-    after: list[nn.Module]
-    inside: dict[int, nn.Module]
-    ends: dict[int, nn.Module]
-    own_inputs: nn.Module | None
-
-
-@dataclass(frozen=True)
-class Traceable:
-    """A layer's regions with what xnnpack.trace takes of them, and what else tells those of one
-    kind."""
-
-    before: tuple[nn.Module, Sequence[Tensor], Sequence]
-    after: tuple[nn.Module, Sequence[Tensor], Sequence]
-    kind: tuple
-    inside: tuple[nn.Module, Sequence[Tensor], Sequence] | None = None
-
-
-@dataclass(frozen=True)
 class Lowered:
     """What both methods of a model are made of. `caches` are by layer, and `slots` are by type of
     layer. `rescore` has what the
@@ -396,102 +369,6 @@ def lower(
         shortlist,
         {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
     )
-
-
-def lower_layers(
-    model: nn.Module, layers: Sequence[nn.Module], traced: int, length: Dim | None,
-    progress: Callable[[str], None], in_parts: bool = False,
-) -> Regions:  # fmt: skip
-    """The regions of `layers`, as in `lower`. These are `in_parts` if the others are to be."""
-    hidden_size, inputs = model.config.hidden_size, model.model.per_layer
-    own_size = 0 if inputs is None else inputs.size
-    x = torch.zeros(1, traced, hidden_size)
-    wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
-
-    # Tensors of their own: torch.export takes one that is passed twice for one argument.
-    def zeros(count: int, size: int) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(1, traced, size) for _ in range(count))
-
-    def of_short_conv(layer: nn.Module) -> Traceable:
-        taps, size = layer.mixer.conv.width, hidden_size
-        given = *zeros(taps + 1, size), *own(layer)
-        return Traceable(
-            (BeforeShortConv(layer), (x,), (wide,)),
-            (xnnpack.AfterShortConv(layer), (x, *given), (wide, (wide,) * len(given))),
-            (SHORT_CONV,),
-        )
-
-    def of_delta_net(layer: nn.Module) -> Traceable:
-        net = layer.mixer
-        taps, values = net.conv1d.width, net.value_heads * net.value_size
-        given, after = zeros(taps, sum(net.parts)), (*zeros(2, values), *own(layer))
-        return Traceable(
-            (BeforeDeltaNet(layer), (x,), (wide,)),
-            (
-                xnnpack.AfterMixer(layer),
-                (x, *after),
-                (wide, wide, wide, (wide,) * len(own(layer)))[: 1 + len(after)],
-            ),
-            (LINEAR_ATTENTION,),
-            (InsideDeltaNet(net), given, ((wide,) * taps,)),
-        )
-
-    def of_attention(layer: nn.Module) -> Traceable:
-        mixer = layer.mixer
-        rotated = 2 * model.model.rope[mixer.rotation].inv_freq.shape[0]
-        cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
-        heads, size = mixer.kv_heads, mixer.heads * mixer.head_dim
-        attended = torch.zeros(heads, traced, size // heads)
-        given = *zeros(int(hasattr(mixer, "gates")), size), *own(layer)
-        return Traceable(
-            (xnnpack.BeforeAttention(layer), (x, cos, sin), (wide, tall, tall)),
-            (
-                xnnpack.AfterAttention(layer),
-                (x, attended, *given),
-                (wide, wide, (wide,) * len(given))[: 2 + len(given)],
-            ),
-            (rotated, heads, mixer.head_dim),
-        )
-
-    def own(layer: nn.Module) -> tuple[Tensor, ...]:
-        """The layer's own input, where its last region reads that."""
-        return () if layer.per_layer is None or xnnpack.adds_later(layer) else zeros(1, own_size)
-
-    def after_experts(layer: nn.Module) -> tuple[nn.Module, Sequence[Tensor], Sequence]:
-        count = layer.mlp.dense is not None
-        given = *zeros(count, hidden_size), *zeros(layer.per_layer is not None, own_size)
-        shapes = wide, wide, (wide,) * len(given)
-        return xnnpack.AfterExperts(layer), (*zeros(1, hidden_size), x, *given), shapes
-
-    of = {SHORT_CONV: of_short_conv, LINEAR_ATTENTION: of_delta_net}
-    regions, kinds = Regions([], [], {}, {}, None), {}
-    if inputs is not None:
-        region = xnnpack.PerLayerInputs(xnnpack.in_parts(inputs) if in_parts else inputs)
-        given = x, *zeros(1, inputs.width)
-        lowered = xnnpack.trace(region, given, (wide, wide)).lower(region)
-        regions = replace(regions, own_inputs=lowered)
-    for i, layer in enumerate(layers):
-        progress(f"lowering layer {i + 1} of {len(layers)}")
-        made = of.get(layer.mixer.layer_type, of_attention)(layer)
-        kind = made.kind, xnnpack.tensors_of(layer)
-        parts = [part for part in (made.before, made.after, made.inside) if part is not None]
-        if xnnpack.adds_later(layer):
-            parts.append(after_experts(layer))
-        if kind not in kinds:
-            kinds[kind] = [xnnpack.trace(*part) for part in parts]
-        lowered = [traced.lower(part[0]) for traced, part in zip(kinds[kind], parts)]
-        regions.before.append(lowered[0])
-        regions.after.append(lowered[1])
-        if made.inside is not None:
-            regions.inside[i] = lowered[2]
-        if xnnpack.adds_later(layer):
-            regions.ends[i] = lowered[-1]
-    return regions
-
-
-def is_running(mixer: nn.Module) -> bool:
-    """Whether the mixer's state goes on with every token."""
-    return mixer.layer_type in RUNNING
 
 
 def soft_cap(vocab_size: int) -> GraphDelegate:

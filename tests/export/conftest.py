@@ -105,23 +105,7 @@ FAMILIES = {
         "export/qwen3.py",
         *("--max-seq-len", 100, "--max-prefill", 1),
     ),
-    # Few layers, for lowering them takes its time.
-    "qwen3_5, xnnpack": lambda get: exported(
-        get,
-        "tiny-hybrid",
-        get("make_hybrid_checkpoint")(
-            "qwen3_next",
-            num_hidden_layers=2,
-            layer_types=["linear_attention", "full_attention"],
-            num_experts=7,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            shared_expert_intermediate_size=40,
-        ),
-        "export/qwen3_5.py",
-        # The delta rule takes 32 tokens at once.
-        *("--batch", 3, "--max-seq-len", 200, "--max-prefill", 70),
-    ),  # fmt: skip
+    "qwen3_5, xnnpack": lambda get: (get("hybrid_checkpoint"), get("hybrid_artifact")),
     "qwen3_5, inductor": lambda get: (AUSTEN, get("austen_artifact")),
 }
 
