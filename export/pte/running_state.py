@@ -242,10 +242,15 @@ class DeltaRule(nn.Module):
         tokens = positions - positions[0]
         given = tokens[-1], q, k, v, *self._gates(i, a, b)
         constants = (x for name, x in self.named_buffers() if name.startswith("mask"))
-        after, out = scan_op(block, [before], [blocks], (*given, *constants))
+        if isinstance(count, int):
+            # A chunk of one token, the only size that does not vary, needs no loop.
+            after, out = block(before, torch.zeros(1, dtype=torch.int64), *given, *constants)
+        else:
+            after, out = scan_op(block, [before], [blocks], (*given, *constants))
+            out = out.flatten(0, 1)
         state.store("recurrent", row, after)
         # torch.export cannot tell that there are as many for a slice.
-        return out.flatten(0, 1).index_select(0, tokens).view(1, count, -1)
+        return out.index_select(0, tokens).view(1, count, -1)
 
     def _gates(self, i: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         constants = getattr(self, f"A_log{i}"), getattr(self, f"dt_bias{i}")
