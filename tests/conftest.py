@@ -43,7 +43,7 @@ SLOW_FILES = {
     *("export/test_hub.py", "export/test_kept_artifact.py"),
     *("export/test_qwen3.py", "export/test_qwen3_5.py", "export/test_selection.py"),
     *("export/test_wheel.py", "export/test_xnnpack.py", "export/test_xnnpack_graph.py"),
-    "export/test_xnnpack_kinds.py",
+    *("export/test_xnnpack_kinds.py", "export/test_running_state.py"),
     *("models/kernels/test_attention_chunk.py", "models/kernels/test_experts_chunk.py"),
     *("models/kernels/test_causal_conv1d.py", "models/kernels/test_gated_delta_rule_chunk.py"),
     *("models/kernels/test_attention.py", "models/kernels/test_linear_chunk.py"),
