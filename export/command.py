@@ -63,7 +63,7 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         choices=tuple(FOR_BACKEND),
         help="ExecuTorch's XNNPACK, its plain kernels or its CUDA backend (a .pte), AOTInductor "
         "for a CPU (a .pt2), or our kernels for a GPU (a .launches); by default xnnpack, inductor "
-        "for what xnnpack does not take, or launches with --device cuda",
+        "for recipes that xnnpack does not have, or launches with --device cuda",
     )
     parser.add_argument(
         "--device",

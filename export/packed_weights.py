@@ -414,6 +414,17 @@ def arrange(network: CausalLM) -> None:
                     frequencies.lengths = F.pad(frequencies.lengths, (0, short), value=1.0)
 
 
+def separate(network: CausalLM) -> None:
+    """Make layers of their own of queries and output gates, and of a delta net's projections that
+    are fused, without changing what the network computes."""
+    for mixer in (block.mixer for block in network.model.layers):
+        if mixer.layer_type == LINEAR_ATTENTION:
+            if mixer.fused:
+                _separate_projections(mixer)
+        elif mixer.layer_type != SHORT_CONV and mixer.output_gate:
+            _separate_gates(mixer, torch.arange(mixer.head_dim))
+
+
 def _arrange_attention(attention: nn.Module, rotated: int) -> None:
     """`rotated` elements of each head are rotated."""
     size = attention.head_dim
@@ -423,11 +434,7 @@ def _arrange_attention(attention: nn.Module, rotated: int) -> None:
     order = torch.cat([first, left, second, right])
     rows = torch.arange(attention.q_proj.out_features, device=index.device)
     if attention.output_gate:
-        queries, gates = rows.unflatten(0, (-1, 2, size)).unbind(1)
-        attention.q_proj = QueriesAndGates(
-            _rows(attention.q_proj, queries[:, order]), _rows(attention.q_proj, gates), size
-        )
-        attention.projections = "q_proj.queries", "k_proj", "v_proj", "q_proj.gates"
+        _separate_gates(attention, order)
     else:
         queries = rows.unflatten(0, (-1, size))
         attention.q_proj = _rows(attention.q_proj, queries[:, order])
@@ -438,6 +445,17 @@ def _arrange_attention(attention: nn.Module, rotated: int) -> None:
         if norm is not None:
             heads = norm.weight.unflatten(0, (-1, size))[:, order]
             norm.weight = nn.Parameter(heads.flatten(), requires_grad=False)
+
+
+def _separate_gates(attention: nn.Module, order: Tensor) -> None:
+    """The elements of each query come in `order`."""
+    rows = torch.arange(attention.q_proj.out_features, device=order.device)
+    queries, gates = rows.unflatten(0, (-1, 2, attention.head_dim)).unbind(1)
+    attention.q_proj = QueriesAndGates(
+        _rows(attention.q_proj, queries[:, order]), _rows(attention.q_proj, gates),
+        attention.head_dim,
+    )  # fmt: skip
+    attention.projections = "q_proj.queries", "k_proj", "v_proj", "q_proj.gates"
 
 
 def pad_heads(attention: nn.Module, size: int) -> None:

@@ -3,29 +3,23 @@
 from tokenloop.export.recipes import FOR_BACKEND
 from tokenloop.models.decoder import CausalLM
 
+EVERYTHING = "xnnpack", "portable", "inductor"
+
 
 def unsupported(network: CausalLM, backend: str) -> str | None:
     """The parts of the network that the backend does not take, in words. None if it takes all."""
-    blocks = network.model.layers
-    mixers = [block.mixer for block in blocks]
-    types = {m.layer_type for m in mixers}
-    if backend == "xnnpack" and "linear_attention" in types:
-        return "gated delta nets"
-    if backend not in ("portable", "inductor") and "conv" in types:
-        return "short convolutions"
+    mixers = [block.mixer for block in network.model.layers]
     if backend not in ("portable", "inductor") and network.model.streams is not None:
         return "alternating updates"
-    if backend in ("xnnpack", "cuda") and network.model.per_layer is not None:
-        return "per-layer embeddings"
-    if backend in ("xnnpack", "cuda") and any(m.shares for m in mixers):
-        return "shared keys and values"
-    if backend != "xnnpack":
+    if backend in EVERYTHING:
         return None
-    found = {
-        "output gates": any(m.output_gate for m in mixers),
-        "an expert of all tokens": any(b.mlp.moe and b.mlp.dense for b in blocks),
-    }
-    return ", ".join(what for what, is_there in found.items() if is_there) or None
+    if any(m.layer_type == "conv" for m in mixers):
+        return "short convolutions"
+    if backend == "cuda" and network.model.per_layer is not None:
+        return "per-layer embeddings"
+    if backend == "cuda" and any(m.shares for m in mixers):
+        return "shared keys and values"
+    return None
 
 
 def supporting(network: CausalLM) -> list[str]:

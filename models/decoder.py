@@ -118,6 +118,10 @@ class Block(nn.Module):
         x = self.add_mixed(x, mixed, gate)
         normed = self._normed("mlp", x)
         branch = self.mlp(normed, x) if self.mlp.reads_residual else self.mlp(normed)
+        return self.add_fed(x, branch, given)
+
+    def add_fed(self, x: Tensor, branch: Tensor, given: Tensor | None = None) -> Tensor:
+        """x [B, T, D] plus the feed-forward's branch, and all that comes after that."""
         x = x + self._normed("mlp_branch", branch)
         x = x if self.per_layer is None else self.per_layer(x, given)
         return x if self.layer_scalar is None else x * self.layer_scalar

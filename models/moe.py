@@ -133,9 +133,21 @@ class SparseMoe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         routed = self.route(self.gate(x.reshape(-1, x.shape[-1])))
         out = run_experts(self.experts, self.moe, x, routed)
+        return out + self.beside(x) if self.is_shared else out
+
+    def read(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """What the experts read, and the router's scores of them [B, T, E]."""
+        return x, self.gate(x)
+
+    def beside(self, x: Tensor) -> Tensor | None:
+        """What every token has beside its experts, if it has anything."""
         if not self.is_shared:
-            return out
-        return out + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+            return None
+        return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+
+    def given(self, out: Tensor) -> Tensor:
+        """What is added of what the experts give."""
+        return out
 
 
 class MlpBesideMoe(MLP):
@@ -171,5 +183,17 @@ class MlpBesideMoe(MLP):
         """x is the norm of `residual`, both [B, T, D]."""
         scores = self.gate(self.router_norm(residual))
         routed = self.route(scores.flatten(0, -2))
-        given = run_experts(self.experts, self.moe, self.experts_norm(residual), routed)
-        return self.dense_branch_norm(super().forward(x)) + self.experts_branch_norm(given)
+        out = run_experts(self.experts, self.moe, self.experts_norm(residual), routed)
+        return self.beside(x) + self.given(out)
+
+    def read(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As SparseMoe's."""
+        return self.experts_norm(residual), self.gate(self.router_norm(residual))
+
+    def beside(self, x: Tensor) -> Tensor:
+        """As SparseMoe's."""
+        return self.dense_branch_norm(super().forward(x))
+
+    def given(self, out: Tensor) -> Tensor:
+        """As SparseMoe's."""
+        return self.experts_branch_norm(out)

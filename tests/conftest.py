@@ -45,7 +45,7 @@ SLOW_FILES = {
     *("export/test_float8.py", "export/test_hub.py", "export/test_kept_artifact.py"),
     *("export/test_qwen3.py", "export/test_qwen3_5.py", "export/test_selection.py"),
     *("export/test_wheel.py", "export/test_xnnpack.py", "export/test_xnnpack_graph.py"),
-    "export/test_xnnpack_kinds.py",
+    *("export/test_xnnpack_kinds.py", "export/test_running_state.py"),
     *("models/kernels/test_attention_chunk.py", "models/kernels/test_experts_chunk.py"),
     *("models/kernels/test_causal_conv1d.py", "models/kernels/test_gated_delta_rule_chunk.py"),
     *("models/kernels/test_attention.py", "models/kernels/test_linear_chunk.py"),
@@ -180,6 +180,28 @@ def austen_artifact(export_artifact) -> Path:
     arguments = ("--model", AUSTEN, "--backend", "inductor", "--batch", 3)
     arguments += ("--max-seq-len", 400, "--max-prefill", 16)
     return export_artifact("austen-inductor", *arguments, script="export/qwen3_5.py")
+
+
+@pytest.fixture(scope="session")
+def hybrid_checkpoint(make_hybrid_checkpoint) -> Path:
+    """A small random hybrid in Qwen3-Next's layout, with experts. Lowering many layers takes its
+    time."""
+    experts = {
+        "num_experts": 7, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 40,
+    }  # fmt: skip
+    layer_types = ["linear_attention", "full_attention"]
+    return make_hybrid_checkpoint(
+        "qwen3_next", num_hidden_layers=2, layer_types=layer_types, **experts
+    )
+
+
+@pytest.fixture(scope="session")
+def hybrid_artifact(export_artifact, hybrid_checkpoint) -> Path:
+    """That hybrid in float32, of three rows. The delta rule takes 32 tokens at once."""
+    arguments = ("--model", hybrid_checkpoint, "--quant", "fp32", "--batch", 3)
+    arguments += ("--max-seq-len", 200, "--max-prefill", 34)
+    return export_artifact("tiny-hybrid", *arguments, script="export/qwen3_5.py")
 
 
 @pytest.fixture(scope="session")

@@ -79,8 +79,8 @@ class CudaStep(nn.Module):
         self, x: Tensor, position: Tensor, own: Tensor | None = None,
         drafts: nn.ModuleList | None = None,
     ) -> Tensor:  # fmt: skip
-        """`forward` of embeddings x [B, D], and the tokens' own vectors [B, W] for the layers' inputs.
-        With `drafts` (cuda_drafts.Drafts, for each layer) the rows are of one sequence, at
+        """`forward` of embeddings x [B, D], and of the tokens' own vectors [B, W], where there are
+        any. With `drafts` (cuda_drafts.Drafts, for each layer) the rows are of one sequence, at
         consecutive positions."""
         given = None if own is None else self.inputs(x, own, self._linear)
         branch, before = None, None

@@ -149,10 +149,25 @@ class BlockCache(nn.Module):
         super().__init__()
         self.rows, _, self.kv_heads, self.head_dim = cache.k.shape
         self.sizes, self.spare = slots.sizes, slots.spare
+        self.slots = slots.count
         for i, size in enumerate(self.sizes):
             for name in (f"k{i}", f"v{i}"):
                 shape = (self.kv_heads * self.rows * size, self.head_dim)
                 self.register_buffer(name, torch.zeros(shape))
+
+    def pieces(self, kind: str) -> list[tuple[str, list[int], list[int], int]]:
+        """The buffers that hold `kind`, k or v, in the order of its slots: the name of each, its
+        shape [B, S, K, D] and stride in elements, and how many elements it has besides."""
+        pieces, slots = [], self.slots
+        rows, heads, width = self.rows, self.kv_heads, self.head_dim
+        for block, size in enumerate(self.sizes):
+            # A block's memory is [heads, rows, size, width], and its last slot may be a spare.
+            filled = min(slots, size - self.spare)
+            stride = [size * width, width, rows * size * width, 1]
+            spare = rows * (size - filled) * heads * width
+            pieces.append((f"{kind}{block}", [rows, filled, heads, width], stride, spare))
+            slots -= filled
+        return pieces
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """k and v of each block."""

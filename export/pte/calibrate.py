@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tokenloop.export.pte.running_regions import RUNNING
 from tokenloop.export.tensors_in_files import empty
 
 TEXT = Path(__file__).with_name("calibration.txt")
@@ -43,7 +44,9 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
                 inputs = [mlp.gate_proj, mlp.up_proj]
                 _divide_norm(layer.norm("mlp"), _rescale(inputs, seen))
             _divide_rows(mlp.up_proj, _rescale([mlp.down_proj], seen))
-        if attention.v_norm is not None or attention.values_are_keys:
+        if attention.layer_type in RUNNING:
+            continue
+        if attention.v_norm is not None or attention.values_are_keys or not attention.has_keys:
             continue
         # Heads that share a value head share its channels.
         heads = attention.kv_heads, -1, attention.head_dim

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenloop.export.pte.quantize import QuantizedExperts
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
+from tokenloop.export.pte.xnnpack_regions import GELU
 from tokenloop.models.layers import SWIGLU_LIMIT, SWIGLU_SLOPE
 from tokenloop.models.moe import SparseMoe
 
@@ -26,13 +27,12 @@ def expert_call(
     Arguments: x [count, N, D], weights [count, N, 1], gate_up [count, 2 I, D] and down
     [count, D, I]. With `int8` gate_up and down are codes, each followed by a scale for each of its
     rows, [count, 1, 2 I] and [count, 1, D]. With `bias` each has one for each of its rows besides,
-    of the same shapes. After `weights` gpt-oss's clamped SwiGLU has its slope, [1]. N may vary.
+    of the same shapes. After `weights` come the `constants` of the activation. N may vary.
     """
     graph = GraphBuilder()
     weight = graph.int8_input if int8 else graph.input
     x, weights = graph.input(count, tokens, hidden_size), graph.input(count, tokens, 1)
-    is_clamped = activation == "clamped_swiglu"
-    slope = graph.input(1) if is_clamped else None
+    given = [graph.input(1) for _ in constants(activation)]
 
     def product(x, rows: int, columns: int):
         out = graph.matmul(x, weight(count, rows, columns), transpose_b=True)
@@ -41,16 +41,28 @@ def expert_call(
 
     gate_up = product(x, 2 * size, hidden_size)
     gate, up = graph.slice(gate_up, 0, size), graph.slice(gate_up, size, size)
-    if is_clamped:
+    if activation == "clamped_swiglu":
+        (slope,) = given
         gate = graph.clamp(gate, None, SWIGLU_LIMIT)
         up = graph.clamp(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
         gated = graph.multiply(gate, graph.sigmoid(graph.multiply(gate, slope)))
         hidden = graph.add(graph.multiply(up, gated), gated)
+    elif activation == "gelu_tanh":
+        slope, cubic = given
+        inner = graph.add(graph.multiply(graph.multiply(gate, gate), cubic), slope)
+        gelu = graph.multiply(gate, graph.sigmoid(graph.multiply(gate, inner)))
+        hidden = graph.multiply(gelu, up)
     else:
         hidden = graph.multiply(graph.silu(gate), up)
     out = product(hidden, hidden_size, size)
     binary = graph.serialize(graph.multiply(out, weights))
     return GraphDelegate(binary, lambda x, *_: [torch.empty_like(x)])
+
+
+def constants(activation: str) -> tuple[float, ...]:
+    """The numbers that an activation needs: of gpt-oss's clamped SwiGLU the slope, and of GELU's
+    tanh approximation those of DelegatedGELU."""
+    return {"clamped_swiglu": (SWIGLU_SLOPE,), "gelu_tanh": GELU}.get(activation, ())
 
 
 class LoweredExperts(nn.Module):
@@ -88,8 +100,7 @@ class LoweredExperts(nn.Module):
         return self._call(*x.shape)(*given, *stored)[0].sum(0)[None]
 
     def _constants(self) -> tuple[Tensor, ...]:
-        is_clamped = self.config.activation == "clamped_swiglu"
-        return (torch.full((1,), SWIGLU_SLOPE),) if is_clamped else ()
+        return tuple(torch.full((1,), value) for value in constants(self.config.activation))
 
     def _call(self, count: int, tokens: int, hidden_size: int) -> GraphDelegate:
         # Any example will do for a number that varies.

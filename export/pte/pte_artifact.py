@@ -73,11 +73,14 @@ class PteArtifact:
         recipe that does not fit.
         """
         progress("importing executorch")
+        from tokenloop.export.packed_weights import separate
         from tokenloop.export.pte.calibrate import TEXT, calibrate
         from tokenloop.export.pte.pte_program import build_program, state_entries
         from tokenloop.export.pte.quantize import keep, quantize
 
         # 1. Weights as the recipe says.
+        if self.options.backend == "xnnpack":
+            separate(model)
         if self.options.quant == "keep":
             progress("keeping integers")
             keeping = Keeping("xnnpack", self.dtype)

@@ -1,7 +1,8 @@
 """The ExecuTorch program: methods around the XNNPACK regions, and state shared between them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from executorch.exir import (
@@ -30,10 +31,27 @@ from tokenloop.export.pte.composite_operators import composite_operators_once
 from tokenloop.export.pte.lazy_graphs import lazy_graphs
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
+from tokenloop.export.pte.lowered_layers import Regions, is_running, lower_layers
 from tokenloop.export.pte.quantize import Shortlist, ShortlistHead
+from tokenloop.export.pte.running_regions import (
+    LINEAR_ATTENTION,
+    SHORT_CONV,
+)
+from tokenloop.export.pte.running_state import DeltaRule, RunningState, chunk_taps, step_taps
 from tokenloop.export.pte.state_places import state_places
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
 from tokenloop.models.decoder import CausalLM
+
+
+class Mix(NamedTuple):
+    """What a method does with layers' state. attend(i, cache, sinks, q, own) is the attention of
+    layer i, whose `own` keys and values are None where it sees another one's. taps(cache, x) gives
+    a convolution's taps of its inputs x [1, T, C], and rule(i, cache, q, k, v, a, b) is the gated
+    delta rule of layer i."""
+
+    attend: Callable
+    taps: Callable
+    rule: Callable
 
 
 class DelegatedMethod(nn.Module):
@@ -42,44 +60,81 @@ class DelegatedMethod(nn.Module):
     def __init__(self, model: nn.Module, lowered: "Lowered", layers: "Regions"):
         super().__init__()
         self.embed_tokens, self.embed = model.model.embed_tokens, model.model.embed
+        # What `embed` looks up besides, and the region of the layers' own inputs.
+        inputs = model.model.per_layer
+        self.own_tokens = None if inputs is None else inputs.embed_tokens
+        self.own_size = 0 if inputs is None else inputs.size
+        self.hidden_size, self.own_inputs = model.config.hidden_size, layers.own_inputs
         self.rope = model.model.rope
         mixers = [layer.mixer for layer in model.model.layers]
         self.layer_types = [mixer.layer_type for mixer in mixers]
-        self.rotations = [mixer.rotation for mixer in mixers]
+        self.rotations = [None if is_running(mixer) else mixer.rotation for mixer in mixers]
         self.before = nn.ModuleList(layers.before)
+        self.inside = nn.ModuleDict({str(i): region for i, region in layers.inside.items()})
         self.after = nn.ModuleList(layers.after)
-        mixtures = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
-        self.experts = nn.ModuleList(map(LoweredExperts, mixtures))
+        self.ends = nn.ModuleDict({str(i): region for i, region in layers.ends.items()})
+        mixtures = [i for i, x in enumerate(model.model.layers) if x.mlp.moe is not None]
+        self.mixtures = {layer: number for number, layer in enumerate(mixtures)}
+        self.experts = nn.ModuleList(LoweredExperts(model.model.layers[i].mlp) for i in mixtures)
         self.lm_head = lowered.head
         # Methods share the buffers that have equal names.
-        self.caches = nn.ModuleList(lowered.caches)
+        self.caches = nn.ModuleDict({str(i): cache for i, cache in lowered.caches.items()})
         self.slots = nn.ModuleDict(lowered.slots)
         self.shortlist, self.rescore = lowered.shortlist, lowered.rescore
-        # Layers of a type have the same shape: export/support.py sees to it.
+        # Layers of a type have the same shape.
+        attending = {i: mixer for i, mixer in enumerate(mixers) if not is_running(mixer)}
         self.shapes = {
-            m.layer_type: (m.kv_heads, m.heads // m.kv_heads, m.head_dim) for m in mixers
+            m.layer_type: (m.kv_heads, m.heads // m.kv_heads, m.head_dim)
+            for m in attending.values()
         }
-        self.has_sinks = {m.layer_type: m.sinks is not None for m in mixers}
-        for i, mixer in enumerate(mixers):
+        self.has_sinks = {m.layer_type: m.sinks is not None for m in attending.values()}
+        nets = {i: m for i, m in enumerate(mixers) if m.layer_type == LINEAR_ATTENTION}
+        self.rule = DeltaRule(nets, self.CHUNKS) if nets else None
+        for i, mixer in attending.items():
             sinks = None if mixer.sinks is None else mixer.sinks.detach().float()
             self.register_buffer(f"sinks{i}", sinks)
+        # A layer's cache, its own or that of the last before it which shares its own.
+        self.owners = [model.model.caches().index(cache) for cache in model.model.caches()]
         self.rows = model.batch
         self.soft_cap = None if model.soft_cap is None else soft_cap(model.config.vocab_size)
         self.cap = model.soft_cap
 
-    def run(self, x: Tensor, positions: Tensor, attend: Callable, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, D]. attend(name, cache, sinks, q, k, v) is the
-        attention of a layer type. last(x) picks the N positions whose logits are wanted from
-        [1, T, ...]."""
-        rope = {name: self.rope[name](positions) for name in dict.fromkeys(self.rotations)}
-        for i, (name, cache) in enumerate(zip(self.layer_types, self.caches)):
-            sinks = getattr(self, f"sinks{i}")
-            attended = attend(name, cache, sinks, *self.before[i](x, *rope[self.rotations[i]]))
+    def run(self, x: Tensor, positions: Tensor, mix: Mix, last: Callable) -> Tensor:
+        """Logits [N, V] of embeddings x [1, T, E]. last(x) picks the N positions whose logits are
+        wanted from [1, T, ...]."""
+        owns = None
+        if self.own_inputs is not None:
+            x, owns = x[..., : self.hidden_size], x[..., self.hidden_size :]
+            (owns,) = self.own_inputs(x, owns)
+        rotations = [name for name in dict.fromkeys(self.rotations) if name is not None]
+        rope = {name: self.rope[name](positions) for name in rotations}
+        for i, name in enumerate(self.layer_types):
+            cache = self.caches[str(self.owners[i])]
+            if name == LINEAR_ATTENTION:
+                x_in, a, b, *gates = self.before[i](x)
+                given = self.inside[str(i)](*mix.taps(cache, x_in))
+                mixed = [mix.rule(i, cache, *given, a, b)]
+            elif name == SHORT_CONV:
+                x_in, *gates = self.before[i](x)
+                mixed = mix.taps(cache, x_in)
+            else:
+                q, *gates = self.before[i](x, *rope[self.rotations[i]])
+                own_keys = None
+                if self.owners[i] == i:
+                    *own_keys, gates = gates[0], gates[1], gates[2:]
+                mixed = [mix.attend(i, cache, getattr(self, f"sinks{i}"), q, own_keys)]
+            own = []
+            if owns is not None:
+                own = [owns[..., i * self.own_size : (i + 1) * self.own_size]]
             if i == len(self.layer_types) - 1:
-                x, attended = last(x), last(attended)
-            x, *routed = self.after[i](x, attended)
+                x, mixed, gates, own = last(x), map(last, mixed), map(last, gates), map(last, own)
+            own = list(own)
+            is_later = str(i) in self.ends
+            x, *routed = self.after[i](x, *mixed, *gates, *([] if is_later else own))
             if routed:
-                x = x + self.experts[i](*routed)
+                hidden, scores, *beside = routed
+                out = self.experts[self.mixtures[i]](hidden, scores)
+                x = self.ends[str(i)](out, x, *beside, *own)[0] if is_later else x + out
         logits, hidden = self.lm_head(x)
         if self.shortlist is not None:
             size = hidden.shape[-1]
@@ -95,6 +150,8 @@ class DelegatedMethod(nn.Module):
 class DelegatedPrefill(DelegatedMethod):
     """tokens int64 [1, T], positions int64 [T] (and row int64 [1], where there are several) ->
     logits float32 [1, V] after the last token."""
+
+    CHUNKS = True
 
     def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
         super().__init__(model, lowered, lowered.prefill)
@@ -114,7 +171,7 @@ class DelegatedPrefill(DelegatedMethod):
             for group in dict.fromkeys(group for _, group, _ in self.shapes.values())
         }
         shared, places = {}, {}
-        first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
+        first = {name: self.caches[str(self.layer_types.index(name))] for name in self.slots}
         for name, slots in self.slots.items():
             _, group, _ = self.shapes[name]
             shared[name] = attention.Chunk(
@@ -129,16 +186,35 @@ class DelegatedPrefill(DelegatedMethod):
             one = row if row is not None else torch.zeros(1, dtype=torch.int64)
             places[name] = first[name].places(slots.indices(positions), one)
 
-        def attend(name, cache, sinks, q, k, v):
+        # What is shared is stored when no layer needs any more what was there.
+        waiting = {}
+
+        def attend(i, cache, sinks, q, own):
+            name, owner = self.layer_types[i], self.owners[i]
+            k, v = waiting[owner] if own is None else own
             attended = self.attention[name](q, k, v, cache, shared[name], sinks)
-            cache.store(k, v, places[name])
+            waiting[owner] = k, v
+            if owner not in self.owners[i + 1 :]:
+                cache.store(k, v, places[name])
             return attended
 
-        return self.run(self.embed(tokens), positions, attend, lambda x: x[:, -1:])
+        running = row if row is not None else torch.zeros(1, dtype=torch.int64)
+        started = positions[:1] > 0
+
+        def taps(cache, x):
+            return chunk_taps(cache, x, running, started)
+
+        def rule(i, cache, *given):
+            return self.rule.chunk(i, cache, *given, positions, running, started)
+
+        mix = Mix(attend, taps, rule)
+        return self.run(self.embed(tokens), positions, mix, lambda x: x[:, -1:])
 
 
 class DelegatedDecodeEmbedded(DelegatedMethod):
     """hidden float32 [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
+
+    CHUNKS = False
 
     def __init__(self, model: nn.Module, lowered: "Lowered"):
         super().__init__(model, lowered, lowered.decode)
@@ -159,19 +235,30 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
                 heads: column[None].expand(heads, -1, -1).reshape(-1, 1, 1) for heads in newest
             }
         furthest = position.amax()
-        first = {name: self.caches[self.layer_types.index(name)] for name in self.slots}
+        first = {name: self.caches[str(self.layer_types.index(name))] for name in self.slots}
         places = {
             name: first[name].places(slots.indices(position)) for name, slots in self.slots.items()
         }
 
-        def attend(name, cache, sinks, q, k, v):
-            cache.store(k, v, places[name])
+        def attend(i, cache, sinks, q, own):
+            name = self.layer_types[i]
+            if own is not None:
+                cache.store(*own, places[name])
             heads, _, _ = self.shapes[name]
             given = cache, self.slots[name], furthest, newest[heads]
             return self.attention[name](q, *given, sinks)
 
+        started = position > 0
+
+        def taps(cache, x):
+            return step_taps(cache, x, started)
+
+        def rule(i, cache, *given):
+            return self.rule.step(i, cache, *given, started)
+
         # Regions take a step's rows in place of a chunk's tokens.
-        return self.run(hidden.transpose(0, 1), position, attend, lambda x: x)
+        mix = Mix(attend, taps, rule)
+        return self.run(hidden.transpose(0, 1), position, mix, lambda x: x)
 
 
 @composite_operators_once()
@@ -235,22 +322,15 @@ def to_program(
 
 
 @dataclass(frozen=True)
-class Regions:
-    """The layers' regions before and after their attention."""
-
-    before: list[nn.Module]
-    after: list[nn.Module]
-
-
-@dataclass(frozen=True)
 class Lowered:
-    """What both methods of a model are made of. `slots` are by layer type. `rescore` has what the
+    """What both methods of a model are made of. `caches` are by layer, and `slots` are by type of
+    layer. `rescore` has what the
     `shortlist`, if there is one, scores with, by the number of rows."""
 
     prefill: Regions
     decode: Regions
     head: nn.Module
-    caches: list[BlockCache]
+    caches: dict[int, BlockCache | RunningState]
     slots: dict[str, SlotLayout]
     shortlist: Shortlist | None
     rescore: dict[int, GraphDelegate]
@@ -266,7 +346,7 @@ def lower(
     decode = prefill
     if batch > 1:
         layers = [xnnpack.in_parts(layer) for layer in backbone.layers]
-        decode = lower_layers(model, layers, batch, None, progress)
+        decode = lower_layers(model, layers, batch, None, progress, in_parts=True)
     progress("lowering the head")
     linear = model.lm_head
     shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
@@ -276,48 +356,22 @@ def lower(
     head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
 
     mixers = [layer.mixer for layer in backbone.layers]
-    slots = {mixer.layer_type: SlotLayout(mixer.cache) for mixer in mixers}
+    slots = {m.layer_type: SlotLayout(m.cache) for m in mixers if not is_running(m) and m.has_keys}
+
+    def cache_of(mixer: nn.Module) -> BlockCache | RunningState:
+        if is_running(mixer):
+            return RunningState(mixer.cache)
+        return BlockCache(mixer.cache, slots[mixer.layer_type])
+
     return Lowered(
         prefill,
         decode,
         head,
-        [BlockCache(mixer.cache, slots[mixer.layer_type]) for mixer in mixers],
+        {i: cache_of(mixer) for i, mixer in enumerate(mixers) if mixer.cache is not None},
         slots,
         shortlist,
         {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
     )
-
-
-def lower_layers(
-    model: nn.Module, layers: Sequence[nn.Module], traced: int, length: Dim | None,
-    progress: Callable[[str], None],
-) -> Regions:  # fmt: skip
-    """The regions of `layers`, as in `lower`."""
-    x = torch.zeros(1, traced, model.config.hidden_size)
-    wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
-
-    regions, kinds = Regions([], []), {}
-    for i, layer in enumerate(layers, 1):
-        progress(f"lowering layer {i} of {len(layers)}")
-        before, after, mixer = (
-            xnnpack.BeforeAttention(layer),
-            xnnpack.AfterAttention(layer),
-            layer.mixer,
-        )
-        # Two tensors, because torch.export takes one that is passed twice for one argument.
-        rotated = 2 * model.model.rope[mixer.rotation].inv_freq.shape[0]
-        cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
-        heads, size = mixer.kv_heads, mixer.heads * mixer.head_dim
-        attended = torch.zeros(heads, traced, size // heads)
-        kind = rotated, heads, mixer.head_dim, xnnpack.tensors_of(layer)
-        if kind not in kinds:
-            kinds[kind] = (
-                xnnpack.trace(before, (x, cos, sin), (wide, tall, tall)),
-                xnnpack.trace(after, (x, attended), (wide, wide)),
-            )
-        regions.before.append(kinds[kind][0].lower(before))
-        regions.after.append(kinds[kind][1].lower(after))
-    return regions
 
 
 def soft_cap(vocab_size: int) -> GraphDelegate:

@@ -13,6 +13,7 @@ import torchao  # noqa: F401  (registers torch.ops.torchao)
 from torch import Tensor, nn
 
 from tokenloop.export.kept_weights import Keeping, codes_and_scales
+from tokenloop.export.pte.running_regions import LINEAR_ATTENTION
 from tokenloop.export.recipes import Recipe
 from tokenloop.export.tensors_in_files import empty
 from tokenloop.models.moe import Experts
@@ -264,33 +265,39 @@ def quantize(
     tied = head.weight is model.model.embed_tokens.weight
     embedding = QuantizedEmbedding(model.model.embed_tokens)
     model.model.embed_tokens = embedding
+    if (inputs := model.model.per_layer) is not None:
+        inputs.embed_tokens = QuantizedEmbedding(inputs.embed_tokens)
     if recipe.head_bits == 4 and ShortlistHead.fits(head):
         rows = embedding if tied else QuantizedEmbedding(head)
         model.lm_head = ShortlistHead(head, rows, means.pop(head, None))
     else:
         model.lm_head = QuantizedLinear(head, 8, None, means.pop(head, None))
-    routers = routers_of(model)
+    exact = exact_layers(model)
     for mlp in (layer.mlp for layer in model.model.layers if layer.mlp.moe is not None):
         mlp.experts = QuantizedExperts(mlp.experts)
     for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child not in routers:
+            if isinstance(child, nn.Linear) and child not in exact:
                 quantized = QuantizedLinear(child, *recipe.of(name), means.pop(child, None))
                 setattr(module, name, quantized)
 
 
-def routers_of(model: nn.Module) -> set[nn.Module]:
-    """Layers that stay floating point: a small error in a score can choose another expert."""
+def exact_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers that stay floating point: a small error in a score can choose another expert, and one
+    in how much a delta net forgets and writes goes on with every token."""
     mlps = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
-    return {mlp.get_submodule(name) for mlp in mlps for name in mlp.routers}
+    exact = {mlp.get_submodule(name) for mlp in mlps for name in mlp.routers}
+    mixers = [layer.mixer for layer in model.model.layers]
+    nets = [mixer for mixer in mixers if mixer.layer_type == LINEAR_ATTENTION]
+    return exact | {layer for net in nets for layer in (net.in_proj_a, net.in_proj_b)}
 
 
 def keep(model: nn.Module, keeping: Keeping) -> None:
     """Replace, in place, the linear layers of `model` whose integers are kept. All else stays as it
     is, the embedding, the head and experts among it."""
-    routers = routers_of(model)
+    exact = exact_layers(model)
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or linear in routers:
+        if not isinstance(linear, nn.Linear) or linear in exact:
             continue
         if layout := keeping.layout([linear]):
             group_size = None if layout.group_size == linear.in_features else layout.group_size

@@ -1,5 +1,6 @@
 """Where an ExecuTorch program keeps its state: in arenas, which the runner owns."""
 
+from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -7,19 +8,21 @@ import torch
 from torch import nn
 
 from tokenloop.export.pte.block_cache import BlockCache
+from tokenloop.export.pte.running_state import RunningState
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
 
 
 def state_places(
-    manager: "ExecutorchProgramManager", model: nn.Module, caches: list[BlockCache] | None
-) -> list[dict]:
+    manager: "ExecutorchProgramManager", model: nn.Module,
+    caches: Mapping[int, BlockCache | RunningState] | None,
+) -> list[dict]:  # fmt: skip
     """For each tensor of the manifest's state the memories that it lies in, in the order of its
     slots: the tensor's name (`of`), the `arena`, `offset` in bytes, and a view of the memory in
     `shape` [B, S, ...] and `stride`, in elements.
 
-    `caches` are the layers' block caches, where the program has them in place of the network's own.
+    `caches` has what the program has in place of the network's own caches, by layer.
     """
     planned = _planned(manager)
     places = []
@@ -40,19 +43,8 @@ def state_places(
                 shape = list(buffer.shape)
                 add(of, f"network.model.layers.{i}.{name}", shape, list(buffer.stride()))
                 continue
-            rows, slots, heads, width = buffer.shape
-            for block, size in enumerate(caches[i].sizes):
-                # A block's memory is [heads, rows, size, width], and its last slot may be a spare.
-                filled = min(slots, size - caches[i].spare)
-                stride = [size * width, width, rows * size * width, 1]
-                add(
-                    of,
-                    f"caches.{i}.{kind}{block}",
-                    [rows, filled, heads, width],
-                    stride,
-                    rows * (size - filled) * heads * width,
-                )
-                slots -= filled
+            for memory, *place in caches[i].pieces(kind):
+                add(of, f"caches.{i}.{memory}", *place)
     return places
 
 

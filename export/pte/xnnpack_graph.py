@@ -137,6 +137,10 @@ class GraphBuilder:
         """x * sigmoid(x)."""
         return self.multiply(x, self.sigmoid(x))
 
+    def exp(self, x: Value) -> Value:
+        """e to the power of x."""
+        return self._node(schema.XNNExp, x.shape, x)
+
     def softmax(self, x: Value) -> Value:
         """Softmax over the last axis."""
         return self._node(schema.XNNSoftmax, x.shape, x)
@@ -154,6 +158,13 @@ class GraphBuilder:
         sizes = [0 if size == -1 else size for size in shape]  # 0 is XNNPACK's -1
         return self._shaped(
             schema.XNNStaticReshape, example, x, num_dims=len(shape), new_shape=sizes
+        )
+
+    def transpose(self, x: Value, *axes: int) -> Value:
+        """x with its axes in another order."""
+        shape = tuple(x.shape[axis] for axis in axes)
+        return self._shaped(
+            schema.XNNStaticTranspose, shape, x, num_dims=len(axes), perm=list(axes)
         )
 
     def slice(self, x: Value, begin: int, size: int) -> Value:

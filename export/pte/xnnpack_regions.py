@@ -42,15 +42,18 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from tokenloop.export.pte.quantize import QuantizedLinear
-from tokenloop.export.pte.xnnpack_graph import delegate
+from tokenloop.export.pte.running_regions import RUNNING, prepare_running
+from tokenloop.export.pte.xnnpack_graph import CONCATENATIONS, delegate
 from tokenloop.export.tensors_in_files import file_of
 from tokenloop.models.layers import RMSNorm
+from tokenloop.models.per_layer import HALF
 
 # With this key XnnpackBackend runs one of its 17 graph passes, the only one that our regions need.
 COMPILE_SPECS = [CompileSpec("dqlinear_partitioner", b"")]
 # The validity check refuses quantized_decomposed operators, and XNNPACK's partitioner does not
 # expect operators with dimension orders.
 COMPILE_CONFIG = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+MOST_JOINED = max(CONCATENATIONS)
 
 
 class DelegatedRMSNorm(nn.Module):
@@ -91,15 +94,18 @@ class DelegatedScale(nn.Module):
         return x * self.scale
 
 
+# The slope of DelegatedGELU's sigmoid, and what x cubed is multiplied by.
+GELU = 2.0 * (2.0 / torch.pi) ** 0.5, 2.0 * (2.0 / torch.pi) ** 0.5 * 0.044715
+
+
 class DelegatedGELU(nn.Module):
     """GELU's tanh approximation as x * sigmoid(2u). The partitioner would silently take aten.gelu
     for the exact one, whatever its `approximate` says."""
 
     def __init__(self):
         super().__init__()
-        slope = 2.0 * (2.0 / torch.pi) ** 0.5
-        self.register_buffer("slope", torch.tensor([slope]))
-        self.register_buffer("cubic", torch.tensor([slope * 0.044715]))
+        for name, value in zip(("slope", "cubic"), GELU):
+            self.register_buffer(name, torch.tensor([value]))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x * (x * x * self.cubic + self.slope))
@@ -109,13 +115,10 @@ def prepare(model: nn.Module) -> None:
     """Replace, in place, the modules that XNNPACK does not take as they are. Queries are scaled
     where they are normalised, or would be, so that attention need not scale them."""
     for layer in model.model.layers:
-        attention = layer.mixer
-        if attention.q_norm is None:
-            attention.q_norm = DelegatedScale(attention.scale)
+        if layer.mixer.layer_type in RUNNING:
+            prepare_running(layer.mixer)
         else:
-            attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
-        if attention.v_norm is not None:
-            attention.v_norm = DelegatedValueNorm(attention.v_norm.eps, attention.head_dim)
+            prepare_attention(layer.mixer)
         if (scalar := layer.layer_scalar) is not None:
             # A region's constants are buffers.
             del layer.layer_scalar
@@ -126,6 +129,20 @@ def prepare(model: nn.Module) -> None:
                 setattr(module, name, DelegatedRMSNorm(child))
             elif isinstance(child, nn.GELU) and child.approximate == "tanh":
                 setattr(module, name, DelegatedGELU())
+
+
+def prepare_attention(attention: nn.Module) -> None:
+    """As `prepare`, of attention."""
+    if attention.q_norm is None:
+        attention.q_norm = DelegatedScale(attention.scale)
+    else:
+        attention.q_norm = DelegatedRMSNorm(attention.q_norm, attention.scale)
+    if attention.v_norm is not None:
+        attention.v_norm = DelegatedValueNorm(attention.v_norm.eps, attention.head_dim)
+    if attention.output_gate:
+        # packed_weights.separate has made two layers of them.
+        attention.gates, attention.q_proj = attention.q_proj.gates, attention.q_proj.queries
+        attention.output_gate = False
 
 
 def tensors_of(layer: nn.Module) -> tuple:
@@ -153,8 +170,12 @@ class InParts(nn.Module):
         if count == 1:
             return self.linear(x)
         size = -(-x.shape[1] // count)
-        parts = [x[:, i : i + size] for i in range(0, x.shape[1], size)]
-        return torch.cat([self.linear(part) for part in parts], dim=1)
+        parts = [self.linear(x[:, i : i + size]) for i in range(0, x.shape[1], size)]
+        # XNNPACK joins a few tensors at once.
+        while len(parts) > 1:
+            groups = [parts[i : i + MOST_JOINED] for i in range(0, len(parts), MOST_JOINED)]
+            parts = [torch.cat(group, 1) if len(group) > 1 else group[0] for group in groups]
+        return parts[0]
 
 
 def in_parts(layer: nn.Module) -> nn.Module:
@@ -170,39 +191,124 @@ def in_parts(layer: nn.Module) -> nn.Module:
 
 class BeforeAttention(nn.Module):
     """x [1, T, D], cos and sin [T, 1, head_dim] -> a layer's q [K, T, G head_dim], k and v
-    [K, T, head_dim], for K key-value heads with G query heads each."""
+    [K, T, head_dim] if it has keys of its own, for K key-value heads with G query heads each; and
+    its output gates [1, T, K G head_dim], if it has any."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (q, k, v), _ = self.layer.project(x, {self.layer.mixer.rotation: (cos, sin)})
-        heads, size = k.shape[2:]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        mixer, gates = self.layer.mixer, ()
+        if hasattr(mixer, "gates"):
+            norm = self.layer.norm("mixer")
+            gates = (mixer.gates(x if norm is None else norm(x)),)
+        return *self._heads(x, cos, sin), *gates
+
+    def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        mixer = self.layer.mixer
+        (q, k, v), _ = self.layer.project(x, {mixer.rotation: (cos, sin)})
+        heads, size = mixer.kv_heads, mixer.head_dim
         wide = q.shape[2] // heads * size
+        own = (k, v) if mixer.has_keys else ()
         if heads == 1:
-            return q.reshape(1, -1, wide), k.reshape(1, -1, size), v.reshape(1, -1, size)
-        q, k, v = q.reshape(-1, heads, wide), k.view(-1, heads, size), v.view(-1, heads, size)
-        return q.permute(1, 0, 2), k.permute(1, 0, 2), v.permute(1, 0, 2)
+            return q.reshape(1, -1, wide), *(x.reshape(1, -1, size) for x in own)
+        q, *own = q.reshape(-1, heads, wide), *(x.view(-1, heads, size) for x in own)
+        return q.permute(1, 0, 2), *(x.permute(1, 0, 2) for x in own)
 
 
-class AfterAttention(nn.Module):
-    """x [1, T, D], attended [K, T, G head_dim] -> (x after the layer,). A layer with experts gives
-    x before them, what they read [1, T, D], and the router's scores of them [1, T, E]."""
+class AfterMixer(nn.Module):
+    """x [1, T, D], what came of the mixer, and the layer's own input [1, T, P] if it has any ->
+    (x after the layer,). A layer with experts gives x before them, what they read [1, T, D], and
+    the router's scores of them [1, T, E]. What the experts give is then added to that x, or if
+    `adds_later` by AfterExperts, with what lies beside them if there is anything.
+
+    This one takes what `Mixer.combine` takes, a gated delta net's [1, T, H V] both.
+    """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, mixed: Tensor, gate: Tensor | None, *own: Tensor):
+        layer, mlp = self.layer, self.layer.mlp
+        if mlp.moe is None:
+            return (layer.finish(x, mixed, gate, *own),)
+        x = layer.add_mixed(x, mixed, gate)
+        norm = layer.norm("mlp")
+        normed = x if norm is None else norm(x)
+        hidden, scores = mlp.read(normed, x)
+        beside = mlp.beside(normed) if mlp.dense is not None else None
+        if not adds_later(layer):
+            return x if beside is None else x + beside, hidden, scores
+        return x, hidden, scores, *(() if beside is None else (beside,))
+
+
+def adds_later(layer: nn.Module) -> bool:
+    """Whether more than a sum follows a layer's experts."""
+    ends = layer.norm("mlp_branch"), layer.per_layer, layer.layer_scalar
+    return layer.mlp.moe is not None and (
+        layer.mlp.reads_residual or any(end is not None for end in ends)
+    )
+
+
+class AfterExperts(nn.Module):
+    """What the experts gave [1, T, D], x before them, what is added to what they gave if there is
+    anything, and the layer's own input [1, T, P] if it has any -> (x after the layer,)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.adds = layer, layer.mlp.dense is not None
+
+    def forward(self, out: Tensor, x: Tensor, *beside_and_own: Tensor) -> tuple[Tensor]:
+        branch = self.layer.mlp.given(out)
+        if self.adds:
+            beside, *beside_and_own = beside_and_own
+            branch = beside + branch
+        return (self.layer.add_fed(x, branch, *beside_and_own),)
+
+
+class PerLayerInputs(nn.Module):
+    """models.per_layer.PerLayerInputs of x [1, T, D] and own [1, T, L * P] -> all layers' inputs,
+    [1, T, L * P]."""
+
+    def __init__(self, inputs: nn.Module):
+        super().__init__()
+        self.inputs = inputs
+        self.register_buffer("factor", torch.tensor([HALF]))
+
+    def forward(self, x: Tensor, own: Tensor) -> tuple[Tensor]:
+        inputs = self.inputs
+        shape = 1, -1, inputs.layers, inputs.size
+        projected = inputs.projection_norm(inputs.projection(x).view(shape))
+        return ((projected.view(1, -1, inputs.width) + own) * self.factor,)
+
+
+class AfterAttention(AfterMixer):
+    """AfterMixer of attended [K, T, G head_dim], and of gates [1, T, K G head_dim] where there are
+    any."""
+
+    def forward(self, x: Tensor, attended: Tensor, *gates_and_own: Tensor) -> tuple[Tensor, ...]:
+        has_gates = hasattr(self.layer.mixer, "gates")
+        gates, own = gates_and_own[:has_gates], gates_and_own[has_gates:]
         if attended.shape[0] > 1:
             attended = attended.permute(1, 0, 2).contiguous()
         attended = attended.view(1, -1, self.layer.mixer.o_proj.in_features)
-        if self.layer.mlp.moe is None:
-            return (self.layer.finish(x, attended, None),)
-        x = self.layer.add_mixed(x, attended, None)
-        hidden = self.layer.norm("mlp")(x)
-        return x, hidden, self.layer.mlp.gate(hidden)
+        for gate in gates:
+            attended = attended * torch.sigmoid(gate)
+        return super().forward(x, attended, None, *own)
+
+
+class AfterShortConv(AfterMixer):
+    """AfterMixer of the convolution's taps, each [1, T, D], and of what its result is multiplied
+    by."""
+
+    def forward(self, x: Tensor, *taps_gate_and_own: Tensor) -> tuple[Tensor, ...]:
+        convolution = self.layer.mixer.conv
+        taps, (gate, *own) = (
+            taps_gate_and_own[: convolution.width], taps_gate_and_own[convolution.width :],
+        )  # fmt: skip
+        return super().forward(x, convolution(*taps), gate, *own)
 
 
 class Head(nn.Module):

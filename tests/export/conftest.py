@@ -105,16 +105,7 @@ FAMILIES = {
         "export/qwen3.py",
         *("--max-seq-len", 100, "--max-prefill", 1),
     ),
-    # Few layers, for lowering them takes its time.
-    "qwen3_5, portable": lambda get: exported(
-        get,
-        "tiny-hybrid",
-        get("make_hybrid_checkpoint")(
-            "qwen3_next", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]
-        ),
-        "export/qwen3_5.py",
-        *("--backend", "portable", "--batch", 3, "--max-seq-len", 200, "--max-prefill", 7),
-    ),
+    "qwen3_5, xnnpack": lambda get: (get("hybrid_checkpoint"), get("hybrid_artifact")),
     "qwen3_5, inductor": lambda get: (AUSTEN, get("austen_artifact")),
 }
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import AUSTEN
 
 # How many ids their greedy texts have at least.
-VARIETY = {"gemma": 5, "llama": 5, "qwen3": 5, "qwen3_5, portable": 20, "qwen3_5, inductor": 12}
+VARIETY = {"gemma": 5, "llama": 5, "qwen3": 5, "qwen3_5, xnnpack": 20, "qwen3_5, inductor": 12}
 # Scripts whose --model has no default, and what they ask for.
 WITHOUT_A_MODEL = {
     "export/qwen3.py": "no --model; give it a .gguf file or a Hugging Face directory",

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import VOCAB_SIZE
 from tokenloop.export import artifact
 from tokenloop.runner import manifest
 
@@ -109,13 +110,12 @@ def test_a_directory_of_another_architecture(refuses, checkpoint):
 
 
 def test_a_gemma_4_with_the_backend_that_does_not_take_it(refuses, checkpoint):
-    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
-    own = {"hidden_size_per_layer_input": 0, "enable_moe_block": True, **experts}
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
     change_config(checkpoint, model_type="gemma4_text", **own)
-    arguments = ("--model", "tiny", "--backend", "xnnpack")
+    arguments = ("--model", "tiny", "--backend", "launches")
     refuses(
-        "tiny is a gemma4_text model; --backend xnnpack does not take an expert of all tokens",
-        "inductor, launches, portable, cuda do",
+        "tiny is a gemma4_text model; --backend launches does not take per-layer embeddings",
+        "xnnpack, inductor, portable do",
         arguments=arguments,
     )
 

@@ -446,6 +446,7 @@ class TiedModel(nn.Module):
         self.model.up_proj = linear(96, 64, 1)
         self.model.mlp = nn.ModuleDict({"down_proj": linear(64, 96, 2)})
         self.model.layers = nn.ModuleList()
+        self.model.per_layer = None
         self.lm_head = nn.Linear(64, vocabulary, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -535,8 +536,11 @@ class Mixture(nn.Module):
         super().__init__()
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(vocabulary, 32)
+        self.model.per_layer = None
         layer = nn.Module()
         layer.mlp = SparseMoe(32, MoeConfig(5, 2, 16, norm_topk_prob=True))
+        layer.mixer = nn.Module()
+        layer.mixer.layer_type = "full_attention"
         self.model.layers = nn.ModuleList([layer])
         self.lm_head = nn.Linear(32, vocabulary, bias=False)
         for i, parameter in enumerate(self.parameters()):

@@ -8,7 +8,7 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import nn
 
 from tests.models.tiny_models import DENSE_NETWORKS, dense_network
-from tokenloop.export.pte.pte_program import lower_layers
+from tokenloop.export.pte.lowered_layers import lower_layers
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.pte.xnnpack_regions import (
     DataInFiles,
@@ -155,7 +155,16 @@ class Parts(nn.Module):
 
 @pytest.mark.parametrize(
     "rows, parts",
-    [(1, [1]), (5, [5]), (6, [3, 3]), (7, [4, 3]), (10, [5, 5]), (11, [4, 4, 3]), (16, [4] * 4)],
+    [
+        (1, [1]),
+        (5, [5]),
+        (6, [3, 3]),
+        (7, [4, 3]),
+        (10, [5, 5]),
+        (11, [4, 4, 3]),
+        (16, [4] * 4),
+        (32, [5] * 6 + [2]),
+    ],
 )
 def test_rows_are_multiplied_in_even_parts_of_five_at_most(rows, parts):
     linear, x = Parts(), random(1, rows, 8)
@@ -173,9 +182,14 @@ def test_a_layer_in_parts_shares_its_weights_and_leaves_the_layer_as_it_was():
         assert getattr(divided[1].linear, name) is buffer
 
 
-@pytest.mark.parametrize("bits, group_size", [(None, None), (8, None), (4, 32)])
-def test_each_row_of_several_parts_has_the_bits_that_it_has_alone(as_method, bits, group_size):
-    layer, x = linear(64, 96, 1), random(1, 7, 64)
+@pytest.mark.parametrize(
+    "bits, group_size, rows", [(None, None, 7), (8, None, 7), (4, 32, 7), (8, None, 131)]
+)
+def test_each_row_of_several_parts_has_the_bits_that_it_has_alone(
+    as_method, bits, group_size, rows
+):
+    # XNNPACK joins five parts at most. Of 131 rows there are 27.
+    layer, x = linear(64, 96, 1), random(1, rows, 64)
     if bits:
         layer = QuantizedLinear(layer, bits, group_size)
     run, alone = (
@@ -184,7 +198,7 @@ def test_each_row_of_several_parts_has_the_bits_that_it_has_alone(as_method, bit
     )
     (out,) = run(x)
     torch.testing.assert_close(out, layer(x), rtol=1e-4, atol=1e-4)
-    for row in range(7):
+    for row in range(rows):
         assert torch.equal(alone(x[:, [row]])[0], out[:, [row]])
 
 

@@ -1,5 +1,5 @@
-"""XNNPACK programs of networks whose layers differ in shape, or have sinks, give the network's
-logits."""
+"""XNNPACK programs of networks whose layers differ in shape or in kind, or have sinks, give the
+network's logits."""
 
 import functools
 from itertools import accumulate
@@ -20,9 +20,21 @@ MAX_SEQ_LEN, MAX_PREFILL = 40, 7
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL], "vocab_size": VOCAB_SIZE}
 # Of each a case, what changes, and the rows.
 PROGRAMS = {
-    "gemma4": ("gemma4_text, 5 sliding to 1 full", {}, 1),
+    # A ring and a full cache that are shared, experts, and layers' own inputs.
+    "gemma4": (
+        "gemma4_text, per-layer inputs and experts, a window beyond the cache",
+        {
+            "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 9,
+            "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+        1,
+    ),
+    "lfm2": (
+        "lfm2, untied, biases, a width of 2", {"conv_L_cache": 3, "layer_types": ["conv", FULL]},
+        1,
+    ),
     "gpt_oss, 2 rows": ("gpt_oss", {"num_experts_per_tok": 2, "sliding_window": 20}, 2),
-}
+}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,8 +62,9 @@ def program_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7])
-def test_chunks_and_steps_give_the_eager_networks_logits(program_of, chunk):
-    program, network = program_of("gemma4")
+@pytest.mark.parametrize("name", ["gemma4", "lfm2"])
+def test_chunks_and_steps_give_the_eager_networks_logits(program_of, name, chunk):
+    program, network = program_of(name)
     ids = np.random.default_rng(1).integers(3, VOCAB_SIZE, (1, MAX_SEQ_LEN))
     with torch.no_grad():
         given = torch.from_numpy(ids)

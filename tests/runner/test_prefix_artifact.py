@@ -1,6 +1,8 @@
 """Real artifacts give the same bytes with the prefix cache and without it, whichever engine runs
 them: tests/warm_cold.py, a few prompts of it. And their state can be saved."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.driving import altered, read_manifest
@@ -32,6 +34,19 @@ def test_warm_and_cold_are_the_same_and_a_file_is_warm(model, tmp_path):
     chunks = other_chunks(model, [[5, 9] * 20, [3 + i * i % 90 for i in range(60)]])
     assert chunks["same_chunks_differ"] == 0 < chunks["other_chunks_differ"]
 
+    assert_a_file_is_warm(model, tmp_path)
+
+
+def test_a_hybrid_of_xnnpack_is_the_same_warm_and_cold(hybrid_artifact, tmp_path):
+    # Its state lies with other strides than those of its shape.
+    model = runner.load(hybrid_artifact)
+    runs = compare(model, some_requests(model, 14))["runs"]
+    assert all(run["differ"] == 0 and run["cached_tokens"] > 0 for run in runs)
+    assert_a_file_is_warm(model, tmp_path)
+
+
+def assert_a_file_is_warm(model: runner.Model, tmp_path: Path) -> None:
+    """What is saved of a prompt's beginning gives the bits that computing it gives."""
     prompt = [3 + i * i % 90 for i in range(50)]
     cold = model.generate(Request(prompt, 8, logprobs=3)).run()
     count = model.save(tmp_path / "state", prompt)
