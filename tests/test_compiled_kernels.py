@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 # And how many kernels each compiles at least.
 GROUPS = {
-    "chunks": 30, "linear": 30, "attention": 11, "experts": 30, "positions": 2,
+    "chunks": 30, "linear": 30, "attention": 11, "experts": 30, "positions": 2, "ranks": 2,
     "hybrids": 26, "sampler": 15, "attention_chunk": 20,
 }  # fmt: skip
 
