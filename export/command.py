@@ -104,6 +104,13 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     )
     parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
     parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide every layer by N processes, which torchrun starts; with --backend inductor",
+    )
+    parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
     )
     options = parser.parse_args(arguments)
@@ -118,7 +125,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     if options.device == "cuda":
         options.backend = options.backend or "launches"
     # The shortest sequence is a token of the prompt and one of the output.
-    for name, least in (("max_seq_len", 2), ("max_prefill", 1), ("batch", 1)):
+    least_of = {"max_seq_len": 2, "max_prefill": 1, "batch": 1, "tensor_parallel": 1}
+    for name, least in least_of.items():
         value = getattr(options, name)
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
@@ -142,6 +150,11 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
     options.device = device
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
+    if options.tensor_parallel > 1 and backend != "inductor":
+        return (
+            f"--tensor-parallel {options.tensor_parallel} is not for --backend {backend}: "
+            "inductor is right"
+        )
     options.quant_by_default = options.quant is None
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[backend][0]

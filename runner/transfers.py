@@ -83,6 +83,8 @@ class Transfers:
         self.host_to_device, self.device_to_device, self.device_to_host = (
             Copies() for _ in self.DIRECTIONS
         )
+        # What came from other ranks. The program counts it; there is none where it runs alone.
+        self.between_ranks = Copies()
 
     def upload(self, values: Sequence | np.ndarray, dtype: type = np.int64, out: Any = None) -> Any:
         """A copy of numbers, nested or not, as int64 or another type in device memory: of its own,
@@ -152,10 +154,11 @@ class Transfers:
     def since(self, earlier: "Transfers") -> "Transfers":
         """The counts of what was copied after `earlier`, a snapshot."""
         difference = Transfers(self._memory)
-        for name in self.DIRECTIONS:
+        for name in (*self.DIRECTIONS, "between_ranks"):
             setattr(difference, name, getattr(self, name).since(getattr(earlier, name)))
         return difference
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """Counts and bytes by direction."""
-        return {name: dict(vars(getattr(self, name))) for name in self.DIRECTIONS}
+        names = [*self.DIRECTIONS] + ["between_ranks"] * bool(self.between_ranks.count)
+        return {name: dict(vars(getattr(self, name))) for name in names}
