@@ -111,7 +111,7 @@ def table(entry: dict) -> list[str]:
             f"{each['planned_bytes'].get('cuda', 0) / 1e6:15.3f} MB"
             + (f"  lacks {', '.join(delegate['missing_shims'])}" * bool(delegate["missing_shims"]))
         )
-    total = math.fsum(file["size"] for file in entry["files"].values())
+    total = math.fsum(file["bytes"] for file in entry["files"].values())
     return [*lines, f"{total / 1e6:.1f} MB in {len(entry['files'])} files"]
 
 
@@ -121,10 +121,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     entries = {path.name: listing(path) for path in options.artifacts}
-    for name, entry in entries.items():
-        print(name, *table(entry), sep="\n")
     if options.output:
         options.output.write_text(json.dumps(entries, indent=1) + "\n")
+    for name, entry in entries.items():
+        print(name, *table(entry), sep="\n")
 
 
 if __name__ == "__main__":

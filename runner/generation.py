@@ -60,11 +60,10 @@ class BatchGeneration:
         self.results: list[Result] = []
         self.is_finished = False
         self._loop = loop
-        self._transfers = Transfers()
         self._steps, self._prefill_s = 0, 0.0
-        # When it began, and the loop's counts then. Until the host had read the first token, and
-        # the newest one.
-        self._start, self._before = 0.0, None
+        # When it began, and the loop's counts then and with the newest token. Until the host had
+        # read the first token, and the newest one.
+        self._start, self._before, self._copies = 0.0, None, ()
         self._first_s, self._newest_s = None, 0.0
         loop.turn.begin(self, prepare)
         coming = accepted(results, self.results)
@@ -93,14 +92,14 @@ class BatchGeneration:
         if self._before is None:
             self._before = loop.transfers.snapshot(), loop.steps, loop.prefill_s
             self._start = time.perf_counter()
-        transfers, steps, prefill_s = self._before
+        _, steps, prefill_s = self._before
         try:
             for result, token_id in self._tokens:
                 self._newest_s = time.perf_counter() - self._start
                 if self._first_s is None:
                     self._first_s = self._newest_s
                 self._steps, self._prefill_s = loop.steps - steps, loop.prefill_s - prefill_s
-                self._transfers = loop.transfers.since(transfers)
+                self._copies = loop.transfers.snapshot()
                 token = result.take(token_id)
                 if token is not None:
                     return result.index, token
@@ -116,6 +115,9 @@ class BatchGeneration:
         begun = [result for result in self.results if result.taken]
         prompt_tokens = sum(len(result.prompt_ids) for result in begun)
         decoded, seconds = sum(r.taken - 1 for r in begun), self._newest_s - self._prefill_s
+        copies = Transfers()
+        if begun:
+            copies = self._loop.transfers.since(self._before[0], self._copies)
         return Stats(
             requests=len(begun),
             prompt_tokens=prompt_tokens,
@@ -125,7 +127,7 @@ class BatchGeneration:
             prefill_tok_s=prompt_tokens / self._prefill_s if begun else None,
             decode_tok_s=decoded / seconds if decoded else None,
             peak_rss_mb=peak_rss_mb(),
-            transfers=self._transfers.as_dict(),
+            transfers=copies.as_dict(),
         )
 
 

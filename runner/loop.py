@@ -80,11 +80,13 @@ class Loop:
         self._table = self.transfers.upload(range(count))
         program.capture(self._table)
         self._can_wait = can_wait(program.manifest)
+        self._default = self.variant(LoopOptions())
 
     def variant(self, options: LoopOptions | None) -> LoopOptions:
         """The variant that `options` mean here, with its feed decided. Errors: RunnerError for one
         that the program lacks the methods for."""
-        options = LoopOptions() if options is None else options
+        if options is None:
+            return self._default
         if not isinstance(options, LoopOptions):
             raise RunnerError(f"options is {shown(options)}; it must be LoopOptions")
         if options.feed == "auto":

@@ -5,7 +5,7 @@ Imports no NumPy, so that run.py can answer a wrong flag at once.
 
 import math
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -77,9 +77,10 @@ class Request:
 
     def check(self) -> None:
         """Errors: RunnerError for a parameter outside its range, with its value."""
-        for name in RULES:
-            if fault := fault_of(name, getattr(self, name)):
-                raise RunnerError(f"{name} is {getattr(self, name)!r}; {fault}")
+        for name, default in DEFAULTS.items():
+            value = getattr(self, name)
+            if value is not default and (fault := fault_of(name, value)):
+                raise RunnerError(f"{name} is {value!r}; {fault}")
         if self.prompt_logprobs and self.logprobs is None:
             raise RunnerError("prompt_logprobs is True; logprobs must then be a number, 0 or more")
         if self.json_schema is not None and self.grammar is not None:
@@ -88,15 +89,12 @@ class Request:
     @property
     def adjusts(self) -> list[str]:
         """The names of the penalties and biases that are asked for."""
-        idle = {"logit_bias": 0, "repetition_penalty": 1, "presence_penalty": 0}
-        values = {name: getattr(self, name) or 0 for name in (*idle, "frequency_penalty")}
-        return [name for name, value in values.items() if value != idle.get(name, 0)]
+        return [name for name, idle in IDLE.items() if (getattr(self, name) or 0) != idle]
 
     @property
     def masks(self) -> list[str]:
         """The name of what is asked for that says which tokens may come next, if anything is."""
-        names = "json_schema", "grammar"
-        return [name for name in names if getattr(self, name) is not None]
+        return [name for name in MASKING if getattr(self, name) is not None]
 
     def conversation(self) -> Conversation | None:
         """What is put through the chat template, if anything is."""
@@ -139,6 +137,11 @@ def is_bias(value: Any) -> bool:
     )
 
 
+# What changes logits, with the values that change nothing; None is 0. And what masks them.
+IDLE = {
+    "logit_bias": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
+}  # fmt: skip
+MASKING = "json_schema", "grammar"
 PENALTY = (
     lambda x: is_number(x) and abs(x) <= FLOAT32_MAX,
     "it must be a finite number, 0 for none",
@@ -188,3 +191,4 @@ RULES = {
     ),
     "grammar": (lambda x: x is None or isinstance(x, str), "it must be a text, or None"),
 }
+DEFAULTS = {field.name: field.default for field in fields(Request) if field.name in RULES}

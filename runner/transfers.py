@@ -22,9 +22,6 @@ class Copies:
         self.count += 1
         self.bytes += array.nbytes
 
-    def since(self, earlier: "Copies") -> "Copies":
-        return Copies(self.count - earlier.count, self.bytes - earlier.bytes)
-
 
 class HostMemory:
     """Device memory of an engine that computes on NumPy arrays. An engine that computes on torch
@@ -147,15 +144,21 @@ class Transfers:
         self.device_to_host.add(values)
         return self._memory.read(values)
 
-    def snapshot(self) -> "Transfers":
-        """The counts as they are now."""
-        return self.since(Transfers())
+    def snapshot(self) -> tuple[int, ...]:
+        """The counts as they are now, count and bytes by direction, and of what came from other
+        ranks. It is taken with each token."""
+        up, within, down = self.host_to_device, self.device_to_device, self.device_to_host
+        counts = up.count, up.bytes, within.count, within.bytes, down.count, down.bytes
+        return *counts, self.between_ranks.count, self.between_ranks.bytes
 
-    def since(self, earlier: "Transfers") -> "Transfers":
-        """The counts of what was copied after `earlier`, a snapshot."""
+    def since(
+        self, earlier: tuple[int, ...], later: tuple[int, ...] | None = None
+    ) -> "Transfers":  # fmt: skip
+        """The counts of what was copied between two snapshots, by default until now."""
         difference = Transfers(self._memory)
-        for name in (*self.DIRECTIONS, "between_ranks"):
-            setattr(difference, name, getattr(self, name).since(getattr(earlier, name)))
+        counts = [b - a for a, b in zip(earlier, later or self.snapshot())]
+        for i, name in enumerate((*self.DIRECTIONS, "between_ranks")):
+            setattr(difference, name, Copies(*counts[2 * i : 2 * i + 2]))
         return difference
 
     def as_dict(self) -> dict[str, dict[str, int]]:

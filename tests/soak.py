@@ -5,7 +5,7 @@
 Batches and single generations follow one another. Requests join and leave, greedy and sampled with
 seeds; some are cancelled, and some generations are given up half way. The variant of the loop
 changes. The exit status is 1 if a token is another one, or if memory grows by more than 1 % after
-the first tenth of the run.
+the first tenth of the run. Ctrl-C ends it sooner, with the figures until then.
 """
 
 import argparse
@@ -25,7 +25,9 @@ from tokenloop.runner import LoopOptions, Model, Request
 
 GROWTH = 1.01
 PROMPT_LENGTHS = 1, 2, 3, 7, 12, 31, 64, 129
-NEW_TOKENS = 1, 2, 5, 16, 40
+# A GPU has many rows. With few requests or short ones most of them would be empty.
+NEW_TOKENS = {"cpu": (1, 2, 5, 16, 40), "cuda": (1, 5, 40, 100, 200, 350)}
+REQUESTS = {"cpu": 24, "cuda": 600}  # of a batch at the most
 
 
 @dataclass(frozen=True)
@@ -59,28 +61,35 @@ class Soak:
         """`kinds` is how many different requests there are."""
         self._model, self._draw = model, random.Random(seed)
         manifest = model.manifest
+        device = manifest.get("device", "cpu")
+        self._new_tokens, self._requests = NEW_TOKENS[device], REQUESTS[device]
         options = [option for option in variants() if self._can(option)]
         # A variant that feeds from the host is slow, and others are what people use.
-        self._options = [LoopOptions()] * len(options) + options
+        self._options = [LoopOptions()] * 3 * len(options) + options
         self.requests = [self._request(manifest) for _ in range(kinds)]
         self.expected = [model.generate(request).run().token_ids for request in self.requests]
         self.counts: Counter[str] = Counter()
         self.tokens = 0
 
     def run(self, tokens: int, cuda: bool = False, report=lambda found: None) -> dict[str, float]:
-        """Generate at least so many tokens; how many times as much memory there is in the end as
-        after the first tenth. `report` is called with each hundredth's figures."""
+        """Generate at least so many tokens, or those until Ctrl-C; how many times as much memory
+        there is in the end as after the first tenth. `report` is called with each hundredth's
+        figures."""
         before, start = None, time.perf_counter()
         done = 0
-        while self.tokens < tokens:
-            (self._single if self._draw.random() < 0.1 else self._batch)()
-            if before is None and self.tokens >= tokens / 10:
-                before = Memory.now(cuda)
-            if self.tokens * 100 // tokens > done:
-                done = self.tokens * 100 // tokens
-                seconds = round(time.perf_counter() - start, 1)
-                memory = Memory.now(cuda)
-                report({"tokens": self.tokens, "seconds": seconds, **vars(memory)})
+        try:
+            while self.tokens < tokens:
+                (self._single if self._draw.random() < 0.1 else self._batch)()
+                if before is None and self.tokens >= tokens / 10:
+                    before = Memory.now(cuda)
+                if self.tokens * 100 // tokens > done:
+                    done = self.tokens * 100 // tokens
+                    seconds = round(time.perf_counter() - start, 1)
+                    memory = Memory.now(cuda)
+                    report({"tokens": self.tokens, "seconds": seconds, **vars(memory)})
+        except KeyboardInterrupt:
+            if before is None:
+                raise
         return before.growth_to(Memory.now(cuda))
 
     def _can(self, options: LoopOptions) -> bool:
@@ -93,15 +102,15 @@ class Soak:
     def _request(self, manifest: dict) -> Request:
         draw = self._draw
         room = manifest["max_seq_len"]
-        lengths = [n for n in PROMPT_LENGTHS if n + max(NEW_TOKENS) <= room]
+        lengths = [n for n in PROMPT_LENGTHS if n + max(self._new_tokens) <= room]
         ids = [draw.randrange(manifest["vocab_size"]) for _ in range(draw.choice(lengths))]
         if draw.random() < 0.5:
-            return Request(ids, draw.choice(NEW_TOKENS))
+            return Request(ids, draw.choice(self._new_tokens))
         sampling = {
             "temperature": draw.choice((0.7, 1.0)), "top_k": draw.choice((0, 1, 40)),
             "top_p": draw.choice((1.0, 0.9)), "seed": draw.randrange(1 << 40),
         }  # fmt: skip
-        return Request(ids, draw.choice(NEW_TOKENS), **sampling)
+        return Request(ids, draw.choice(self._new_tokens), **sampling)
 
     def _single(self) -> None:
         number, draw = self._draw.randrange(len(self.requests)), self._draw
@@ -115,9 +124,11 @@ class Soak:
 
     def _batch(self) -> None:
         draw = self._draw
-        numbers = [draw.randrange(len(self.requests)) for _ in range(draw.randint(1, 24))]
+        count = draw.randint(1, self._requests)
+        numbers = [draw.randrange(len(self.requests)) for _ in range(count)]
         requests = [self.requests[number] for number in numbers]
-        rows = draw.randint(1, self._model.batch)
+        most = self._model.batch
+        rows = draw.choice((draw.randint(1, most), most, most))
         batch = self._model.generate_batch(requests, draw.choice(self._options), rows)
         cancelled = {i for i in range(len(numbers)) if draw.random() < 0.1}
         last = draw.randint(1, 60) if draw.random() < 0.1 else None

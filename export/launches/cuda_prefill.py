@@ -66,10 +66,15 @@ class CudaPrefill(nn.Module):
         x, normed = self._norm(before, x, branch, final.input_norm, chunk.count)
         if isinstance(final, PackedAttention) and not final.cache.is_ring:
             mixed = self._attend_last(final, normed, chunk, last)
-            x, branch = self._finish(final, cuda.last_tokens(x, starts), mixed, last.count)
         else:
-            x, branch = self._finish(final, x, self._mix(final, normed, chunk), chunk.count)
-            x, branch = cuda.last_tokens(x, starts), cuda.last_tokens(branch, starts)
+            mixed = cuda.last_tokens(self._mix(final, normed, chunk), starts)
+        x = cuda.last_tokens(x, starts)
+        if final.moe is None:
+            # These are rows as a step has them, and its kernels are faster with few.
+            x, branch = self.step.finish(final, x, mixed)
+        else:
+            # Where there is no sequence there is anything, which no router may see.
+            x, branch = self._finish(final, x, mixed, last.count)
         return self.step.logits(x, branch)
 
     def _norm(
@@ -147,20 +152,22 @@ class CudaPrefill(nn.Module):
         if scale is not None:
             weight = cuda.dequantize(weight, scale, layer.qkv.inputs)
 
-        def project(x: Tensor, begin: int, end: int, count: Tensor) -> Tensor:
-            """Outputs from `begin` to `end`."""
-            part = None if bias is None else bias[begin:end]
-            return cuda.linear_chunk(x, weight[begin:end], None, part, count)
+        def rows(begin: int, end: int) -> tuple[Tensor, None, Tensor | None]:
+            """The weights of the outputs from `begin` to `end`."""
+            return weight[begin:end], None, None if bias is None else bias[begin:end]
 
         end = sum(layer.sizes)
         queries, gates = layer.sizes[0], end - layer.sizes[-1] if layer.output_gate else end
-        self._rotate(layer, project(normed, queries, gates, chunk.count), chunk, queries=False)
+        kv = cuda.linear_chunk(normed, *rows(queries, gates), chunk.count)
+        self._rotate(layer, kv, chunk, queries=False)
         normed = cuda.last_tokens(normed, chunk.starts)
-        q, kv = self._rotate(layer, project(normed, 0, queries, last.count), last, keys=False)
+        project, semaphores = partial(cuda.linear, normed), self.step.kernel_semaphores
+        q = project(*rows(0, queries), semaphores)
+        q, kv = self._rotate(layer, q, last, keys=False)
         attended = self._attend(layer, q, kv, last)
         if not layer.output_gate:
             return attended
-        return cuda.sigmoid_gate(attended, project(normed, gates, end, last.count), last.count)
+        return cuda.sigmoid_gate(attended, project(*rows(gates, end), semaphores), last.count)
 
     def _recur(self, layer: PackedDeltaNet, projected: Tensor, chunk: Chunk) -> Tensor:
         """What the layer's `o` takes after `qkv` gave projected [T, N]."""

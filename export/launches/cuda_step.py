@@ -68,8 +68,7 @@ class CudaStep(nn.Module):
         for layer in self.layers:
             x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv)
             mixed = MIX[type(layer)](self, layer, projected, position)
-            branch = self._linear(mixed, layer.o)
-            x, branch = self._feed_forward(layer, x, branch)
+            x, branch = self.finish(layer, x, mixed)
             before = layer
         return self.logits(x, branch)
 
@@ -78,8 +77,10 @@ class CudaStep(nn.Module):
         options = {"out_float32": True, "soft_cap": self.soft_cap}
         return self._after(self.layers[-1], x, branch, self.norm, self.head, **options)[1]
 
-    def _feed_forward(self, layer: PackedBlock, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual after the mixer, whose branch is given, and the feed-forward's branch."""
+    def finish(self, layer: PackedBlock, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual [B, D] after the mixer, whose `o` takes `mixed`, and the feed-forward's
+        branch."""
+        branch = self._linear(mixed, layer.o)
         added = x, branch, layer.post_attention_norm, None, layer.mlp_norm
         if layer.moe is None:
             x, gated = self._add_norm_linear(*added, layer.gate_up, activation=layer.activation)

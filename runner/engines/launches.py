@@ -1,7 +1,7 @@
 """Launch lists on a CUDA GPU: a step is one launch of a graph, and so is a chunk of prompts."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import numpy as np
@@ -210,6 +210,8 @@ class LaunchProgram(Program):
         return Selected(out[0], out[self.embedding])
 
     def select_row(self, logits: Tensor, choice: Choice) -> Tensor:
+        # Changes are made in place, and what is chosen from must be what was changed: a copy too.
+        (logits,) = self._aligned(logits)
         for method, rows in choice.changes:
             self._call(f"{method}_row", logits, *rows[0])
         self._call(f"{choice.method}_row", logits, *choice.inputs, self._row_id)
@@ -259,7 +261,5 @@ class LaunchProgram(Program):
             outputs = method(*self._aligned(*inputs))
         return outputs[0] if outputs else None
 
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
-            yield
+    def _on_stream(self) -> AbstractContextManager[None]:
+        return torch.cuda.stream(self._stream)

@@ -18,6 +18,8 @@ from executorch.exir.schema import DelegateCall, DeviceType
 from torch._inductor import config as inductor_config
 from torch._inductor.virtualized import V
 
+from benchmarks.pte_listing import listing, table
+from tokenloop.export.artifact import seal
 from tokenloop.export.checkpoint import load_weights, open_checkpoint
 from tokenloop.export.errors import ExportError
 from tokenloop.models import gemma3
@@ -253,6 +255,21 @@ def test_what_the_runtime_lacks_is_refused_by_name(made, tmp_path):
     )
     with pytest.raises(ExportError, match=r"the method \w+ needs aoti_torch_cuda_mm_out, which"):
         check_shims(other)
+
+
+def test_a_listing_has_every_method_and_the_files_size(made):
+    directory = made.path.parent
+    keys = "file", "chat_template", "tool_template"
+    manifest = {
+        "program": {"file": made.path.name}, "tokenizer": dict.fromkeys(keys), "versions": {},
+        "batch": made.rows, "dtype": "float32", "max_seq_len": 60,
+    }  # fmt: skip
+    seal(directory, manifest)
+    head, *methods, total = table(listing(directory))
+    assert head.split()[0] == "method"
+    listed = [line.split()[:2] for line in methods]
+    assert listed == [[name, "CudaBackend"] for name in sorted(made.methods)]
+    assert total == f"{made.path.stat().st_size / 1e6:.1f} MB in 1 files"
 
 
 def test_operators_without_kernels_are_refused_by_name():
