@@ -109,6 +109,13 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         "suggests (tokenloop run --speculate); 0 for none",
     )  # fmt: skip
     parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide every layer by N processes, which torchrun starts; with --backend inductor",
+    )
+    parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
     )
     options = parser.parse_args(arguments)
@@ -123,7 +130,9 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     if options.device == "cuda":
         options.backend = options.backend or "launches"
     # The shortest sequence is a token of the prompt and one of the output.
-    leasts = {"max_seq_len": 2, "max_prefill": 1, "batch": 1, "draft_tokens": 0}
+    leasts = {
+        "max_seq_len": 2, "max_prefill": 1, "batch": 1, "draft_tokens": 0, "tensor_parallel": 1,
+    }  # fmt: skip
     for name, least in leasts.items():
         value = getattr(options, name)
         if value is not None and value < least:
@@ -159,6 +168,11 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
         )
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
+    if options.tensor_parallel > 1 and backend != "inductor":
+        return (
+            f"--tensor-parallel {options.tensor_parallel} is not for --backend {backend}: "
+            "inductor is right"
+        )
     options.quant_by_default = options.quant is None
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[backend][0]

@@ -93,6 +93,32 @@ def write_weights(
     return {"file": path.name}
 
 
+def write_shards(
+    of_ranks: Sequence[dict[str, Tensor]], directory: Path, random: bool
+) -> tuple[dict, dict]:
+    """Write model.safetensors of the ranks' weights by name, unless they are `random`, and return
+    the manifest's entries of the weights and of the ranks.
+
+    What all ranks have alike is there once. Of other tensors there is the ranks' one behind the
+    other, along a first axis, so a rank reads no more than its own. Errors: as of write_weights.
+    """
+    tensors, parts, sharded = {}, {}, []
+    for name, first in of_ranks[0].items():
+        each = [weights[name] for weights in of_ranks]
+        if {(x.shape, x.dtype, x.stride()) for x in each} != {
+            (first.shape, first.dtype, first.stride())
+        }:
+            raise ExportError(f"{name} has not one shape on all ranks")
+        if random or all(torch.equal(x, first) for x in each[1:]):
+            tensors[name] = first
+            continue
+        place = first.new_empty(len(each), *first.shape)
+        tensors[name], parts[place.untyped_storage()._cdata] = place, each
+        sharded.append(name)
+    entry = write_weights(tensors, directory, random, parts)
+    return entry, {"tensor_parallel": {"ranks": len(of_ranks), "sharded": sorted(sharded)}}
+
+
 def _write_parts(
     tensors: dict[str, Tensor], path: Path, parts: Mapping[int, Sequence[Tensor]]
 ) -> None:

@@ -144,7 +144,12 @@ OF_ENGINE = {
         "weights": Maybe({"file": FILE}),
         "state_places": Maybe([PLACE]),
     },
-    "inductor": {"processor": NAME, "weights": WEIGHTS, "versions": {"torch": TEXT}},
+    "inductor": {
+        "processor": NAME,
+        "weights": WEIGHTS,
+        "versions": {"torch": TEXT},
+        "tensor_parallel": Maybe({"ranks": integer(2, 2**10), "sharded": [NAME]}),
+    },
     "launches": {
         "processor": NAME,
         "weights": WEIGHTS,

@@ -17,6 +17,7 @@ from tokenloop.runner.loop import Loop, LoopOptions
 from tokenloop.runner.manifest import Artifact, open_artifact
 from tokenloop.runner.prefix_cache import MB, PrefixCache
 from tokenloop.runner.program import Program, selection_method
+from tokenloop.runner.ranks import check_ranks
 from tokenloop.runner.request import Prompt, Request, is_integer, is_number, shown
 from tokenloop.runner.restriction import Restriction
 from tokenloop.runner.result import Result
@@ -37,7 +38,9 @@ class Nobody:
 
 def load_program(artifact: Artifact, threads: int | None = None) -> Program:
     """The artifact's methods in the engine that it was exported for. Errors: RunnerError for an
-    engine whose packages are missing, and for what the engine's own constructor refuses."""
+    engine whose packages are missing, for more or fewer ranks than the artifact is for, and for
+    what the engine's own constructor refuses."""
+    place = check_ranks(artifact.directory, artifact.manifest)
     engine, backend = artifact.manifest["engine"], artifact.manifest["backend"]
     # ExecuTorch on a CPU needs no torch, which takes a second to import, and 200 MB.
     if engine == "executorch" and backend != "cuda":
@@ -61,7 +64,7 @@ def load_program(artifact: Artifact, threads: int | None = None) -> Program:
             raise RunnerError(
                 f"{artifact.directory} needs {needed[engine]} ({error}): install them"
             ) from None
-    return Engine(artifact, threads)
+    return Engine(artifact, threads, place) if place.count > 1 else Engine(artifact, threads)
 
 
 class Model:

@@ -110,6 +110,8 @@ class Program(Protocol):
     # What outlives a method's run, by the manifest's names: for each tensor its pieces [B, S, ...],
     # which lie one behind the other along S. None where the runner cannot reach it.
     state: dict[str, list[Any]] | None = None
+    # The ranks that compute together (engines/ranks.py), or None where this process does alone.
+    ranks: Any = None
     # Whether steps are fed embeddings, as the newest run has it. Before any run it is tokens.
     embedding: bool = False
 

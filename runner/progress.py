@@ -47,9 +47,10 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[tuple[Callable, Callable]]:
-    """The functions `show` and `hide` of a Progress, or ones that do nothing where nobody sees."""
-    if not sys.stderr.isatty():
+def progress(total: int, is_shown: bool = True) -> Iterator[tuple[Callable, Callable]]:
+    """The functions `show` and `hide` of a Progress, or ones that do nothing where nobody sees, or
+    nothing `is_shown`."""
+    if not is_shown or not sys.stderr.isatty():
         yield (lambda batch: None), (lambda: None)
         return
     bar = Progress(total)

@@ -18,6 +18,7 @@ from tokenloop.runner import process
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.output import OutputError, begin_output, put
 from tokenloop.runner.prompts import DEFAULT_PROMPT, flags_of, read_requests
+from tokenloop.runner.ranks import leave, place, tell
 from tokenloop.runner.request import RULES, Request, fault_of
 
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
@@ -224,15 +225,24 @@ def print_stats(model, stats, *own_lines: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generate for every prompt; the exit status. Errors: RunnerError, OutputError."""
-    requests = [flags_of(options)] if options.interactive else read_requests(options)
+    own = place()
+    if own.count > 1 and options.interactive:
+        raise RunnerError(
+            f"--interactive is for one process, and there are {own.count}: leave out torchrun"
+        )
+    requests = own.read(
+        lambda: [flags_of(options)] if options.interactive else read_requests(options)
+    )
     # The modules that run models are imported only now: wrong arguments are answered at once.
     from tokenloop.runner.loop import LoopOptions
     from tokenloop.runner.model import Model
 
-    if options.compare and len(requests) > 1:
+    if options.compare and requests is not None and len(requests) > 1:
         raise RunnerError(f"--compare takes one prompt, and {len(requests)} are given")
     with process.InterruptsRaised() as interrupts:
         model = Model(options.artifact, options.threads, options.verify)
+        if own.count > 1:
+            requests = model.loop.program.ranks.share(requests)
         interrupts.check()
         if options.compare:
             from tokenloop.runner.compare import compare
@@ -263,7 +273,7 @@ def run_each(model, requests: list[Request], loop, options: argparse.Namespace) 
             interrupted = True
             generation.finish_reason = "interrupted"
         print_line(generation, options.json, "")
-        if options.stats and generation.token_ids:
+        if options.stats and generation.token_ids and place().leads:
             stats = generation.stats
             first = f"time to first token {stats.time_to_first_token_s:.3f} s"
             print_stats(model, stats, first)
@@ -287,12 +297,13 @@ def run_batch(model, requests: list[Request], loop, options: argparse.Namespace)
             hide_progress()
             printed += 1
             if result.error is not None:
-                process.say(f"{options.program}: error: {result.error}")
+                if place().leads:
+                    process.say(f"{options.program}: error: {result.error}")
                 status = 2
             if options.json or result.error is None:
                 print_line(result, options.json, result.text)
 
-    with progress(len(requests)) as (show_progress, hide_progress):
+    with progress(len(requests), place().leads) as (show_progress, hide_progress):
         try:
             for _ in batch:
                 print_finished()
@@ -304,7 +315,7 @@ def run_batch(model, requests: list[Request], loop, options: argparse.Namespace)
             print_finished()
             status = process.INTERRUPTED
     stats = batch.stats
-    if options.stats and stats.requests:
+    if options.stats and stats.requests and place().leads:
         counts = f"requests            {stats.requests}", f"steps               {stats.steps}"
         print_stats(model, stats, *counts)
     return status
@@ -318,13 +329,17 @@ def print_line(result, as_json: bool, text: str) -> None:
 
 def main(arguments: list[str] | None = None, program: str = "tokenloop run") -> int:
     """Run the command line that `program` is the name of; the exit status."""
+    return leave(run_command(arguments, program))
+
+
+def run_command(arguments: list[str] | None, program: str) -> int:
     process.open_streams()
     options = parse_arguments(arguments, program)
     try:
         begin_output()
         return run(options)
     except RunnerError as error:
-        process.say(f"{program}: error: {error}")
+        tell(program, error)
         return 2
     except KeyboardInterrupt:
         return process.INTERRUPTED

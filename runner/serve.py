@@ -123,9 +123,12 @@ def serve(options: argparse.Namespace) -> int:
         ) from None
     from tokenloop.runner.engine import Engine
     from tokenloop.runner.model import Model
+    from tokenloop.runner.ranks import place
     from tokenloop.runner.request import Request
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if (count := place().count) > 1:
+        raise RunnerError(f"serving is for one process, and there are {count}: leave out torchrun")
     with process.InterruptsRaised() as interrupts:
         model = Model(options.artifact, options.threads, options.verify)
         interrupts.check()

@@ -80,6 +80,8 @@ class Transfers:
         self.host_to_device, self.device_to_device, self.device_to_host = (
             Copies() for _ in self.DIRECTIONS
         )
+        # What came from other ranks. The program counts it; there is none where it runs alone.
+        self.between_ranks = Copies()
 
     def upload(self, values: Sequence | np.ndarray, dtype: type = np.int64, out: Any = None) -> Any:
         """A copy of numbers, nested or not, as int64 or another type in device memory: of its own,
@@ -143,9 +145,11 @@ class Transfers:
         return self._memory.read(values)
 
     def snapshot(self) -> tuple[int, ...]:
-        """The counts as they are now, count and bytes by direction. It is taken with each token."""
+        """The counts as they are now, count and bytes by direction, and of what came from other
+        ranks. It is taken with each token."""
         up, within, down = self.host_to_device, self.device_to_device, self.device_to_host
-        return up.count, up.bytes, within.count, within.bytes, down.count, down.bytes
+        counts = up.count, up.bytes, within.count, within.bytes, down.count, down.bytes
+        return *counts, self.between_ranks.count, self.between_ranks.bytes
 
     def since(
         self, earlier: tuple[int, ...], later: tuple[int, ...] | None = None
@@ -153,10 +157,11 @@ class Transfers:
         """The counts of what was copied between two snapshots, by default until now."""
         difference = Transfers(self._memory)
         counts = [b - a for a, b in zip(earlier, later or self.snapshot())]
-        for i, name in enumerate(self.DIRECTIONS):
+        for i, name in enumerate((*self.DIRECTIONS, "between_ranks")):
             setattr(difference, name, Copies(*counts[2 * i : 2 * i + 2]))
         return difference
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """Counts and bytes by direction."""
-        return {name: dict(vars(getattr(self, name))) for name in self.DIRECTIONS}
+        names = [*self.DIRECTIONS] + ["between_ranks"] * bool(self.between_ranks.count)
+        return {name: dict(vars(getattr(self, name))) for name in names}

@@ -355,6 +355,15 @@ def positions() -> None:
         module.next_positions(lines, line, empty(rows, dtype=int64))
 
 
+def ranks() -> None:
+    module = operators("models.kernels.reduce_ranks.operator")
+    norm, scalar = empty(5376, dtype=bfloat16), empty(1, dtype=bfloat16)
+    for rows, count, more in ((1, 2, (norm, scalar)), (32, 8, (None, None))):
+        x, epochs = empty(rows, 5376, dtype=bfloat16), empty(32, dtype=int32)
+        peers = empty(2 * count + 1, dtype=int64)
+        module.reduce_add_norm(x, x, *more, norm, peers, epochs, eps=1e-6)
+
+
 def hybrids() -> None:
     from tokenloop.models.kernels import cuda
 
@@ -469,7 +478,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     groups = (
         linear, attention, attention_chunk, per_layer, drafts, experts, positions, hybrids, chunks,
-        sampler,
+        ranks, sampler,
     )  # fmt: skip
     names = {function.__name__: function for function in groups}
     parser.add_argument("groups", nargs="+", choices=names)

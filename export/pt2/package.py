@@ -3,9 +3,10 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -48,25 +49,30 @@ OPTIONS = {
 
 def write_package(
     model: nn.Module, decode: nn.Module, selection: Background, path: Path,
-    progress: Callable[[str], None],
+    progress: Callable[[str], None], of_ranks: bool = False,
 ) -> list[str]:  # fmt: skip
     """Compile the methods into a .pt2 file, and return their names.
 
     `decode` is DecodeEmbedded(model), or does the same. There is no method "decode". It would be
     compiled once more, and round otherwise where an embedding is not rounded between two methods.
     Constants have their names in the method, and those of prefill begin with "network". `selection`
-    computes compile_selection.
+    computes compile_selection. If the network is one `of_ranks`, its lookup is compiled as well,
+    and no value of its tensors is in the code: other ranks have others.
     """
     weight = model.model.embed_tokens.weight
     hidden = torch.zeros(model.batch, 1, model.model.embedded_size, dtype=weight.dtype)
     position = integers(model.batch)
     chunk, shapes = prompt_chunk(model.batch, model.max_chunk)
+    options = {"always_keep_tensor_constants": True} if of_ranks else {}
     progress("compiling prefill")
-    files = {"prefill": compile_method(Prefill(model), chunk, shapes)}
+    files = {"prefill": compile_method(Prefill(model), chunk, shapes, options)}
     progress("compiling decode")
-    files["decode_embedded"] = compile_method(decode, (hidden, position))
+    files["decode_embedded"] = compile_method(decode, (hidden, position), options=options)
     progress("compiling the selection methods")
     files |= selection.result()
+    if of_ranks:
+        lookup = Embed(model.model), (integers(model.batch, 1),)
+        files["embed"] = compile_method(*lookup, options=options)
     progress("writing")
     # What a killed export leaves here goes with its artifact.
     with TemporaryDirectory(dir=path.parent) as directory:
@@ -101,17 +107,43 @@ def write_archive(path: Path, methods: dict[str, list[str]], directory: Path) ->
             shutil.copyfileobj(written, file)
 
 
+def constants_of(path: Path, method: str) -> list[str]:
+    """The names of the tensors that a method of a .pt2 file is given when it is loaded."""
+    from torch._C._aoti import AOTIModelPackageLoader
+
+    return AOTIModelPackageLoader(str(path), f"{method}-", True, 1, -1).get_constant_fqns()
+
+
 def compile_selection(
     batch: int, vocab_size: int, hidden_size: int, embed_scale: float, dtype: torch.dtype,
-    per_layer: tuple[int, int, int] | None = None,
+    per_layer: tuple[int, int, int] | None = None, embeds: bool = True,
 ) -> dict[str, dict[str, bytes]]:  # fmt: skip
     """The compiled files, by method and name, of what is between a step's logits and the next step.
 
     These are the lookup, selection, selection of one row of several, and what changes the logits of
     one row. The table is [vocab_size, hidden_size] of `dtype`, "embed_tokens.weight". `per_layer`
     are the rows of the table of the layers' inputs, the layers and the size of each one's, where
-    there are any: "per_layer.embed_tokens.weight".
+    there are any: "per_layer.embed_tokens.weight". There is no lookup unless it `embeds`.
     """
+    files = {}
+    if embeds:
+        files["embed"] = _compile_lookup(
+            batch, vocab_size, hidden_size, embed_scale, dtype, per_layer
+        )
+    # Networks of one vocabulary have these in common, and one row with several.
+    parts = [(compile_rows, (batch, vocab_size), ""), (compile_changes, (vocab_size,), "_row")]
+    if batch > 1:
+        parts.append((compile_rows, (1, vocab_size), "_row"))
+    for function, arguments, suffix in parts:
+        found = kept_files(function, *arguments)
+        files |= {name + suffix: contents for name, contents in found.items()}
+    return files
+
+
+def _compile_lookup(
+    batch: int, vocab_size: int, hidden_size: int, embed_scale: float, dtype: torch.dtype,
+    per_layer: tuple[int, int, int] | None,
+) -> dict[str, bytes]:  # fmt: skip
     # Compiled code is given its weights when it is loaded. These are never looked at.
     table = torch.empty(vocab_size, hidden_size, dtype=dtype)
     table = nn.Embedding.from_pretrained(table)
@@ -124,15 +156,7 @@ def compile_selection(
         own.embed_tokens = nn.Embedding.from_pretrained(table_of_all)
     backbone = Backbone(table, [], nn.Identity(), {}, embed_scale, False, own)
     with torch.no_grad():
-        files = {"embed": compile_method(Embed(backbone), (integers(batch, 1),))}
-    # Networks of one vocabulary have these in common, and one row with several.
-    parts = [(compile_rows, (batch, vocab_size), ""), (compile_changes, (vocab_size,), "_row")]
-    if batch > 1:
-        parts.append((compile_rows, (1, vocab_size), "_row"))
-    for function, arguments, suffix in parts:
-        found = kept_files(function, *arguments)
-        files |= {name + suffix: contents for name, contents in found.items()}
-    return files
+        return compile_method(Embed(backbone), (integers(batch, 1),))
 
 
 def kept_files(function: Callable, *arguments: int) -> dict[str, dict[str, bytes]]:
@@ -163,13 +187,17 @@ def compile_changes(vocab_size: int) -> dict[str, dict[str, bytes]]:
 
 
 def compile_method(
-    method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None = None
+    method: nn.Module, example: tuple[Tensor, ...], dynamic_shapes: list | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, bytes]:  # fmt: skip
+    """The files of a package's method by name, compiled for the device of its example inputs, with
+    `options` of Inductor beside ours."""
+    return compile_graph(trace(method, example, dynamic_shapes), example, options)
+
+
+def compile_graph(
+    graph: GraphModule, example: tuple[Tensor, ...], options: Mapping[str, Any] | None = None
 ) -> dict[str, bytes]:
-    """The files of a package's method by name, compiled for the device of its example inputs."""
-    return compile_graph(trace(method, example, dynamic_shapes), example)
-
-
-def compile_graph(graph: GraphModule, example: tuple[Tensor, ...]) -> dict[str, bytes]:
     """`compile_method` of what `trace` gives.
 
     Sources are left empty. They say where they were compiled, so that no two exports would be the
@@ -182,7 +210,7 @@ def compile_graph(graph: GraphModule, example: tuple[Tensor, ...]) -> dict[str, 
     directory = Path(cache_dir(), hashlib.sha256(graph.code.encode()).hexdigest())
     directory.mkdir(parents=True, exist_ok=True)
     with FileLock(directory / "lock"):
-        options = OPTIONS | {"aot_inductor.output_path": str(directory)}
+        options = OPTIONS | (options or {}) | {"aot_inductor.output_path": str(directory)}
         try:
             files = map(Path, aot_compile(graph, example, options=options))
         except InductorError as error:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
 
 from tokenloop.runner.engines.tensors import (
+    ALONE,
     check_torch,
     explained,
     find_device,
@@ -16,6 +17,7 @@ from tokenloop.runner.engines.torch_memory import TorchMemory
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.manifest import Artifact
 from tokenloop.runner.program import GREEDY, Choice, Program, Selected
+from tokenloop.runner.ranks import Place
 from tokenloop.runner.transfers import Transfers
 
 
@@ -25,8 +27,9 @@ class InductorProgram(Program):
 
     has_logits = True
 
-    def __init__(self, artifact: Artifact, threads: int | None = None):
-        """Load weights and methods. `threads` is how many compute.
+    def __init__(self, artifact: Artifact, threads: int | None = None, place: Place = ALONE):
+        """Load weights and methods. `threads` is how many compute. Of several ranks this is the one
+        of `place`.
 
         Errors: RunnerError for a package of another torch or processor, and weights that do not
         fit it.
@@ -37,9 +40,13 @@ class InductorProgram(Program):
         if threads is not None:
             torch.set_num_threads(threads)
         self.transfers = Transfers(TorchMemory(device))
+        if place.count > 1:
+            from tokenloop.runner.engines.ranks import Ranks
+
+            self.ranks = Ranks(place, self.transfers.between_ranks)
         batch = self.manifest["batch"]
         with explained(artifact):
-            self.constants = load_tensors(artifact, device)
+            self.constants = load_tensors(artifact, device, place)
             self.state = {e["name"]: [self.constants[e["name"]]] for e in self.manifest["state"]}
             self.embeds = "embed" in self.manifest["methods"]
             names = ["prefill", "decode_embedded", "greedy", "embed"]
@@ -115,4 +122,6 @@ class InductorProgram(Program):
 
     def _call(self, name: str, *inputs: Tensor) -> Tensor | None:
         outputs = self._method(name)(list(inputs))
+        if self.ranks is not None:
+            self.ranks.check()
         return outputs[0] if outputs else None

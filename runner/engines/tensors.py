@@ -2,14 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.manifest import Artifact
+from tokenloop.runner.ranks import Place
+
+ALONE = Place(0, 1)
 
 
 def check_torch(artifact: Artifact) -> None:
@@ -48,16 +52,23 @@ def find_device(artifact: Artifact) -> torch.device:
     return device
 
 
-def load_tensors(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
-    """The weights, the state, which is zero, and the views of both, by name. Errors: RunnerError
-    for weights that are damaged, and a view of a tensor that is not there."""
+def load_tensors(
+    artifact: Artifact, device: torch.device, place: Place = ALONE
+) -> dict[str, Tensor]:
+    """The weights, the state, which is zero, and the views of both, by name. Of several ranks each
+    reads what is its own. Errors: RunnerError for weights that are damaged, and a view of a tensor
+    that is not there."""
     entry = artifact.manifest["weights"]
     if "random" in entry:
         tensors = _random(entry["random"], device)
     else:
         path = artifact.checked("weights")
         try:
-            tensors = load_file(path, device=str(device))
+            if place.count == 1:
+                tensors = load_file(path, device=str(device))
+            else:
+                sharded = artifact.manifest["tensor_parallel"]["sharded"]
+                tensors = _shards(path, set(sharded), device, place)
         except SafetensorError as error:
             raise RunnerError(f"{path} is damaged ({error}): export it again") from None
     for state in artifact.manifest["state"]:
@@ -71,6 +82,27 @@ def load_tensors(artifact: Artifact, device: torch.device) -> dict[str, Tensor]:
             )
         layout = view["shape"], view["stride"], view["offset"]
         tensors[name] = tensors[view["of"]].as_strided(*layout)
+    return tensors
+
+
+def _shards(path: Path, sharded: set[str], device: torch.device, place: Place) -> dict[str, Tensor]:
+    """A file's tensors. Of those that are `sharded` the first axis is the ranks'."""
+    tensors = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            if name not in sharded:
+                tensors[name] = file.get_tensor(name)
+                continue
+            of_ranks = file.get_slice(name)
+            if (found := of_ranks.get_shape()[0]) != place.count:
+                raise RunnerError(
+                    f"{path} has {name} of {found} ranks, and the manifest says {place.count}: "
+                    "export it again"
+                )
+            # Compiled code takes a tensor to begin where its storage does.
+            tensors[name] = of_ranks[place.rank : place.rank + 1][0].clone()
+    if missing := sharded - tensors.keys():
+        raise RunnerError(f"{path} has no {min(missing)}: export it again")
     return tensors
 
 

@@ -166,7 +166,16 @@ def test_export_is_found_by_its_entry_point(tokenloop):
         (["--help"], set()),
         (
             ["run", "--top-k", "-1"],
-            {"conversation", "errors", "json_text", "output", "prompts", "request", "run"},
+            {
+                "conversation",
+                "errors",
+                "json_text",
+                "output",
+                "prompts",
+                "ranks",
+                "request",
+                "run",
+            },
         ),
     ],
 )
