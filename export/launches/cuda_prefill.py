@@ -110,8 +110,8 @@ class CudaPrefill(Tables):
     def _end(
         self, layer: PackedBlock, x: Tensor, mixed: Tensor, count: Tensor, given: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """As `_finish`, of the last tokens [B, D]: rows as a step has them, whose kernels are faster
-        with few."""
+        """As `_finish`, of the last tokens [B, D]: rows as a step has them. With few of them its
+        kernels are faster."""
         if layer.moe is None:
             return self.step.finish(layer, x, mixed, given)
         # Where there is no sequence there is anything, which no router may see.

@@ -46,7 +46,7 @@ def expected(exported):
 def length(exported) -> int:
     """How long the texts are. A step of the trained network, of 30 million weights, takes as long
     as four of the other, in every variant of the loop."""
-    return 24 if exported[0] == AUSTEN else 64
+    return 24 if exported[0].name == "austen" else 64
 
 
 @pytest.fixture(scope="module")
