@@ -14,7 +14,7 @@ from tokenloop.models import config as configs
 from tokenloop.models import gemma4, layers
 from tokenloop.models.altup import AltUp, AltUpBlock, Laurel, Streams
 from tokenloop.models.cache import KVCache
-from tokenloop.models.config_fields import WIDTH, shown
+from tokenloop.models.config_fields import FIELDS, WIDTH, shown
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.gemma3 import FULL, SLIDING, ropes
 from tokenloop.models.per_layer import PerLayerBranch, PerLayerInputs
@@ -131,8 +131,8 @@ def _intermediate_sizes(
     ValueError for a list that has not one number for each layer."""
     sizes = config.get("intermediate_size") or DEFAULTS["intermediate_size"]
     if not isinstance(sizes, list):
-        # What is no number is seen with the other fields.
-        return dict(config), (sizes,) * (count if isinstance(count, int) else 0)
+        # What is no number of layers is seen with the other fields, before a list has it as length.
+        return dict(config), (sizes,) * (count if FIELDS["num_hidden_layers"].fits(count) else 0)
     if len(sizes) != count or not all(map(WIDTH.fits, sizes)):
         raise ValueError(
             f"intermediate_size = {shown(sizes)}: one, or a list of one for each of {count} layers "
