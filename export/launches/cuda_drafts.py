@@ -50,7 +50,7 @@ class Round(nn.Module):
     ) -> Tensor:
         cuda.next_drafts(history, position, tokens, positions)
         x = cuda.embed_chunk(tokens, self.embed_tokens.weight, scale=self.scale)
-        return self.step.run(x, positions, self.drafts)
+        return self.step.run(x, positions, drafts=self.drafts)
 
 
 class Accept(nn.Module):

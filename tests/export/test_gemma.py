@@ -109,13 +109,15 @@ def test_a_directory_of_another_architecture(refuses, checkpoint):
     refuses("tiny is a llama model", "export/gemma.py exports gemma3_text")
 
 
-def test_a_gemma_4_with_the_backend_that_does_not_take_it(refuses, checkpoint):
+@pytest.mark.parametrize("backend", ["launches", "xnnpack"])
+def test_a_gemma_3n_with_a_backend_that_does_not_take_it(refuses, checkpoint, backend):
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB_SIZE}
-    change_config(checkpoint, model_type="gemma4_text", **own)
-    arguments = ("--model", "tiny", "--backend", "launches")
+    own |= {"num_kv_shared_layers": 0, "final_logit_softcapping": 30.0}
+    change_config(checkpoint, model_type="gemma3n_text", **own)
+    arguments = ("--model", "tiny", "--backend", backend)
     refuses(
-        "tiny is a gemma4_text model; --backend launches does not take per-layer embeddings",
-        "xnnpack, inductor, portable do",
+        f"tiny is a gemma3n_text model; --backend {backend} does not take alternating updates",
+        "inductor, portable do",
         arguments=arguments,
     )
 
