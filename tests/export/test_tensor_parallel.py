@@ -12,6 +12,7 @@ from tokenloop.export.errors import ExportError
 from tokenloop.runner.engines.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+GEMMA_3N = "gemma3n_text"
 
 
 class Threads:
@@ -93,7 +94,7 @@ def least_ranks(network: torch.nn.Module) -> int:
     raise AssertionError("nothing divides the network")
 
 
-@pytest.mark.parametrize("case", TYPICAL)
+@pytest.mark.parametrize("case", [case for case in TYPICAL if case != GEMMA_3N])
 def test_ranks_give_together_what_a_network_gives_alone(threads, case):
     whole = ours(case)
     tokens, ranks = prompt(11), least_ranks(whole)
@@ -118,6 +119,11 @@ def test_numbers_that_do_not_divide_a_network_are_refused_with_those_that_do(cas
         tensor_parallel.shards(network, ranks)
     assert said in str(refused.value)
     assert f"{least_ranks(network)}" in str(refused.value).partition(" of a layer: ")[2]
+
+
+def test_a_network_that_cannot_be_divided_is_refused_by_name():
+    with pytest.raises(ExportError, match=r"is not for networks with alternating updates"):
+        tensor_parallel.shards(ours(GEMMA_3N), 2)
 
 
 def test_ranks_share_the_parameters_out(threads):
