@@ -48,7 +48,8 @@ def test_a_lowered_step_gives_the_steps_logits_and_state(model_type):
     example = torch.zeros(2, 1, size), torch.zeros(2, dtype=torch.int64)
     (lowered,) = lower(step, [tuple(x.to(DEVICE) for x in example)], names_of(weights | state))
     with torch.no_grad():
-        for position in range(3):
+        # A step of the last of them takes Triton's interpreter seven seconds.
+        for position in (2,) if model_type == PER_LAYER else range(3):
             hidden = torch.randn(2, 1, size, device=DEVICE)
             where = torch.tensor([position, position + 2], device=DEVICE)
             expected = step(hidden, where)
