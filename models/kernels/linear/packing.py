@@ -102,7 +102,8 @@ def quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """float [N, K] -> packed float8 [N, 2 * W] and scales float32 [1, N], those of
     `round_float8`."""
     values, scale = round_float8(weight)
-    return pack_float8(values), scale[None]
+    # With the strides of the transpose of rows, as the others have them.
+    return pack_float8(values), scale[:, None].T
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
