@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from tokenloop.export.errors import ExportError
 from tokenloop.export.launches.cuda_step import CudaStep
+from tokenloop.export.launches.embedded import Tables
+from tokenloop.export.launches.methods import Method, choice_inputs
 from tokenloop.export.methods import Select, integers
 from tokenloop.export.packed_weights import PackedAttention
 from tokenloop.models.decoder import Backbone
 from tokenloop.models.kernels import cuda
 from tokenloop.sampler.kernels import operator
-
-Method = tuple[nn.Module, dict[str, Tensor]]
 
 
 class Drafts(nn.Module):
@@ -29,7 +29,7 @@ class Drafts(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
 
 
-class Round(nn.Module):
+class Round(Tables):
     """history int64 [N], position int64 [1], tokens and positions int64 [R] -> logits float32
     [R, V] after each of the tokens. tokens and positions are written: the newest token, which is at
     `position`, and drafts.
@@ -40,10 +40,8 @@ class Round(nn.Module):
 
     def __init__(self, step: CudaStep, backbone: Backbone, drafts: nn.ModuleList | None):
         """`drafts` are for each layer, and None for rounds of one row."""
-        super().__init__()
-        self.step, self.embed_tokens = step, backbone.embed_tokens
-        self.scale = backbone.scale_in(self.embed_tokens.weight.dtype)
-        self.drafts = drafts
+        super().__init__(backbone)
+        self.step, self.drafts = step, drafts
 
     def forward(
         self, history: Tensor, position: Tensor, tokens: Tensor, positions: Tensor
@@ -114,12 +112,6 @@ def draft_methods(
             "position": position, "accepted": accepted,
         }  # fmt: skip
         methods[f"accept_{size}"] = Accept(step, own), given
-    numbers, counts = torch.ones(rows), integers(rows)
-    sampling = {
-        "temperature": numbers, "top_k": counts, "top_p": numbers.clone(), "seed": counts.clone(),
-        "position": counts.clone(),
-    }  # fmt: skip
     for name, function in operator.SELECTION.items():
-        inputs = {"logits": torch.zeros(rows, vocab_size)} | (sampling if name != "greedy" else {})
-        methods[f"{name}_round"] = Select(function), inputs | {"next_id": integers(rows, 1)}
+        methods[f"{name}_round"] = Select(function), choice_inputs(name, rows, vocab_size)
     return methods

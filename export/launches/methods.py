@@ -72,6 +72,17 @@ class NextPositions(nn.Module):
         cuda.next_positions(lines, next_line, position)
 
 
+def choice_inputs(name: str, rows: int, vocab_size: int) -> dict[str, Tensor]:
+    """What the choice `name` of so many rows' tokens takes, a key of operator.SELECTION."""
+    numbers, counts = torch.ones(rows), integers(rows)
+    sampling = {
+        "temperature": numbers, "top_k": counts, "top_p": numbers.clone(), "seed": counts.clone(),
+        "position": counts.clone(),
+    }  # fmt: skip
+    given = {"logits": torch.zeros(rows, vocab_size)} | ({} if name == "greedy" else sampling)
+    return given | {"next_id": integers(rows, 1)}
+
+
 def selection_methods(
     backbone: Backbone, batch: int, vocab_size: int, max_seq_len: int
 ) -> dict[str, Method]:
@@ -87,13 +98,7 @@ def selection_methods(
         ),
     }
     for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
-        numbers, counts = torch.ones(rows), integers(rows)
         given = {"logits": torch.zeros(rows, vocab_size)}
-        sampling = {
-            "temperature": numbers, "top_k": counts, "top_p": numbers.clone(),
-            "seed": counts.clone(), "position": counts.clone(),
-        }  # fmt: skip
-        written = {"next_id": integers(rows, 1)}
         # At most the tokens of a sequence, and those with a bias.
         most = min(vocab_size, max_seq_len + MOST_BIASES)
         scales = torch.ones(rows, most)
@@ -105,7 +110,7 @@ def selection_methods(
             methods[f"adjust{end}"] = Change(operator.adjust), given | adjusted
         hidden = {"hidden": torch.zeros(rows, 1, backbone.embedded_size, dtype=dtype)}
         for name, function in operator.SELECTION.items():
-            inputs = given | ({} if name == "greedy" else sampling) | written
+            inputs = choice_inputs(name, rows, vocab_size)
             methods[name + suffix] = Select(function), inputs
             if not suffix:
                 method = SelectEmbed(backbone, EMBEDDING[name])
