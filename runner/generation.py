@@ -5,7 +5,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tokenloop.runner.errors import RunnerError
@@ -95,10 +95,9 @@ class BatchGeneration:
         """The next token that is to be shown, or None at the end."""
         loop = self._loop
         if self._before is None:
-            drafts = replace(loop.drafts)
-            self._before = loop.transfers.snapshot(), loop.steps, loop.prefill_s, drafts
+            self._before = loop.transfers.snapshot(), loop.steps, loop.prefill_s, loop.drafts
             self._start = time.perf_counter()
-        _, steps, prefill_s, drafts = self._before
+        _, steps, prefill_s, _ = self._before
         try:
             for result, token_id in self._tokens:
                 self._newest_s = time.perf_counter() - self._start
@@ -106,7 +105,7 @@ class BatchGeneration:
                     self._first_s = self._newest_s
                 self._steps, self._prefill_s = loop.steps - steps, loop.prefill_s - prefill_s
                 self._copies = loop.transfers.snapshot()
-                self._drafts = loop.drafts.since(drafts)
+                self._drafts = loop.drafts
                 token = result.take(token_id)
                 if token is not None:
                     return result.index, token
@@ -122,9 +121,10 @@ class BatchGeneration:
         begun = [result for result in self.results if result.taken]
         prompt_tokens = sum(len(result.prompt_ids) for result in begun)
         decoded, seconds = sum(r.taken - 1 for r in begun), self._newest_s - self._prefill_s
-        copies = Transfers()
+        copies, drafts = Transfers(), DraftCounts()
         if begun:
             copies = self._loop.transfers.since(self._before[0], self._copies)
+            drafts = self._drafts.since(self._before[3])
         return Stats(
             requests=len(begun),
             prompt_tokens=prompt_tokens,
@@ -135,9 +135,9 @@ class BatchGeneration:
             decode_tok_s=decoded / seconds if decoded else None,
             peak_rss_mb=peak_rss_mb(),
             transfers=copies.as_dict(),
-            draft_rounds=self._drafts.rounds,
-            drafted_tokens=self._drafts.drafted,
-            accepted_tokens=self._drafts.accepted,
+            draft_rounds=drafts.rounds,
+            drafted_tokens=drafts.drafted,
+            accepted_tokens=drafts.accepted,
         )
 
 

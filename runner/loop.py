@@ -236,7 +236,7 @@ class Loop:
             if not can_speculate(sequence):
                 yield from self.tokens([sequence], 1, plain, None, cache)
                 continue
-            start, steps = time.perf_counter(), self.steps
+            start, steps, drafts = time.perf_counter(), self.steps, self.drafts
             slots = Slots(self.program, 1, self._table, False)
             first, prefill = Steps(self.program, slots, plain), self._prefill(False, cache)
             for row, _ in slots.join(iter([sequence])):
@@ -245,11 +245,12 @@ class Loop:
             if not slots.begun():
                 continue
             ahead = options.double_buffering
-            rounds = Rounds(self.program, sequence, first.unread(), ahead, self.drafts)
+            rounds = Rounds(self.program, sequence, first.unread(), ahead)
             for number, token_id in enumerate(rounds.tokens()):
                 if number == 0:
                     self.prefill_s += time.perf_counter() - start
                 self.steps = steps + rounds.submitted
+                self.drafts = drafts.plus(rounds.counts)
                 yield sequence, token_id
 
     def _prefill(self, from_host: bool, cache: PrefixCache | None) -> Prefill:

@@ -8,8 +8,7 @@ not, and the text may suggest nothing. That changes no token.
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenloop.runner.program import Program, selection_method
 from tokenloop.runner.slots import Sequence
@@ -20,19 +19,20 @@ SPECULATIONS = ("lookup",)
 ALLOWED, MOST_CREDIT = 0.01, 4.0
 
 
-@dataclass
-class DraftCounts:
+class DraftCounts(NamedTuple):
     """Rounds that tried drafts, how many drafts they tried, and how many of these held."""
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
 
+    def plus(self, more: "DraftCounts") -> "DraftCounts":
+        """The counts of both together."""
+        return DraftCounts(*(a + b for a, b in zip(self, more)))
+
     def since(self, earlier: "DraftCounts") -> "DraftCounts":
         """The counts from `earlier` on."""
-        before = earlier.rounds, earlier.drafted, earlier.accepted
-        now = self.rounds, self.drafted, self.accepted
-        return DraftCounts(*(a - b for a, b in zip(now, before)))
+        return DraftCounts(*(a - b for a, b in zip(self, earlier)))
 
 
 def can_speculate(sequence: Sequence) -> bool:
@@ -82,15 +82,14 @@ class Budget:
 
 
 class Rounds:
-    """The rounds of one sequence, from its first token on. `submitted` counts them."""
+    """The rounds of one sequence, from its first token on. `submitted` counts them, and `counts`
+    are of those that tried drafts and have been read."""
 
-    def __init__(
-        self, program: Program, sequence: Sequence, first: Any, ahead: bool, counts: DraftCounts
-    ):  # fmt: skip
+    def __init__(self, program: Program, sequence: Sequence, first: Any, ahead: bool):
         """`first` int64 [1, 1] is the token that was chosen after the prompt. With `ahead` a round
-        is submitted before the one before it is read. `counts` go on."""
+        is submitted before the one before it is read."""
         self._program, self._sequence, self._first = program, sequence, first
-        self._ahead, self._counts = ahead, counts
+        self._ahead, self.counts = ahead, DraftCounts()
         self._method = selection_method([sequence.request], program.manifest)
         self.submitted = 0
         # Rounds that are not read: what they give, and whether they try drafts.
@@ -123,9 +122,8 @@ class Rounds:
             ids = chosen[:count]
             if drafted:
                 self._budget.earn(count - 1)
-                self._counts.rounds += 1
-                self._counts.drafted += self._program.draft_tokens
-                self._counts.accepted += count - 1
+                more = DraftCounts(1, self._program.draft_tokens, count - 1)
+                self.counts = self.counts.plus(more)
 
     def _read(self, values: Any) -> list[int]:
         """The numbers of a round, or the first token. The next round may be submitted before."""
