@@ -282,12 +282,14 @@ def attention_chunk() -> None:
     module = operators("models.kernels.attention_chunk.operator")
     starts, rows, first = (empty(count, dtype=int32) for count in (9, 8, 8))
     # Qwen3 4B, both kinds of Gemma 4's layers, Qwen3.5 9B, Gemma 3 270M.
-    for kv_heads, groups, size, slots, is_ring in (
-        (8, 4, 128, 8448, False), (16, 2, 256, 1024, True), (4, 8, 512, 8448, False),
-        (4, 4, 256, 8448, False), (1, 4, 256, 512, True), (2, 1, 32, 100, True),
+    # The largest heads and a ring in float32 as well.
+    half, both = (bfloat16,), (bfloat16, float32)
+    for kv_heads, groups, size, slots, is_ring, dtypes in (
+        (8, 4, 128, 8448, False, half), (16, 2, 256, 1024, True, half),
+        (4, 8, 512, 8448, False, both), (4, 4, 256, 8448, False, half),
+        (1, 4, 256, 512, True, half), (2, 1, 32, 100, True, both),
     ):  # fmt: skip
-        # In float32 the largest heads, and a ring.
-        for dtype in (bfloat16, float32) if kv_heads in (2, 4) and size != 256 else (bfloat16,):
+        for dtype in dtypes:
             shared = size == 512
             width = kv_heads * size * (groups + (1 if shared else 2))
             caches = [empty(4, slots, kv_heads, size, dtype=dtype) for _ in range(2)]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.export.packed import loaded, packed_layers  # noqa: E402
+from tests.export.packed import layers_by_names, loaded, packed_layers  # noqa: E402
 from tests.export.test_cuda_prefill import chunk_of  # noqa: E402
 from tests.models.eager import prompt  # noqa: E402
 from tests.models.tiny_models import ROW_OF, make_reference, network_of  # noqa: E402
@@ -147,22 +147,15 @@ def test_a_checkpoint_s_float8_is_kept(tmp_path, form):
     (line,) = keeping.lines()
     assert "14 layers have the checkpoint's numbers and scales; 1 are neither" in line
     stored = load_file(path / "model.safetensors")
-    for i, block in enumerate(blocks):
-        parts = {
-            "self_attn.q_proj self_attn.k_proj self_attn.v_proj": block.qkv,
-            "self_attn.o_proj": block.o, "mlp.gate_proj mlp.up_proj": block.gate_up,
-            "mlp.down_proj": block.down,
-        }  # fmt: skip
-        for names, packed in parts.items():
-            names = [f"model.layers.{i}.{name}.weight" for name in names.split()]
-            expected = torch.cat([checkpoint.stored[name].read() for name in names])
-            assert packed.weight.dtype == FLOAT8 and packed.scale.dtype == torch.float32
-            groups = packed.inputs // (64 if form == "block 64" else 128) if "block" in form else 1
-            assert packed.scale.shape == (groups, len(expected))
-            # To the last bit of float32, and bytes as they are.
-            assert torch.equal(dequantize(packed.weight, packed.scale, packed.inputs), expected)
-            bytes_of = torch.cat([stored[name].view(torch.uint8) for name in names])
-            assert torch.equal(*(x.flatten().bincount() for x in (bytes_of, bytes_in(packed))))
+    for names, packed in layers_by_names(blocks):
+        expected = torch.cat([checkpoint.stored[name].read() for name in names])
+        assert packed.weight.dtype == FLOAT8 and packed.scale.dtype == torch.float32
+        groups = packed.inputs // (64 if form == "block 64" else 128) if "block" in form else 1
+        assert packed.scale.shape == (groups, len(expected))
+        # To the last bit of float32, and bytes as they are.
+        assert torch.equal(dequantize(packed.weight, packed.scale, packed.inputs), expected)
+        bytes_of = torch.cat([stored[name].view(torch.uint8) for name in names])
+        assert torch.equal(*(x.flatten().bincount() for x in (bytes_of, bytes_in(packed))))
 
 
 def bytes_in(packed: torch.nn.Module) -> torch.Tensor:

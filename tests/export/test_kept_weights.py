@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.export.compressed import compressed_checkpoint
-from tests.export.packed import loaded, packed_layers
+from tests.export.packed import layers_by_names, loaded, packed_layers
 from tokenloop.export.checkpoint.contents import Grid, NamedGrid
 from tokenloop.export.command import ANY, export, parse_arguments
 from tokenloop.export.errors import ExportError
@@ -222,14 +222,7 @@ def test_ggufs_blocks_are_kept(tmp_path, backend, kinds):
     pack_head(network, keeping)
     assert len(keeping.kept) == 15 and keeping.left == [] and keeping.without == 0
     assert isinstance(network.lm_head, PackedHead)
-    for i, block in enumerate(blocks):
-        parts = {
-            "self_attn.q_proj self_attn.k_proj self_attn.v_proj": block.qkv,
-            "self_attn.o_proj": block.o, "mlp.gate_proj mlp.up_proj": block.gate_up,
-            "mlp.down_proj": block.down,
-        }  # fmt: skip
-        for names, packed in parts.items():
-            stored = [f"model.layers.{i}.{name}.weight" for name in names.split()]
-            expected = torch.cat([checkpoint.stored[name].read() for name in stored])
-            assert torch.equal(dequantize(packed.weight, packed.scale, 256), expected)
+    for names, packed in layers_by_names(blocks):
+        expected = torch.cat([checkpoint.stored[name].read() for name in names])
+        assert torch.equal(dequantize(packed.weight, packed.scale, 256), expected)
     assert weight_bits(blocks[0].qkv.weight, 256) == 4
