@@ -67,9 +67,12 @@ def bin_of(s, BINS: tl.constexpr):
 
 
 @triton.jit
-def list_parts(parts_ptr, is_listed, TOPS: tl.constexpr):
-    """Write the numbers of the row's parts that are listed to parts int32, in their order, and give
-    how many there are. Several programs may do so at once: they write the same."""
+def list_parts(parts_ptr, is_listed, count, TOPS: tl.constexpr):
+    """Write the numbers of those of the row's `count` parts that are listed to parts int32, in
+    their order, and give how many there are. Several programs may do so at once: they write the
+    same."""
+    # In a row without numbers what is past its end is not below the rest.
+    is_listed = is_listed & (tl.arange(0, TOPS) < count)
     slots = tl.cumsum(is_listed.to(tl.int32)) - 1
     tl.store(parts_ptr + slots, tl.arange(0, TOPS), mask=is_listed)
     tl.debug_barrier()
@@ -117,7 +120,7 @@ def floor_of_bins(tops, largest, temperature, k, p, vocab_size):
 
 @triton.jit
 def add_to_bins(
-    row_ptr, tops, parts_ptr, sums_ptr, program, programs, largest, temperature, k, p,
+    row_ptr, tops, parts_ptr, sums_ptr, program, programs, largest, temperature, k, p, count,
     vocab_size, column_stride, BINS: tl.constexpr, TOPS: tl.constexpr, AT_ONCE: tl.constexpr,
     TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -126,11 +129,12 @@ def add_to_bins(
     floor = floor_of_bins(tops, largest, temperature, k, p, vocab_size)
     # Of top-p alone every mass counts towards the sum.
     least = floor if k > 0 else tl.full([], LOWEST, tl.float32)
-    count = list_parts(parts_ptr, scaled(tops, largest, temperature) >= least, TOPS)
+    is_needed = scaled(tops, largest, temperature) >= least
+    needed = list_parts(parts_ptr, is_needed, count, TOPS)
     rest = tl.zeros([AT_ONCE * (TILE // PARTS // 4), 4], tl.int64)
-    for start in range(program * AT_ONCE, count, programs * AT_ONCE):
+    for start in range(program * AT_ONCE, needed, programs * AT_ONCE):
         x, ids, is_own, _, _ = load_parts(
-            row_ptr, parts_ptr, start, count, vocab_size, column_stride, AT_ONCE,
+            row_ptr, parts_ptr, start, needed, vocab_size, column_stride, AT_ONCE,
             TILE, PARTS, STRIDE, WHOLE,
         )  # fmt: skip
         s = scaled(x, largest, temperature)

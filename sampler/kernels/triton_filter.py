@@ -78,7 +78,7 @@ def narrow_kernel(
             else:
                 seed, position = tl.load(seed_ptr + row), tl.load(position_ptr + zero + row)
                 best, is_found = short_token(
-                    row_ptr, _load_tops(tops_ptr, count, TOPS), parts_ptr,
+                    row_ptr, _load_tops(tops_ptr, count, TOPS), count, parts_ptr,
                     short_ptr + zero + row * TOKENS, sums_ptr + 2 * BINS + SEMAPHORES + 2,
                     temperature, k, p, seed, position, vocab_size, column_stride,
                     TILE, PARTS, STRIDE, WHOLE, TOPS, LISTED, TOKENS,
@@ -94,7 +94,7 @@ def narrow_kernel(
         tops = _load_tops(tops_ptr, count, TOPS)
         add_to_bins(
             row_ptr, tops, parts_ptr, sums_ptr, program, tl.num_programs(1), tl.max(tops),
-            temperature, k, p, vocab_size, column_stride,
+            temperature, k, p, count, vocab_size, column_stride,
             BINS, TOPS, AT_ONCE, TILE, PARTS, STRIDE, WHOLE,
         )  # fmt: skip
         if arrive(sums_ptr + 2 * BINS + SEMAPHORES, tl.num_programs(1)):
@@ -121,7 +121,7 @@ def _bound_parts(
         offsets = tl.arange(0, TOPS)
         none = (is_needed == 0) & (offsets < count)
         tl.store(bounds_ptr + offsets, tl.full([TOPS], LOWEST_KEY, tl.int32), mask=none)
-    needed = list_parts(parts_ptr, is_needed, TOPS)
+    needed = list_parts(parts_ptr, is_needed, count, TOPS)
     for start in range(program * AT_ONCE, needed, programs * AT_ONCE):
         x, ids, is_own, counters, parts = load_parts(
             row_ptr, parts_ptr, start, needed, vocab_size, column_stride, AT_ONCE,

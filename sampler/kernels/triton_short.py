@@ -54,22 +54,24 @@ def _slots(counter_ptr, is_listed):
 
 @triton.jit
 def short_token(
-    row_ptr, tops, parts_ptr, short_ptr, counters_ptr, temperature, k, p, seed, position,
+    row_ptr, tops, count, parts_ptr, short_ptr, counters_ptr, temperature, k, p, seed, position,
     vocab_size, column_stride,
     TILE: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
     TOPS: tl.constexpr, LISTED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """(the largest score of a row with its id, packed; whether it was found). k is at most LISTED.
 
-    tops float32 [TOPS]; parts, and short int64 [TOKENS], are written, and two counters, which are 0
-    before.
+    tops float32 [TOPS] are -inf past the row's `count` parts; parts, and short int64 [TOKENS], are
+    written, and two counters, which are 0 before.
     """
     largest = tl.max(tops)
     low, parts_left = narrowed(tops, end_of_mass(largest, temperature), largest, k, LISTED)
     best = tl.full([], NOTHING | ID_MASK, tl.int64)
     is_found = parts_left <= LISTED
     if is_found:
-        is_part = tops >= low
+        # In a row without numbers what is past its end is not below the rest.
+        is_part = (tops >= low) & (tl.arange(0, TOPS) < count)
+        parts_left = tl.sum(is_part.to(tl.int32))
         part_slots = _slots(counters_ptr, is_part)
         tl.store(parts_ptr + part_slots, tl.arange(0, TOPS), mask=is_part)
         tl.debug_barrier()

@@ -124,6 +124,28 @@ def test_parts_without_numbers_do_not_end_the_search(monkeypatch):
         assert ours(operator.sample, logits, *values, restricted=restricted, tile=16) == expected
 
 
+@pytest.mark.parametrize("top_k", [0, 3, 70])
+def test_rows_without_numbers_write_nothing_past_their_end(monkeypatch, top_k):
+    """Of 9 tiles and of 18 parts, so that what a program holds goes past the row's end."""
+    monkeypatch.setattr(operator, "PART", 8)
+    given, guarded, real = [], 64, torch.empty
+
+    def empty(*shape, **options):
+        whole = real(math.prod(shape) + guarded, **options).fill_(77)
+        given.append(whole)
+        return whole[:-guarded].view(shape)
+
+    monkeypatch.setattr(operator.torch, "empty", empty)
+    logits = torch.randn(3, 142, generator=torch.Generator().manual_seed(3))
+    logits[0], logits[2] = -INF, NAN
+    values = torch.full((3,), 0.9), torch.full((3,), top_k), torch.full((3,), 0.8)
+    values = [*values, torch.arange(3), torch.arange(3)]
+    expected = reference.sample(logits, *values).flatten().tolist()
+    assert ours(operator.sample, logits, *values, tile=16) == expected
+    assert len(given) > 5
+    assert all((whole[-guarded:] == 77).all() for whole in given)
+
+
 @pytest.mark.parametrize("tile, part, stride, groups", SHAPES)
 @pytest.mark.parametrize("size", [160, 157])
 def test_how_rows_are_cut_into_parts_changes_no_token(
