@@ -12,6 +12,10 @@ from tokenloop.runner.program import Program
 NEWEST_STEPS = 5
 # What was not measured among so many chunks, the newest, is forgotten: it may be no longer so.
 NEWEST_CHUNKS = 100
+# What differs from what was expected by less than this factor may be noise, which must not add up:
+# then other sizes are expected to take what was measured of them, but for DRIFT.
+NOISE = 1.5
+DRIFT = 1.2
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class Pace:
         self._program = program
         # Sizes of chunks are counted in these.
         self._unit = program.packing.multiple if program.packing else 1
-        # Seconds of a chunk by its size, which of the chunks was the newest of each size, and how
-        # many there were. Seconds of the newest steps.
+        # Seconds of a chunk by its size, as it is expected now and as it was measured, which of the
+        # chunks was the newest of each size, and how many there were. Seconds of the newest steps.
         self._chunks: dict[int, float] = {}
+        self._measured: dict[int, float] = {}
         self._newest: dict[int, int] = {}
         self._count = 0
         self._steps: deque[float] = deque(maxlen=NEWEST_STEPS)
@@ -64,25 +69,25 @@ class Pace:
         return max(1, self._size(seconds)) * self._unit
 
     def _size(self, seconds: float) -> int:
-        """As `tokens`, in units, rounded down."""
-        below: tuple[int, float] | None = None
-        slope = 0.0
-        for size, taken in sorted(self._chunks.items()):
-            if taken > seconds:
-                if below is None:
-                    # A smaller one has at least its share.
-                    return int(size * seconds / taken)
-                slope = (taken - below[1]) / (size - below[0])
-                return below[0] + int((seconds - below[1]) / slope)
-            if below is not None:
-                slope = (taken - below[1]) / (size - below[0])
-            below = size, taken
-        if below is None:
-            return 1
+        """As `tokens`, in units, rounded down.
+
+        Times are noisy, and a slope of two that are close says nothing. So no line goes beyond what
+        was measured: one is between the largest size that fits and the next, which does not. Where
+        all fit, a larger one needs no more than its share of the largest. So if a chunk takes
+        fixed + slope * size, and what is expected of each size is wrong by up to a factor f, a size
+        that is found takes no longer than f * seconds, or is one unit larger than what does; and it
+        is no smaller than what takes seconds / f, but for one unit.
+        """
+        known = sorted(self._chunks.items())
+        fits = [entry for entry in known if entry[1] <= seconds]
+        if not fits:
+            # A smaller one has at least its share.
+            return int(known[0][0] * seconds / known[0][1]) if known else 1
+        size, taken = fits[-1]
+        for larger, longer in known:
+            if larger > size:
+                return size + int((larger - size) * (seconds - taken) / (longer - taken))
         # Larger ones are not known. A step beyond what is known is not a leap.
-        size, taken = below
-        if slope > 0:
-            return size + int(min(size, (seconds - taken) / slope))
         return max(size + 1, int(min(2 * size, size * seconds / taken)))
 
     def _learn(self) -> None:
@@ -104,10 +109,16 @@ class Pace:
         if seconds <= 0:
             return
         if size in self._chunks:
-            scale = (seconds / self._chunks[size]) ** 0.5
-            self._chunks = {other: taken * scale for other, taken in self._chunks.items()}
+            change = seconds / self._chunks[size]
+            scale, may_be_noise = change**0.5, 1 / NOISE < change < NOISE
+            for other, taken in self._chunks.items():
+                if not may_be_noise:
+                    self._measured[other] *= scale
+                measured = self._measured[other]
+                self._chunks[other] = min(max(taken * scale, measured / DRIFT), measured * DRIFT)
         self._count += 1
-        self._chunks[size], self._newest[size] = seconds, self._count
+        self._chunks[size] = self._measured[size] = seconds
+        self._newest[size] = self._count
         for other, count in list(self._newest.items()):
             if self._count - count >= NEWEST_CHUNKS:
-                del self._chunks[other], self._newest[other]
+                del self._chunks[other], self._measured[other], self._newest[other]

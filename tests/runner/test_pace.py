@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.stateful import stateful_model
 from tests.threads import yielding_model
 from tests.timed import MULTIPLE, TimedProgram
 from tokenloop.runner.loop import Loop
-from tokenloop.runner.pace import Pace, Stall
+from tokenloop.runner.pace import DRIFT, Pace, Stall
 from tokenloop.runner.prefill import Part
 from tokenloop.runner.request import Request
 
@@ -155,15 +155,13 @@ def test_a_prompt_that_waits_sends_up_one_line_of_positions_a_step():
     assert [s.ids for s in sequences] == [s.expected() for s in sequences]
 
 
-# The same examples in every run. Others are known that break these bounds: where a pair of noisy
-# times makes a slope, a size may be too large by more, and where the noise is more than the room
-# that the fixed time leaves, one may be too small.
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None)
 @given(
     fixed=st.floats(0, 5), slope=st.floats(0.001, 3), wanted=st.floats(0, 60),
     noise=st.lists(st.floats(0.9, 1.1), min_size=7, max_size=7),
     before=st.lists(st.tuples(st.integers(1, 5000), st.floats(0.01, 90)), max_size=6),
 )  # fmt: skip
+@example(0, 1, 18.75, [0.92, 1, 1, 0.91, 1, 1, 0.97], [])
 def test_sizes_settle_where_there_is_time_for_them_whatever_was_measured_before(
     fixed, slope, wanted, noise, before
 ):
@@ -178,10 +176,12 @@ def test_sizes_settle_where_there_is_time_for_them_whatever_was_measured_before(
         sizes.append(pace.tokens(wanted))
         assert sizes[-1] >= MULTIPLE and sizes[-1] % MULTIPLE == 0
         pace.add_chunk(sizes[-1], 0.0, (fixed + slope * sizes[-1] / MULTIPLE) * next(noises))
-    best = max(1.0, (wanted - fixed) / slope)
-    newest = [size / MULTIPLE for size in sizes[-20:]]
-    assert min(newest) >= best / 2 - 1
-    assert max(newest) <= 1.5 * (best + fixed / slope * 0.2) + 1
+    # A time is wrong by up to a tenth, and then a drift of all times is seen in it.
+    wrong = DRIFT / 0.9
+    least, most = (max(1.0, (w - fixed) / slope) for w in (wanted / wrong, wanted * wrong))
+    newest = [size / MULTIPLE for size in sizes[-100:]]
+    assert min(newest) >= least - 1
+    assert max(newest) <= most + 1
 
 
 def test_the_time_of_a_step_is_that_of_the_newest_ones():
