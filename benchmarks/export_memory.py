@@ -2,8 +2,9 @@
 
 A random checkpoint is written: bfloat16 or float32 in shards of about a gigabyte, or one GGUF file.
 The floor is the memory of the importing process. What is measured is the largest memory of an
-export's processes that belongs to no file (RssAnon and RssShmem, sampled), for pages of files are
-given back when others need memory.
+export's processes that belongs to no file (Pss_Anon and Pss_Shmem, sampled), for pages of files are
+given back when others need memory. What processes share counts once: a process that has just begun
+as a copy of another one shares all of its memory.
 """
 
 import argparse
@@ -175,7 +176,7 @@ def write_gguf(path: Path, shape: dict, kind: str) -> None:
 
 
 def measure(arguments: list[str]) -> tuple[int, float]:
-    """The largest RssAnon, in bytes, of a Python process and its children together, and seconds."""
+    """The largest `anonymous` of a Python process and its children together, and seconds."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments])
     peak = 0
@@ -201,11 +202,12 @@ def family(pid: int) -> list[int]:
 
 
 def anonymous(pid: int) -> int:
+    """Bytes of a process that belong to no file, and its part of those that it shares."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except FileNotFoundError:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
         return 0
-    kinds = "RssAnon:", "RssShmem:"
+    kinds = "Pss_Anon:", "Pss_Shmem:"
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kinds))
 
 

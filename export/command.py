@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tokenloop.export import hub, process
-from tokenloop.export.background import collect_seldom
+from tokenloop.export.background import collect_seldom, return_memory
 from tokenloop.export.demo import gemma3_270m
 from tokenloop.export.errors import ExportError
 from tokenloop.export.recipes import FOR_BACKEND
@@ -342,6 +342,7 @@ def main(arguments: list[str] | None = None, family: Family = ANY) -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     collect_seldom()
+    return_memory()
     start = time.perf_counter()
     console = Console(stderr=True)
     bar = Progress(

@@ -21,6 +21,8 @@ from tokenloop.export.tensors_in_files import empty
 TEXT = Path(__file__).with_name("calibration.txt")
 TOKENS = 512
 TINY = 1e-5
+# Weights whose columns are looked at together. Sums of fewer columns than these round otherwise.
+BLOCK_ELEMENTS, COLUMNS_TOGETHER = 1 << 22, 256
 
 
 def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
@@ -107,7 +109,7 @@ def _rescale(
     weights equally uneven (the paper's alpha of one half). With `shape` [A, B, C] for [K], s is the
     same along B and is returned as [A C]."""
     size = seen[readers[0]].square
-    weight = torch.cat([reader.weight for reader in readers]).float().square().mean(0)
+    weight = mean_squares([reader.weight for reader in readers])
     if shape is not None:
         size, weight = (x.view(shape).mean(1).flatten() for x in (size, weight))
     # Both are squares. The logarithm is halved once for their roots and once for alpha.
@@ -121,6 +123,14 @@ def _rescale(
         _replace(reader, torch.mul, columns)
         seen[reader].mean /= columns
     return scale
+
+
+def mean_squares(weights: Sequence[Tensor]) -> Tensor:
+    """float32 [K] of each column of weights [N, K], one below the other."""
+    rows = sum(map(len, weights))
+    count = max(BLOCK_ELEMENTS // rows // COLUMNS_TOGETHER, 1) * COLUMNS_TOGETHER
+    parts = zip(*(weight.split(count, 1) for weight in weights))
+    return torch.cat([torch.cat(part).float().square().mean(0) for part in parts])
 
 
 def _replace(linear: nn.Linear, function: Callable, factor: Tensor) -> None:

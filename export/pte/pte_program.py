@@ -28,6 +28,7 @@ from tokenloop.export.pte import block_cache as attention
 from tokenloop.export.pte import xnnpack_regions as xnnpack
 from tokenloop.export.pte.block_cache import UNIT, BlockCache, SlotLayout
 from tokenloop.export.pte.composite_operators import composite_operators_once
+from tokenloop.export.pte.constants_in_files import constants_in_files
 from tokenloop.export.pte.lazy_graphs import lazy_graphs
 from tokenloop.export.pte.linking import link
 from tokenloop.export.pte.lowered_experts import LoweredExperts
@@ -300,6 +301,7 @@ def build_program(
 
 @composite_operators_once()
 @lazy_graphs()
+@constants_in_files()
 def to_program(
     methods: dict[str, ExportedProgram], constants: dict[str, int | bool | list[int]],
     in_place: bool, progress: Callable[[str], None],

@@ -5,7 +5,7 @@ asymmetric). Weights are quantized when the artifact is made (symmetric). The em
 of int8 rows with a scale for each group of values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,17 @@ decomposed = torch.ops.quantized_decomposed
 
 
 EMBEDDING_GROUP_SIZE = 32
-# Large tables are worked on in parts, so that no second float copy of them is needed.
-ROWS_AT_ONCE = 16384
+# Weights that are worked on at a time, which takes several times their memory as floats.
+BLOCK_ELEMENTS = 1 << 22
+# Of some processors' matrix products the last rows round otherwise, where they are fewer.
+ROWS_TOGETHER = 64
+
+
+def blocks_of(weight: Tensor) -> Iterator[slice]:
+    """The rows of weight [N, K], some at a time."""
+    rows = max(BLOCK_ELEMENTS // weight.shape[1] // ROWS_TOGETHER, 1) * ROWS_TOGETHER
+    for start in range(0, len(weight), rows):
+        yield slice(start, start + rows)
 
 
 def quantize_rows(
@@ -40,8 +49,7 @@ def quantize_rows(
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     values = empty(weight.shape, torch.int8)
     scales = empty((weight.shape[0], weight.shape[1] // group_size), torch.float32)
-    for start in range(0, weight.shape[0], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for rows in blocks_of(weight):
         block = weight[rows].detach().float().unflatten(1, (-1, group_size))
         if bits == 8:
             scale = block.abs().amax(-1) / high
@@ -99,8 +107,7 @@ class QuantizedLinear(nn.Module):
     def _error(self, weight: Tensor, mean: Tensor) -> Tensor:
         """What rounding takes from weight [N, K] @ mean [K], float32 [N]."""
         missing = []
-        for start in range(0, len(weight), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for rows in blocks_of(weight):
             codes = self.weight[rows]
             kept = restore(codes, self.scales[rows].view(len(codes), -1))
             missing.append((weight[rows] - kept).double() @ mean.double())

@@ -33,7 +33,6 @@ from executorch.backends.xnnpack.xnnpack_preprocess import (
     generate_node_to_external_map,
 )
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec
@@ -41,10 +40,10 @@ from executorch.exir.delegate import executorch_call_delegate
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from tokenloop.export.pte.constants_in_files import in_file
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.pte.running_regions import RUNNING, prepare_running
 from tokenloop.export.pte.xnnpack_graph import CONCATENATIONS, delegate
-from tokenloop.export.tensors_in_files import file_of
 from tokenloop.models.layers import RMSNorm
 from tokenloop.models.per_layer import HALF
 
@@ -377,8 +376,8 @@ class DataInFiles(NamedDataStore):
     hold all of them until the program is written."""
 
     def add_named_data(self, key: str, data: bytes | Tensor, *arguments, **named) -> None:
-        if isinstance(data, bytes) and (path := file_of(data)) is not None:
-            data = FileBackedData(str(path))
+        if isinstance(data, bytes):
+            data = in_file(data)
         super().add_named_data(key, data, *arguments, **named)
 
 

@@ -4,22 +4,28 @@ import ctypes
 import errno
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from executorch.exir._serialize._cord import FileBackedData
 from torch import nn
 
 from tests.export.test_checkpoint import write_gguf
 from tokenloop.export import packed_weights
 from tokenloop.export import tensors_in_files as files
+from tokenloop.export.background import M_MMAP_THRESHOLD, return_memory
 from tokenloop.export.checkpoint import Checkpoint, StoredTensor, load_weights
 from tokenloop.export.checkpoint.gguf_reader import read_header
 from tokenloop.export.errors import ExportError
 from tokenloop.export.packed_weights import PackedLinear
+from tokenloop.export.pte import calibrate, quantize
 from tokenloop.export.pte.calibrate import _replace
+from tokenloop.export.pte.pte_program import to_program
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.recipes import FP8
 from tokenloop.models.kernels.linear.packing import (
@@ -126,13 +132,12 @@ STEPS = {
 
 @pytest.fixture
 def gives_back():
-    """malloc gives large memory back as soon as it is free. By itself it keeps more of it the more
-    the process has used before."""
-    libc, threshold = ctypes.CDLL(None), -3  # M_MMAP_THRESHOLD of malloc.h
+    """As in an export. By itself malloc keeps more memory the more the process has used before."""
+    libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
-    assert libc.mallopt(threshold, 1 << 20)
+    return_memory()
     yield
-    libc.mallopt(threshold, 32 << 20)
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
 
 
 @pytest.mark.usefixtures("one_thread", "gives_back")
@@ -147,6 +152,77 @@ def test_the_memory_of_weights_is_that_of_a_few_tensors(tmp_path, checkpoint, st
         made = [STEPS[step](linear) for linear in network.layers]
         grown = anonymous() - before
         assert len(made) == COUNT and grown < COUNT * result / 2
+
+
+FREES_BELOW_WHAT_LIVES_ON = """
+import ctypes, sys
+from pathlib import Path
+from tokenloop.export.background import return_memory
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split("RssAnon:")[1].split()[0])
+libc, size = ctypes.CDLL(None), 2 << 20
+libc.malloc.restype = ctypes.c_void_p
+if sys.argv[1] == "export":
+    return_memory()
+large = libc.malloc(31 << 20)
+libc.free(ctypes.c_void_p(large))
+before, blocks = anonymous(), []
+for _ in range(40):
+    blocks.append(libc.malloc(size))
+    ctypes.memset(blocks[-1], 1, size)
+    libc.malloc(64 << 10)
+for block in blocks:
+    libc.free(ctypes.c_void_p(block))
+print((anonymous() - before) // size)
+"""
+
+
+@pytest.mark.parametrize(("process", "most"), [("export", 5), ("other", 40)])
+def test_an_export_gives_back_what_lies_below_memory_that_lives_on(process, most):
+    command = [sys.executable, "-c", FREES_BELOW_WHAT_LIVES_ON, process]
+    kept = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # Without it the test would say nothing.
+    assert kept <= most if process == "export" else kept > most / 2
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", torch.arange(MEGABYTE // 4).view(-1, 8))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(ids, self.rows)
+
+
+def test_a_programs_constants_are_files_until_it_is_written(tmp_path):
+    def program() -> bytes:
+        methods = {"forward": torch.export.export(Table(), (torch.arange(3),))}
+        made = to_program(methods, {}, False, lambda what: None)
+        kinds.append({type(buffer.storage) for buffer in made.executorch_program.constant_buffer})
+        return made.buffer
+
+    kinds: list[set[type]] = []
+    expected = program()
+    with files.tensors_in_files(tmp_path):
+        assert program() == expected
+    assert kinds == [{bytes}, {bytes, FileBackedData}]
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(300, 520)], [(256, 1024), (64, 1024), (64, 1024)], [(999, 72), (7, 72)]]
+)
+def test_squares_of_columns_and_errors_of_rows_in_parts_are_those_of_the_whole(monkeypatch, shapes):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    linear = nn.Linear(shapes[0][1], shapes[0][0])
+    linear.weight, mean = nn.Parameter(weights[0], requires_grad=False), weights[0][0].clone()
+    expected = calibrate.mean_squares(weights), *QuantizedLinear(linear, 8, None, mean).buffers()
+    for module in (calibrate, quantize):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1000)
+    assert torch.equal(expected[0], torch.cat(weights).square().mean(0))
+    got = calibrate.mean_squares(weights), *QuantizedLinear(linear, 8, None, mean).buffers()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected))
 
 
 @pytest.mark.parametrize(
