@@ -19,7 +19,8 @@ TRIED, TIMED = 5, 3
 
 
 class DraftModel:
-    """A program of one row, which is this one's alone. `budget` is what its drafts may cost.
+    """A program of one row, which is this one's alone. A round with its drafts takes `cost` rounds
+    without, and `budget` is what they may cost.
 
     What it has computed of a text stays, and goes on where the next text does. A full layer's keys
     lie by position, so those behind a draft that did not hold are overwritten. A ring's slots had
@@ -33,7 +34,7 @@ class DraftModel:
 
         Errors: RunnerError for a program whose state cannot be read, or has no room beside it.
         """
-        self._program, transfers = program, program.transfers
+        self.program, transfers = program, program.transfers
         self._state = RowState(program, program.manifest["max_seq_len"])
         try:
             self._state.make_room(0, 1)
@@ -55,7 +56,8 @@ class DraftModel:
         # drafts after it.
         self._fed: list[int] = []
         self._kept = 0
-        self.budget = Budget(round_cost + self._measured(count) / round_s, FIRST_TRIES)
+        self.cost = round_cost + self._measured(count) / round_s
+        self.budget = Budget(self.cost, FIRST_TRIES)
 
     def propose(self, ids: list[int], count: int) -> list[int]:
         """The `count` tokens that the model would choose after a text. There are positions for all
@@ -64,7 +66,7 @@ class DraftModel:
         # If this is interrupted, nothing is known of what was computed.
         self._fed, self._kept = [], 0
         token, fed = self._feed(ids, first)
-        transfers = self._program.transfers
+        transfers = self.program.transfers
         transfers.copy(token[:, 0], self._drafts[:1])
         for i in range(1, count):
             token, fed = self._step(fed, len(ids) + i - 1)
@@ -92,7 +94,7 @@ class DraftModel:
     def _feed(self, ids: list[int], first: int) -> Selected:
         """Compute a text from its place `first` on, and keep the state after it; the token that
         follows."""
-        program = self._program
+        program = self.program
         if first == len(ids) - 1:
             place = program.next_id(self._buffer)
             chosen = self._step(program.transfers.upload([ids[-1:]], out=place), first)
@@ -112,7 +114,7 @@ class DraftModel:
         """A step that is fed what lies in the newest buffer; it writes the other one."""
         self._buffer = 1 - self._buffer
         step = Step(self._table[position : position + 1], position, GREEDY)
-        return self._program.step(fed, step, self._buffer)
+        return self.program.step(fed, step, self._buffer)
 
     def _measured(self, count: int) -> float:
         """Seconds that `count` drafts take after a short text."""

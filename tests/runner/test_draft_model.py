@@ -69,7 +69,7 @@ def test_the_same_text_again_and_one_that_was_interrupted(tiny, draft, monkeypat
     expected = ids_of(tiny, ids, DRAFTS)
     for again in (ids, ids, ids[:20], ids):
         assert draft.propose(again, DRAFTS) == ids_of(tiny, again, DRAFTS)
-    step, calls = draft._program.step, []
+    step, calls = draft.program.step, []
 
     def interrupted(*given):
         calls.append(given)
@@ -78,7 +78,7 @@ def test_the_same_text_again_and_one_that_was_interrupted(tiny, draft, monkeypat
         return step(*given)
 
     longer = [*ids, *expected[:2], 9]
-    monkeypatch.setattr(draft._program, "step", interrupted)
+    monkeypatch.setattr(draft.program, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draft.propose(longer, DRAFTS)
     assert draft.propose(longer, DRAFTS) == ids_of(tiny, longer, DRAFTS)
