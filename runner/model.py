@@ -208,7 +208,7 @@ class Model:
             if mine != other:
                 raise RunnerError(
                     f"the draft model {name} has another vocabulary: its token {token_id} is "
-                    f"{shown(other)}, and here it is {shown(mine)}"
+                    f"{other!r}, and here it is {mine!r}"
                 )
         with LOADING:
             draft = load_program(artifact, self._threads)

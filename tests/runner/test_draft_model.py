@@ -14,6 +14,8 @@ from tokenloop.runner import LoopOptions, Request, RunnerError
 from tokenloop.runner.draft_model import DraftModel
 from tokenloop.runner.manifest import open_artifact
 from tokenloop.runner.model import load_program
+from tokenloop.runner.run import main
+from tokenloop.runner.tokenizer import Tokenizer
 
 DRAFTED = LoopOptions("alias", speculate="draft")
 
@@ -122,6 +124,15 @@ def test_drafts_that_never_hold_are_soon_given_up(tiny, rounds, tiny_artifact, m
     assert tries[0] == 3 and sum(tries[1:]) <= 2
 
 
+def test_a_command_line_says_in_one_line_that_no_drafts_can_be_verified(tiny_artifact, capsys):
+    for draft in tiny_artifact, "nowhere":
+        arguments = "--artifact", tiny_artifact, "--speculate", draft, "a"
+        assert main([str(argument) for argument in arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("tokenloop run: error: ")
+        assert "has no rounds for another model's drafts: export it with --device cuda" in line
+
+
 def test_what_does_not_fit_is_refused_by_name(tiny, rounds, tiny_artifact, tmp_path, monkeypatch):
     def refused(match, **changes):
         directory = altered(tiny_artifact, tmp_path / f"{len([*tmp_path.iterdir()])}", **changes)
@@ -136,6 +147,11 @@ def test_what_does_not_fit_is_refused_by_name(tiny, rounds, tiny_artifact, tmp_p
         tiny.generate([2], options=DRAFTED)
     with pytest.raises(RunnerError, match="no such|is missing|not"):
         tiny.use_draft(tmp_path / "nothing")
+    with monkeypatch.context() as patch:
+        names = iter(["a", "a", "b", "c"])
+        patch.setattr(Tokenizer, "token_name", lambda *_: next(names))
+        with pytest.raises(RunnerError, match="another vocabulary: its token 1 is 'c', and"):
+            tiny.use_draft(tiny_artifact)
     monkeypatch.setattr(tiny.loop.program, "verifies", False)
     with pytest.raises(RunnerError, match="no rounds for another model's drafts: export it with"):
         tiny.use_draft(tiny_artifact)
