@@ -19,8 +19,9 @@ TRIED, TIMED = 5, 3
 
 
 class DraftModel:
-    """A program of one row, which is this one's alone. A round with its drafts takes `cost` rounds
-    without, and `budget` is what they may cost.
+    """A program of one row, which is this one's alone. A round with all the drafts that there may
+    be takes `cost` rounds without. `budget` is what drafts may cost: one at a time is tried first,
+    and more if all hold.
 
     What it has computed of a text stays, and goes on where the next text does. A full layer's keys
     lie by position, so those behind a draft that did not hold are overwritten. A ring's slots had
@@ -29,7 +30,7 @@ class DraftModel:
     """
 
     def __init__(self, program: Program, count: int, round_cost: float, round_s: float):
-        """`count` drafts are wanted at a time. A round that tries them takes so many rounds
+        """`count` drafts are tried at a time at most. A round that tries them takes so many rounds
         without, which take `round_s` seconds.
 
         Errors: RunnerError for a program whose state cannot be read, or has no room beside it.
@@ -56,8 +57,26 @@ class DraftModel:
         # drafts after it.
         self._fed: list[int] = []
         self._kept = 0
-        self.cost = round_cost + self._measured(count) / round_s
-        self.budget = Budget(self.cost, FIRST_TRIES)
+        self._most, self._count = count, 1
+        self._round_cost, self._draft_cost = round_cost, self._measured(count) / count / round_s
+        self.cost = self._cost(count)
+        self.budget = Budget(self._cost(1), FIRST_TRIES)
+
+    def _cost(self, count: int) -> float:
+        return self._round_cost + count * self._draft_cost
+
+    def wanted(self) -> int:
+        """How many drafts may be tried now: twice as many as held last, if all did, and one more
+        than did otherwise, or as many as there is a budget for."""
+        for count in range(self._count, 0, -1):
+            self.budget.price(self._cost(count))
+            if self.budget.is_enough:
+                return count
+        return 0
+
+    def see(self, count: int, accepted: int) -> None:
+        """So many of `count` drafts held."""
+        self._count = min(self._most, 2 * count if accepted == count else accepted + 1)
 
     def propose(self, ids: list[int], count: int) -> list[int]:
         """The `count` tokens that the model would choose after a text. There are positions for all

@@ -67,8 +67,13 @@ class Budget:
 
     def __init__(self, cost: float, tries: int = 1):
         """`cost` is that of a round with drafts, in rounds without."""
+        self.price(cost)
+        self._credit = tries * self._loss
+
+    def price(self, cost: float) -> None:
+        """From now on a round with drafts takes so long."""
         self._loss = max(0.0, cost - 1)
-        self._credit, self._most = tries * self._loss, MOST_CREDIT * max(1.0, self._loss)
+        self._most = MOST_CREDIT * max(1.0, self._loss)
 
     @property
     def is_enough(self) -> bool:
@@ -86,11 +91,14 @@ class Budget:
 
 class Drafts(Protocol):
     """A model whose drafts are tried (draft_model.py). `budget` is for all sequences together: one
-    that its drafts do not fit is soon found out."""
+    that its drafts do not fit is soon found out. `wanted` are how many may be tried now, and `see`
+    learns how many of so many held."""
 
     budget: Budget
 
+    def wanted(self) -> int: ...
     def propose(self, ids: list[int], count: int) -> list[int]: ...
+    def see(self, count: int, accepted: int) -> None: ...
 
 
 class Rounds:
@@ -108,8 +116,8 @@ class Rounds:
         self._ahead, self.counts = ahead, DraftCounts()
         self._method = selection_method([sequence.request], program.manifest)
         self.submitted = 0
-        # Rounds that are not read: what they give, and whether they try drafts.
-        self._unread: deque[tuple[Any, bool]] = deque()
+        # Rounds that are not read: what they give, and how many drafts they try.
+        self._unread: deque[tuple[Any, int]] = deque()
         # How many tokens there are as far as rounds have been read.
         self._count = 1
         self._text = Repetition(sequence.prompt_ids)
@@ -139,9 +147,12 @@ class Rounds:
             self._count += count
             ids = chosen[:count]
             if drafted:
-                self._budget.earn(count - 1)
-                more = DraftCounts(1, self._program.draft_tokens, count - 1)
-                self.counts = self.counts.plus(more)
+                # What fills a round up behind a model's drafts may hold by chance.
+                accepted = min(count - 1, drafted)
+                self._budget.earn(accepted)
+                if self._draft is not None:
+                    self._draft.see(drafted, accepted)
+                self.counts = self.counts.plus(DraftCounts(1, drafted, accepted))
 
     def _read(self, values: Any) -> list[int]:
         """The numbers of a round, or the first token. The next round may be submitted before."""
@@ -156,21 +167,23 @@ class Rounds:
         whatever they give, and if it is known what a model's drafts follow."""
         program, sequence = self._program, self._sequence
         drafts, room = program.draft_tokens, program.manifest["max_seq_len"]
-        most = sum(1 + drafts * drafted for _, drafted in self._unread)
+        most = sum(1 + drafts * (drafted > 0) for _, drafted in self._unread)
         # The furthest that the newest token's position may be.
         position = len(sequence.prompt_ids) - 1 + self._count + most
         if self._count + len(self._unread) >= sequence.limit or position >= room:
             return
-        drafted = self._budget.is_enough and position + drafts < room
-        given = None
-        if self._draft is None:
-            drafted = drafted and self._text.found
-        elif drafted and not all_read:
-            return
-        elif drafted:
-            given = self._draft.propose(self._ids, drafts)
-        self._budget.spend(drafted)
+        drafted, given = 0, None
+        if position + drafts >= room:
+            pass
+        elif self._draft is None:
+            drafted = drafts * (self._text.found and self._budget.is_enough)
+        elif drafted := self._draft.wanted():
+            if not all_read:
+                return
+            given = self._draft.propose(self._ids, drafted)
+            given = [*given, *given[-1:] * (drafts - drafted)]
+        self._budget.spend(drafted > 0)
         buffer = self.submitted % 2
-        values = program.submit_round(drafted, self._method, buffer, given)
+        values = program.submit_round(drafted > 0, self._method, buffer, given)
         self._unread.append((values, drafted))
         self.submitted += 1

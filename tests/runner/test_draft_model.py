@@ -15,6 +15,7 @@ from tokenloop.runner.draft_model import DraftModel
 from tokenloop.runner.manifest import open_artifact
 from tokenloop.runner.model import load_program
 from tokenloop.runner.run import main
+from tokenloop.runner.speculation import Budget
 from tokenloop.runner.tokenizer import Tokenizer
 
 DRAFTED = LoopOptions("alias", speculate="draft")
@@ -104,6 +105,31 @@ def test_a_model_s_drafts_give_the_tokens_of_steps(tiny, rounds, tiny_artifact, 
     requests = [Request(PROMPTS[i], 12, logprobs=1 if i == 1 else None, **kind) for i in range(3)]
     plain, drafted = (tiny.generate_batch(requests, way).run() for way in (PLAIN, options))
     assert [r.token_ids for r in drafted] == [r.token_ids for r in plain]
+
+
+def test_as_many_are_tried_as_held_and_as_there_is_a_budget_for(draft):
+    draft.budget, draft._count = Budget(1.0), 1
+    draft._round_cost, draft._draft_cost = 1.25, 0.5
+    draft.budget.earn(3)
+    tried = []
+    for held in (9, 9, 9, 0, 9, 1, 0, 0, 0):
+        count = draft.wanted()
+        tried.append(count)
+        if count:
+            draft.budget.spend(True)
+            draft.budget.earn(min(held, count))
+            draft.see(count, min(held, count))
+    # A draft costs more than half of what it may save. In the end the budget is spent.
+    assert tried == [1, 2, 3, 3, 1, 2, 2, 1, 1]
+    for _ in range(9):
+        if count := draft.wanted():
+            draft.budget.spend(True)
+            draft.see(count, 0)
+    assert draft.wanted() == 0
+    # It grows with every round, up to a single draft.
+    for _ in range(80):
+        draft.budget.spend(False)
+    assert draft.wanted() == 1
 
 
 def test_drafts_that_never_hold_are_soon_given_up(tiny, rounds, tiny_artifact, monkeypatch):
