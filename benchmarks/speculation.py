@@ -86,9 +86,11 @@ def ms_of(model, request: Request, options: LoopOptions) -> tuple[float, list[in
     return 1e3 / done.stats.decode_tok_s, done.token_ids, done.stats
 
 
-def measure(model, requests: dict[str, Request], repeats: int) -> list[dict]:
+def measure(
+    model, requests: dict[str, Request], repeats: int, speculate: str = "lookup"
+) -> list[dict]:
     """A row for each text."""
-    plain, speculated = LoopOptions(), LoopOptions(speculate="lookup")
+    plain, speculated = LoopOptions(), LoopOptions(speculate=speculate)
     rows = []
     for name, request in requests.items():
         # The first run of each kind captures its graphs.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokenloop.runner.draft_model import DraftModel
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.held_state import HeldStates
 from tokenloop.runner.logprobs import Logprobs, logprobs_of
@@ -39,7 +40,8 @@ class LoopOptions:
     - `overlap`: the graph's kernels begin while the ones ahead of them end, where the artifact has
       kernels that can.
     - `speculate`: "lookup" lets steps try tokens that followed the newest ones earlier in the text,
-      where the artifact was exported with --draft-tokens. None is without.
+      where the artifact was exported with --draft-tokens; "draft" lets them try those of another
+      model (Model.use_draft). None is without.
     """
 
     feed: str = "auto"
@@ -98,6 +100,8 @@ class Loop:
         # what became of drafts.
         self.steps, self.prefill_s = 0, 0.0
         self.drafts = DraftCounts()
+        # The model whose drafts are tried, if there is one.
+        self.draft: DraftModel | None = None
         # The program's state is one generation's at a time.
         self.turn = Turn()
         # Prefill takes the rows' numbers from it as well.
@@ -120,6 +124,8 @@ class Loop:
                 f"speculate is {options.speculate!r}, and the artifact has no rounds for it: "
                 "export it with --device cuda and --draft-tokens 7"
             )
+        if options.speculate == "draft" and self.draft is None:
+            raise RunnerError("speculate is 'draft', and there is no draft model: call use_draft")
         if options.feed == "auto":
             embeds = self.program.embeds and not self.program.fuses
             return replace(options, feed="embed" if embeds else "alias")
@@ -245,7 +251,8 @@ class Loop:
             if not slots.begun():
                 continue
             ahead = options.double_buffering
-            rounds = Rounds(self.program, sequence, first.unread(), ahead)
+            draft = self.draft if options.speculate == "draft" else None
+            rounds = Rounds(self.program, sequence, first.unread(), ahead, draft)
             for number, token_id in enumerate(rounds.tokens()):
                 if number == 0:
                     self.prefill_s += time.perf_counter() - start

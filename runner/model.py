@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenloop.runner.draft_model import DraftModel
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.generation import BatchGeneration, Generation
 from tokenloop.runner.grammar import Grammars
@@ -98,7 +99,7 @@ class Model:
             self.loop = Loop(load_program(artifact, threads))
         self.grammars = Grammars(self.tokenizer, self.vocab_size)
         self.load_s = time.perf_counter() - start
-        self._directory = artifact.directory
+        self._directory, self._threads, self._verify = artifact.directory, threads, verify
 
     def generate(
         self, prompt: Request | Prompt, max_new_tokens: int | None = None,
@@ -173,6 +174,49 @@ class Model:
         """
         self.prefix_cache = None
         self.prefix_cache = cache_of(self.loop.program, megabytes)
+
+    def use_draft(self, directory: str | Path) -> None:
+        """Load another artifact, for any engine, whose model drafts tokens for generations with
+        LoopOptions(speculate="draft"). It takes the place of an earlier one. No byte of an output
+        depends on it.
+
+        Errors: RunnerError, naming what does not fit, for a model that cannot verify drafts, and
+        for a draft model of another vocabulary, with fewer positions or of several rows, or whose
+        state cannot be taken back.
+        """
+        program = self.loop.program
+        if not program.verifies:
+            raise RunnerError(
+                f"{self._directory} has no rounds for another model's drafts: export it with "
+                "--device cuda and --draft-tokens 7"
+            )
+        artifact = open_artifact(Path(directory), self._verify)
+        manifest, name = artifact.manifest, artifact.directory
+        for key, right in ("vocab_size", f"{self.vocab_size}"), ("batch", "1"):
+            if manifest[key] != int(right):
+                raise RunnerError(
+                    f"the draft model {name} has {key} {manifest[key]}; it must be {right}"
+                )
+        if manifest["max_seq_len"] < self.max_seq_len:
+            raise RunnerError(
+                f"the draft model {name} has {manifest['max_seq_len']} positions, and this one "
+                f"{self.max_seq_len}: export it with --max-seq-len {self.max_seq_len}"
+            )
+        tokenizer = Tokenizer(name, manifest["tokenizer"], artifact.read)
+        for token_id in range(self.vocab_size):
+            mine, other = (t.token_name(token_id) for t in (self.tokenizer, tokenizer))
+            if mine != other:
+                raise RunnerError(
+                    f"the draft model {name} has another vocabulary: its token {token_id} is "
+                    f"{other!r}, and here it is {mine!r}"
+                )
+        with LOADING:
+            draft = load_program(artifact, self._threads)
+        cost = program.draft_cost, program.round_s
+        try:
+            self.loop.draft = DraftModel(draft, program.draft_tokens, *cost)
+        except RunnerError as error:
+            raise RunnerError(f"the draft model {name}: {error}") from None
 
     def save(self, path: str | Path, prompt: Prompt) -> int:
         """Compute a prompt, and write its state to a file, which `load` reads in another process.

@@ -100,10 +100,13 @@ class Program(Protocol):
     # How prompts are packed, or None where each is prefilled by itself.
     packing: Packing | None = None
     step_inputs: dict[str, Any] = {}
-    # How many drafts a round can try, 0 where there are no rounds, and how long a round with drafts
-    # takes, in rounds without.
+    # How many drafts a round can try, 0 where there are no rounds; how long a round with drafts
+    # takes, in rounds without; how many seconds one of the latter takes; and whether drafts can be
+    # given.
     draft_tokens: int = 0
     draft_cost: float = 1.0
+    round_s: float = 0.0
+    verifies: bool = False
     # The logits float32 [B, V] of the newest `decode`, where there are log probabilities.
     has_logits: bool = False
     logits: Any = None
@@ -185,10 +188,13 @@ class Program(Protocol):
         """Begin rounds of one sequence, whose prompt `ids` is prefilled, and after which the token
         int64 [1, 1] was chosen: what the request asks for chooses the tokens after it."""
 
-    def submit_round(self, drafted: bool, method: str, buffer: int) -> Any:
+    def submit_round(
+        self, drafted: bool, method: str, buffer: int, drafts: list[int] | None = None
+    ) -> Any:
         """Submit the sequence's next step, which with `drafted` tries draft_tokens drafts of the
-        tokens that follow it; `method` chooses all of them. Gives memory int64 [1 + N], 0 or 1 of
-        two: how many of the tokens that were chosen are the sequence's, at least 1, and those N,
+        tokens that follow it: those that are given, once all rounds before have been read, or what
+        the text suggests. `method` chooses all tokens. Gives memory int64 [1 + N], 0 or 1 of two:
+        how many of the tokens that were chosen are the sequence's, at least 1, and those N,
         1 + draft_tokens or 1. They are the tokens of as many steps without drafts."""
 
     def feed(self, token: Any, buffer: int) -> Any:

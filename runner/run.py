@@ -138,9 +138,9 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
         help="let the graph's kernels begin while the ones ahead of them end",
     )  # fmt: skip
     loop.add_argument(
-        "--speculate", choices=("lookup",),
-        help="let steps try tokens that followed the newest ones earlier in the text, where the "
-        "artifact was exported with --draft-tokens",
+        "--speculate", metavar="lookup|DIR",
+        help="where the artifact was exported with --draft-tokens, let steps try tokens that "
+        "followed the newest ones earlier in the text, or those of the model of another artifact",
     )  # fmt: skip
     loop.add_argument(
         "--compare", action="store_true",
@@ -248,7 +248,11 @@ def run(options: argparse.Namespace) -> int:
             from tokenloop.runner.compare import compare
 
             return compare(model, requests[0], options.json)
-        loop = LoopOptions(**{f.name: getattr(options, f.name) for f in fields(LoopOptions)})
+        given = {f.name: getattr(options, f.name) for f in fields(LoopOptions)}
+        if options.speculate not in (None, "lookup"):
+            model.use_draft(options.speculate)
+            given["speculate"] = "draft"
+        loop = LoopOptions(**given)
         if options.batch is not None:
             return run_batch(model, requests, loop, options)
         if not options.interactive:

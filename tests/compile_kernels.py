@@ -268,6 +268,7 @@ def drafts() -> None:
         accepted = empty(1 + rows, dtype=int64)
         module.next_drafts(history, position, tokens, positions)
         module.accept(tokens, chosen, history, position, accepted)
+    module.take_drafts(history, position, empty(7, dtype=int64), tokens, positions)
     # Qwen3 0.6B's heads, and a step of theirs.
     caches = [empty(1, 1024, 8, 128, dtype=bfloat16) for _ in range(2)]
     rows = [empty(8, 1, 8, 128, dtype=bfloat16) for _ in range(2)]

@@ -47,8 +47,22 @@ class Round(Tables):
         self, history: Tensor, position: Tensor, tokens: Tensor, positions: Tensor
     ) -> Tensor:
         cuda.next_drafts(history, position, tokens, positions)
+        return self.logits(tokens, positions)
+
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Those after each of a round's tokens."""
         x = cuda.embed_chunk(tokens, self.embed_tokens.weight, scale=self.scale)
         return self.step.run(x, positions, drafts=self.drafts)
+
+
+class Verify(Round):
+    """As `Round`, with drafts int64 [R - 1] that are given: those of another model."""
+
+    def forward(
+        self, history: Tensor, position: Tensor, drafts: Tensor, tokens: Tensor, positions: Tensor
+    ) -> Tensor:
+        cuda.take_drafts(history, position, drafts, tokens, positions)
+        return self.logits(tokens, positions)
 
 
 class Accept(nn.Module):
@@ -75,7 +89,8 @@ class Accept(nn.Module):
 def draft_methods(
     step: CudaStep, backbone: Backbone, count: int, vocab_size: int, max_seq_len: int
 ) -> dict[str, Method]:
-    """Rounds of `count` drafts and of none, selection after the former, and what follows it.
+    """Rounds of `count` drafts, found or given, and of none; selection after the former, and what
+    follows it.
 
     Errors: ExportError for a layer whose state cannot be taken back, and for more drafts than a
     layer's ring or the caches have room for.
@@ -112,6 +127,11 @@ def draft_methods(
             "position": position, "accepted": accepted,
         }  # fmt: skip
         methods[f"accept_{size}"] = Accept(step, own), given
+    given = {
+        "history": history, "position": position, "drafts": integers(count),
+        "tokens": integers(rows), "positions": integers(rows),
+    }  # fmt: skip
+    methods[f"verify_{rows}"] = Verify(step, backbone, drafts), given
     for name, function in operator.SELECTION.items():
         methods[f"{name}_round"] = Select(function), choice_inputs(name, rows, vocab_size)
     return methods

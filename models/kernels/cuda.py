@@ -17,7 +17,12 @@ from tokenloop.models.kernels.attention_chunk.operator import (
     store_ring,
 )
 from tokenloop.models.kernels.causal_conv1d.operator import causal_conv1d, causal_conv1d_update
-from tokenloop.models.kernels.drafts.operator import accept, next_drafts, store_drafts
+from tokenloop.models.kernels.drafts.operator import (
+    accept,
+    next_drafts,
+    store_drafts,
+    take_drafts,
+)
 from tokenloop.models.kernels.embedding.operator import (
     embed_both,
     embed_chunk,
@@ -44,7 +49,7 @@ __all__ = [
     "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "last_tokens",
     "layer_inputs", "linear", "linear_chunk", "next_drafts", "next_positions", "norm", "norm_heads",
     "norm_linear", "rotate_chunk", "route", "semaphores_size", "sigmoid_gate", "store_drafts",
-    "store_ring",
+    "store_ring", "take_drafts",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ TIMED = 5
 class DraftRounds:
     """What rounds of one row and of 1 + `draft_tokens` rows read and write, and their graphs.
 
-    `cost` is the time of a round with drafts, in rounds without.
+    `cost` is the time of a round with drafts, in rounds without, which take `plain_s` seconds.
     """
 
     def __init__(
@@ -45,10 +45,12 @@ class DraftRounds:
         self._parameters = {
             name: memory.new(np.zeros(self._rows, dtype)) for name, dtype in PARAMETERS.items()
         }
+        # Those of another model.
+        self._drafts = integers(draft_tokens)
         self._given: dict[str, list] = {}
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self.cost = self._measured()
+        self.cost, self.plain_s = self._measured()
 
     def begin(self, ids: list[int], token: Tensor, request: Request) -> None:
         """Begin with a prompt, and with the token int64 [1, 1] that was chosen after it."""
@@ -63,10 +65,15 @@ class DraftRounds:
                     self._given[name] = values
                     upload(values, dtype, self._parameters[name])
 
-    def submit(self, drafted: bool, method: str, buffer: int, graph: bool, overlap: bool) -> Tensor:
+    def submit(
+        self, drafted: bool, method: str, buffer: int, graph: bool, overlap: bool,
+        drafts: list[int] | None = None,
+    ) -> Tensor:  # fmt: skip
         """As Program.submit_round."""
-        key = drafted, method, buffer, overlap
-        run = partial(self._run, drafted, method, buffer)
+        if drafts is not None:
+            self._transfers.upload(drafts, out=self._drafts)
+        key = drafted, drafts is not None, method, buffer, overlap
+        run = partial(self._run, drafted, drafts is not None, method, buffer)
         with torch.cuda.stream(self._stream):
             if graph and key in self._graphs:
                 self._graphs[key].replay()
@@ -78,19 +85,22 @@ class DraftRounds:
                 self._graphs[key] = captured(run, self._pool, self._stream, names)
         return self._accepted[buffer][: 1 + (self._rows if drafted else 1)]
 
-    def _run(self, drafted: bool, method: str, buffer: int) -> None:
+    def _run(self, drafted: bool, given: bool, method: str, buffer: int) -> None:
         rows = self._rows if drafted else 1
         tokens, positions, chosen = self._places[rows]
         where, call = (self._history, self._position), self._call
-        logits = call(f"round_{rows}", *where, tokens, positions)
-        given = [array[:rows] for array in self._parameters.values()]
-        inputs = () if method == "greedy" else (*given, positions)
+        if given:
+            logits = call(f"verify_{rows}", *where, self._drafts, tokens, positions)
+        else:
+            logits = call(f"round_{rows}", *where, tokens, positions)
+        parameters = [array[:rows] for array in self._parameters.values()]
+        inputs = () if method == "greedy" else (*parameters, positions)
         call(method + "_round" * drafted, logits, *inputs, chosen)
         accepted = self._accepted[buffer][: 1 + rows]
         call(f"accept_{rows}", tokens, positions, chosen, *where, accepted)
 
-    def _measured(self) -> float:
-        """See `cost`. The graphs of greedy rounds are captured by this."""
+    def _measured(self) -> tuple[float, float]:
+        """See `cost` and `plain_s`. The graphs of greedy rounds are captured by this."""
         times = []
         for drafted in (False, True):
             taken = []
@@ -106,4 +116,4 @@ class DraftRounds:
                 if i >= 2:
                     taken.append(begin.elapsed_time(end))
             times.append(min(taken))
-        return times[1] / times[0]
+        return times[1] / times[0], times[0] / 1e3

@@ -106,13 +106,18 @@ class LaunchProgram(Program):
                     self._call, self.draft_tokens, self.manifest["max_seq_len"], self._memory,
                     self.transfers, self.manifest["waiting_kernels"],
                 )  # fmt: skip
-                self.draft_cost = self._rounds.cost
+                self.draft_cost, self.round_s = self._rounds.cost, self._rounds.plain_s
+                name = f"verify_{1 + self.draft_tokens}"
+                self.verifies = name in self.manifest["methods"]
 
     def begin_rounds(self, ids: list[int], token: Tensor, request: Request) -> None:
         self._rounds.begin(ids, token, request)
 
-    def submit_round(self, drafted: bool, method: str, buffer: int) -> Tensor:
-        return self._rounds.submit(drafted, method, buffer, self._graph, self._overlap)
+    def submit_round(
+        self, drafted: bool, method: str, buffer: int, drafts: list[int] | None = None
+    ) -> Tensor:
+        how = self._graph, self._overlap
+        return self._rounds.submit(drafted, method, buffer, *how, drafts)
 
     def _capture_prefill(self) -> None:
         """Capture a graph for each number of tokens that a chunk is rounded up to. Those whose

@@ -1,6 +1,8 @@
 """Speculation on a CUDA GPU: the plain loop's tokens, from logits with the same bits, in rounds of
 one graph launch each. Where there is no GPU all of it is skipped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -116,6 +118,35 @@ def test_the_logits_of_rounds_have_the_bits_of_steps(model, monkeypatch):
         # The last rows of many rounds were among them.
         assert compared[-1] > 2, compared
         assert done.stats.accepted_tokens > count // 4
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_model_s_drafts_give_the_plain_loop_s_tokens(model, monkeypatch, kind):
+    """Its own, which hold where the most likely token is taken, and wrong ones among them."""
+    model.use_draft(model._directory)
+    draft, wrong = model.loop.draft, []
+    monkeypatch.setattr(type(draft.budget), "is_enough", True)
+    propose = draft.propose
+
+    def proposed(ids, count):
+        drafts = propose(ids, count)
+        if len(ids) % 3 == 0 and wrong:
+            drafts[len(ids) % count] = 5
+        return drafts
+
+    monkeypatch.setattr(draft, "propose", proposed)
+    for _ in range(2):
+        for prompt, count in (*((prompt, 100) for prompt in PROMPTS), ([2], ROOM)):
+            expected = ids_of(model, prompt, count, **kind)
+            for options in VARIANTS:
+                options = replace(options, speculate="draft")
+                done = model.generate(prompt, count, options=options, **kind).run()
+                assert done.token_ids == expected, (len(prompt), count, options)
+                stats = done.stats
+                assert stats.draft_rounds > 0
+                if not kind and not wrong:
+                    assert stats.accepted_tokens > 0.8 * stats.drafted_tokens
+        wrong.append(True)
 
 
 def test_a_round_is_one_graph_launch_without_an_upload(model):

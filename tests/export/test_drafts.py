@@ -44,6 +44,8 @@ def test_rounds_give_the_tokens_and_the_bits_of_steps():
         assert list(methods[f"round_{rows}"][1]) == [*where, "tokens", "positions"]
         expected = ["tokens", "positions", "chosen", *where, "accepted"]
         assert list(methods[f"accept_{rows}"][1]) == expected
+    expected = [*where, "drafts", "tokens", "positions"]
+    assert list(methods[f"verify_{size}"][1]) == expected
     assert list(methods["sample_round"][1]) == ["logits", *sampling, "next_id"]
     weights, _, state = tensors_of(step, *(method for method, _ in methods.values()))
     names = names_of(weights | state)
@@ -68,15 +70,21 @@ def test_rounds_give_the_tokens_and_the_bits_of_steps():
     # 2. Rounds, whose history has most of what will come, and something wrong.
     history = torch.zeros(POSITIONS + size, dtype=torch.int64, device=DEVICE)
     known = ids[FIRST : 2 * FIRST]
-    known[6] = (known[6] + 1) % vocab_size
+    known[8] = (known[8] + 1) % vocab_size
     history[:FIRST], history[FIRST] = torch.tensor(known), ids[FIRST]
     position, found, counts = torch.tensor([FIRST], device=DEVICE), [ids[FIRST]], []
-    while position + DRAFTS < POSITIONS:
-        rows = 1 if len(counts) == 2 else size
+    while len(counts) < 4:
+        rows = 1 if len(counts) == 3 else size
         begin = position.item()
         tokens, positions = (torch.zeros(rows, dtype=torch.int64, device=DEVICE) for _ in "ab")
-        given = [history, position, tokens, positions]
-        (logits,) = replay(lowered[f"round_{rows}"], given, tensors)
+        name, given = f"round_{rows}", [history, position, tokens, positions]
+        if not counts:
+            # Those of another model, of which the second does not hold.
+            drafts = torch.tensor(ids[begin + 1 : begin + 1 + DRAFTS], device=DEVICE)
+            drafts[1] = (drafts[1] + 1) % vocab_size
+            name = f"verify_{rows}"
+            given.insert(2, drafts)
+        (logits,) = replay(lowered[name], given, tensors)
         assert positions.tolist() == list(range(begin, begin + rows))
         chosen = choose(logits, positions.cpu()).to(DEVICE)
         accepted = torch.zeros(1 + rows, dtype=torch.int64, device=DEVICE)
@@ -89,8 +97,9 @@ def test_rounds_give_the_tokens_and_the_bits_of_steps():
         found += accepted[1 : 1 + count].tolist()
         counts.append(count)
     assert found == ids[FIRST : FIRST + len(found)]
-    # All of the drafts held; one, for the one behind it was wrong; and there were none.
-    assert counts == [4, 2, 1]
+    # One of those given held, for the one behind it was wrong; of those found all did, and then
+    # one; and there were none.
+    assert counts == [2, 4, 2, 1]
 
 
 def test_what_cannot_be_taken_back_is_refused():

@@ -45,21 +45,23 @@ class Device:
 
     def call(self, name, *inputs):
         """A method of the program, now or whenever the graph is that captures it."""
-        if name.startswith("round"):
+        is_network = name.startswith(("round", "verify"))
+        if is_network:
             # The method's own memory.
-            self.logits = torch.zeros(len(inputs[2]), 64)
+            self.logits = torch.zeros(len(inputs[-1]), 64)
         logits = self.logits
         if Graph.capturing is None:
             self.run(name, inputs, logits)
         else:
             Graph.capturing.calls.append(lambda: self.run(name, inputs, logits))
-        return logits if name.startswith("round") else None
+        return logits if is_network else None
 
     def run(self, name, inputs, logits):
         self.calls.append(name)
-        if name.startswith("round"):
-            history, position, tokens, positions = inputs
-            reference.next_drafts(history, position, tokens, positions)
+        if name.startswith(("round", "verify")):
+            way = reference.next_drafts if name.startswith("round") else reference.take_drafts
+            way(*inputs)
+            tokens = inputs[-2]
             following = 10 + (tokens - 9) % PERIOD
             logits.zero_().scatter_(1, following[:, None], 1.0)
         elif name.startswith("accept"):
@@ -102,6 +104,24 @@ def test_rounds_go_on_from_what_the_ones_before_them_left(device, graph):
     assert len(found) == 2 + 3 * (1 + DRAFTS)
     # And the next sequence begins anew.
     assert tokens_of(device, [True], graph=graph, overlap=True) == found[:4]
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_drafts_that_are_given_are_those_that_are_tried(device, graph):
+    prompt = [10 + i % PERIOD for i in range(7)]
+    device.rounds.begin(prompt, torch.tensor([[12]]), Request(prompt))
+    copies = device.transfers.host_to_device
+    # The same graph, with other drafts: of the first all hold, and of the others the first alone.
+    for number, (drafts, right) in enumerate(
+        [([13, 14, 10], [4, 13, 14, 10, 11]), ([12, 11, 14], [2, 12, 13, 12, 10])]
+    ):
+        before = copies.count
+        found = device.rounds.submit(True, "greedy", number, graph, True, drafts)
+        assert found.tolist() == right
+        assert copies.count == before + 1
+    # What the text suggests goes on from there.
+    assert device.rounds.submit(True, "greedy", 0, graph, True).tolist() == [4, 14, 10, 11, 12]
+    assert device.calls.count("verify_4") == 2
 
 
 def test_what_is_measured_captures_the_greedy_rounds(device):

@@ -27,7 +27,7 @@ class SteppedRounds:
     def begin(self, ids, token, request):
         self.ids, self.prompt, self.request = [*ids, int(token[0, 0])], len(ids), request
 
-    def submit(self, drafted, method, buffer):
+    def submit(self, drafted, method, buffer, given=None):
         first = len(self.ids) - 1
         done = first - self.prompt + 1
         rows = 1 + DRAFTS * drafted
@@ -39,6 +39,9 @@ class SteppedRounds:
             for place, token_id in enumerate(self.coming[done : done + rows - 1], done)
         ]
         drafts += [0] * (rows - 1 - len(drafts))
+        if given is not None:
+            assert drafted and len(given) == DRAFTS
+            drafts = given
         chosen = []
         for i, draft in enumerate([*drafts, None]):
             position = np.array([first + i])
@@ -166,7 +169,7 @@ def test_without_rounds_it_is_refused(tiny):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"speculate": "draft"}, "speculate is 'draft', of type str; it must be lookup"),
+        ({"speculate": "drafts"}, "speculate is 'drafts', of type str; it must be lookup or dr"),
         ({"speculate": "lookup", "feed": "host"}, "speculate is 'lookup' and feed 'host'"),
         ({"speculate": "lookup", "positions": "host"}, "and positions 'host': how many tokens"),
         ({"speculate": "lookup", "run_ahead": 2}, "and run_ahead 2; it must be 1"),

@@ -8,6 +8,7 @@ from tokenloop.models.kernels.drafts.triton import (
     accept_kernel,
     next_drafts_kernel,
     store_drafts_kernel,
+    take_drafts_kernel,
 )
 from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.launches import launch, operator
@@ -24,6 +25,18 @@ def next_drafts(history: Tensor, position: Tensor, tokens: Tensor, positions: Te
         history, position, tokens, positions,
         COUNT=count, PADDED=triton.next_power_of_2(count), COMPARED=COMPARED, BLOCK_M=BLOCK_M,
         num_warps=1 if count == 1 else 8,
+    )  # fmt: skip
+
+
+@operator("take_drafts", mutates_args={"tokens", "positions"})
+def take_drafts(
+    history: Tensor, position: Tensor, drafts: Tensor, tokens: Tensor, positions: Tensor
+) -> None:
+    """See reference.take_drafts. All are contiguous."""
+    count = len(tokens)
+    launch(take_drafts_kernel, (1,))(
+        history, position, drafts, tokens, positions,
+        COUNT=count, PADDED=triton.next_power_of_2(count), num_warps=1,
     )  # fmt: skip
 
 

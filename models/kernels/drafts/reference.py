@@ -35,6 +35,14 @@ def next_drafts(history: Tensor, position: Tensor, tokens: Tensor, positions: Te
     positions.copy_(newest + torch.arange(count))
 
 
+def take_drafts(
+    history: Tensor, position: Tensor, drafts: Tensor, tokens: Tensor, positions: Tensor
+) -> None:
+    """As `next_drafts`, with drafts int64 [R - 1] that are given."""
+    tokens.copy_(torch.cat([history[position], drafts]))
+    positions.copy_(position + torch.arange(len(tokens), device=positions.device))
+
+
 def accept(
     tokens: Tensor, chosen: Tensor, history: Tensor, position: Tensor, accepted: Tensor
 ) -> None:

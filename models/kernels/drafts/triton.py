@@ -38,6 +38,20 @@ def next_drafts_kernel(
     tl.store(positions_ptr + r, newest + r, mask=r < COUNT)
 
 
+@triton.jit
+def take_drafts_kernel(
+    history_ptr, position_ptr, drafts_ptr, tokens_ptr, positions_ptr,
+    COUNT: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """It does not wait either."""
+    r = tl.arange(0, PADDED)
+    newest = tl.load(position_ptr)
+    drafts = tl.load(drafts_ptr + r - 1, mask=(r > 0) & (r < COUNT), other=0)
+    tokens = tl.where(r > 0, drafts, tl.load(history_ptr + newest))
+    tl.store(tokens_ptr + r, tokens, mask=r < COUNT)
+    tl.store(positions_ptr + r, newest + r, mask=r < COUNT)
+
+
 @waits  # at once
 @triton.jit
 def accept_kernel(

@@ -55,6 +55,18 @@ def test_the_kernel_s_drafts_are_the_reference_s(monkeypatch):
 
 
 @BOTH
+@pytest.mark.parametrize("drafts", [[7], [7, 0, 3, 3], [1, 2, 3, 4, 5, 6, 7]], ids=str)
+def test_drafts_that_are_given_stand_behind_the_newest_token(operators, drafts):
+    rows = 1 + len(drafts)
+    # One more place, which is nobody's.
+    tokens, positions = integers(*[-1] * (rows + 1)), integers(*[-1] * (rows + 1))
+    given = integers(5, 6, 8, 9), integers(2), integers(*drafts)
+    operators.take_drafts(*given, tokens[:rows], positions[:rows])
+    assert tokens.tolist() == [8, *drafts, -1]
+    assert positions.tolist() == [*range(2, 2 + rows), -1]
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("tokens", "chosen", "count"),
     [
