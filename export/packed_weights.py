@@ -20,13 +20,13 @@ from tokenloop.export.tensors_in_files import copied, empty
 from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import (
+    pack as pack_words,
+)
+from tokenloop.models.kernels.linear.packing import (
     pack_float8,
     quantize_float8,
     quantize_int4,
     quantize_int8,
-)
-from tokenloop.models.kernels.linear.packing import (
-    pack as pack_words,
 )
 from tokenloop.models.kernels.linear.reference import dequantize
 
@@ -251,10 +251,11 @@ class PackedBlock(nn.Module):
     `qkv` gives what the mixer takes, and `o` gives its branch. `gate_up` and `down` are the
     feed-forward that every token has. `moe` is the config of routed experts, which are float8 for
     FP8, are kept where they can be, and stay as they are for all else, and which `scores` choose.
-    If `is_shared` the last row of `scores` weighs the result of `down`. What experts that read the residual have besides is
-    `beside`, or None. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
-    `per_layer` is the branch of its own input, or None. `used_cache` is `cache`, or the one that
-    another block has; one whose mixer has no keys of its own only reads it.
+    If `is_shared` the last row of `scores` weighs the result of `down`. What experts that read the
+    residual have besides is `beside`, or None. Norms, `layer_scalar` and `cache` are the block's,
+    None where it has none. `per_layer` is the branch of its own input, or None. `used_cache` is
+    `cache`, or the one that another block has; one whose mixer has no keys of its own only reads
+    it.
     """
 
     has_keys = True
