@@ -360,7 +360,7 @@ def experts() -> None:
         (2048, grouped, tables, {}), (2880, powers, words, swiglu),
     ):  # fmt: skip
         own = dict(zip(("gate_up_scale", "down_scale"), scales)) | options
-        for tokens in (1, 128, 2048):
+        for tokens in (1, 2048):
             scores, x = empty(tokens, 32, dtype=bfloat16), empty(tokens, size, dtype=bfloat16)
             routed = module.route(scores, 32, 4, True)
             if tokens == 1:
