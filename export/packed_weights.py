@@ -14,23 +14,21 @@ from torch import Tensor, nn
 
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping, Layout, codes_and_scales, grid_of
+from tokenloop.export.packed_experts import packed_experts
 from tokenloop.export.recipes import FP8, PACKING
 from tokenloop.export.tensors_in_files import copied, empty
 from tokenloop.models.decoder import Block, CausalLM
 from tokenloop.models.delta_net import PROJECTIONS
 from tokenloop.models.kernels.linear.packing import (
-    FLOAT8,
+    pack as pack_words,
+)
+from tokenloop.models.kernels.linear.packing import (
     pack_float8,
     quantize_float8,
     quantize_int4,
     quantize_int8,
-    round_float8,
-)
-from tokenloop.models.kernels.linear.packing import (
-    pack as pack_words,
 )
 from tokenloop.models.kernels.linear.reference import dequantize
-from tokenloop.models.moe import Experts
 
 LINEAR_ATTENTION, SHORT_CONV = "linear_attention", "conv"
 # Weights that are made integers at a time.
@@ -217,28 +215,6 @@ def pack(parent: nn.Module, names: Sequence[str], bits: int | str | Keeping | No
     return packed
 
 
-class Float8Experts(nn.Module):
-    """Routed experts whose matrices are float8, with a scale for each row: what an operator takes
-    of them. The network's own stay as they are."""
-
-    def __init__(self, experts: Experts):
-        super().__init__()
-        self.gate_up_proj, self.gate_up_scale = _float8_table(experts.gate_up_proj)
-        self.down_proj, self.down_scale = _float8_table(experts.down_proj)
-        self.gate_up_proj_bias = experts.gate_up_proj_bias
-        self.down_proj_bias = experts.down_proj_bias
-        self.activation = experts.activation
-
-
-def _float8_table(table: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """float8 [E, N, K] and scales float32 [E, N] of experts' matrices."""
-    values = empty(table.shape, FLOAT8, table.device)
-    scales = table.new_empty(table.shape[:2], dtype=torch.float32)
-    for expert, matrix in enumerate(table):
-        values[expert], scales[expert] = round_float8(matrix)
-    return tuple(nn.Parameter(tensor, requires_grad=False) for tensor in (values, scales))
-
-
 class Beside(nn.Module):
     """The norms around experts that read the residual, and what their weights are multiplied by."""
 
@@ -274,11 +250,12 @@ class PackedBlock(nn.Module):
 
     `qkv` gives what the mixer takes, and `o` gives its branch. `gate_up` and `down` are the
     feed-forward that every token has. `moe` is the config of routed experts, which are float8 for
-    FP8 and stay as they are for all else, and which `scores` choose. If `is_shared` the last row of
-    `scores` weighs the result of `down`. What experts that read the residual have besides is
-    `beside`, or None. Norms, `layer_scalar` and `cache` are the block's, None where it has none.
-    `per_layer` is the branch of its own input, or None. `used_cache` is `cache`, or the one that
-    another block has; one whose mixer has no keys of its own only reads it.
+    FP8, are kept where they can be, and stay as they are for all else, and which `scores` choose.
+    If `is_shared` the last row of `scores` weighs the result of `down`. What experts that read the
+    residual have besides is `beside`, or None. Norms, `layer_scalar` and `cache` are the block's,
+    None where it has none. `per_layer` is the branch of its own input, or None. `used_cache` is
+    `cache`, or the one that another block has; one whose mixer has no keys of its own only reads
+    it.
     """
 
     has_keys = True
@@ -289,9 +266,7 @@ class PackedBlock(nn.Module):
         self.moe, self.beside = mlp.moe, None
         self.is_shared = mlp.moe is not None and dense is not None and not mlp.reads_residual
         if self.moe is not None:
-            if isinstance(bits, Keeping):
-                bits.experts += 1
-            self.experts = Float8Experts(mlp.experts) if bits == FP8 else mlp.experts
+            self.experts = packed_experts(mlp.experts, bits)
             self.scores = pack(mlp, mlp.routers, 0)
         if mlp.reads_residual:
             self.beside = Beside(mlp)

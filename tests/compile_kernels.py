@@ -350,6 +350,24 @@ def experts() -> None:
             module.experts(x, *routed, *tables, **own)
         else:
             module.experts_chunk(x, *routed, *tables, count, x, scores, **own)
+    # Float8 in groups, and float4, of gpt-oss's sizes.
+    grouped = [empty(128, 1536, 16), empty(128, 2048, 6)]
+    words = empty(32, 5760, 720, dtype=torch.int16), empty(32, 2880, 720, dtype=torch.int16)
+    powers = [empty(32, rows, 90, dtype=torch.uint8) for rows in (5760, 2880)]
+    biases = {"gate_up_bias": empty(32, 5760, dtype=bfloat16)}
+    biases["down_bias"] = empty(32, 2880, dtype=bfloat16)
+    swiglu = biases | {"activation": "clamped_swiglu"}
+    for size, scales, given, options in (
+        (2048, grouped, tables, {}), (2880, powers, words, swiglu),
+    ):  # fmt: skip
+        own = dict(zip(("gate_up_scale", "down_scale"), scales)) | options
+        for tokens in (1, 2048):
+            scores, x = empty(tokens, 32, dtype=bfloat16), empty(tokens, size, dtype=bfloat16)
+            routed = module.route(scores, 32, 4, True)
+            if tokens == 1:
+                module.experts(x, *routed, *given, **own)
+            else:
+                module.experts_chunk(x, *routed, *given, count, **own)
 
 
 def positions() -> None:

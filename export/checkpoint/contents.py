@@ -14,22 +14,31 @@ HASH_CHUNK_BYTES = 1 << 20
 class Grid(NamedTuple):
     """What the values of a weight [N, K] are multiples of: whole numbers from `least` to `most`, or
     with `is_float8` numbers of float8_e4m3fn, times the scale that `group_size` neighbours of a row
-    share. `scales` reads those, float [N, K / group_size]."""
+    share. `scales` reads those, float [N, K / group_size].
+
+    The matrices of experts [E, N, K] have scales [E, N, K / group_size]. With `is_float4` values
+    are those of e2m1 times powers of 2, and the tensor is [E, K, N], its scales
+    [E, K / group_size, N].
+    """
 
     least: int
     most: int
     group_size: int
     scales: Callable[[], torch.Tensor]
     is_float8: bool = False
+    is_float4: bool = False
 
     @property
     def numbers(self) -> str:
         """What is multiplied, in words."""
+        if self.is_float4:
+            return "float4"
         return "float8" if self.is_float8 else f"{self.least} to {self.most}"
 
 
 class NamedGrid(NamedTuple):
-    """The grid of a linear layer's weight, and what the checkpoint calls the weight."""
+    """The grid of a linear layer's weight or of experts' matrices, and what the checkpoint calls
+    the weight, or the first of its shards."""
 
     name: str
     grid: Grid

@@ -46,7 +46,9 @@ def load_weights(
     Several modules may share a parameter (a tied head): it needs one tensor, under any of its
     names, and stays shared. It may have a tensor under each name if they are equal. Buffers are
     left alone. `progress` is called with each tensor's name before it is read. With `grids` a
-    linear layer whose weight lies on a grid, and is no shard, has a NamedGrid as `grid`.
+    linear layer whose weight lies on a grid, and is no shard, has a NamedGrid as `grid`. A module
+    with matrices of experts, all of which lie on grids of one kind, has `grids` of them, by the
+    parameters' names.
 
     Errors: ExportError before any data is read, for a parameter without a tensor or without all of
     its shards, a tensor without a parameter, a wrong shape, two tensors under one name, or a dtype
@@ -60,6 +62,7 @@ def load_weights(
     parameters, targets = check_fit(model, checkpoint, rename)
     loaded: dict[torch.nn.Parameter, tuple[str, torch.Tensor]] = {}
     on_grid: dict[torch.nn.Parameter, NamedGrid | None] = {}
+    pieces: dict[torch.nn.Parameter, list[tuple[Part, NamedGrid | None]]] = {}
     for name, parts in targets.items():
         if not parts:
             continue
@@ -76,6 +79,10 @@ def load_weights(
         _check_finite(checkpoint, name, tensor)
         for target, rows in parts:
             parameter = parameters[_parameter_name(target)]
+            if grids and parameter.ndim == 3:
+                read_grid = checkpoint.stored[name].grid
+                grid = None if read_grid is None else _grid_of(name, read_grid(), None)
+                pieces.setdefault(parameter, []).append((Part(target, rows), grid))
             values = tensor if rows is None else tensor[rows]
             if isinstance(target, Rearranged):
                 values = target.of(values)
@@ -86,7 +93,8 @@ def load_weights(
             elif parameter not in loaded:
                 # A part would keep the memory of the whole.
                 loaded[parameter] = name, values if values is tensor else copied(values)
-                if grids and (read_grid := checkpoint.stored[name].grid) is not None:
+                read_grid = checkpoint.stored[name].grid
+                if grids and parameter.ndim < 3 and read_grid is not None:
                     on_grid[parameter] = _grid_of(name, read_grid(), rows)
             elif not torch.equal(loaded[parameter][1], values):
                 raise ExportError(
@@ -100,6 +108,39 @@ def load_weights(
             setattr(module, attribute, weight)
             if grid is not None and isinstance(module, torch.nn.Linear):
                 module.grid = grid
+    for parameter, found in pieces.items():
+        for module, attribute in owners[parameter]:
+            if grid := _grid_of_experts(parameter.shape, found):
+                module.grids = {**getattr(module, "grids", {}), attribute: grid}
+
+
+def _grid_of_experts(
+    shape: tuple[int, ...], pieces: list[tuple[Part, NamedGrid | None]]
+) -> NamedGrid | None:
+    """The grid of matrices [E, N, K], which consist of those pieces. None where one lies on none,
+    or they are of several kinds."""
+    grids = [found.grid for _, found in pieces if found is not None]
+    kinds = {grid._replace(group_size=0, scales=None) for grid in grids}
+    # Those of float4 lie as their weight does, which is transposed.
+    fit = all(
+        part.rows is None and grid.is_float4 == getattr(part.target, "transposed", False)
+        for (part, _), grid in zip(pieces, grids)
+    )
+    if len(grids) < len(pieces) or len(kinds) > 1 or not fit:
+        return None
+    size = math.gcd(*(grid.group_size for grid in grids))
+
+    def scales() -> torch.Tensor:
+        table = torch.empty(*shape[:2], shape[2] // size)
+        for (part, _), grid in zip(pieces, grids):
+            each, target = grid.scales(), part.target
+            if isinstance(target, Rearranged):
+                each = target.of(each)
+            place = target.of(table) if isinstance(target, Shard) else table
+            place.copy_(each.repeat_interleave(grid.group_size // size, -1))
+        return table
+
+    return NamedGrid(pieces[0][1].name, grids[0]._replace(group_size=size, scales=scales))
 
 
 def _grid_of(name: str, grid: Grid | None, rows: slice | None) -> NamedGrid | None:

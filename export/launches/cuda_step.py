@@ -12,6 +12,7 @@ from tokenloop.export import packed_weights as packed
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.launches.embedded import split
+from tokenloop.export.packed_experts import ScaledExperts
 from tokenloop.export.packed_weights import PackedBlock
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
@@ -304,7 +305,7 @@ def expert_options(layer: PackedBlock) -> dict[str, Tensor | str]:
         }  # fmt: skip
     if experts.activation != "silu":
         options["activation"] = experts.activation
-    if isinstance(experts, packed.Float8Experts):
+    if isinstance(experts, ScaledExperts):
         options |= {"gate_up_scale": experts.gate_up_scale, "down_scale": experts.down_scale}
     return options
 

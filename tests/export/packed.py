@@ -13,7 +13,7 @@ from tokenloop.export.packed_weights import PackedBlock, PackedLinear
 def loaded(path: Path, dtype: torch.dtype, slots: int = 16, batch: int = 1):
     """The checkpoint and its network, with grids."""
     checkpoint = open_checkpoint(path)
-    described = describe(checkpoint, ("llama", "qwen3", "qwen3_5"), "tests")
+    described = describe(checkpoint, ("llama", "qwen3", "qwen3_5", "gpt_oss"), "tests")
     with torch.device("meta"):
         network = described.architecture.Network(described.config, slots, batch, dtype)
     rename = described.architecture.checkpoint_name

@@ -91,8 +91,8 @@ def scaled_floats(parts: Parts, block: tuple[int, int] | None) -> StoredTensor:
     grid = written[scale.shape]
     block = block or (1, columns)
     dequantize = partial(_dequantize, parts, grid, block)
-    # Experts have a matrix each, and no grid.
-    lies_on = None if outer else partial(_grid, parts, weight.shape, grid, block)
+    # More than the matrices of experts is nothing that a backend has a layout for.
+    lies_on = None if outer[1:] else partial(_grid, parts, weight.shape, grid, block)
     return StoredTensor(weight.shape, "F32", dequantize, lies_on)
 
 
@@ -108,18 +108,18 @@ def _scale(parts: Parts) -> Tensor:
 
 
 def _grid(
-    parts: Parts, shape: tuple[int, int], grid: tuple[int, int], block: tuple[int, int]
+    parts: Parts, shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int]
 ) -> Grid | None:
     """None where the last block of a row is cut off."""
-    rows, columns = shape
-    size = columns if grid[1] == 1 else block[1]
+    *outer, rows, columns = shape
+    size = columns if grid[-1] == 1 else block[1]
     if columns % size:
         return None
 
     def scales() -> Tensor:
         scale = _scale(parts).view(grid)
-        if grid[0] == 1:
-            return scale.expand(rows, -1)
-        return scale.repeat_interleave(block[0], 0)[:rows]
+        if grid[-2] == 1:
+            return scale.expand(*outer, rows, -1)
+        return scale.repeat_interleave(block[0], -2)[..., :rows, :]
 
     return Grid(-LARGEST, LARGEST, size, scales, is_float8=True)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tokenloop.export.checkpoint.contents import StoredTensor
+from tokenloop.export.checkpoint.contents import Grid, StoredTensor
 from tokenloop.export.checkpoint.quantized.settings import (
     Parts,
     Settings,
@@ -38,8 +38,19 @@ def read(settings: Settings, stored: dict[str, StoredTensor]) -> dict[str, Store
         parts.expect("scales", ("U8",), blocks.shape[:-1])
         experts, rows, count, _ = blocks.shape
         shape = experts, count * BLOCK_BYTES * 2, rows
-        plain[parts.name] = StoredTensor(shape, "BF16", partial(_dequantize, parts))
+        read = partial(_dequantize, parts)
+        plain[parts.name] = StoredTensor(shape, "BF16", read, partial(_grid, parts))
     return plain
+
+
+def _grid(parts: Parts) -> Grid:
+    return Grid(-6, 6, 2 * BLOCK_BYTES, partial(_scales, parts), is_float4=True)
+
+
+def _scales(parts: Parts) -> Tensor:
+    """bfloat16 [E, K / 32, N]."""
+    exponents = parts.read("scales").transpose(1, 2).int() - 127
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents).bfloat16()
 
 
 def _dequantize(parts: Parts) -> Tensor:

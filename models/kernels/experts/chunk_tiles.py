@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from tokenloop.models.kernels.experts import packing
+
 
 class Tiles(NamedTuple):
     """Outputs of a program (of gate and of up as many each), inputs of one of its steps, stages of
@@ -23,8 +25,15 @@ class ChunkTiles(NamedTuple):
     down: Tiles
 
 
-def chunk_tiles(pairs: int, experts: int, size: int, inner: int, dtype: torch.dtype) -> ChunkTiles:
-    """For so many pairs of a token and a choice, and experts' matrices of size x inner."""
+def chunk_tiles(
+    pairs: int, experts: int, size: int, inner: int, dtype: torch.dtype, group: int = 0
+) -> ChunkTiles:
+    """For so many pairs of a token and a choice, and experts' matrices of size x inner. `group`
+    inputs of a row have a scale, or none or all of them with 0."""
+    if group:
+        # A product of float4 has a quarter of the inputs, and one of float8 is of one group.
+        cut = Tiles(64, 128 if group == packing.GROUP else 64, 3, 4)
+        return ChunkTiles(next((m for m in (16, 32) if 1.4 * pairs <= m * experts), 64), cut, cut)
     if dtype == torch.float32:
         # Not by the tensor cores: a thread has all inputs of its outputs.
         return ChunkTiles(32, Tiles(32, 32, 2, 4), Tiles(64, 32, 2, 4))

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tokenloop.models.kernels.experts import packing
 from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, chunk_tiles
 from tokenloop.models.kernels.experts.triton import down_kernel, gate_up_kernel, route_kernel
 from tokenloop.models.kernels.experts.triton_chunk import (
@@ -58,41 +59,65 @@ def experts(
     """See reference.experts. Raises ValueError for a tensor that is not contiguous, and for tables
     whose dtype does not fit."""
     check_contiguous(x=x, chosen=chosen, weights=weights, shared=shared, scores=scores)
-    _check_tables(x, (gate_up, gate_up_scale), (down, down_scale))
     rows, count = chosen.shape
-    _, size, inner = down.shape
+    size, inner = down.shape[1], gate_up.shape[1] // 2
+    groups = _groups(x, inner, (gate_up, gate_up_scale), (down, down_scale))
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
     launch(gate_up_kernel, (triton.cdiv(inner, BLOCK_N), rows * count))(
         x, chosen, gate_up, gate_up_scale, gate_up_bias, h, inner, size,
-        ACTIVATION=activation, C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(size), num_warps=4,
+        ACTIVATION=activation, C=count, GROUP=groups[0], BLOCK_N=BLOCK_N,
+        BLOCK_K=_block_k(size, groups[0]), num_warps=4,
     )  # fmt: skip
     y = torch.empty_like(x)
     launch(down_kernel, (triton.cdiv(size, BLOCK_N), rows))(
         h, chosen, weights, down, down_scale, down_bias, shared, scores, y, size, inner,
         0 if scores is None else scores.shape[1],
-        C=count, BLOCK_N=BLOCK_N, BLOCK_K=_block_k(inner), num_warps=4,
+        C=count, GROUP=groups[1], BLOCK_N=BLOCK_N, BLOCK_K=_block_k(inner, groups[1]), num_warps=4,
     )  # fmt: skip
     return y
 
 
-def _check_tables(x: Tensor, *tables: tuple[Tensor, Tensor | None]) -> None:
-    """Errors: ValueError for a table that is neither of x's dtype without scales, nor float8 with
-    a scale for each row where x is bfloat16."""
-    for table, scale in tables:
-        if scale is None and table.dtype == x.dtype:
-            continue
-        is_float8 = x.dtype == torch.bfloat16 and table.dtype == torch.float8_e4m3fn
-        if not is_float8 or scale is None or scale.shape != table.shape[:2]:
-            shape = None if scale is None else tuple(scale.shape)
-            raise ValueError(
-                f"activations are {x.dtype}, experts {table.dtype} of shape {tuple(table.shape)} "
-                f"with scales of shape {shape}"
-            )
-        check_contiguous(table=table, scale=scale)
+def _groups(
+    x: Tensor, inner: int, gate_up: tuple[Tensor, Tensor | None], down: tuple[Tensor, Tensor | None]
+) -> tuple[int, int]:
+    """`_group` of both tables, each with its scales."""
+    return _group(x, x.shape[1], *gate_up), _group(x, inner, *down)
 
 
-def _block_k(inputs: int) -> int:
-    return min(512, triton.next_power_of_2(inputs))
+def _group(x: Tensor, inputs: int, table: Tensor, scale: Tensor | None) -> int:
+    """How many inputs of a row share a scale, or 0 for none or all of them.
+
+    Errors: ValueError for a table that is neither of x's dtype without scales, nor in a layout of
+    packing.py where x is bfloat16.
+    """
+    if scale is None and table.dtype == x.dtype:
+        return 0
+    rows, group = table.shape[:2], None
+    if x.dtype == torch.bfloat16 and scale is not None:
+        if table.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32:
+            if scale.shape == rows:
+                group = 0
+            else:
+                sizes = (size for size in packing.GROUP_SIZES if inputs % size == 0)
+                group = next((n for n in sizes if scale.shape == (*rows, inputs // n)), None)
+        if (table.dtype, scale.dtype) == (torch.int16, torch.uint8):
+            fits = inputs % packing.GROUP == 0 and table.shape[2] * packing.FIELDS == inputs
+            if fits and scale.shape == (*rows, inputs // packing.GROUP):
+                group = packing.GROUP
+    if group is None:
+        shape = None if scale is None else tuple(scale.shape)
+        raise ValueError(
+            f"activations are {x.dtype}, experts {table.dtype} of shape {tuple(table.shape)} "
+            f"with scales of shape {shape}"
+        )
+    check_contiguous(table=table, scale=scale)
+    return group
+
+
+def _block_k(inputs: int, group: int) -> int:
+    # Words of float4 are a quarter as many.
+    most = 1024 if group == packing.GROUP else 512
+    return min(most, triton.next_power_of_2(inputs))
 
 
 @operator("experts_chunk")
@@ -119,11 +144,11 @@ def launch_experts_chunk(
         x=x, chosen=chosen, weights=weights, gate_up=gate_up, down=down, shared=shared,
         scores=scores,
     )  # fmt: skip
-    _check_tables(x, (gate_up, gate_up_scale), (down, down_scale))
-    experts, size, inner = down.shape
+    experts, size, inner = *down.shape[:2], gate_up.shape[1] // 2
+    groups = _groups(x, inner, (gate_up, gate_up_scale), (down, down_scale))
     tokens, choices = chosen.shape
     pairs = tokens * choices
-    tiles = tiles or chunk_tiles(pairs, experts, size, inner, x.dtype)
+    tiles = tiles or chunk_tiles(pairs, experts, size, inner, x.dtype, max(groups))
     most_blocks = triton.cdiv(pairs, tiles.block_m) + experts
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -147,14 +172,14 @@ def launch_experts_chunk(
     cut = tiles.gate_up
     launch(gate_up_chunk_kernel, (triton.cdiv(inner, cut.block_n) * most_blocks,))(
         x, *sorted_pairs, gate_up, gate_up_scale, gate_up_bias, h, inner, size,
-        ACTIVATION=activation, C=choices,
+        ACTIVATION=activation, C=choices, GROUP=groups[0],
         BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=size % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     cut = tiles.down
     launch(down_chunk_kernel, (triton.cdiv(size, cut.block_n) * most_blocks,))(
         h, *sorted_pairs, down, down_scale, down_bias, given, size, inner,
-        BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        GROUP=groups[1], BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=inner % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     y = torch.empty_like(x)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenloop.models.kernels.experts.packing import dequantize
 from tokenloop.models.layers import gated
 
 
@@ -29,10 +30,6 @@ def route(
     return chosen, weights.to(scores.dtype)
 
 
-def _multiplied(table: Tensor, scale: Tensor | None) -> Tensor:
-    return table if scale is None else table.float() * scale[..., None]
-
-
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
@@ -43,12 +40,12 @@ def experts(
     `weights` [B, C] and added up: [B, K].
 
     gate_up is [E, 2 I, K], down [E, K, I], and their biases [E, 2 I] and [E, K]. They are of x's
-    dtype, or float8, each row of which is multiplied by its scale, float32 [E, 2 I] and [E, K].
+    dtype, or in a layout of packing.py, with its scales.
     `activation` is one of models.layers.gated. What lies between the two is rounded to x's dtype.
     `shared` [B, K] is what an expert gives that all rows have; it is added as well, weighted with
     the sigmoid of the last of `scores` [B, S].
     """
-    gate_up, down = _multiplied(gate_up, gate_up_scale), _multiplied(down, down_scale)
+    gate_up, down = dequantize(gate_up, gate_up_scale), dequantize(down, down_scale)
     both = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float())
     both = both if gate_up_bias is None else both + gate_up_bias[chosen].float()
     hidden = gated(*both.chunk(2, dim=-1), activation).to(x.dtype).float()
@@ -71,7 +68,7 @@ def experts_chunk(
 
     A row's result does not depend on the number of rows, nor on where it is, nor on the others.
     """
-    gate_up, down = _multiplied(gate_up, gate_up_scale), _multiplied(down, down_scale)
+    gate_up, down = dequantize(gate_up, gate_up_scale), dequantize(down, down_scale)
     tokens = int(count)
     x32, weights32 = x[:tokens].float(), weights[:tokens].float()
     given = x32.new_zeros(*weights32.shape, x.shape[1])

@@ -7,6 +7,7 @@ were chosen. Names: row b, choice j of C, expert e of E, output n of N, input k 
 import triton
 import triton.language as tl
 
+from tokenloop.models.kernels.experts.triton_groups import group_sums
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.linear.triton_epilogue import activate, gated
 
@@ -64,21 +65,30 @@ def products(acc, x_ptr, w_ptr, n, N, K, BLOCK_K: tl.constexpr):
 @triton.jit
 def gate_up_kernel(
     x_ptr, chosen_ptr, w_ptr, scale_ptr, bias_ptr, h_ptr, N, K, ACTIVATION: tl.constexpr,
-    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs activation(gate) * up of one row's choice: h [B, C, N]."""
+    """BLOCK_N outputs activation(gate) * up of one row's choice: h [B, C, N]. GROUP inputs of a row
+    have a scale, or none has with 0, or all of them."""
     pair = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     zero = wait(0)
     index = tl.load(chosen_ptr + zero + pair)
     expert = index * 2 * N * K
-    row_ptr, zeros = x_ptr + zero + pair // C * K, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    gate = products(zeros, row_ptr, w_ptr + expert, n, N, K, BLOCK_K)
-    up = products(zeros, row_ptr, w_ptr + expert + tl.cast(N, tl.int64) * K, n, N, K, BLOCK_K)
-    if scale_ptr is not None:
-        scale_ptr += index * 2 * N
-        gate *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
-        up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
+    row_ptr = x_ptr + zero + pair // C * K
+    if GROUP:
+        first, last = index * 2 * N, index * 2 * N + N
+        # Gates end where ups begin.
+        gate = group_sums(row_ptr, w_ptr, scale_ptr, first + n, last, K, GROUP, BLOCK_K // GROUP)
+        first, last = last, last + N
+        up = group_sums(row_ptr, w_ptr, scale_ptr, first + n, last, K, GROUP, BLOCK_K // GROUP)
+    else:
+        zeros = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        gate = products(zeros, row_ptr, w_ptr + expert, n, N, K, BLOCK_K)
+        up = products(zeros, row_ptr, w_ptr + expert + tl.cast(N, tl.int64) * K, n, N, K, BLOCK_K)
+        if scale_ptr is not None:
+            scale_ptr += index * 2 * N
+            gate *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+            up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
     if bias_ptr is not None:
         bias_ptr += index * 2 * N
         gate = tl.sum(gate, 1) + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -94,10 +104,11 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     h_ptr, chosen_ptr, weights_ptr, w_ptr, scale_ptr, bias_ptr, shared_ptr, scores_ptr, y_ptr,
-    N, K, width, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N, K, width,
+    C: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of a row: the weighted sum of what its experts make of h [B, C, K], plus the
-    shared expert's output, which the last of the row's scores weighs."""
+    shared expert's output, which the last of the row's scores weighs. GROUP is gate_up_kernel's."""
     b = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y = tl.zeros([BLOCK_N], tl.float32)
@@ -106,11 +117,17 @@ def down_kernel(
         pair = b * C + j + zero
         index = tl.load(chosen_ptr + pair)
         expert = index * N * K
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        acc = products(acc, h_ptr + pair * K, w_ptr + expert, n, N, K, BLOCK_K)
+        if GROUP:
+            row_ptr, first = h_ptr + pair * K, index * N
+            acc = group_sums(
+                row_ptr, w_ptr, scale_ptr, first + n, first + N, K, GROUP, BLOCK_K // GROUP
+            )
+        else:
+            acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            acc = products(acc, h_ptr + pair * K, w_ptr + expert, n, N, K, BLOCK_K)
         weight = tl.load(weights_ptr + pair).to(tl.float32)
         given = tl.sum(acc, 1)
-        if scale_ptr is not None:
+        if not GROUP and scale_ptr is not None:
             given *= tl.load(scale_ptr + index * N + n, mask=n < N, other=0.0)
         if bias_ptr is not None:
             given += tl.load(bias_ptr + index * N + n, mask=n < N, other=0.0).to(tl.float32)

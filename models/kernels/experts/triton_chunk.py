@@ -11,6 +11,7 @@ Names: token t, choice j of C, pair p = t * C + j, expert e of E, output n of N,
 import triton
 import triton.language as tl
 
+from tokenloop.models.kernels.experts.triton_groups import add_float4
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.dot import dot
 from tokenloop.models.kernels.linear.triton_epilogue import gated
@@ -121,6 +122,18 @@ def load_weights(ptr, offsets, k, K, EVEN: tl.constexpr, like):
 
 
 @triton.jit
+def add_dot(acc, w, x, scale_ptr, outputs, start, K, GROUP: tl.constexpr):
+    """acc [n, m] plus w [n, k] times x [k, m], whose inputs begin at `start`. With a GROUP the
+    product is multiplied by the scales of that group of the rows `outputs` [n]."""
+    if GROUP:
+        scale = tl.load(scale_ptr + outputs * (K // GROUP) + start // GROUP)
+        zeros = tl.zeros([w.shape[0], x.shape[1]], tl.float32)
+        return acc + dot(w, x, zeros) * scale[:, None]
+    else:
+        return dot(w, x, acc)
+
+
+@triton.jit
 def load_inputs(ptr, offsets, k, K, EVEN: tl.constexpr):
     """Elements at `offsets`, whose inputs are k; zero beyond the last where K is not EVEN."""
     if EVEN:
@@ -132,11 +145,12 @@ def load_inputs(ptr, offsets, k, K, EVEN: tl.constexpr):
 @triton.jit
 def gate_up_chunk_kernel(
     x_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, scale_ptr, bias_ptr, h_ptr, N, K,
-    ACTIVATION: tl.constexpr, C: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs activation(gate) * up of a block's slots: h [slots, N]."""
+    """BLOCK_N outputs activation(gate) * up of a block's slots: h [slots, N]. GROUP inputs of
+    a row have a scale, or none has with 0, or all of them."""
     block, tile, is_idle, zero = find_tile(used_ptr, N, BLOCK_N)
     if is_idle:
         return
@@ -147,16 +161,27 @@ def gate_up_chunk_kernel(
         blocks_ptr, slots_ptr, block, tile, BLOCK_M, BLOCK_N
     )
     rows = (pairs // C).to(tl.int64)[None, :] * K
-    gates = (expert * 2 * N + tl.minimum(n, N - 1))[:, None] * K
+    gate_rows = expert * 2 * N + tl.minimum(n, N - 1)
+    up_rows = gate_rows + tl.cast(N, tl.int64)
+    gates = gate_rows[:, None] * K
     ups = gates + tl.cast(N, tl.int64) * K
+    IS_FLOAT4: tl.constexpr = w_ptr.dtype.element_ty == tl.int16
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        x = load_inputs(x_ptr, rows + k[:, None], k[:, None], K, EVEN)
-        gate = dot(load_weights(w_ptr, gates + k[None, :], k[None, :], K, EVEN, x_ptr), x, gate)
-        up = dot(load_weights(w_ptr, ups + k[None, :], k[None, :], K, EVEN, x_ptr), x, up)
-    if scale_ptr is not None:
+        if IS_FLOAT4:
+            gate = add_float4(
+                gate, w_ptr, scale_ptr, x_ptr, gate_rows, rows, start, K, BLOCK_K, EVEN
+            )
+            up = add_float4(up, w_ptr, scale_ptr, x_ptr, up_rows, rows, start, K, BLOCK_K, EVEN)
+        else:
+            k = start + tl.arange(0, BLOCK_K)
+            x = load_inputs(x_ptr, rows + k[:, None], k[:, None], K, EVEN)
+            gates_k = load_weights(w_ptr, gates + k[None, :], k[None, :], K, EVEN, x_ptr)
+            gate = add_dot(gate, gates_k, x, scale_ptr, gate_rows, start, K, GROUP)
+            ups_k = load_weights(w_ptr, ups + k[None, :], k[None, :], K, EVEN, x_ptr)
+            up = add_dot(up, ups_k, x, scale_ptr, up_rows, start, K, GROUP)
+    if not GROUP and scale_ptr is not None:
         scale_ptr += expert * 2 * N
         gate *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
         up *= tl.load(scale_ptr + N + n, mask=n < N, other=0.0)[:, None]
@@ -174,10 +199,11 @@ def gate_up_chunk_kernel(
 @triton.jit
 def down_chunk_kernel(
     h_ptr, slots_ptr, blocks_ptr, used_ptr, w_ptr, scale_ptr, bias_ptr, y_ptr, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N outputs of the pairs in a block's slots, of h [slots, K]: y [pairs, N]."""
+    """BLOCK_N outputs of the pairs in a block's slots, of h [slots, K]: y [pairs, N]. GROUP is
+    gate_up_chunk_kernel's."""
     block, tile, is_idle, zero = find_tile(used_ptr, N, BLOCK_N)
     if is_idle:
         return
@@ -189,13 +215,19 @@ def down_chunk_kernel(
     )
     pairs = pairs.to(tl.int64)
     rows = read.to(tl.int64)[None, :] * K
-    outputs = (expert * N + tl.minimum(n, N - 1))[:, None] * K
+    output_rows = expert * N + tl.minimum(n, N - 1)
+    outputs = output_rows[:, None] * K
+    IS_FLOAT4: tl.constexpr = w_ptr.dtype.element_ty == tl.int16
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        k = start + tl.arange(0, BLOCK_K)
-        h = load_inputs(h_ptr, rows + k[:, None], k[:, None], K, EVEN)
-        y = dot(load_weights(w_ptr, outputs + k[None, :], k[None, :], K, EVEN, h_ptr), h, y)
-    if scale_ptr is not None:
+        if IS_FLOAT4:
+            y = add_float4(y, w_ptr, scale_ptr, h_ptr, output_rows, rows, start, K, BLOCK_K, EVEN)
+        else:
+            k = start + tl.arange(0, BLOCK_K)
+            h = load_inputs(h_ptr, rows + k[:, None], k[:, None], K, EVEN)
+            w = load_weights(w_ptr, outputs + k[None, :], k[None, :], K, EVEN, h_ptr)
+            y = add_dot(y, w, h, scale_ptr, output_rows, start, K, GROUP)
+    if not GROUP and scale_ptr is not None:
         y *= tl.load(scale_ptr + expert * N + n, mask=n < N, other=0.0)[:, None]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert * N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]

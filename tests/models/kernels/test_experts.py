@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, TOLERANCE
-from tokenloop.models.kernels.experts import operator, reference
+from tokenloop.models.kernels.experts import operator, packing, reference
+from tokenloop.models.kernels.experts.triton import down_kernel
+from tokenloop.models.kernels.experts.triton_chunk import down_chunk_kernel
+from tokenloop.models.kernels.launch.launches import launch
 from tokenloop.models.moe import MoeConfig, SparseMoe
 
 EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
@@ -189,3 +192,91 @@ def test_they_are_the_networks_own_with_one_that_every_token_has():
     tables = moe.experts.gate_up_proj, moe.experts.down_proj
     actual = operator.experts(x, *routed, *tables, moe.shared_expert(x), scores)
     torch.testing.assert_close(actual, moe(x[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def float4_tables(size: int, inner: int) -> tuple[list, dict]:
+    """gate_up and down of any float4 numbers and powers of 2, and the latter."""
+    generator = torch.Generator().manual_seed(1)
+    tables, scales = [], []
+    for rows, inputs in ((2 * inner, size), (size, inner)):
+        codes = torch.randint(0, 16, (EXPERTS, rows, inputs), generator=generator)
+        tables.append(packing.pack_float4(codes.to(torch.uint8)).to(DEVICE))
+        powers = torch.randint(118, 124, (EXPERTS, rows, inputs // 32), generator=generator)
+        scales.append(powers.to(DEVICE, torch.uint8))
+    return tables, dict(zip(("gate_up_scale", "down_scale"), scales))
+
+
+def grouped_tables(size: int, inner: int) -> tuple[list, dict]:
+    """gate_up and down in float8, by groups of 64."""
+    tables, scales = [], []
+    for table in (made(EXPERTS, 2 * inner, size, seed=1), made(EXPERTS, size, inner, seed=2)):
+        groups = table.unflatten(2, (-1, 64))
+        scales.append(groups.abs().amax(3) / 448 / table.shape[2] ** 0.5)
+        values = groups / groups.abs().amax(3, keepdim=True) * 448
+        tables.append(values.clamp(-448, 448).to(torch.float8_e4m3fn).flatten(2))
+    return tables, dict(zip(("gate_up_scale", "down_scale"), scales))
+
+
+GROUPED = {"float4": (float4_tables, 64, 32), "float8": (grouped_tables, 128, 64)}
+
+
+def grouped(kind: str) -> tuple[int, tuple[list, dict], list]:
+    """The hidden size, the tables with their scales, and the floats that they are."""
+    make, *sizes = GROUPED[kind]
+    tables, scales = make(*((2880, 2880) if ON_GPU and kind == "float4" else sizes))
+    floats = [packing.dequantize(*given) for given in zip(tables, scales.values())]
+    return floats[0].shape[2], (tables, scales), floats
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_experts_in_groups_are_those_of_their_floats(kind):
+    size, (tables, scales), floats = grouped(kind)
+    x, scores = (made(2, n, dtype=torch.bfloat16, seed=3) for n in (size, EXPERTS))
+    routed = operator.route(scores, EXPERTS, CHOICES, True)
+    biases = [made(*table.shape[:2], dtype=torch.bfloat16, seed=6) for table in floats]
+    options = {"gate_up_bias": biases[0], "down_bias": biases[1], "activation": "clamped_swiglu"}
+    actual = operator.experts(x, *routed, *tables, **scales, **options)
+    expected = reference.experts(x, *routed, *floats, **options)
+    assert torch.equal(reference.experts(x, *routed, *tables, **scales, **options), expected)
+    tolerance = TOLERANCE[torch.bfloat16] * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[torch.bfloat16], atol=tolerance)
+    row = operator.experts(x[1:2], *(part[1:2] for part in routed), *tables, **scales, **options)
+    assert torch.equal(row, actual[1:2])
+
+
+def test_every_float4_with_every_power_is_exact_in_both_kernels():
+    """An input of one is the only one: the results are its weights."""
+    codes = torch.arange(16, dtype=torch.uint8, device=DEVICE).repeat(255)
+    powers = torch.arange(255, dtype=torch.uint8, device=DEVICE).repeat_interleave(16)
+    table = packing.pack_float4(codes[:, None].expand(-1, 32).contiguous())[None]
+    expected = packing.dequantize(table, powers[None, :, None])[0, :, 13]
+    h = torch.nn.functional.one_hot(torch.tensor([13], device=DEVICE), 32).bfloat16()
+    n, one = len(codes), torch.ones(1, 1, dtype=torch.int32, device=DEVICE)
+    first = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    y, chunk = (torch.empty(1, n, device=DEVICE) for _ in range(2))
+    launch(down_kernel, (4, 1))(
+        h, first, one, table, powers, None, None, None, y, n, 32, 0,
+        C=1, GROUP=32, BLOCK_N=1024, BLOCK_K=32, num_warps=4,
+    )  # fmt: skip
+    assert torch.equal(y[0], expected)
+    blocks = torch.tensor([[0, 0, 1]], dtype=torch.int32, device=DEVICE)
+    launch(down_chunk_kernel, (n // 255 * 2,))(
+        h, first.int(), blocks, one, table, powers, None, chunk, n, 32,
+        GROUP=32, BLOCK_M=16, BLOCK_N=128, BLOCK_K=64, EVEN=False, STAGES=1, num_warps=4,
+    )  # fmt: skip
+    # 2^128 and more are no float32, and the interpreter has no subnormal bfloat16.
+    there = expected.isfinite()
+    assert there.sum() == n - 12
+    there &= ON_GPU | (expected == 0) | (expected.abs() >= 2.0**-126)
+    assert torch.equal(chunk[0, there], expected[there])
+
+
+def test_groups_of_other_sizes_and_float32_are_refused():
+    _, (tables, scales), _ = grouped("float4")
+    x, chosen = made(1, tables[1].shape[1]), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    routed = chosen, made(1, 1)
+    with pytest.raises(ValueError, match="activations are torch.float32, experts torch.int16"):
+        operator.experts(x, *routed, *tables, **scales)
+    with pytest.raises(ValueError, match="experts torch.int16 of shape .* with scales of shape"):
+        short = {name: scale[:, :, 1:].contiguous() for name, scale in scales.items()}
+        operator.experts(x.bfloat16(), *routed, *tables, **short)

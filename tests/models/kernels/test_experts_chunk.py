@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, TOLERANCE
-from tests.models.kernels.test_experts import float8, made, options_of
+from tests.models.kernels.test_experts import GROUPED, float8, grouped, made, options_of
 from tokenloop.models.kernels.experts import operator, reference
 from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, Tiles
 
@@ -168,3 +168,21 @@ def test_what_is_not_contiguous_is_refused():
     _, routed = routed_of(2, torch.float32)
     with pytest.raises(ValueError, match=r"^x of strides \(1, 2\) is not contiguous"):
         operator.experts_chunk(made(SIZE, 2).T, *routed, *weights_of(torch.float32), counted(2))
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_experts_in_groups_are_those_of_their_floats(kind):
+    size, (tables, scales), floats = grouped(kind)
+    x, (_, routed) = made(TOKENS, size, dtype=torch.bfloat16), routed_of(TOKENS, torch.bfloat16)
+    biases = [made(*table.shape[:2], dtype=torch.bfloat16, seed=6) for table in floats]
+    options = {"gate_up_bias": biases[0], "down_bias": biases[1], "activation": "clamped_swiglu"}
+    expected = reference.experts_chunk(x, *routed, *floats, counted(TOKENS), **options)
+    cut = Tiles(64, 64, 2, 4)
+    options |= scales | ({} if ON_GPU else {"tiles": ChunkTiles(16, cut, cut)})
+    actual = operator.launch_experts_chunk(x, *routed, *tables, counted(TOKENS), **options)
+    tolerance = TOLERANCE[torch.bfloat16] * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[torch.bfloat16], atol=tolerance)
+    some = slice(2, 5)
+    one = (part[some].contiguous() for part in (x, *routed))
+    few = operator.launch_experts_chunk(*one, *tables, counted(3), **options)
+    assert torch.equal(few, actual[some])
