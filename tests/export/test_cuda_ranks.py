@@ -19,7 +19,12 @@ from tokenloop.export.launches.methods import Lookup, prefill_inputs  # noqa: E4
 from tokenloop.export.tensors import tensors_of  # noqa: E402
 
 RANKS, LENGTH = 2, 12
-CASES = {"qwen3": {"head_dim": 32}, "gemma3_text": {"head_dim": 32}, "qwen3_moe": {"head_dim": 32}}
+CASES = {
+    "qwen3": {"head_dim": 32},
+    "gemma4_text, 5 sliding to 1 full": {"head_dim": 32, "global_head_dim": 64},
+    "qwen3_moe": {"head_dim": 32},
+}
+GEMMA = "gemma3_text, two key heads, all sliding"
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "interpreted_ranges"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="ranks are of the interpreter"),
@@ -28,7 +33,7 @@ pytestmark = [
 
 def divided(case: str, batch: int = 1) -> tuple[torch.nn.Module, list, list[CudaStep]]:
     """A network, and its ranks' networks and steps."""
-    hf = make_reference(case, **CASES[case])
+    hf = make_reference(case, **CASES.get(case, {"head_dim": 32}))
     plain, whole = (network_of(ROW_OF[case], hf, LENGTH, batch) for _ in range(2))
     tensor_parallel.check_launches(whole, RANKS)
     networks = tensor_parallel.shards(whole, RANKS, True)
@@ -77,7 +82,7 @@ def test_ranks_give_together_what_a_network_gives_alone(case):
 
 
 def test_a_step_sums_once_after_each_branch_and_gathers_logits_once():
-    _, networks, steps = divided("gemma3_text", 3)
+    _, networks, steps = divided(GEMMA, 3)
     step = steps[0]
     tensors, _, state = tensors_of(step)
     assert {"sums.peers", "sums.epochs", "exchange.peers", "exchange.epochs"} <= set(state)
