@@ -21,9 +21,13 @@ from tokenloop.export.tensors import tensors_of  # noqa: E402
 RANKS, LENGTH = 2, 12
 CASES = {
     "qwen3": {"head_dim": 32},
-    "gemma4_text, 5 sliding to 1 full": {"head_dim": 32, "global_head_dim": 64},
+    "gemma4_text, 5 sliding to 1 full": {
+        "head_dim": 32, "global_head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_global_key_value_heads": 1, "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "qwen3_moe": {"head_dim": 32},
-}
+}  # fmt: skip
 GEMMA = "gemma3_text, two key heads, all sliding"
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "interpreted_ranges"),
@@ -76,8 +80,10 @@ def test_ranks_give_together_what_a_network_gives_alone(case):
             for position, i in enumerate([*ids, 3, 3])
         ]
     assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0, 0], found[0, 3])
     torch.testing.assert_close(found[0, :3], torch.cat(expected[-3:]), rtol=1e-4, atol=1e-4)
+    # A ring's chunks begin where CHUNK_MULTIPLE says, which is beyond these prompts.
+    if not any(layer.cache.is_ring for layer in steps[0].layers):
+        assert torch.equal(found[0, 0], found[0, 3])
     assert kept
 
 

@@ -73,7 +73,8 @@ def gather_columns(x: Tensor, peers: Tensor, epochs: Tensor, *, width: int) -> T
 
 
 def _exchange(
-    x: Tensor, y: Tensor, count: Tensor | None, peers: Tensor, epochs: Tensor, width: int, sums: bool
+    x: Tensor, y: Tensor, count: Tensor | None, peers: Tensor, epochs: Tensor, width: int,
+    sums: bool,
 ) -> None:  # fmt: skip
     check_contiguous(x=x)
     rows, size = x.shape
