@@ -101,8 +101,8 @@ def write_shards(
     the manifest's entries of the weights and of the ranks.
 
     What all ranks have alike is there once. Of other tensors there is the ranks' one behind the
-    other, along a first axis, so a rank reads no more than its own. `packed` has the parts of places,
-    as of write_weights, of all ranks. Errors: as of write_weights.
+    other, along a first axis, so a rank reads no more than its own. `packed` has all
+    ranks' parts of places, as of write_weights. Errors: as of write_weights.
     """
     packed = packed or {}
     tensors, parts, sharded = {}, {}, []

@@ -46,10 +46,10 @@ __all__ = [
     "accept", "add_branch", "add_norm", "add_norm_linear", "attend_chunk", "attend_drafts",
     "attend_step", "causal_conv1d", "causal_conv1d_update", "dequantize", "embed_both",
     "embed_chunk", "embed_into", "experts", "experts_chunk", "filled_slots", "gate_input",
-    "gather_columns", "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm",
-    "last_tokens", "layer_inputs", "linear", "linear_chunk", "next_drafts", "next_positions", "norm",
-    "norm_heads", "norm_linear", "reduce_add_norm", "rotate_chunk", "route", "semaphores_size",
-    "sigmoid_gate", "store_drafts", "store_ring", "sum_ranks",
+    "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "gather_columns",
+    "last_tokens", "layer_inputs", "linear", "linear_chunk", "next_drafts", "next_positions",
+    "norm", "norm_heads", "norm_linear", "reduce_add_norm", "rotate_chunk", "route",
+    "semaphores_size", "sigmoid_gate", "store_drafts", "store_ring", "sum_ranks",
 ]  # fmt: skip
 
 

@@ -108,7 +108,9 @@ class Ranks:
         while not self._gone():
             time.sleep(WATCHING_S)
         time.sleep(ENDING_S)
-        process.say(f"error: {self._lost('a process has ended')}")
+        error = self._lost("a process has ended")
+        if error.tells:
+            process.say(f"error: {error}")
         os._exit(LOST)
 
     def share(self, value: Any) -> Any:

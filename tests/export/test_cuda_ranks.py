@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -16,7 +17,8 @@ from tokenloop.export.launches.cuda_prefill import CudaPrefill  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.export.launches.lowering import lower, names_of  # noqa: E402
 from tokenloop.export.launches.methods import Lookup, prefill_inputs  # noqa: E402
-from tokenloop.export.tensors import tensors_of  # noqa: E402
+from tokenloop.export.packed_weights import parts_by_storage  # noqa: E402
+from tokenloop.export.tensors import tensors_of, write_shards  # noqa: E402
 
 RANKS, LENGTH = 2, 12
 CASES = {
@@ -105,3 +107,22 @@ def test_what_has_no_sum_on_cuda_is_refused_by_name():
     hf = make_reference("olmo2")
     with pytest.raises(ExportError, match="not for norms of all heads at once and layers without"):
         tensor_parallel.check_launches(network_of(ROW_OF["olmo2"], hf, LENGTH, 1), RANKS)
+
+
+def test_shards_of_packed_layers_are_the_ranks_own(tmp_path):
+    """Packed weights are places until they are written, and their parts are what is compared."""
+    whole = network_of(ROW_OF["qwen3"], make_reference("qwen3", head_dim=32), LENGTH, 1)
+    networks = tensor_parallel.shards(whole, RANKS, True)
+    steps = [CudaStep(each, None, ranks=RANKS) for each in networks]
+    parts = {place: some for step in steps for place, some in parts_by_storage(step).items()}
+    each = [tensors_of(step)[0] for step in steps]
+    _, entry = write_shards(each, tmp_path, False, parts)
+    written = load_file(tmp_path / "model.safetensors")
+    sharded = set(entry["tensor_parallel"]["sharded"])
+    for name in ("qkv", "o", "gate_up", "down"):
+        assert f"layers.0.{name}.weight" in sharded
+    for rank, step in enumerate(steps):
+        for layer, number in zip(step.layers, range(len(step.layers))):
+            of_rank = written[f"layers.{number}.gate_up.weight"][rank]
+            assert torch.equal(of_rank, torch.cat(layer.gate_up.parts))
+    assert "norm.weight" in written and "norm.weight" not in sharded
