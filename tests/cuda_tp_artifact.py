@@ -4,10 +4,13 @@ variants of the loop, alone and beside others; and what a step takes.
 `torchrun --nproc-per-node 2 tests/cuda_tp_artifact.py ARTIFACT --ids FILE` writes the ids to a
 file, or compares them with those that are there, such as one rank's. It prints a line of JSON, and
 ends with status 1 where ids differ. `--time` measures only, of an artifact with random weights.
+With `--one-gpu` all ranks take the same GPU, in turns of milliseconds: that is slow, and says
+nothing of several GPUs' memory, but all else is what it is there.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -24,17 +27,16 @@ VARIANTS = {
     "no overlap": LoopOptions(overlap=False), "alias": LoopOptions(feed="alias"),
     "run ahead": LoopOptions(run_ahead=4), "host": LoopOptions(feed="host"),
 }  # fmt: skip
-TOKENS = 48
 
 
-def ids_of(model: Model, sampled: bool) -> dict[str, list[list[int]]]:
+def ids_of(model: Model, sampled: bool, tokens: int) -> dict[str, list[list[int]]]:
     """Of all prompts, by how they were computed."""
     given = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 7} if sampled else {}
     found = {
-        name: [model.generate(p, TOKENS, options, **given).run().token_ids for p in PROMPTS]
+        name: [model.generate(p, tokens, options, **given).run().token_ids for p in PROMPTS]
         for name, options in VARIANTS.items()
     }
-    requests = [Request(p, TOKENS, **given) for p in PROMPTS]
+    requests = [Request(p, tokens, **given) for p in PROMPTS]
     batch = model.generate_batch(requests)
     batch.run()
     return found | {"batch": [result.token_ids for result in batch.results]}
@@ -56,7 +58,12 @@ def main() -> int:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--ids", type=Path, help="where one rank's ids are, or will be")
     parser.add_argument("--time", action="store_true", help="measure steps, compare nothing")
+    parser.add_argument("--tokens", type=int, default=48, help="of each prompt")
+    parser.add_argument("--one-gpu", action="store_true", help="all ranks take the first GPU")
     options = parser.parse_args()
+    if options.one_gpu:
+        # torch refuses it otherwise.
+        os.environ |= {"LOCAL_RANK": "0", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
     begin = time.perf_counter()
     model = Model(options.artifact)
     load_s = time.perf_counter() - begin
@@ -70,8 +77,8 @@ def main() -> int:
         line["gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     else:
         for kind, sampled in ("greedy", False), ("sampled", True):
-            found = ids_of(model, sampled)
-            again = ids_of(model, sampled)
+            found = ids_of(model, sampled, options.tokens)
+            again = ids_of(model, sampled, options.tokens)
             of_ranks = [found] if ranks is None else ranks.all(found)
             first = found["default"]
             checks = {
