@@ -113,7 +113,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         type=int,
         default=1,
         metavar="N",
-        help="divide every layer by N processes, which torchrun starts; with --backend inductor",
+        help="divide every layer by N processes, which torchrun starts; with --backend "
+        "inductor or launches",
     )
     parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
@@ -168,10 +169,10 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
         )
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
-    if options.tensor_parallel > 1 and backend != "inductor":
+    if options.tensor_parallel > 1 and backend not in ("inductor", "launches"):
         return (
             f"--tensor-parallel {options.tensor_parallel} is not for --backend {backend}: "
-            "inductor is right"
+            "inductor and launches are right"
         )
     options.quant_by_default = options.quant is None
     if options.quant is None:

@@ -23,6 +23,8 @@ from tokenloop.models.ranks import gather, reduce
 
 # What --tensor-parallel may be: what one host has.
 MOST_RANKS = 16
+# Rows of a step that a sum on CUDA takes at once (models/kernels/reduce_ranks).
+MOST_ROWS = 128
 
 
 class Part(NamedTuple):
@@ -38,13 +40,14 @@ class Part(NamedTuple):
         return slice(begin, begin + max(1, groups // self.ranks))
 
 
-def shards(network: CausalLM, ranks: int) -> list[CausalLM]:
+def shards(network: CausalLM, ranks: int, whole_embedding: bool = False) -> list[CausalLM]:
     """The networks of all ranks, of copies of the network's weights, before anything is packed.
+    With `whole_embedding` every rank has the embedding, and looks up by itself.
 
     Errors: ExportError, with the numbers that would do, where `ranks` do not divide the network.
     """
     check(network, ranks)
-    return [_local(network, Part(rank, ranks)) for rank in range(ranks)]
+    return [_local(network, Part(rank, ranks), whole_embedding) for rank in range(ranks)]
 
 
 def check(network: CausalLM, ranks: int) -> None:
@@ -114,7 +117,33 @@ def _sizes(network: CausalLM) -> Iterator[tuple[str, int, bool]]:
             yield "columns of an expert", mlp.moe.moe_intermediate_size, False
 
 
-def _local(network: CausalLM, part: Part) -> CausalLM:
+def check_launches(network: CausalLM, ranks: int) -> None:
+    """Errors: ExportError as of `check`, and for what CUDA's step has no sum for."""
+    check(network, ranks)
+    blocks = network.model.layers
+    missing = {
+        "layers' inputs of their own": network.model.per_layer is not None,
+        "experts beside a feed-forward": any(block.mlp.reads_residual for block in blocks),
+        "norms of all heads at once": any(
+            getattr(block.mixer, "whole_norms", False) for block in blocks
+        ),
+        "layers without a norm ahead of them": any(
+            block.norm(role) is None for block in blocks for role in ("mixer", "mlp")
+        ),
+    }
+    if found := [what for what, there in missing.items() if there]:
+        raise ExportError(
+            f"--tensor-parallel {ranks} with --device cuda is not for {' and '.join(found)}: "
+            "--backend inductor is right"
+        )
+    if network.batch > MOST_ROWS:
+        raise ExportError(
+            f"--batch is {network.batch}; with --tensor-parallel and --device cuda at most "
+            f"{MOST_ROWS} are possible"
+        )
+
+
+def _local(network: CausalLM, part: Part, whole_embedding: bool) -> CausalLM:
     tensors = [*network.parameters(), *network.buffers()]
     # A copy of all but the tensors, of which those that are divided are copied below.
     local = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
@@ -126,7 +155,7 @@ def _local(network: CausalLM, part: Part) -> CausalLM:
             _feed_forward(mlp.dense, part)
         if mlp.moe is not None:
             _experts(mlp.experts, part)
-    _vocabulary(local, part)
+    _vocabulary(local, part, whole_embedding)
     return local
 
 
@@ -205,8 +234,11 @@ def _experts(experts: Any, part: Part) -> None:
         experts.down_proj_bias = _once(experts.down_proj_bias, part)
 
 
-def _vocabulary(network: CausalLM, part: Part) -> None:
+def _vocabulary(network: CausalLM, part: Part, whole_embedding: bool) -> None:
     backbone, head = network.model, network.lm_head
+    if whole_embedding:
+        network.lm_head = _linear(_rows_of_vocabulary(head.weight, part))
+        return
     is_tied = head.weight is backbone.embed_tokens.weight
     backbone.embed_tokens = VocabularyPart(backbone.embed_tokens.weight, part)
     if is_tied:

@@ -42,10 +42,10 @@ def tensors_of(
 
 
 def is_state(name: str) -> bool:
-    """Whether the buffer of that name is written: a layer's cache, a round's part of it, or the
-    kernels' semaphores."""
-    is_draft = name.endswith((".draft_k", ".draft_v"))
-    return ".cache." in name or is_draft or name == "kernel_semaphores"
+    """Whether the buffer of that name is written: a layer's cache, a round's part of it, the
+    kernels' semaphores, or what the runner and the kernels write of a mailbox of ranks."""
+    other = name.endswith((".draft_k", ".draft_v", ".peers", ".epochs"))
+    return ".cache." in name or other or name == "kernel_semaphores"
 
 
 def entries(tensors: dict[str, Tensor]) -> list[dict]:
@@ -94,26 +94,36 @@ def write_weights(
 
 
 def write_shards(
-    of_ranks: Sequence[dict[str, Tensor]], directory: Path, random: bool
-) -> tuple[dict, dict]:
+    of_ranks: Sequence[dict[str, Tensor]], directory: Path, random: bool,
+    packed: Mapping[int, Sequence[Tensor]] | None = None,
+) -> tuple[dict, dict]:  # fmt: skip
     """Write model.safetensors of the ranks' weights by name, unless they are `random`, and return
     the manifest's entries of the weights and of the ranks.
 
     What all ranks have alike is there once. Of other tensors there is the ranks' one behind the
-    other, along a first axis, so a rank reads no more than its own. Errors: as of write_weights.
+    other, along a first axis, so a rank reads no more than its own. `packed` has all
+    ranks' parts of places, as of write_weights. Errors: as of write_weights.
     """
+    packed = packed or {}
     tensors, parts, sharded = {}, {}, []
+
+    def pieces(x: Tensor) -> Sequence[Tensor]:
+        return packed.get(x.untyped_storage()._cdata, [x])
+
     for name, first in of_ranks[0].items():
         each = [weights[name] for weights in of_ranks]
         if {(x.shape, x.dtype, x.stride()) for x in each} != {
             (first.shape, first.dtype, first.stride())
         }:
             raise ExportError(f"{name} has not one shape on all ranks")
-        if random or all(torch.equal(x, first) for x in each[1:]):
+        if random or all(all(map(torch.equal, pieces(x), pieces(first))) for x in each[1:]):
             tensors[name] = first
+            if (key := first.untyped_storage()._cdata) in packed:
+                parts[key] = packed[key]
             continue
         place = first.new_empty(len(each), *first.shape)
-        tensors[name], parts[place.untyped_storage()._cdata] = place, each
+        tensors[name] = place
+        parts[place.untyped_storage()._cdata] = [piece for x in each for piece in pieces(x)]
         sharded.append(name)
     entry = write_weights(tensors, directory, random, parts)
     return entry, {"tensor_parallel": {"ranks": len(of_ranks), "sharded": sorted(sharded)}}

@@ -138,6 +138,8 @@ COMMON = {
     "versions": Named(or_null(TEXT)),
 }
 WEIGHTS = {"file": Maybe(FILE), "random": Maybe([TENSOR]), "views": VIEWS}
+RANKS = {"ranks": integer(2, 2**10), "sharded": [NAME]}
+MAILBOX = {"slots": integer(1, 2**16), "slot_bytes": integer(1, 2**24)}
 OF_ENGINE = {
     "executorch": {
         "processor": Maybe(NAME),
@@ -148,7 +150,7 @@ OF_ENGINE = {
         "processor": NAME,
         "weights": WEIGHTS,
         "versions": {"torch": TEXT},
-        "tensor_parallel": Maybe({"ranks": integer(2, 2**10), "sharded": [NAME]}),
+        "tensor_parallel": Maybe(RANKS),
     },
     "launches": {
         "processor": NAME,
@@ -156,6 +158,7 @@ OF_ENGINE = {
         "waiting_kernels": [NAME],
         "chunk_multiple": integer(1, MAX_INT),
         "draft_tokens": Maybe(integer(1, MAX_DRAFTS)),
+        "tensor_parallel": Maybe(RANKS | {"mailboxes": {"exchange": MAILBOX, "sums": MAILBOX}}),
     },
 }
 NEEDED_METHODS = {

@@ -21,7 +21,7 @@ PARAMETERS = {
 # The state by the last part of its names: caches with a slot for each position, what goes on with
 # every token, and what is no row's.
 CACHES, RUNNING = {"k", "v"}, {"conv", "recurrent"}
-OF_NO_ROW = {"kernel_semaphores", "draft_k", "draft_v"}
+OF_NO_ROW = {"kernel_semaphores", "draft_k", "draft_v", "peers", "epochs"}
 
 
 class Change(NamedTuple):

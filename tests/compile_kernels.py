@@ -384,6 +384,9 @@ def ranks() -> None:
         x, epochs = empty(rows, 5376, dtype=bfloat16), empty(32, dtype=int32)
         peers = empty(2 * count + 1, dtype=int64)
         module.reduce_add_norm(x, x, *more, norm, peers, epochs, eps=1e-6)
+        exchange = peers, empty(module.SLOTS, dtype=int32)
+        module.sum_ranks(x, *exchange, empty(1, dtype=int32))
+        module.gather_columns(empty(rows, 131072, dtype=float32), *exchange, width=262144)
 
 
 def hybrids() -> None:

@@ -39,7 +39,7 @@ VOCAB_SIZE = 256 + 3
 SLOW_FILES = {
     *("benchmarks/test_operator_benchmarks.py", "benchmarks/test_plot.py"),
     *("export/test_attention.py", "export/test_cuda_prefill.py", "export/test_lowering.py"),
-    "export/test_drafts.py",
+    *("export/test_drafts.py", "export/test_cuda_ranks.py"),
     *("export/test_fused.py", "export/test_fused_hybrid.py", "export/test_launches.py"),
     *("export/test_gemma.py", "export/test_pte.py", "export/test_pte_cuda.py"),
     *("export/test_float8.py", "export/test_hub.py", "export/test_kept_artifact.py"),

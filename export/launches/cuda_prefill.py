@@ -102,6 +102,7 @@ class CudaPrefill(Tables):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The residual after the layer `before`, and its norm."""
         if before is not None:
+            branch = self.step.total(branch, count)
             return add_norm(x, branch, before.last_norm, before.layer_scalar, norm, count)
         if norm is None:
             return x, x
@@ -133,6 +134,7 @@ class CudaPrefill(Tables):
         self, layer: PackedBlock, x: Tensor, branch: Tensor, count: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The residual after the mixer, whose branch is given, and the feed-forward's branch."""
+        branch = self.step.total(branch, count)
         x, normed = add_norm(x, branch, layer.post_attention_norm, None, layer.mlp_norm, count)
         if layer.moe is None:
             return x, self._dense(layer, normed, count)

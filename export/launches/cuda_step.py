@@ -16,7 +16,10 @@ from tokenloop.export.packed_experts import ScaledExperts
 from tokenloop.export.packed_weights import PackedBlock
 from tokenloop.models.decoder import CausalLM
 from tokenloop.models.kernels import cuda
+from tokenloop.models.kernels.reduce_ranks.operator import SLOT_BYTES, SLOTS
 
+# The names of a mailbox's tensors.
+PEERS, EPOCHS = "peers", "epochs"
 # Half a head is multiplied as a matrix, of at least 16 inputs.
 HEAD_DIMS = 32, 64, 128, 256, 512
 
@@ -36,6 +39,24 @@ def fit_heads(attention: nn.Module) -> None:
     packed.pad_heads(attention, next(each for each in HEAD_DIMS if each > size))
 
 
+class Mailbox(nn.Module):
+    """Where ranks write what they tell this one: `slots` of `slot_bytes` for each rank, twice, and
+    a flag for each rank's slot. The runner has that memory, and tells the kernels where it is, in
+    peers int64 [2 N + 1]; epochs int32 [slots] count (models/kernels/reduce_ranks)."""
+
+    def __init__(self, ranks: int, slots: int, slot_bytes: int, device: torch.device):
+        super().__init__()
+        self.slots, self.slot_bytes = slots, slot_bytes
+        peers = torch.zeros(2 * ranks + 1, dtype=torch.int64, device=device)
+        epochs = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.register_buffer(PEERS, peers, persistent=False)
+        self.register_buffer(EPOCHS, epochs, persistent=False)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.peers, self.epochs
+
+
 class CudaStep(nn.Module):
     """hidden [B, 1, E], position int64 [B] -> logits float32 [B, V], as the network's
     decode_embedded. In memory hidden is as embedded.py has it.
@@ -44,13 +65,16 @@ class CudaStep(nn.Module):
     both stay as the network has them; or both are kept. The embedding stays as it is. With None the
     step can be traced and written and not run (packed_weights.PackedLinear).
 
-    `rows` are the most that `run` takes, by default those of the network.
+    `rows` are the most that `run` takes, by default those of the network. With several `ranks` the
+    network is one's of tensor_parallel.shards. Branches are then parts, until the residual takes
+    their sum, and logits are gathered: all ranks have the same.
 
     Raises ExportError as `fit_heads`.
     """
 
     def __init__(
-        self, network: CausalLM, bits: int | str | Keeping | None = 0, rows: int | None = None
+        self, network: CausalLM, bits: int | str | Keeping | None = 0, rows: int | None = None,
+        ranks: int = 1,
     ):  # fmt: skip
         super().__init__()
         backbone = network.model
@@ -71,6 +95,12 @@ class CudaStep(nn.Module):
         size = cuda.semaphores_size(rows or network.batch, widest, kv_heads)
         semaphores = torch.zeros(size, dtype=torch.int32, device=self.head.weight.device)
         self.register_buffer("kernel_semaphores", semaphores, persistent=False)
+        self.ranks, self.vocab_size = ranks, network.config.vocab_size
+        if ranks > 1:
+            device, weight = semaphores.device, network.model.embed_tokens.weight
+            count = rows or network.batch
+            self.sums = Mailbox(ranks, count, self.hidden_size * weight.element_size(), device)
+            self.exchange = Mailbox(ranks, SLOTS, SLOT_BYTES, device)
 
     def forward(self, hidden: Tensor, position: Tensor) -> Tensor:
         x, own = split(hidden, self.hidden_size)
@@ -91,6 +121,13 @@ class CudaStep(nn.Module):
             x, branch = self.finish(layer, x, mixed, each)
             before = layer
         return self.logits(x, branch)
+
+    def mailboxes(self) -> dict[str, dict[str, int]]:
+        """What the manifest says of the mailboxes, by the beginning of their tensors' names."""
+        return {
+            name: {"slots": box.slots, "slot_bytes": box.slot_bytes}
+            for name, box in (("exchange", self.exchange), ("sums", self.sums))
+        }
 
     def network_parameters(self) -> Iterable[Tensor]:
         """All weights but the head's."""
@@ -117,7 +154,10 @@ class CudaStep(nn.Module):
     def logits(self, x: Tensor, branch: Tensor) -> Tensor:
         """float32 [B, V] of the residual [B, D] in the last layer and its feed-forward's branch."""
         options = {"out_float32": True, "soft_cap": self.soft_cap}
-        return self._after(self.layers[-1], x, branch, self.norm, self.head, **options)[1]
+        logits = self._after(self.layers[-1], x, branch, self.norm, self.head, **options)[1]
+        if self.ranks == 1:
+            return logits
+        return cuda.gather_columns(logits, *self.exchange.tensors, width=self.vocab_size)
 
     def finish(
         self, layer: PackedBlock, x: Tensor, mixed: Tensor, given: Tensor | None = None
@@ -135,7 +175,7 @@ class CudaStep(nn.Module):
         if layer.moe is None:
             x, gated = self._add_norm_linear(*added, layer.gate_up, activation=layer.activation)
             return x, self._linear(gated, layer.down)
-        x, normed = add_norm(*added)
+        x, normed = self._add_norm(*added)
         dense = None
         if layer.is_shared or layer.beside is not None:
             gated = self._linear(normed, layer.gate_up, activation=layer.activation)
@@ -161,13 +201,29 @@ class CudaStep(nn.Module):
         norm: nn.Module | None, linear: nn.Module, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new residual of `add_norm`, and what `linear` gives for its norm."""
-        if norm is None:
-            x, normed = add_norm(x, branch, post, scalar, norm)
+        if norm is None or self.ranks > 1:
+            x, normed = self._add_norm(x, branch, post, scalar, norm)
             return x, self._linear(normed, linear, **options)
         tensors = *linear_tensors(linear), self.kernel_semaphores
         options |= {"eps": norm.eps, "offset": norm.offset}
         residual = x, branch, weight_of(post), scalar, norm.weight
         return cuda.add_norm_linear(*residual, *tensors, **options)
+
+    def _add_norm(
+        self, x: Tensor, branch: Tensor, post: nn.Module | None, scalar: Tensor | None,
+        norm: nn.Module | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`add_norm` of the branch that is the sum of the ranks'."""
+        if self.ranks == 1:
+            return add_norm(x, branch, post, scalar, norm)
+        weights, options = (weight_of(post), scalar), {"eps": norm.eps, "offset": norm.offset}
+        return cuda.reduce_add_norm(x, branch, *weights, norm.weight, *self.sums.tensors, **options)
+
+    def total(self, branch: Tensor, count: Tensor) -> Tensor:
+        """The sum of the ranks' branches [T, D] of a chunk, of which the first `count` rows are."""
+        if self.ranks == 1:
+            return branch
+        return cuda.sum_ranks(branch, *self.exchange.tensors, count)
 
     def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
         return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, **options)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from tokenloop.export import tensor_parallel
 from tokenloop.export.errors import ExportError
 from tokenloop.export.kept_weights import Keeping
 from tokenloop.export.launches.cubins import ARCHITECTURES
 from tokenloop.export.packed_weights import check_recipe, parts_by_storage
 from tokenloop.export.recipes import PACKING
-from tokenloop.export.tensors import entries, tensors_of, write_weights
+from tokenloop.export.tensors import entries, tensors_of, write_shards, write_weights
 from tokenloop.models.decoder import CausalLM
 
 # Tokens that chunks of prompts are rounded up to. Each has launches, and a graph, of its own.
@@ -48,6 +49,10 @@ class LaunchArtifact:
             raise ExportError(
                 f"--draft-tokens is {options.draft_tokens}; at most {MOST_DRAFTS} are possible"
             )
+        if options.tensor_parallel > 1 and options.draft_tokens:
+            raise ExportError(
+                f"--draft-tokens is {options.draft_tokens}; with --tensor-parallel it must be 0"
+            )
         if os.environ.get("TRITON_INTERPRET", "0") == "1":
             raise ExportError("TRITON_INTERPRET is 1, so no kernel would be compiled: unset it")
         try:
@@ -58,7 +63,13 @@ class LaunchArtifact:
             ) from None
 
     def begin(self, model: CausalLM) -> None:
-        """There is nothing to begin with."""
+        """Errors: ExportError for what several ranks cannot have."""
+        if self.options.tensor_parallel > 1:
+            tensor_parallel.check_launches(model, self.options.tensor_parallel)
+            if self.options.quant == "keep":
+                raise ExportError(
+                    "--quant keep is not for --tensor-parallel: another --quant makes integers anew"
+                )
 
     def write(
         self, model: CausalLM, tokenizer: dict, directory: Path, progress: Callable[[str], None]
@@ -78,13 +89,18 @@ class LaunchArtifact:
         from tokenloop.export.launches.cuda_step import CudaStep
         from tokenloop.export.launches.launch_file import write_launches
         from tokenloop.export.launches.lowering import lower, names_of
-        from tokenloop.export.launches.methods import prefill_inputs, selection_methods
+        from tokenloop.export.launches.methods import Lookup, prefill_inputs, selection_methods
         from tokenloop.models.kernels.launch.dependent_launch import WAITING
 
         progress("packing weights")
+        ranks, of_ranks = self.options.tensor_parallel, {}
+        networks = [model] if ranks == 1 else tensor_parallel.shards(model, ranks, True)
+        # All ranks' launches are those of the first.
+        model = networks[0]
         backbone, batch, config = model.model, model.batch, model.config
         drafts = self.options.draft_tokens
-        step = CudaStep(model, bits, max(batch, drafts + 1))
+        steps = [CudaStep(each, bits, max(batch, drafts + 1), ranks) for each in networks]
+        step = steps[0]
         prefill = CudaPrefill(step, model)
         self.lines = bits.lines() if keep else []
         with self.device:
@@ -108,7 +124,8 @@ class LaunchArtifact:
         chunks = [size for size in CHUNKS if size < largest] + [largest]
         progress("tracing")
         tensors, views, state = tensors_of(prefill, *(method for method, _ in methods.values()))
-        names, parts = names_of(tensors | state), parts_by_storage(step)
+        names = names_of(tensors | state)
+        parts = {place: some for each in steps for place, some in parts_by_storage(each).items()}
         lowered = {
             name: (lower(method, [tuple(inputs.values())], names)[0], list(inputs))
             for name, (method, inputs) in methods.items()
@@ -120,10 +137,20 @@ class LaunchArtifact:
         program = directory / "model.launches"
         kernels = write_launches(program, lowered, self.options.gpu_arch, progress)
         progress("writing")
+        random = self.options.random_weights
+        if ranks == 1:
+            weights = write_weights(tensors, directory, random, parts)
+        else:
+            others = [
+                tensors_of(CudaPrefill(each, network), each, Lookup(network.model))[0]
+                for each, network in zip(steps[1:], networks[1:])
+            ]
+            each = [tensors, *({name: x[name] for name in tensors} for x in others)]
+            weights, of_ranks = write_shards(each, directory, random, parts)
+            of_ranks["tensor_parallel"]["mailboxes"] = step.mailboxes()
         return {
             "program": {"file": program.name},
-            "weights": write_weights(tensors, directory, self.options.random_weights, parts)
-            | {"views": views},
+            "weights": weights | {"views": views},
             "engine": "launches",
             "backend": "launches",
             "device": "cuda",
@@ -135,4 +162,5 @@ class LaunchArtifact:
             "dtype": str(self.dtype).removeprefix("torch."),
             "state": entries(state),
             **({"draft_tokens": drafts} if drafts else {}),
+            **of_ranks,
         }

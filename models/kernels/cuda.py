@@ -39,6 +39,11 @@ from tokenloop.models.kernels.linear.operator import add_norm_linear, linear, no
 from tokenloop.models.kernels.linear_chunk.operator import dequantize, linear_chunk
 from tokenloop.models.kernels.next_positions.operator import next_positions
 from tokenloop.models.kernels.per_layer.operator import gate_input, layer_inputs
+from tokenloop.models.kernels.reduce_ranks.operator import (
+    gather_columns,
+    reduce_add_norm,
+    sum_ranks,
+)
 from tokenloop.models.kernels.rms_norm.operator import add_branch, add_norm, norm, norm_heads
 from tokenloop.models.kernels.sigmoid_gate.operator import sigmoid_gate
 
@@ -46,10 +51,10 @@ __all__ = [
     "accept", "add_branch", "add_norm", "add_norm_linear", "attend_chunk", "attend_drafts",
     "attend_step", "causal_conv1d", "causal_conv1d_update", "dequantize", "embed_both",
     "embed_chunk", "embed_into", "experts", "experts_chunk", "filled_slots", "gate_input",
-    "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "last_tokens",
-    "layer_inputs", "linear", "linear_chunk", "next_drafts", "next_positions", "norm", "norm_heads",
-    "norm_linear", "rotate_chunk", "route", "semaphores_size", "sigmoid_gate", "store_drafts",
-    "store_ring", "take_drafts",
+    "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "gather_columns",
+    "last_tokens", "layer_inputs", "linear", "linear_chunk", "next_drafts", "next_positions",
+    "norm", "norm_heads", "norm_linear", "reduce_add_norm", "rotate_chunk", "route",
+    "semaphores_size", "sigmoid_gate", "store_drafts", "store_ring", "sum_ranks", "take_drafts",
 ]  # fmt: skip
 
 

@@ -57,9 +57,10 @@ class LaunchList:
         self._entries = program["methods"]
         self._workspace: Tensor | None = None
 
-    def keep_what_fits(self, prefix: str) -> list[int]:
+    def keep_what_fits(self, prefix: str, ranks: Any = None) -> list[int]:
         """The sizes N of methods `prefix`N, in ascending order, but for those whose workspace does
-        not fit the GPU's free memory. The smallest is always among them."""
+        not fit the GPU's free memory, or that of another of the `ranks`. The smallest is always
+        among them."""
         entries = {
             int(name.removeprefix(prefix)): entry
             for name, entry in self._entries.items()
@@ -68,6 +69,8 @@ class LaunchList:
         free, _ = torch.cuda.mem_get_info(self._device)
         room = free - KEPT_FREE
         kept = [n for n in sorted(entries) if entries[n]["workspace"] <= room] or [min(entries)]
+        if ranks is not None:
+            kept = min(ranks.all(kept), key=len)
         for size in entries.keys() - kept:
             del self._entries[f"{prefix}{size}"]
         return kept

@@ -14,7 +14,7 @@ from tokenloop.runner.engines.graph_capture import captured
 from tokenloop.runner.engines.launch_list import LaunchList, Method
 from tokenloop.runner.engines.staging import Staging
 from tokenloop.runner.engines.step_graphs import CHOICE, NETWORK, StepGraphs
-from tokenloop.runner.engines.tensors import explained, find_device, load_tensors
+from tokenloop.runner.engines.tensors import ALONE, explained, find_device, load_tensors
 from tokenloop.runner.engines.torch_memory import Aligned, TorchMemory
 from tokenloop.runner.logprobs import Logprobs
 from tokenloop.runner.manifest import Artifact
@@ -28,6 +28,7 @@ from tokenloop.runner.program import (
     Selected,
     Step,
 )
+from tokenloop.runner.ranks import Place
 from tokenloop.runner.request import Request
 from tokenloop.runner.restriction import ADJUSTED
 from tokenloop.runner.transfers import Transfers
@@ -46,23 +47,37 @@ class LaunchProgram(Program):
 
     embeds = has_graphs = is_asynchronous = has_logits = True
 
-    def __init__(self, artifact: Artifact, threads: int | None = None):
-        """Load weights and kernels. `threads` changes nothing: a GPU computes.
+    def __init__(self, artifact: Artifact, threads: int | None = None, place: Place = ALONE):
+        """Load weights and kernels. `threads` changes nothing: a GPU computes. Of several ranks
+        this is the one of `place`, on the GPU of its number.
 
         Errors: RunnerError for a package of another device or processor, weights that do not fit
-        it, and a device without enough memory.
+        it, a device without enough memory, and fewer GPUs than ranks.
         """
         self._artifact, self.manifest = artifact, artifact.manifest
+        if place.count > 1:
+            # torch.distributed takes time to import.
+            from tokenloop.runner.engines.mailboxes import Mailboxes, choose_device
+            from tokenloop.runner.engines.ranks import Ranks
+
+            choose_device(place)
         self._device = find_device(artifact)
         memory = TorchMemory(self._device)
         self.transfers, self._stream, self._memory = Transfers(memory), memory.stream, memory
         self._aligned = Aligned(self.transfers, True)
+        if place.count > 1:
+            # The host's words go by gloo. What GPUs tell one another goes by mailboxes.
+            self.ranks = Ranks(place, self.transfers.between_ranks, "cpu:gloo,cuda:nccl")
         batch = self.manifest["batch"]
         with self._on_stream(), explained(artifact):
-            self.tensors = load_tensors(artifact, self._device)
+            self.tensors = load_tensors(artifact, self._device, place)
             self.state = {e["name"]: [self.tensors[e["name"]]] for e in self.manifest["state"]}
             self._list = LaunchList(artifact, self.tensors, self._device)
-            self._chunks = self._list.keep_what_fits(PREFILL)
+            if self.ranks is not None:
+                boxes = self.manifest["tensor_parallel"]["mailboxes"]
+                self._mailboxes = Mailboxes(boxes, self.ranks, self.tensors, self._device)
+                self.ranks.watch()
+            self._chunks = self._list.keep_what_fits(PREFILL, self.ranks)
             self._methods: dict[str, Method] = {}
             # The two buffers: next_id, and hidden beside it. Rows without a sequence are fed what
             # is there, which must be a token.

@@ -6,6 +6,7 @@ collectives hang within a package, in torch 2.13 and in fewer than 1,000 calls.
 
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tokenloop.runner import process
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.ranks import LostRank, Place
 from tokenloop.runner.transfers import Copies
@@ -23,6 +25,9 @@ NAME = "tokenloop::gather_ranks"
 TIMEOUT = timedelta(minutes=15)
 # How long a process may take to end.
 ENDING_S = 3.0
+# How often a rank looks whether the others live, and its exit status where they do not.
+WATCHING_S = 0.2
+LOST = 2
 
 if not hasattr(torch.ops.tokenloop, "gather_ranks"):
     torch.library.define(NAME, "(Tensor x, int ranks) -> Tensor")
@@ -38,8 +43,9 @@ class Ranks:
 
     joined: "Ranks | None" = None
 
-    def __init__(self, place: Place, received: Copies):
-        """Join the others. `received` counts what comes from them.
+    def __init__(self, place: Place, received: Copies, backend: str = "gloo"):
+        """Join the others. `received` counts what comes from them, and `backend` is
+        torch.distributed's.
 
         Errors: RunnerError where they do not come.
         """
@@ -48,7 +54,7 @@ class Ranks:
         self._fault: BaseException | None = None
         try:
             if Ranks.joined is None:
-                dist.init_process_group("gloo", timeout=TIMEOUT)
+                dist.init_process_group(backend, timeout=TIMEOUT)
             # Where each rank is, so that others see whether it lives.
             own = socket.gethostname(), os.getpid()
             found: list[Any] = [None] * place.count
@@ -85,6 +91,27 @@ class Ranks:
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise fault
+
+    def all(self, value: Any) -> list[Any]:
+        """What each rank has, in their order. Errors: as of `gather`."""
+        values: list[Any] = [None] * self.place.count
+        self._run(dist.all_gather_object, values, value)
+        return values
+
+    def watch(self) -> None:
+        """From now on see whether the others live, and end this process some seconds after one has
+        ended: a kernel that waits for another rank's does so for ever. Who ends at the same time
+        for the same reason has ended by then."""
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._gone():
+            time.sleep(WATCHING_S)
+        time.sleep(ENDING_S)
+        error = self._lost("a process has ended")
+        if error.tells:
+            process.say(f"error: {error}")
+        os._exit(LOST)
 
     def share(self, value: Any) -> Any:
         """What rank 0 has. Errors: as of `gather`."""

@@ -1,15 +1,20 @@
-"""The ranks' sum on CUDA, with the residual and the norm after it: one launch."""
+"""What ranks tell one another on CUDA, in one launch each: the sum of their parts with the residual
+and the norm after it, the sum alone, and all ranks' columns."""
 
 import triton
-from torch import Tensor, empty_like
+from torch import Tensor, empty, empty_like
 
 from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.launches import launch, operator
-from tokenloop.models.kernels.reduce_ranks.triton import reduce_norm_kernel
+from tokenloop.models.kernels.reduce_ranks.triton import exchange_kernel, reduce_norm_kernel
 
 # A program waits for the same one of every other rank, so all must run at once. A GPU of the kinds
 # that kernels are compiled for has at least so many processors.
 MOST_ROWS = 128
+# An exchange's mailbox: programs, each with a slot of its own, and what a slot holds.
+SLOTS, SLOT_BYTES = 128, 32768
+# Columns of one block. The largest fills a slot in float32.
+LEAST_BLOCK, MOST_BLOCK = 1024, 8192
 
 
 @operator("reduce_add_norm", mutates_args={"epochs"})
@@ -48,3 +53,37 @@ def launch_reduce(
         **{"PUSH": True, "PULL": True} | halves,
     )  # fmt: skip
     return total, h
+
+
+@operator("sum_ranks", mutates_args={"epochs"})
+def sum_ranks(x: Tensor, peers: Tensor, epochs: Tensor, count: Tensor | None = None) -> Tensor:
+    """The sum of each rank's x [T, K], as reference.reduce_add_norm has it. Rows from `count` int32
+    [1] on are anything. The mailbox is an exchange's: SLOTS slots of SLOT_BYTES."""
+    y = empty_like(x)
+    _exchange(x, y, count, peers, epochs, x.shape[1], True)
+    return y
+
+
+@operator("gather_columns", mutates_args={"epochs"})
+def gather_columns(x: Tensor, peers: Tensor, epochs: Tensor, *, width: int) -> Tensor:
+    """The first `width` columns of all ranks' x [B, K] side by side: [B, width]."""
+    y = empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    _exchange(x, y, None, peers, epochs, width, False)
+    return y
+
+
+def _exchange(
+    x: Tensor, y: Tensor, count: Tensor | None, peers: Tensor, epochs: Tensor, width: int,
+    sums: bool,
+) -> None:  # fmt: skip
+    check_contiguous(x=x)
+    rows, size = x.shape
+    ranks, slot = peers.shape[0] // 2, SLOT_BYTES // x.element_size()
+    # Few rows are cut so that all programs have some of them.
+    block = min(MOST_BLOCK, max(LEAST_BLOCK, triton.next_power_of_2(rows * size // SLOTS)))
+    block = min(block, triton.next_power_of_2(size))
+    programs = min(SLOTS, rows * triton.cdiv(size, block))
+    launch(exchange_kernel, (programs,))(
+        x, y, count, peers, epochs, rows, size, width, RANKS=ranks, SLOTS=SLOTS, SLOT=slot,
+        PROGRAMS=programs, BLOCK=block, SUM=sums, num_warps=8,
+    )  # fmt: skip

@@ -79,3 +79,60 @@ def reduce_norm_kernel(
             h = rms_norm(total.to(tl.float32), offset + weight, K, eps).to(x.dtype)
             tl.store(h_ptr + b * K + k, h, mask=mask)
         tl.store(epoch_ptr + b, epoch)
+
+
+@waits  # once it has the count, which the host wrote
+@triton.jit
+def exchange_kernel(
+    x_ptr, y_ptr, count_ptr, peers_ptr, epoch_ptr, rows, K, width,
+    RANKS: tl.constexpr, SLOTS: tl.constexpr, SLOT: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Rows of the ranks' sum, rounded once, or with SUM false all ranks' columns side by side, of
+    which the first `width` are kept. A mailbox has SLOTS slots of SLOT elements of each rank and
+    half, and an epoch for each slot: a program has one, and takes every PROGRAMS'th block of BLOCK
+    columns. Rows from `count` on are left out, on all ranks the same."""
+    p = tl.program_id(0)
+    if count_ptr is not None:
+        rows = tl.load(count_ptr)
+    zero = wait(0)
+    peers_ptr += zero
+    rank = tl.load(peers_ptr + 2 * RANKS).to(tl.int32)
+    own_flags = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int32))
+    part_type = tl.pointer_type(x_ptr.dtype.element_ty)
+    own_room = tl.load(peers_ptr + RANKS + rank).to(part_type)
+    epoch = tl.load(epoch_ptr + zero + p)
+    blocks = tl.cdiv(K, BLOCK)
+    for task in range(p + zero, rows * blocks, PROGRAMS):
+        epoch += 1
+        half = (epoch & 1) * RANKS
+        b = (task // blocks).to(tl.int64)
+        k = (task % blocks) * BLOCK + tl.arange(0, BLOCK)
+        e = tl.arange(0, BLOCK)
+        mask = k < K
+        part = tl.load(x_ptr + b * K + k, mask=mask, other=0.0)
+        slot = ((half + rank) * SLOTS + p).to(tl.int64) * SLOT
+        for r in tl.static_range(RANKS):
+            room = tl.load(peers_ptr + RANKS + r).to(part_type)
+            tl.store(room + slot + e, part, mask=mask)
+        tl.debug_barrier()  # the stores of all threads come before the flags
+        for r in tl.static_range(RANKS):
+            flags = tl.load(peers_ptr + r).to(tl.pointer_type(tl.int32))
+            tl.atomic_xchg(flags + rank * SLOTS + p, epoch, sem="release", scope="sys")
+        total = tl.zeros([BLOCK], tl.float32)
+        for r in tl.static_range(RANKS):
+            flag = own_flags + r * SLOTS + p
+            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
+                pass
+            slot = ((half + r) * SLOTS + p).to(tl.int64) * SLOT
+            part = tl.load(own_room + slot + e, mask=mask, other=0.0, volatile=True)
+            if not SUM:
+                column = r * K + k
+                tl.store(y_ptr + b * width + column, part, mask=mask & (column < width))
+            elif r == 0:
+                total = part.to(tl.float32)
+            else:
+                total += part.to(tl.float32)
+        if SUM:
+            tl.store(y_ptr + b * K + k, total.to(part.dtype), mask=mask)
+    tl.store(epoch_ptr + p + zero, epoch)
