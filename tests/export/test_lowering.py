@@ -8,16 +8,20 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.export.replay import replay  # noqa: E402
+from tests.export.test_cuda_prefill import chunk_of  # noqa: E402
 from tests.export.test_fused import DEVICE, SHAPE  # noqa: E402
+from tests.models.eager import prompt  # noqa: E402
 from tests.models.tiny_models import PER_LAYER, ROW_OF, make_reference, network_of  # noqa: E402
 from tests.sampler.test_restrict import random_bits  # noqa: E402
 from tokenloop.export.errors import ExportError  # noqa: E402
+from tokenloop.export.launches.cuda_prefill import CudaPrefill  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.export.launches.embedded import split  # noqa: E402
 from tokenloop.export.launches.lowering import Slot, lower, names_of, plan  # noqa: E402
 from tokenloop.export.launches.methods import selection_methods  # noqa: E402
 from tokenloop.export.tensors import tensors_of  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
+from tokenloop.models.kernels.launch.dependent_launch import WAITING  # noqa: E402
 from tokenloop.sampler.restrict import adjust, mask  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
@@ -32,10 +36,10 @@ def make_network(model_type: str = "qwen3", batch: int = 2):
     return network.to(DEVICE)
 
 
-def per_layer_network():
+def per_layer_network(slots: int = 9, rows: int = 2):
     """One with inputs of the layers' own, whose last layers have no keys."""
     hf = make_reference(PER_LAYER, head_dim=32, global_head_dim=64)
-    return network_of(ROW_OF[PER_LAYER], hf, 9, 2).to(DEVICE)
+    return network_of(ROW_OF[PER_LAYER], hf, slots, rows).to(DEVICE)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe", PER_LAYER])
@@ -57,6 +61,27 @@ def test_a_lowered_step_gives_the_steps_logits_and_state(model_type):
             assert torch.equal(logits, expected)
     assert all(torch.equal(tensors[name], x) for name, x in state.items())
     assert any(x.any() for x in state.values())
+
+
+def test_a_lowered_chunk_reads_no_table_before_it_is_written():
+    """Kernels of a chunk read where sequences begin before they wait for other kernels. The host
+    wrote that, or a kernel that none overlaps."""
+    network = per_layer_network(150, 4)
+    method = CudaPrefill(CudaStep(network), network)
+    tensors, _, _ = tensors_of(method)
+    chunk = [
+        x.to(DEVICE) for x in chunk_of({2: prompt(37, 2), 0: prompt(5, 0)}, {2: 0, 0: 0}, 64, 3)
+    ]
+    (lowered,) = lower(method, [tuple(chunk)], names_of(tensors))
+    written, tables = {}, 0
+    for launch in lowered.launches:
+        for name, x in zip(launch.kernel.arg_names, launch.arguments):
+            if name in ("starts_ptr", "rows_ptr", "first_ptr", "count_ptr"):
+                tables += 1
+                assert x is None or x.memory == "input" or written[x] not in WAITING
+            else:
+                written[x] = launch.kernel.fn.__name__
+    assert tables > 20
 
 
 def test_a_method_with_an_operation_that_no_kernel_does_is_refused():

@@ -132,12 +132,12 @@ def store_ring_kernel(
     tl.store(v_ptr + to, tl.load(kv_ptr + stride + from_offsets, mask=mask), mask=mask)
 
 
-@waits  # once it has the positions, which the host wrote
 @triton.jit
 def filled_slots_kernel(
     first_ptr, filled_ptr, slots, SEQUENCES: tl.constexpr, PADDED: tl.constexpr
 ):
-    """All positions, each at most that of the ring's last slot."""
+    """All positions, each at most that of the ring's last slot. No other kernel overlaps it, for
+    those after it read where sequences begin before they wait."""
     i = tl.arange(0, PADDED)
     first = tl.load(first_ptr + i, mask=i < SEQUENCES, other=0)
-    tl.store(filled_ptr + wait(0) + i, tl.minimum(first, slots - 1), mask=i < SEQUENCES)
+    tl.store(filled_ptr + i, tl.minimum(first, slots - 1), mask=i < SEQUENCES)
