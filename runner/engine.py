@@ -61,16 +61,20 @@ class Engine:
     def __init__(
         self, model: Model, rows: int | None = None, max_queue: int = 256,
         max_stall_s: float | None = None, options: LoopOptions | None = None,
-        prefix_cache_mb: float | None = 0,
+        prefix_cache_mb: float | None = 0, fail: Callable[[Exception], None] | None = None,
     ):  # fmt: skip
         """At most `rows` run at a time, by default as many as the model has, and `max_queue` more
         wait. Rows that run stand still for the prompts of others for `max_stall_s` at most, by
-        default for as long as two steps take, or for as long as one chunk takes (Loop.tokens).
+        default for as long as 1.75 steps take, or for as long as one chunk takes (Loop.tokens).
 
         `prefix_cache_mb` megabytes (1e6 bytes) of the device's memory are for beginnings of
         prompts, which later ones then need not compute; with 0 there is the model's prefix cache,
         if it has one. None is PREFIX_CACHE_MB where that can be, and otherwise `cache_fault` says
         why not.
+
+        When the program fails, those that have a row fail with it, and others go on. With several
+        ranks they cannot: `fail` is called with the error, in the engine's thread, and does not
+        return.
 
         Errors: RunnerError for numbers out of their range, an artifact whose state cannot be kept,
         and a model that is in use.
@@ -92,6 +96,7 @@ class Engine:
         self._is_closed = False
         self._prompt_tokens = self._new_tokens = self._failed = 0
         self._steps_before = model.loop.steps
+        self._fail = fail
         # Of a user of the model's Turn.
         self.is_finished = False
         self.prefix_cache, self.cache_fault = model.prefix_cache, None
@@ -201,7 +206,9 @@ class Engine:
             try:
                 turn.hold(self, self._generate)
             # Whatever the program raises: those whose state it had end with it. Others go on.
-            except Exception:
+            except Exception as error:
+                if self._fail is not None:
+                    self._fail(error)
                 LOG.exception("the program failed, and with it the requests that had a row")
                 if self.prefix_cache is not None:
                     # Whatever was being copied.

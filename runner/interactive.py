@@ -1,6 +1,7 @@
 """A chat in the terminal: `tokenloop run --interactive`."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 from tokenloop.runner import process
@@ -9,6 +10,7 @@ from tokenloop.runner.loop import LoopOptions
 from tokenloop.runner.model import Model
 from tokenloop.runner.output import put
 from tokenloop.runner.prompts import text_of
+from tokenloop.runner.ranks import LostRank
 from tokenloop.runner.request import Request
 
 ASK, ANEW = "> ", "/new"
@@ -19,7 +21,8 @@ def chat(model: Model, request: Request, options: LoopOptions, system: str | Non
 
     A chat begins with the `system` message, if there is one. `request` says how tokens are chosen,
     and how many at most in each answer. An interrupt ends an answer, and where a line is awaited
-    the chat. The line ANEW begins another one.
+    the chat. Of several ranks it ends the chat, for torchrun has it as well and ends them. The line
+    ANEW begins another one.
 
     Errors: RunnerError for an artifact without a chat template, and for a line that is no UTF-8 or
     makes the chat too long. In a terminal that line is taken back and the chat goes on.
@@ -45,7 +48,7 @@ def chat(model: Model, request: Request, options: LoopOptions, system: str | Non
                 asked = [*messages, {"role": "user", "content": text}]
                 said = answer(model, replace(request, prompt=asked), options)
             except RunnerError as error:
-                if not in_terminal:
+                if not in_terminal or isinstance(error, LostRank):
                     raise
                 process.say(f"error: {error} ({ANEW} begins a new chat)")
                 continue
@@ -68,11 +71,15 @@ def next_line(in_terminal: bool) -> str | None:
 def answer(model: Model, request: Request, options: LoopOptions) -> str:
     """Print an answer as it comes; what it says until its end, or until an interrupt."""
     generation = model.generate(request, options=options)
+    alone = model.loop.program.ranks is None
     try:
-        with process.InterruptsRaised():
+        with process.InterruptsRaised() if alone else nullcontext():
             for token in generation:
                 put(token.text)
     except KeyboardInterrupt:
+        if not alone:
+            # Others may wait for what this rank was about to do.
+            raise
         generation.cancel()
     put("\n")
     return generation.text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tokenloop.runner.decisions import Decisions
 from tokenloop.runner.draft_model import DraftModel
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.held_state import HeldStates
@@ -15,7 +16,8 @@ from tokenloop.runner.prefill import ChunkedPrefill, PackedPrefill, Prefill
 from tokenloop.runner.prefix_cache import PrefixCache
 from tokenloop.runner.program import Choice, Program, Selected, Step
 from tokenloop.runner.request import is_integer, shown
-from tokenloop.runner.slots import Sequence, Slots
+from tokenloop.runner.sequence import Sequence
+from tokenloop.runner.slots import Slots
 from tokenloop.runner.speculation import SPECULATIONS, DraftCounts, Rounds, can_speculate
 from tokenloop.runner.turn import Turn
 
@@ -110,6 +112,7 @@ class Loop:
         program.capture(self._table)
         self._held = HeldStates(program)
         self._pace = Pace(program)
+        self.decisions = Decisions()
         self._default = self.variant(LoopOptions())
 
     def variant(self, options: LoopOptions | None) -> LoopOptions:
@@ -126,6 +129,11 @@ class Loop:
             )
         if options.speculate == "draft" and self.draft is None:
             raise RunnerError("speculate is 'draft', and there is no draft model: call use_draft")
+        if options.speculate is not None and self.program.ranks is not None:
+            raise RunnerError(
+                f"speculate is {options.speculate!r}; several ranks may each find other drafts "
+                "worth their time: it must be None"
+            )
         if options.feed == "auto":
             embeds = self.program.embeds and not self.program.fuses
             return replace(options, feed="embed" if embeds else "alias")
@@ -158,10 +166,11 @@ class Loop:
         if options.speculate is not None:
             yield from self._speculated(sequences, options, cache)
             return
-        waiting, read = iter(sequences), [0] * self.batch
+        decisions, read = self.decisions, [0] * self.batch
+        waiting = decisions.run(sequences, used, options, stall, cache)
         ahead = options.double_buffering and options.feed != "host"
         from_host = options.positions == "host"
-        slots = Slots(self.program, used, self._table, from_host)
+        slots = Slots(self.program, used, self._table, from_host, decisions)
         steps = Steps(self.program, slots, options)
         prefill = self._prefill(from_host, cache)
         while True:
@@ -169,6 +178,7 @@ class Loop:
             start = time.perf_counter()
             for row, sequence in slots.join(waiting):
                 prefill.add(row, sequence.prompt_ids, sequence.request.prompt_logprobs)
+            decisions.tell()
             if not slots.occupied():
                 return
             prefills = bool(prefill.prompts)
@@ -192,6 +202,8 @@ class Loop:
             elif ahead:
                 self._submit(steps, begin)
             ids = self.transfers.download(unread)
+            # The same numbers have the same hash in every process.
+            decisions.agree(hash(tuple(ids)))
             if prefills and self.program.is_asynchronous:
                 # The first tokens are there, whether the next step is or not.
                 self.prefill_s += time.perf_counter() - start
@@ -206,6 +218,7 @@ class Loop:
                 for row, _, token_id in arrived:
                     slots.see(row, token_id)
                 if ahead:
+                    decisions.tell()
                     steps.end_step()
                     self._note_steps(count, begin)
             # 3. Sequences that are finished leave.
@@ -213,13 +226,14 @@ class Loop:
                 if slots.sequence(row) is not sequence:
                     continue
                 read[row] += 1
-                if sequence.finish_reason is None:
+                if not decisions.ended(sequence):
                     if sequence.request.logprobs is not None:
                         sequence.logprobs.append(steps.logprobs[row].popleft()())
                     yield sequence, token_id
-                if sequence.finish_reason is not None or read[row] == sequence.limit:
+                if decisions.ended(sequence) or read[row] == sequence.limit:
                     slots.leave(row)
             if not ahead:
+                decisions.tell()
                 begin = None if begin is None else self.program.mark()
                 self._submit(steps, begin, ids if options.feed == "host" else None)
 
@@ -243,7 +257,7 @@ class Loop:
                 yield from self.tokens([sequence], 1, plain, None, cache)
                 continue
             start, steps, drafts = time.perf_counter(), self.steps, self.drafts
-            slots = Slots(self.program, 1, self._table, False)
+            slots = Slots(self.program, 1, self._table, False, self.decisions)
             first, prefill = Steps(self.program, slots, plain), self._prefill(False, cache)
             for row, _ in slots.join(iter([sequence])):
                 prefill.add(row, sequence.prompt_ids, False)
@@ -272,21 +286,24 @@ class Loop:
         """Prefill the prompts that wait, as long as rows that have begun may stall; the rows that
         begin now."""
         begun: set[int] = set()
+        decisions = self.decisions
         stalled_since = time.perf_counter() if slots.begun() else None
         max_stall_s = most = None
         if stall is not None:
             max_stall_s = self._pace.seconds(stall)
             # Where a prompt cannot wait between its chunks, fewer tokens would only take longer.
-            if stalled_since is not None and self._held.can_wait and self.program.packing:
-                most = self._pace.tokens(max_stall_s)
+            can_wait = self._held.can_wait and self.program.packing
+            if stalled_since is not None and prefill.prompts and can_wait:
+                most = decisions.made(self._pace.tokens(max_stall_s))
         self._held.put([prompt.row for prompt in prefill.part_done()])
         while prefill.prompts:
-            given_up = [row for row, s in slots.waiting() if s.finish_reason is not None]
+            given_up = [row for row, s in slots.waiting() if decisions.ended(s)]
             for row in given_up:
                 prefill.drop(row)
                 slots.leave(row)
             if given_up:
                 continue
+            decisions.tell()
             start = time.perf_counter()
             begin = None if most is None else self.program.mark()
             for prompt, logits in prefill.advance(most):
@@ -308,16 +325,20 @@ class Loop:
                 continue
             # The next chunk takes as long as this one. A program that returns before it is done
             # does not say how long that is.
-            if self.program.is_asynchronous or 2 * now - stalled_since - start > max_stall_s:
+            ends = self.program.is_asynchronous or 2 * now - stalled_since - start > max_stall_s
+            if decisions.made(ends):
                 part_done = prefill.part_done()
-                if part_done and not (
-                    self._held.can_wait and self._held.keep([prompt.row for prompt in part_done])
-                ):
-                    most = None
-                    continue
+                if part_done:
+                    can_wait = self._held.can_wait
+                    kept = can_wait and self._held.keep([prompt.row for prompt in part_done])
+                    decisions.agree(int(kept))
+                    if not kept:
+                        most = None
+                        continue
                 for prompt in part_done:
                     slots.wait(prompt.row, prompt.first)
                 break
+        decisions.tell()
         return begun
 
 

@@ -6,6 +6,7 @@ asked and prints. Imports no torch: a command knows its rank before it knows the
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,8 @@ T = TypeVar("T")
 RANK, COUNT = "RANK", "WORLD_SIZE"
 # A fault that is every rank's is told by rank 0, whose end ends the others before they tell it.
 PATIENCE_S = 2.0
+# Several threads of a process may find that a rank is lost.
+_TELLING, _LOST = threading.Lock(), []
 
 
 class Place(NamedTuple):
@@ -69,9 +72,12 @@ class LostRank(RunnerError):
 def tell(program: str, error: RunnerError) -> None:
     """Print a fault to standard error, once for all ranks."""
     if isinstance(error, LostRank):
-        if not error.tells:
-            return
-    elif os.environ.get(RANK, "0") != "0":
+        with _TELLING:
+            if error.tells and not _LOST:
+                process.say(f"{program}: error: {error}")
+            _LOST.append(error)
+        return
+    if os.environ.get(RANK, "0") != "0":
         time.sleep(PATIENCE_S)
     process.say(f"{program}: error: {error}")
 
@@ -85,6 +91,15 @@ def leave(status: int) -> int:
         with suppress(OSError):
             stream.flush()
     os._exit(status)
+
+
+def end_ranks(program: str, error: Exception) -> None:
+    """Print a fault that some thread of this process has met, and end the process, and so the
+    other ranks."""
+    if not isinstance(error, RunnerError):
+        error = RunnerError(f"{type(error).__name__}: {error}")
+    tell(program, error)
+    leave(2)
 
 
 def check_ranks(directory: Any, manifest: dict[str, Any]) -> Place:

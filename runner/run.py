@@ -12,13 +12,14 @@ import json
 import re
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from tokenloop.runner import process
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.output import OutputError, begin_output, put
 from tokenloop.runner.prompts import DEFAULT_PROMPT, flags_of, read_requests
-from tokenloop.runner.ranks import leave, place, tell
+from tokenloop.runner.ranks import end_ranks, leave, place, tell
 from tokenloop.runner.request import RULES, Request, fault_of
 
 DEFAULT_ARTIFACT = Path("artifacts/gemma3-xnnpack")
@@ -226,10 +227,6 @@ def print_stats(model, stats, *own_lines: str) -> None:
 def run(options: argparse.Namespace) -> int:
     """Generate for every prompt; the exit status. Errors: RunnerError, OutputError."""
     own = place()
-    if own.count > 1 and options.interactive:
-        raise RunnerError(
-            f"--interactive is for one process, and there are {own.count}: leave out torchrun"
-        )
     requests = own.read(
         lambda: [flags_of(options)] if options.interactive else read_requests(options)
     )
@@ -260,7 +257,14 @@ def run(options: argparse.Namespace) -> int:
     # There an interrupt ends an answer and not the chat.
     from tokenloop.runner.interactive import chat
 
-    return chat(model, requests[0], loop, options.system)
+    if own.count == 1:
+        return chat(model, requests[0], loop, options.system)
+    from tokenloop.runner.rank_decisions import Following, Leading
+
+    if not own.leads:
+        return Following(model).follow()
+    with Leading(model, partial(end_ranks, options.program)):
+        return chat(model, requests[0], loop, options.system)
 
 
 def run_each(model, requests: list[Request], loop, options: argparse.Namespace) -> int:

@@ -14,12 +14,18 @@ import re
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenloop.runner import process
 from tokenloop.runner.errors import RunnerError
+from tokenloop.runner.ranks import end_ranks, leave, place, tell
 from tokenloop.runner.run import DEFAULT_ARTIFACT, add_loading, flag_of, reason
+
+if TYPE_CHECKING:
+    from tokenloop.runner.model import Model
 
 HOST, PORT = "127.0.0.1", 8000
 MAX_QUEUE, TIMEOUT_S, PREFIX_CACHE_MB = 256, 600, 256
@@ -52,7 +58,7 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     parser.add_argument(
         "--max-stall-ms", type=float, default=argparse.SUPPRESS, metavar="MS",
         help="how long running rows stand still for others' prompts between two steps: so long at "
-        "most, or as long as one chunk takes (default: as long as two steps take)",
+        "most, or as long as one chunk takes (default: as long as 1.75 steps take)",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, default=TIMEOUT_S, metavar="S",
@@ -110,6 +116,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
 def serve(options: argparse.Namespace) -> int:
     """Serve until a signal ends it; the exit status. Errors: RunnerError."""
     start = time.perf_counter()
+    own = place()
+    if not own.leads:
+        return follow(options)
     listener = bound_socket(options.host, options.port)
     try:
         import logging
@@ -122,21 +131,9 @@ def serve(options: argparse.Namespace) -> int:
             "pip install 'tokenloop[serve]'"
         ) from None
     from tokenloop.runner.engine import Engine
-    from tokenloop.runner.model import Model
-    from tokenloop.runner.ranks import place
-    from tokenloop.runner.request import Request
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if (count := place().count) > 1:
-        raise RunnerError(f"serving is for one process, and there are {count}: leave out torchrun")
-    with process.InterruptsRaised() as interrupts:
-        model = Model(options.artifact, options.threads, options.verify)
-        interrupts.check()
-    # Not when the first request samples, while others run. An artifact that cannot refuses it then.
-    with suppress(RunnerError):
-        for top_p in (1.0, 0.5):
-            sampled = Request("", temperature=1.0, top_p=top_p)
-            model.load_sampling(sampled, model.loop.variant(None))
+    model = loaded(options)
     name = options.model_name or options.artifact.absolute().name
     host, port = listener.getsockname()[:2]
     only_here = is_loopback(host)
@@ -144,9 +141,15 @@ def serve(options: argparse.Namespace) -> int:
     if not only_here and options.api_key is None:
         process.say(f"{options.program}: warning: whoever reaches {host} can use it: --api-key")
     stall = options.max_stall_ms
-    with Engine(
+    leading = fail = None
+    if own.count > 1:
+        from tokenloop.runner.rank_decisions import Leading
+
+        fail = partial(end_ranks, options.program)
+        leading = Leading(model, fail)
+    with leading or nullcontext(), Engine(
         model, max_queue=options.max_queue, max_stall_s=None if stall is None else stall / 1000,
-        prefix_cache_mb=options.prefix_cache_mb,
+        prefix_cache_mb=options.prefix_cache_mb, fail=fail,
     ) as engine:  # fmt: skip
         host = f"[{host}]" if ":" in host else host
         rows = f"{engine.rows} row{'s' * (engine.rows > 1)}"
@@ -157,19 +160,49 @@ def serve(options: argparse.Namespace) -> int:
             seconds = time.perf_counter() - start
             process.say(f"{name}, {rows}, on http://{host}:{port} after {seconds:.1f} s")
 
-        Listening(Server(engine, settings), engine, GRACE_S, ready).run(sockets=[listener])
+        # Signals end the process as soon as nothing is served any more.
+        closed = leading.end if leading else lambda: None
+        Listening(Server(engine, settings), engine, GRACE_S, ready, closed).run(sockets=[listener])
     return 0
+
+
+def loaded(options: argparse.Namespace) -> "Model":
+    """The model, and what samples. Errors: RunnerError."""
+    from tokenloop.runner.model import Model
+    from tokenloop.runner.request import Request
+
+    with process.InterruptsRaised() as interrupts:
+        model = Model(options.artifact, options.threads, options.verify)
+        interrupts.check()
+    # Not when the first request samples, while others run. An artifact that cannot refuses it then.
+    with suppress(RunnerError):
+        for top_p in (1.0, 0.5):
+            sampled = Request("", temperature=1.0, top_p=top_p)
+            model.load_sampling(sampled, model.loop.variant(None))
+    return model
+
+
+def follow(options: argparse.Namespace) -> int:
+    """Compute what rank 0 serves until it ends; the exit status. Errors: RunnerError."""
+    model = loaded(options)
+    from tokenloop.runner.rank_decisions import Following
+
+    return Following(model).follow()
 
 
 def main(arguments: list[str] | None = None, program: str = "tokenloop serve") -> int:
     """Run the command line that `program` is the name of; the exit status."""
+    return leave(serve_command(arguments, program))
+
+
+def serve_command(arguments: list[str] | None, program: str) -> int:
     process.open_streams()
     options = parse_arguments(arguments, program)
     options.program = program
     try:
         return serve(options)
     except RunnerError as error:
-        process.say(f"{program}: error: {error}")
+        tell(program, error)
         return 2
     except KeyboardInterrupt:
         return process.INTERRUPTED

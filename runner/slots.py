@@ -1,39 +1,19 @@
 """The slots of a batch: which sequence runs in each row, and what the device is told of it."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from tokenloop.runner.changes import Changes
-from tokenloop.runner.logprobs import Logprobs
+from tokenloop.runner.decisions import Decisions
 from tokenloop.runner.program import GREEDY, PARAMETERS, Choice, Program, Step, selection_method
 from tokenloop.runner.request import Request
-from tokenloop.runner.restriction import Restriction
+from tokenloop.runner.sequence import Sequence
 
 # Lines of positions go up for so many steps at most, so that a sequence that joins costs little
 # however many tokens are to come.
 MOST_LINES = 512
-
-
-class Sequence(Protocol):
-    """What the loop needs of a sequence. It ends as soon as whoever reads its tokens gives it a
-    `finish_reason`. Where the request asks for them, `logprobs` gets the log probabilities of each
-    token before the token comes, and `prompt_logprobs` those of the prompt's tokens, but for the
-    first. `cached_tokens` becomes the number of the prompt's tokens that were not computed for it.
-    A `restriction` gets each token as soon as the host has it; `refuse` ends a sequence that cannot
-    follow it."""
-
-    prompt_ids: list[int]
-    limit: int
-    request: Request
-    finish_reason: str | None
-    cached_tokens: int
-    logprobs: list[Logprobs]
-    prompt_logprobs: list[Logprobs]
-    restriction: Restriction | None
-
-    def refuse(self, error: str) -> None: ...
 
 
 class Slots:
@@ -47,8 +27,12 @@ class Slots:
     begins, which overwrites it.
     """
 
-    def __init__(self, program: Program, used: int, table: Any, positions_from_host: bool):
+    def __init__(
+        self, program: Program, used: int, table: Any, positions_from_host: bool,
+        decisions: Decisions,
+    ):  # fmt: skip
         """`table` int64 [N] has the positions from 0 on, on the device."""
+        self._decisions = decisions
         self._program, self._used, self._table = program, used, table
         self._from_host = positions_from_host
         count = program.manifest["batch"]
@@ -123,7 +107,7 @@ class Slots:
     def see(self, row: int, token_id: int) -> None:
         """Let the row's restriction follow its newest token, if it has one."""
         sequence = self._sequences[row]
-        if sequence.restriction is not None and sequence.finish_reason is None:
+        if sequence.restriction is not None and not self._decisions.ended(sequence):
             sequence.restriction.see(token_id)
             self._end_if_faulty(sequence)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from tokenloop.runner.program import Program, selection_method
-from tokenloop.runner.slots import Sequence
+from tokenloop.runner.sequence import Sequence
 
 SPECULATIONS = ("lookup", "draft")
 # What drafts that do not hold may cost in all: a share of the time without any. A long run of

@@ -50,6 +50,8 @@ class Ranks:
         Errors: RunnerError where they do not come.
         """
         self.place, self.received = place, received
+        # What rank 0 told in a channel.
+        self.told = Copies()
         # What ended a gathering within a method.
         self._fault: BaseException | None = None
         try:
@@ -70,7 +72,7 @@ class Ranks:
     def gather(self, x: Tensor) -> Tensor:
         """[N, ...] of each rank's x [...]. Errors: RunnerError where a rank is lost."""
         out = x.new_empty(self.place.count, *x.shape)
-        self._run(dist.all_gather_single, out.flatten(), x.contiguous().flatten())
+        self.run(dist.all_gather_single, out.flatten(), x.contiguous().flatten())
         self.received.count += 1
         self.received.bytes += out.nbytes - x.nbytes
         return out
@@ -116,10 +118,16 @@ class Ranks:
     def share(self, value: Any) -> Any:
         """What rank 0 has. Errors: as of `gather`."""
         values = [value]
-        self._run(dist.broadcast_object_list, values, 0)
+        self.run(dist.broadcast_object_list, values, 0)
         return values[0]
 
-    def _run(self, collective: Any, *arguments: Any) -> None:
+    def channel(self) -> "Channel":
+        """A channel from rank 0 to the others. All ranks make it at the same time. Errors: as of
+        `gather`."""
+        return Channel(self)
+
+    def run(self, collective: Any, *arguments: Any) -> None:
+        """Call what needs all ranks. Errors: as of `gather`."""
         try:
             collective(*arguments)
         except RuntimeError as error:
@@ -139,6 +147,46 @@ class Ranks:
 
     def _gone(self) -> list[int]:
         return [i for i, (host, pid) in enumerate(self._where) if _has_ended(host, pid)]
+
+
+class Channel:
+    """Messages from rank 0 to the others, in a group of its own: they may come while methods
+    gather, and on a GPU they stay on the hosts."""
+
+    # Most messages fit one piece with their length before them.
+    PIECE, LENGTH = 1024, 4
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+        self._piece = torch.zeros(self.PIECE, dtype=torch.uint8)
+        found: list[dist.ProcessGroup] = []
+        ranks.run(lambda: found.append(dist.new_group(backend="gloo", timeout=TIMEOUT)))
+        (self._group,) = found
+
+    def send(self, data: bytes) -> None:
+        """Tell all others, of rank 0. Errors: RunnerError where one is lost."""
+        head = len(data).to_bytes(self.LENGTH, "little") + data[: self.PIECE - self.LENGTH]
+        self._piece[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+        self._broadcast(self._piece)
+        if rest := data[self.PIECE - self.LENGTH :]:
+            self._broadcast(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
+        self._ranks.told.count += 1
+        self._ranks.told.bytes += len(data)
+
+    def receive(self) -> bytes:
+        """What rank 0 sends next, of another rank. Errors: RunnerError where one is lost."""
+        self._broadcast(self._piece)
+        piece = self._piece.numpy().tobytes()
+        size = int.from_bytes(piece[: self.LENGTH], "little")
+        data = piece[self.LENGTH : self.LENGTH + size]
+        if size > len(data):
+            rest = torch.empty(size - len(data), dtype=torch.uint8)
+            self._broadcast(rest)
+            data += rest.numpy().tobytes()
+        return data
+
+    def _broadcast(self, piece: Tensor) -> None:
+        self._ranks.run(lambda: dist.broadcast(piece, 0, group=self._group))
 
 
 def _has_ended(host: str, pid: int) -> bool:

@@ -25,15 +25,17 @@ class Listening(uvicorn.Server):
         engine: Engine,
         grace_s: float,
         ready: Callable[[], None] = lambda: None,
+        closed: Callable[[], None] = lambda: None,
     ):
-        """`ready` is called once connections are taken."""
+        """`ready` is called once connections are taken, `closed` when the engine is."""
         config = uvicorn.Config(
             server.app, loop="asyncio", http=Connection, ws="none", lifespan="off", log_config=None,
             log_level="warning", access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=round(grace_s + READING_SECONDS),
         )  # fmt: skip
         super().__init__(config)
-        self._engine, self._grace_s, self._ready = engine, grace_s, ready
+        self._engine, self._grace_s = engine, grace_s
+        self._ready, self._closed = ready, closed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -45,6 +47,7 @@ class Listening(uvicorn.Server):
         # Whoever still runs has no client any more.
         await asyncio.to_thread(self._engine.close)
         await closing
+        self._closed()
 
 
 def is_loopback(host: str) -> bool:

@@ -62,3 +62,18 @@ class EngineCollector:
             ("failures", "Times that the program failed.", counts.failed),
         ):
             yield CounterMetricFamily(f"tokenloop_{name}", text, value)
+        yield from self._of_ranks()
+
+    def _of_ranks(self) -> Iterator[Metric]:
+        """What came from other ranks, and what they were told, where there are some."""
+        program = self._engine.model.loop.program
+        if program.ranks is None:
+            return
+        received, told = program.transfers.between_ranks, program.ranks.told
+        for name, text, value in (
+            ("rank_gathers", "Times that something came from other ranks.", received.count),
+            ("rank_gathered_bytes", "Bytes that came from other ranks.", received.bytes),
+            ("rank_messages", "Messages that told other ranks what was decided.", told.count),
+            ("rank_message_bytes", "Bytes of those messages.", told.bytes),
+        ):
+            yield CounterMetricFamily(f"tokenloop_{name}", text, value)
