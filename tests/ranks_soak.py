@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.driving import variants
-from tokenloop.runner import Engine, LoopOptions, Model, Request, load
+from tokenloop.runner import Engine, LoopOptions, Model, Request, RunnerError, load
 from tokenloop.runner.rank_decisions import Following, Leading
 from tokenloop.runner.ranks import end_ranks, leave, place
 
@@ -111,17 +111,21 @@ class Soak:
             way = draw.random()
             timeout_s = draw.uniform(1e-4, 0.05) if way < 0.1 else None
             ticket = engine.submit(self._requests[number], timeout_s)
-            if way > 0.8:
-                for _ in itertools.islice(ticket, draw.randint(1, 20)):
-                    pass
-                ticket.cancel()
-            elif way > 0.7:
-                time.sleep(draw.uniform(0, 0.02))
-                ticket.cancel()
-            ended = ticket.run().finish_reason
-            self._count(
-                number, ticket.token_ids, {"cancelled": "cancelled", "timeout": "late"}.get(ended)
-            )
+            try:
+                if way > 0.8:
+                    for _ in itertools.islice(ticket, draw.randint(1, 20)):
+                        pass
+                    ticket.cancel()
+                elif way > 0.7:
+                    time.sleep(draw.uniform(0, 0.02))
+                    ticket.cancel()
+                ticket.run()
+            except RunnerError as error:
+                # Alone it was not refused.
+                print(f"request {number}: {error}", file=sys.stderr)
+            reasons = {"cancelled": "cancelled", "timeout": "late", "error": "refused"}
+            ended = reasons.get(ticket.finish_reason)
+            self._count(number, ticket.token_ids, ended)
             if draw.random() < 0.2:
                 time.sleep(draw.uniform(0, 0.02))
 
@@ -135,6 +139,7 @@ class Soak:
     def _count(self, number: int, ids: list[int], ended: str | None) -> None:
         expected = self._expected[number]
         right = ids == (expected if ended is None else expected[: len(ids)])
+        right = right and ended != "refused"
         with self._counting:
             self.counts[ended or "whole" if right else "wrong"] += 1
 

@@ -64,11 +64,13 @@ class InductorProgram(Program):
         self._method(f"{method}_row")
 
     def prefill(self, tokens: Tensor, positions: Tensor, *row: Tensor) -> Tensor:
-        return self._call("prefill", tokens, positions, *row)
+        return self._call("prefill", tokens, positions, *row).contiguous()
 
     def decode(self, fed: Tensor, positions: Tensor) -> Tensor:
         hidden = fed if self.embedding else self._call("embed", fed)
-        self.logits = self._call("decode_embedded", hidden, positions)
+        # Other methods take rows that follow one another. Those of ranks that do not divide the
+        # vocabulary have what stands for no token between them.
+        self.logits = self._call("decode_embedded", hidden, positions).contiguous()
         return self.logits
 
     def select(self, logits: Tensor, buffer: int, choice: Choice = GREEDY) -> Selected:
