@@ -97,7 +97,7 @@ class Ranks:
     def all(self, value: Any) -> list[Any]:
         """What each rank has, in their order. Errors: as of `gather`."""
         values: list[Any] = [None] * self.place.count
-        self._run(dist.all_gather_object, values, value)
+        self.run(dist.all_gather_object, values, value)
         return values
 
     def watch(self) -> None:
