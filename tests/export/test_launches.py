@@ -84,7 +84,7 @@ def test_exports_at_once_give_the_same_bytes(tiny_checkpoint, tmp_path):
     # It tries drafts, and the runner takes its manifest.
     manifest, program, _ = read(outputs[0])
     rounds = {"round_1", "round_4", "accept_1", "accept_4", "greedy_round"}
-    rounds |= {"sample_round", "sample_unfiltered_round"}
+    rounds |= {"sample_round", "sample_unfiltered_round", "verify_4"}
     assert manifest["draft_tokens"] == 3
     assert set(program["methods"]) == METHODS - {"prefill_128"} | rounds
     check_manifest(manifest)
