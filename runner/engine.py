@@ -65,7 +65,7 @@ class Engine:
     ):  # fmt: skip
         """At most `rows` run at a time, by default as many as the model has, and `max_queue` more
         wait. Rows that run stand still for the prompts of others for `max_stall_s` at most, by
-        default for as long as 1.75 steps take, or for as long as one chunk takes (Loop.tokens).
+        default for as long as two steps take, or for as long as one chunk takes (Loop.tokens).
 
         `prefix_cache_mb` megabytes (1e6 bytes) of the device's memory are for beginnings of
         prompts, which later ones then need not compute; with 0 there is the model's prefix cache,

@@ -21,11 +21,11 @@ DRIFT = 1.2
 @dataclass(frozen=True)
 class Stall:
     """How long rows that run may stand still for the prompts of others between two steps: for so
-    many `seconds`, or if that is None as long as `steps` steps take. Then two tokens are hardly
-    ever more than three steps apart, also where a chunk takes a tenth longer than expected."""
+    many `seconds`, or if that is None as long as `steps` steps take. Then no more than
+    three steps' time is between two tokens."""
 
     seconds: float | None = None
-    steps: float = 1.75
+    steps: float = 2
 
 
 class Pace:

@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Names
     parser.add_argument(
         "--max-stall-ms", type=float, default=argparse.SUPPRESS, metavar="MS",
         help="how long running rows stand still for others' prompts between two steps: so long at "
-        "most, or as long as one chunk takes (default: as long as 1.75 steps take)",
+        "most, or as long as one chunk takes (default: as long as two steps take)",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, default=TIMEOUT_S, metavar="S",
