@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -330,7 +330,13 @@ def assert_one_line(error):
 @settings(max_examples=150, deadline=None)
 @given(text=texts())
 def test_any_text_comes_back(cases, name, text):
-    assert_round_trip(cases(name), text)
+    case = cases(name)
+    # A special token's name is that token, which is nothing in a text. Hypothesis draws such names:
+    # it knows the strings of this file.
+    if not case.is_sentencepiece:
+        added = case.library.get_added_tokens_decoder().values()
+        assume(not any(token.special and token.content in text for token in added))
+    assert_round_trip(case, text)
 
 
 @pytest.mark.parametrize("name", WRITERS)
