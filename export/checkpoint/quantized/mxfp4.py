@@ -17,9 +17,10 @@ from tokenloop.export.checkpoint.quantized.settings import (
     gather,
     nibbles,
 )
+from tokenloop.models.kernels.experts.packing import EXPONENT_BIAS, float4_values, powers_of
 
-POSITIVE = 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
-VALUES = torch.tensor([*POSITIVE, *(-value for value in POSITIVE)], dtype=torch.bfloat16)
+# By code.
+VALUES = float4_values(torch.arange(16)).bfloat16()
 BLOCK_BYTES = 16
 
 
@@ -49,12 +50,11 @@ def _grid(parts: Parts) -> Grid:
 
 def _scales(parts: Parts) -> Tensor:
     """bfloat16 [E, K / 32, N]."""
-    exponents = parts.read("scales").transpose(1, 2).int() - 127
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents).bfloat16()
+    return powers_of(parts.read("scales").transpose(1, 2)).bfloat16()
 
 
 def _dequantize(parts: Parts) -> Tensor:
-    blocks, exponents = parts.read("blocks"), parts.read("scales").int() - 127
+    blocks, exponents = parts.read("blocks"), parts.read("scales").int() - EXPONENT_BIAS
     weight = torch.empty(*blocks.shape[:2], blocks.shape[2] * BLOCK_BYTES * 2, dtype=VALUES.dtype)
     # An expert at a time: indices take eight bytes.
     for row, block, exponent in zip(weight, blocks, exponents):
