@@ -19,6 +19,26 @@ from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.rms_norm.triton import norm_weights, rms_norm
 
 
+@triton.jit
+def tell(peers_ptr, part, slot, k, mask, flag, epoch, RANKS: tl.constexpr):
+    """Store a part's elements k at a slot of all ranks' rooms, and then raise all ranks' flag of
+    that number to the epoch."""
+    for r in tl.static_range(RANKS):
+        room = tl.load(peers_ptr + RANKS + r).to(tl.pointer_type(part.dtype))
+        tl.store(room + slot + k, part, mask=mask)
+    tl.debug_barrier()  # the stores of all threads come before the flags
+    for r in tl.static_range(RANKS):
+        flags = tl.load(peers_ptr + r).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(flags + flag, epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def wait_for_flag(flag_ptr, epoch):
+    """Wait until a flag is raised to the epoch. Both wrap around."""
+    while tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") - epoch < 0:
+        pass
+
+
 @waits  # once it has the weights
 @triton.jit
 def reduce_norm_kernel(
@@ -44,21 +64,13 @@ def reduce_norm_kernel(
     if PUSH:
         part = tl.load(branch_ptr + start + k, mask=mask, other=0.0)
         slot = ((half + rank) * ROWS + b).to(tl.int64) * K
-        for r in tl.static_range(RANKS):
-            room = tl.load(peers_ptr + RANKS + r).to(part_type)
-            tl.store(room + slot + k, part, mask=mask)
-        tl.debug_barrier()  # the stores of all threads come before the flags
-        for r in tl.static_range(RANKS):
-            flags = tl.load(peers_ptr + r).to(tl.pointer_type(tl.int32))
-            tl.atomic_xchg(flags + rank * ROWS + b, epoch, sem="release", scope="sys")
+        tell(peers_ptr, part, slot, k, mask, rank * ROWS + b, epoch, RANKS)
     if PULL:
         flags = tl.load(peers_ptr + rank).to(tl.pointer_type(tl.int32))
         room = tl.load(peers_ptr + RANKS + rank).to(part_type)
         branch = tl.zeros([BLOCK_K], tl.float32)
         for r in tl.static_range(RANKS):
-            flag = flags + r * ROWS + b
-            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
-                pass
+            wait_for_flag(flags + r * ROWS + b, epoch)
             slot = ((half + r) * ROWS + b).to(tl.int64) * K
             part = tl.load(room + slot + k, mask=mask, other=0.0, volatile=True).to(tl.float32)
             if r == 0:
@@ -112,18 +124,10 @@ def exchange_kernel(
         mask = k < K
         part = tl.load(x_ptr + b * K + k, mask=mask, other=0.0)
         slot = ((half + rank) * SLOTS + p).to(tl.int64) * SLOT
-        for r in tl.static_range(RANKS):
-            room = tl.load(peers_ptr + RANKS + r).to(part_type)
-            tl.store(room + slot + e, part, mask=mask)
-        tl.debug_barrier()  # the stores of all threads come before the flags
-        for r in tl.static_range(RANKS):
-            flags = tl.load(peers_ptr + r).to(tl.pointer_type(tl.int32))
-            tl.atomic_xchg(flags + rank * SLOTS + p, epoch, sem="release", scope="sys")
+        tell(peers_ptr, part, slot, e, mask, rank * SLOTS + p, epoch, RANKS)
         total = tl.zeros([BLOCK], tl.float32)
         for r in tl.static_range(RANKS):
-            flag = own_flags + r * SLOTS + p
-            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
-                pass
+            wait_for_flag(own_flags + r * SLOTS + p, epoch)
             slot = ((half + r) * SLOTS + p).to(tl.int64) * SLOT
             part = tl.load(own_room + slot + e, mask=mask, other=0.0, volatile=True)
             if not SUM:
