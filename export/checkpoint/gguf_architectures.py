@@ -3,7 +3,7 @@
 There is one `Architecture` for each `general.architecture`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from tokenloop.export.checkpoint.gguf_configs import (
     phi3_config,
     qwen_config,
 )
-from tokenloop.export.checkpoint.gguf_gemma import gemma3_config, gemma4_config
+from tokenloop.export.checkpoint.gguf_gemma import gemma3_config, gemma3n_config, gemma4_config
 from tokenloop.export.checkpoint.gguf_keys import Keys
 from tokenloop.export.checkpoint.gguf_parts import read_parts
 from tokenloop.export.checkpoint.gguf_reader import GRIDS, GgufTensor
@@ -37,12 +37,17 @@ NAMES = {
     "output_norm.weight": "model.norm.weight",
     "token_embd_norm.weight": "model.norm.weight",  # LFM2's
     "output.weight": "lm_head.weight",
-    # Gemma 4's, where each layer has an input of its own.
+    # Gemma 3n's and 4's, where each layer has an input of its own.
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
     ROPE_FACTORS: None,  # the config has these
     **dict.fromkeys(LONGROPE_FACTORS),
+}
+# Tensors of a matrix for each stream of a token but the first (Gemma 3n's).
+STREAMS = {
+    "altup_proj.weight": "model.altup_projections.{}.weight",
+    "altup_unembd_proj.weight": "model.altup_unembed_projections.{}.weight",
 }
 # blk.N.<key>.weight -> model.layers.N.<value>.weight; or .bias. A key that ends in a kind itself
 # is of a whole name, and its value too.
@@ -84,16 +89,32 @@ GEMMA3 = Architecture(
     BLOCK_NAMES | {"ffn_norm": "pre_feedforward_layernorm"} | POST_NORMS,
     norm_offset=1.0,
 )
+PER_LAYER = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+GEMMA3N = Architecture(
+    gemma3n_config,
+    GEMMA3.block_names
+    | PER_LAYER
+    | {
+        "altup_correct_coef": "altup.correction_coefs",
+        "altup_correct_scale.weight": "altup.correct_output_scale",
+        "altup_predict_coef": "altup.prediction_coefs",
+        "altup_router": "altup.modality_router",
+        "altup_router_norm": "altup.router_norm",
+        "laurel_l": "laurel.linear_left",
+        "laurel_r": "laurel.linear_right",
+        "laurel_post_norm": "laurel.post_laurel_norm",
+    },
+)
 GEMMA4 = Architecture(
     gemma4_config,
-    BLOCK_NAMES
-    | POST_NORMS
+    GEMMA3.block_names
+    | PER_LAYER
     | {
-        "ffn_norm": "pre_feedforward_layernorm",
         "layer_output_scale.weight": "layer_scalar",
-        "inp_gate": "per_layer_input_gate",
-        "proj": "per_layer_projection",
-        "post_norm": "post_per_layer_input_norm",
         "ffn_gate_inp": "router.proj",
         "ffn_gate_inp.scale": "router.scale",
         "ffn_gate_up_exps.weight": "experts.gate_up_proj",
@@ -113,6 +134,7 @@ EXPERTS = {
 QWEN = Architecture(qwen_config, BLOCK_NAMES | EXPERTS)
 ARCHITECTURES = {
     "gemma3": GEMMA3,
+    "gemma3n": GEMMA3N,
     "gemma4": GEMMA4,
     "gpt-oss": Architecture(
         gpt_oss_config,
@@ -166,8 +188,7 @@ def open_gguf(path: Path) -> Checkpoint:
     keys.check_asked()
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     stored = {}
-    for tensor in tensors.values():
-        hf_name = _renamed(architecture, tensor)
+    for hf_name, tensor in _renamed(architecture, tensors.values()):
         if hf_name in stored:
             raise ExportError(f"{path}: {tensor.name} and another tensor are both {hf_name}")
         if hf_name is not None:
@@ -182,7 +203,24 @@ def open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, "gguf", config, files, stored, metadata)
 
 
-def _renamed(architecture: Architecture, tensor: GgufTensor) -> str | None:
+def _renamed(
+    architecture: Architecture, tensors: Iterable[GgufTensor]
+) -> Iterator[tuple[str | None, GgufTensor]]:
+    """The tensors with Hugging Face's names, each of several matrices as those."""
+    for tensor in tensors:
+        if tensor.name not in STREAMS:
+            yield _hf_name(architecture, tensor), tensor
+            continue
+        if len(tensor.shape) != 3:
+            raise ExportError(
+                f"{tensor.path}: {tensor.name} has the shape {tensor.shape}; a matrix for each of "
+                "a token's streams but the first is right"
+            )
+        for i, matrix in enumerate(tensor.unstacked()):
+            yield STREAMS[tensor.name].format(i), matrix
+
+
+def _hf_name(architecture: Architecture, tensor: GgufTensor) -> str | None:
     if tensor.name in NAMES:
         return NAMES[tensor.name]
     match tensor.name.split("."):

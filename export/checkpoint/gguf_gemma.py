@@ -1,5 +1,6 @@
 """The config.json of a Gemma's GGUF file, as gguf_configs.py has those of others."""
 
+from statistics import NormalDist
 from typing import Any
 
 from tokenloop.export.checkpoint.gguf_configs import ROPE_FACTORS, common_config
@@ -128,3 +129,51 @@ def _gemma4_experts(keys: Keys) -> dict[str, Any]:
         "top_k_experts": keys.required("expert_used_count"),
         "moe_intermediate_size": keys.required("expert_feed_forward_length"),
     }
+
+
+def gemma3n_config(keys: Keys, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
+    """The config.json of a Gemma3nTextConfig.
+
+    Errors: ExportError as common_config, for scaled positions, and for a tensor that is missing of
+    those that give a size.
+    """
+    name = "gemma3n.attention.shared_kv_layers"
+    shared = keys.metadata.get(name)
+    if isinstance(shared, float) and shared.is_integer():
+        # The gguf package wrote a float at first.
+        keys = keys._replace(metadata=keys.metadata | {name: int(shared)})
+    config = common_config(keys, tensors)
+    if (scaling := config.pop("rope_scaling")) is not None:
+        raise ExportError(
+            f"{keys.path}: gemma3n's positions are scaled, {shown(scaling)}; no scaling is "
+            "supported"
+        )
+    slides = keys.flags("attention.sliding_window_pattern")
+    if slides is None:
+        interval = keys.optional("attention.sliding_window_pattern", 5)
+        slides = [(i + 1) % interval != 0 for i in range(config["num_hidden_layers"])]
+    # The file has the number of standard deviations that let the share of a config.json through.
+    cutoffs = keys.by_layer("activation_sparsity_scale")
+    return config | {
+        "model_type": "gemma3n_text",
+        "head_dim": keys.required("attention.key_length"),
+        "intermediate_size": keys.by_layer("feed_forward_length"),
+        "layer_types": [f"{'sliding' if each else 'full'}_attention" for each in slides],
+        "activation_sparsity_pattern": [NormalDist().cdf(cutoff) for cutoff in cutoffs],
+        "sliding_window": keys.required("attention.sliding_window"),
+        "rope_local_base_freq": keys.optional("rope.freq_base_swa", 10_000.0),
+        "num_kv_shared_layers": keys.required("attention.shared_kv_layers"),
+        "altup_num_inputs": keys.optional("altup.num_inputs", 4),
+        "altup_active_idx": keys.optional("altup.active_idx", 0),
+        "hidden_size_per_layer_input": keys.required("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": _length(keys, tensors, "per_layer_token_embd.weight"),
+        "laurel_rank": _length(keys, tensors, "blk.0.laurel_l.weight"),
+        # Without the key llama.cpp caps logits at 30, and its converter leaves it out for no cap.
+        "final_logit_softcapping": keys.required("final_logit_softcapping"),
+    }
+
+
+def _length(keys: Keys, tensors: dict[str, GgufTensor], name: str) -> int:
+    if name not in tensors:
+        raise ExportError(f"{keys.path} has no tensor {name}, which the model needs")
+    return tensors[name].shape[0]
