@@ -19,6 +19,7 @@ from tokenloop.export.background import Background
 from tokenloop.export.methods import (
     DecodeEmbedded,
     Embed,
+    Pool,
     Prefill,
     integers,
     prompt_chunk,
@@ -101,8 +102,8 @@ class DelegatedMethod(nn.Module):
         self.cap = model.soft_cap
 
     def run(self, x: Tensor, positions: Tensor, mix: Mix, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, E]. last(x) picks the N positions whose logits are
-        wanted from [1, T, ...]."""
+        """`result` of embeddings x [1, T, E]: logits [N, V]. last(x) picks the N positions that it
+        is wanted of from [1, T, ...]."""
         owns = None
         if self.own_inputs is not None:
             x, owns = x[..., : self.hidden_size], x[..., self.hidden_size :]
@@ -136,6 +137,10 @@ class DelegatedMethod(nn.Module):
                 hidden, scores, *beside = routed
                 out = self.experts[self.mixtures[i]](hidden, scores)
                 x = self.ends[str(i)](out, x, *beside, *own)[0] if is_later else x + out
+        return self.result(x)
+
+    def result(self, x: Tensor) -> Tensor:
+        """What the method gives of hidden states x [1, N, D], those of the N positions."""
         logits, hidden = self.lm_head(x)
         if self.shortlist is not None:
             size = hidden.shape[-1]
@@ -212,6 +217,20 @@ class DelegatedPrefill(DelegatedMethod):
         return self.run(self.embed(tokens), positions, mix, lambda x: x[:, -1:])
 
 
+class DelegatedPool(DelegatedPrefill):
+    """tokens int64 [1, T], positions int64 [T] -> the pooled output float32 [1, D]."""
+
+    def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
+        super().__init__(model, lowered, traced)
+        # The head is no part of this method.
+        self.lm_head = self.shortlist = self.soft_cap = None
+        head = xnnpack.PooledHead(model.model.norm, self.hidden_size)
+        self.head = xnnpack.trace(head, (torch.zeros(1, 1, self.hidden_size),), None).lower(head)
+
+    def result(self, x: Tensor) -> Tensor:
+        return self.head(x)[0].view(1, self.hidden_size)
+
+
 class DelegatedDecodeEmbedded(DelegatedMethod):
     """hidden float32 [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
 
@@ -266,21 +285,23 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
 @lazy_graphs()
 def build_program(
     model: CausalLM, backend: str, constants: dict[str, int | bool | list[int]],
-    selection: Background, progress: Callable[[str], None],
+    selection: Background, progress: Callable[[str], None], pooled: bool = False,
 ) -> tuple[Cord, list[str], list[dict]]:  # fmt: skip
     """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
     its methods' names, and where its state is (state_places).
 
     `backend` is "xnnpack" (which changes modules of `model` in place) or "portable". `constants`
-    become metadata methods. `progress` is called with what begins.
+    become metadata methods. `progress` is called with what begins. With `pooled` there is a method
+    `pool` besides.
     """
-    caches = None
+    caches, pool = None, Pool(model)
     if backend == "xnnpack":
         length, traced = prompt_length(model.max_chunk)
         xnnpack.prepare(model)
         lowered = lower(model, traced, length, progress)
         prefill = DelegatedPrefill(model, lowered, traced)
         decode, caches = DelegatedDecodeEmbedded(model, lowered), lowered.caches
+        pool = DelegatedPool(model, lowered, traced) if pooled else None
     else:
         # Plain kernels take ATen's operators as they are.
         prefill, decode = Prefill(model), DecodeEmbedded(model)
@@ -293,6 +314,8 @@ def build_program(
         "embed": torch.export.export(Embed(model.model), (integers(batch, 1),)),
         "decode_embedded": torch.export.export(decode, (hidden, integers(batch))),
     }
+    if pooled:
+        methods["pool"] = torch.export.export(pool, chunk, dynamic_shapes=shapes)
     program = to_program(methods, constants, backend == "xnnpack", progress)
     places = state_places(program, model, caches)
     progress("adding the selection methods")

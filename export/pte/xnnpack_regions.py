@@ -42,7 +42,7 @@ from torch.export import Dim, ExportedProgram
 
 from tokenloop.export.pte.constants_in_files import in_file
 from tokenloop.export.pte.quantize import QuantizedLinear
-from tokenloop.export.pte.running_regions import RUNNING, prepare_running
+from tokenloop.export.pte.running_regions import RUNNING, DelegatedLength, prepare_running
 from tokenloop.export.pte.xnnpack_graph import CONCATENATIONS, delegate
 from tokenloop.models.layers import RMSNorm
 from tokenloop.models.per_layer import HALF
@@ -320,6 +320,18 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.norm(x)
         return self.linear(hidden).view(-1, self.linear.out_features), hidden
+
+
+class PooledHead(nn.Module):
+    """x [1, 1, D] -> (`norm` of it, divided by its length,)."""
+
+    def __init__(self, norm: nn.Module, size: int):
+        super().__init__()
+        # The eps of torch's normalize, which takes it of the length.
+        self.norm, self.length = norm, DelegatedLength(size, eps=1e-12**2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.length(self.norm(x)),)
 
 
 @dataclass(frozen=True)
