@@ -206,7 +206,7 @@ class BeforeAttention(nn.Module):
 
     def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         mixer = self.layer.mixer
-        (q, k, v), _ = self.layer.project(x, {mixer.rotation: (cos, sin)})
+        q, k, v = self._project(x, {mixer.rotation: (cos, sin)})
         heads, size = mixer.kv_heads, mixer.head_dim
         wide = q.shape[2] // heads * size
         own = (k, v) if mixer.has_keys else ()
@@ -214,6 +214,9 @@ class BeforeAttention(nn.Module):
             return q.reshape(1, -1, wide), *(x.reshape(1, -1, size) for x in own)
         q, *own = q.reshape(-1, heads, wide), *(x.view(-1, heads, size) for x in own)
         return q.permute(1, 0, 2), *(x.permute(1, 0, 2) for x in own)
+
+    def _project(self, x: Tensor, rope: dict) -> tuple[Tensor, ...]:
+        return self.layer.project(x, rope)[0]
 
 
 class AfterMixer(nn.Module):
@@ -290,12 +293,16 @@ class AfterAttention(AfterMixer):
     def forward(self, x: Tensor, attended: Tensor, *gates_and_own: Tensor) -> tuple[Tensor, ...]:
         has_gates = hasattr(self.layer.mixer, "gates")
         gates, own = gates_and_own[:has_gates], gates_and_own[has_gates:]
-        if attended.shape[0] > 1:
-            attended = attended.permute(1, 0, 2).contiguous()
-        attended = attended.view(1, -1, self.layer.mixer.o_proj.in_features)
+        attended = self._joined(attended)
         for gate in gates:
             attended = attended * torch.sigmoid(gate)
         return super().forward(x, attended, None, *own)
+
+    def _joined(self, attended: Tensor) -> Tensor:
+        """[1, T, K G head_dim]."""
+        if attended.shape[0] > 1:
+            attended = attended.permute(1, 0, 2).contiguous()
+        return attended.view(1, -1, self.layer.mixer.o_proj.in_features)
 
 
 class AfterShortConv(AfterMixer):
