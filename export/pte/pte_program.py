@@ -136,7 +136,7 @@ class DelegatedMethod(nn.Module):
             if owns is not None:
                 own = [owns[..., i * self.own_size : (i + 1) * self.own_size]]
             if i == len(self.layer_types) - 1:
-                xs, mixed, gates, own = (list(map(last, each)) for each in (xs, mixed, gates, own))
+                xs, own, mixed, gates = (list(map(last, each)) for each in (xs, own, mixed, gates))
             is_later = str(i) in self.ends
             given = self.after[i](*xs, *mixed, *gates, *([] if is_later else own))
             xs, routed = given[: len(xs)], given[len(xs) :]
