@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
 ON_GPU = "cuda", "launches"
+# Those with a method that gives pooled outputs.
+POOLING = "xnnpack", "portable"
 # Prompt tokens at once: what CPUs compute well, and what fills a GPU.
 DEFAULT_MAX_PREFILL = {"cpu": 128, "cuda": 8192}
 
@@ -117,6 +119,11 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         "inductor or launches",
     )
     parser.add_argument(
+        "--pooled", action="store_true",
+        help="one more method, that gives the last token's hidden state with the length 1: what an "
+        "embedding model makes of a text (Model.embed); with --backend xnnpack or portable",
+    )  # fmt: skip
+    parser.add_argument(
         "--output", type=Path, help=f"the artifact's directory (default: {DEFAULT_OUTPUT})"
     )
     options = parser.parse_args(arguments)
@@ -144,6 +151,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
             f"--draft-tokens is {options.draft_tokens} and --batch {options.batch}: the tokens "
             "that a step tries are of one row"
         )
+    if options.pooled and options.batch > 1:
+        parser.error(f"--pooled is for one row, and --batch is {options.batch}")
     if options.backend is not None and (fault := choose_backend(options, options.backend)):
         parser.error(fault)
     return options
@@ -174,6 +183,8 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
             f"--tensor-parallel {options.tensor_parallel} is not for --backend {backend}: "
             "inductor and launches are right"
         )
+    if options.pooled and backend not in POOLING:
+        return f"--pooled is not for --backend {backend}: {' and '.join(POOLING)} are right"
     options.quant_by_default = options.quant is None
     if options.quant is None:
         options.quant = "bf16" if options.device == "cuda" else FOR_BACKEND[backend][0]
@@ -200,6 +211,7 @@ def export(
     from tokenloop.export.checkpoint.directory_tokenizer import ignored_setting
     from tokenloop.export.checkpoint.generation_settings import unread_settings
     from tokenloop.export.checkpoint.network import describe, names_of, without_memory
+    from tokenloop.export.checkpoint.pooling import check_pooling
     from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
     from tokenloop.export.kept_weights import can_keep
     from tokenloop.export.random_weights import make_parameters, open_config, write_byte_tokenizer
@@ -217,6 +229,8 @@ def export(
     model_type, architecture, config = described
     smallest = without_memory(described)
     find_backend(options, checkpoint.path, model_type, smallest)
+    if options.pooled:
+        check_pooling(checkpoint)
     if options.quant == "keep" and not can_keep(checkpoint, options.backend):
         from tokenloop.export.support import supporting
 

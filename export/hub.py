@@ -14,6 +14,7 @@ FILES = [
     "config.json", "generation_config.json", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "modules.json", "*_Pooling/config.json",
 ]  # fmt: skip
 
 

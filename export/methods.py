@@ -29,6 +29,13 @@ class Prefill(nn.Module):
         return self.network.prefill(tokens, positions, row)
 
 
+class Pool(Prefill):
+    """tokens int64 [1, T], positions int64 [T] -> the pooled output float32 [1, D]."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.network.pool(tokens, positions)
+
+
 class DecodeEmbedded(Prefill):
     """hidden [B, 1, E], position int64 [B] -> logits float32 [B, V]."""
 

@@ -9,10 +9,10 @@ EVERYTHING = "xnnpack", "portable", "inductor"
 def unsupported(network: CausalLM, backend: str) -> str | None:
     """The parts of the network that the backend does not take, in words. None if it takes all."""
     mixers = [block.mixer for block in network.model.layers]
-    if backend not in ("portable", "inductor") and network.model.streams is not None:
-        return "alternating updates"
     if backend in EVERYTHING:
         return None
+    if network.model.streams is not None:
+        return "alternating updates"
     if any(m.layer_type == "conv" for m in mixers):
         return "short convolutions"
     if backend == "cuda" and network.model.per_layer is not None:

@@ -28,6 +28,7 @@ class Streams(nn.Module):
 
     def __init__(self, hidden_size: int, streams: int):
         super().__init__()
+        self.count = streams
 
         def projections() -> nn.ModuleList:
             one = (nn.Linear(hidden_size, hidden_size, bias=False) for _ in range(streams - 1))

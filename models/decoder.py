@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenloop.models.layers import RotaryEmbedding, rounded
@@ -258,11 +259,16 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [B, V] of hidden states [B, 1, D], or streams of them, before the final norm."""
-        hidden = hidden if self.model.streams is None else self.model.streams.merge(hidden)
-        logits = self.lm_head(self.model.norm(hidden)).float()[:, 0]
+        logits = self.lm_head(self.model.norm(self._merged(hidden))).float()[:, 0]
         if self.soft_cap is None:
             return logits
         return torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+    def pool(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The pooled output, float32 [1, D], of what `prefill` takes of a model of one row: the
+        last token's hidden state after the final norm, divided by its length."""
+        hidden = self._merged(self.model.prefill(tokens, positions, None)[:, -1:])
+        return F.normalize(self.model.norm(hidden).float()[:, 0], dim=-1)
 
     def prefill(self, tokens: Tensor, positions: Tensor, row: Tensor | None = None) -> Tensor:
         """Logits [1, V] after the last of tokens int64 [1, T] at positions int64 [T] of one row,
@@ -280,3 +286,6 @@ class CausalLM(nn.Module):
     def decode_embedded(self, hidden: Tensor, position: Tensor) -> Tensor:
         """Logits [B, V] after the token that hidden [B, 1, E] embeds, at position int64 [B]."""
         return self.logits(self.model.decode(hidden, position))
+
+    def _merged(self, hidden: Tensor) -> Tensor:
+        return hidden if self.model.streams is None else self.model.streams.merge(hidden)

@@ -145,6 +145,7 @@ OF_ENGINE = {
         "processor": Maybe(NAME),
         "weights": Maybe({"file": FILE}),
         "state_places": Maybe([PLACE]),
+        "pooled_size": Maybe(integer(1, MAX_INT)),
     },
     "inductor": {
         "processor": NAME,

@@ -257,6 +257,37 @@ class Model:
         self.loop.turn.begin(Nobody(), lambda: cache.add(cache.keys(ids), copies))
         return len(ids)
 
+    def embed(self, prompts: Iterable[Prompt]) -> np.ndarray:
+        """Each prompt's pooled output, float32 [N, P] of N prompts: the last token's hidden state,
+        divided by its length. It is what an embedding model makes of a text, and their products are
+        similarities. It has its turn as a generation has.
+
+        Errors: RunnerError for an artifact that has none, and prompts that are no list or the like;
+        and as of `generate` for a prompt.
+        """
+        if "pooled_size" not in self.manifest:
+            raise RunnerError(f"{self._directory} has no pooled output: export it with --pooled")
+        if isinstance(prompts, (str, *BYTES, Mapping)) or not isinstance(prompts, Iterable):
+            raise RunnerError(f"prompts is {shown(prompts)}; it must be a list of them")
+        all_ids = [self.fit(Request(prompt, 1))[0] for prompt in prompts]
+        pooled = np.empty((len(all_ids), self.manifest["pooled_size"]), np.float32)
+
+        def compute() -> None:
+            for row, ids in enumerate(all_ids):
+                pooled[row] = self._pooled(ids)
+
+        self.loop.turn.begin(Nobody(), compute)
+        return pooled
+
+    def _pooled(self, ids: list[int]) -> np.ndarray:
+        program, most = self.loop.program, self.manifest["max_prefill"]
+        for first in range(0, len(ids), most):
+            chunk = ids[first : first + most]
+            run = program.pool if first + most >= len(ids) else program.prefill
+            upload = program.transfers.upload
+            out = run(upload([chunk]), upload(list(range(first, first + len(chunk)))))
+        return out[0]
+
     def _results(
         self, requests: Iterable[Request | Prompt], options: LoopOptions
     ) -> Iterator[Result]:

@@ -139,6 +139,10 @@ class Program(Protocol):
         """Logits float32 [1, V] after tokens int64 [1, T] at positions int64 [T], and in a batch of
         several in the row int64 [1]."""
 
+    def pool(self, tokens: Any, positions: Any) -> Any:
+        """The pooled output float32 [1, P] of what `prefill` takes of the only row, where the
+        artifact has one."""
+
     def prefill_packed(self, chunk: list[Any]) -> Any:
         """Logits float32 [B, V] of whose rows the first ones are those after each of the chunk's
         Parts (prefill.py), where there is `packing`."""

@@ -15,11 +15,12 @@ from tokenloop.models.config_fields import shown
 
 # Keys that change no logits: sizes that tensors tell, who trained what, how embeddings are pooled.
 HARMLESS = {
-    "pooling_type", "rope.scaling.finetuned", "rope.scaling.original_context_length",
-    "tensor_data_layout", "vocab_size",
+    "altup.lr_multiplier", "pooling_type", "rope.scaling.finetuned",
+    "rope.scaling.original_context_length", "tensor_data_layout", "vocab_size",
 }  # fmt: skip
 # The values with which other keys ask for nothing.
 IDLE = {
+    "altup.correct_scale": (True,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),

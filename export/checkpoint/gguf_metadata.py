@@ -4,6 +4,7 @@ A GGUF file gives every value a type of its own, so nothing of a value is known 
 compared. Keys that are not read are not looked at.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ KINDS = {
 ARCHITECTURE_KINDS = {
     key: FIELDS[field]
     for key, field in {
+        "altup.active_idx": "altup_active_idx",
+        "altup.num_inputs": "altup_num_inputs",
         "attention.head_count": "num_attention_heads",
         "attention.head_count_kv": "num_key_value_heads",
         "attention.key_length": "head_dim",
@@ -93,6 +96,9 @@ ARCHITECTURE_KINDS = {
         "rope.freq_base_swa": "rope_local_base_freq",
     }.items()
 } | {
+    "activation_sparsity_scale": Kind(
+        lambda value: type(value) is float and value < math.inf, "a number, or minus infinity,"
+    ),
     "rope.scaling.type": TEXT,
     "rope.scaling.factor": SCALING_FACTOR,
     "rope.scale_linear": SCALING_FACTOR,

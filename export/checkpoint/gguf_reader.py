@@ -75,6 +75,14 @@ class GgufTensor(NamedTuple):
     def n_bytes(self) -> int:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
+    def unstacked(self) -> "list[GgufTensor]":
+        """Its parts along the first dimension, of two or more."""
+        count, *shape = self.shape
+        size = self.n_bytes // count
+        return [
+            self._replace(shape=tuple(shape), offset=self.offset + i * size) for i in range(count)
+        ]
+
     def dequantize(self) -> torch.Tensor:
         """Read the tensor: float32 of `shape`, in memory of its own."""
         # Any bytes are values of some type. Those that are not finite are for the caller to refuse.

@@ -50,6 +50,12 @@ def open_directory(path: Path) -> Checkpoint:
                 raise ExportError(f"{path / file} lacks the tensor {name}, which the index names")
     whole = read_json(path / "config.json")
     stored, quantization, unused = as_floats(path, whole, stored)
+    if "embed_tokens.weight" in stored:
+        # Saved of a model without a head, which transformers reads likewise.
+        stored = {
+            name if name.startswith("lm_head.") else f"model.{name}": tensor
+            for name, tensor in stored.items()
+        }
     return Checkpoint(
         path, "safetensors", config, files, stored, quantization=quantization, unused=unused
     )
@@ -135,8 +141,9 @@ def _read(file: Path, name: str) -> torch.Tensor:
         raise ExportError(f"{file}: {name} cannot be read: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object whose strings are all text, and so can be written as UTF-8 again.
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Read a JSON object, or with list a list, whose strings are all text, and so can be written as
+    UTF-8 again.
 
     Errors: ExportError naming the file and what is wrong with it.
     """
@@ -152,6 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ExportError(f"{path} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise ExportError(f"{path} is not valid JSON: it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ExportError(f"{path} holds a {type(value).__name__}; a JSON object is right")
+    if not isinstance(value, kind):
+        right = "object" if kind is dict else "list"
+        raise ExportError(f"{path} holds a {type(value).__name__}; a JSON {right} is right")
     return value

@@ -37,7 +37,8 @@ def calibrate(model: nn.Module, ids: Sequence[int]) -> dict[nn.Module, Tensor]:
     seen = observe(model, ids)
     for layer in model.model.layers:
         attention, mlp = layer.mixer, layer.mlp
-        if layer.norm("mixer") is not None:
+        # With several streams more than projections read what the norm gives.
+        if layer.norm("mixer") is not None and model.model.streams is None:
             inputs = [attention.get_submodule(name) for name in attention.projections]
             _divide_norm(layer.norm("mixer"), _rescale(inputs, seen))
         # Experts' activations are not quantized.

@@ -16,19 +16,21 @@ from tokenloop.export.pte.running_regions import (
     BeforeShortConv,
     InsideDeltaNet,
 )
+from tokenloop.export.pte.stream_regions import AfterStreams, BeforeStreams, Expanded
 
 
 @dataclass(frozen=True)
 class Regions:
     """The layers' regions before and after their mixers. By layer those between a delta net's
     convolution and its rule, and those after experts. `own_inputs` gives the layers' own inputs,
-    where there are any."""
+    where there are any, and `expanded` the streams but the first, where there are several."""
 
     before: list[nn.Module]
     after: list[nn.Module]
     inside: dict[int, nn.Module]
     ends: dict[int, nn.Module]
     own_inputs: nn.Module | None
+    expanded: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def lower_layers(
 ) -> Regions:  # fmt: skip
     """The regions of `layers`, as in `lower`. These are `in_parts` if the others are to be."""
     hidden_size, inputs = model.config.hidden_size, model.model.per_layer
+    streams = model.model.streams
+    count = 1 if streams is None else streams.count
     own_size = 0 if inputs is None else inputs.size
     x = torch.zeros(1, traced, hidden_size)
     wide, tall = ({1: length}, {0: length}) if length is not None else ({}, {})
@@ -86,6 +90,15 @@ def lower_layers(
         cos, sin = (torch.zeros(traced, 1, rotated) for _ in range(2))
         heads, size = mixer.kv_heads, mixer.heads * mixer.head_dim
         attended = torch.zeros(heads, traced, size // heads)
+        kind = rotated, heads, mixer.head_dim
+        if streams is not None:
+            before = *zeros(count, hidden_size), cos, sin
+            after = *zeros(count, hidden_size), attended, *own(layer)
+            return Traceable(
+                (BeforeStreams(layer), before, ((wide,) * count + (tall, tall),)),
+                (AfterStreams(layer), after, ((wide,) * len(after),)),
+                kind,
+            )
         given = *zeros(int(hasattr(mixer, "gates")), size), *own(layer)
         return Traceable(
             (xnnpack.BeforeAttention(layer), (x, cos, sin), (wide, tall, tall)),
@@ -94,7 +107,7 @@ def lower_layers(
                 (x, attended, *given),
                 (wide, wide, (wide,) * len(given))[: 2 + len(given)],
             ),
-            (rotated, heads, mixer.head_dim),
+            kind,
         )
 
     def own(layer: nn.Module) -> tuple[Tensor, ...]:
@@ -102,13 +115,16 @@ def lower_layers(
         return () if layer.per_layer is None or xnnpack.adds_later(layer) else zeros(1, own_size)
 
     def after_experts(layer: nn.Module) -> tuple[nn.Module, Sequence[Tensor], Sequence]:
-        count = layer.mlp.dense is not None
-        given = *zeros(count, hidden_size), *zeros(layer.per_layer is not None, own_size)
+        beside = zeros(layer.mlp.dense is not None, hidden_size)
+        given = *beside, *zeros(layer.per_layer is not None, own_size)
         shapes = wide, wide, (wide,) * len(given)
         return xnnpack.AfterExperts(layer), (*zeros(1, hidden_size), x, *given), shapes
 
     of = {SHORT_CONV: of_short_conv, LINEAR_ATTENTION: of_delta_net}
-    regions, kinds = Regions([], [], {}, {}, None), {}
+    regions, kinds = Regions([], [], {}, {}, None, None), {}
+    if streams is not None:
+        region = Expanded(xnnpack.in_parts(streams) if in_parts else streams, hidden_size)
+        regions = replace(regions, expanded=xnnpack.trace(region, (x,), (wide,)).lower(region))
     if inputs is not None:
         region = xnnpack.PerLayerInputs(xnnpack.in_parts(inputs) if in_parts else inputs)
         given = x, *zeros(1, inputs.width)

@@ -103,7 +103,7 @@ class PteArtifact:
         # 2. The program.
         constants = metadata(model, tokenizer)
         program, methods, places = build_program(
-            model, self.options.backend, constants, self.selection, progress
+            model, self.options.backend, constants, self.selection, progress, self.options.pooled
         )
         progress("writing")
         path = directory / "model.pte"
@@ -118,6 +118,7 @@ class PteArtifact:
             "dtype": "float32",
             "state": state_entries(model),
             "state_places": places,
+            **({"pooled_size": model.config.hidden_size} if self.options.pooled else {}),
         }
 
 

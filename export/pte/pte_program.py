@@ -19,6 +19,7 @@ from tokenloop.export.background import Background
 from tokenloop.export.methods import (
     DecodeEmbedded,
     Embed,
+    Pool,
     Prefill,
     integers,
     prompt_chunk,
@@ -40,6 +41,7 @@ from tokenloop.export.pte.running_regions import (
 )
 from tokenloop.export.pte.running_state import DeltaRule, RunningState, chunk_taps, step_taps
 from tokenloop.export.pte.state_places import state_places
+from tokenloop.export.pte.stream_regions import Merged, OfMerged, prepare_streams
 from tokenloop.export.pte.xnnpack_graph import GraphBuilder, GraphDelegate
 from tokenloop.models.decoder import CausalLM
 
@@ -66,6 +68,7 @@ class DelegatedMethod(nn.Module):
         self.own_tokens = None if inputs is None else inputs.embed_tokens
         self.own_size = 0 if inputs is None else inputs.size
         self.hidden_size, self.own_inputs = model.config.hidden_size, layers.own_inputs
+        self.expanded = layers.expanded
         self.rope = model.model.rope
         mixers = [layer.mixer for layer in model.model.layers]
         self.layer_types = [mixer.layer_type for mixer in mixers]
@@ -101,42 +104,53 @@ class DelegatedMethod(nn.Module):
         self.cap = model.soft_cap
 
     def run(self, x: Tensor, positions: Tensor, mix: Mix, last: Callable) -> Tensor:
-        """Logits [N, V] of embeddings x [1, T, E]. last(x) picks the N positions whose logits are
-        wanted from [1, T, ...]."""
+        """`result` of embeddings x [1, T, E]: logits [N, V]. last(x) picks the N positions that it
+        is wanted of from [1, T, ...]."""
         owns = None
         if self.own_inputs is not None:
             x, owns = x[..., : self.hidden_size], x[..., self.hidden_size :]
             (owns,) = self.own_inputs(x, owns)
+        # A hidden state, or streams of them.
+        xs = [x] if self.expanded is None else [x, *self.expanded(x)]
         rotations = [name for name in dict.fromkeys(self.rotations) if name is not None]
         rope = {name: self.rope[name](positions) for name in rotations}
         for i, name in enumerate(self.layer_types):
             cache = self.caches[str(self.owners[i])]
             if name == LINEAR_ATTENTION:
-                x_in, a, b, *gates = self.before[i](x)
+                x_in, a, b, *gates = self.before[i](*xs)
                 given = self.inside[str(i)](*mix.taps(cache, x_in))
                 mixed = [mix.rule(i, cache, *given, a, b)]
             elif name == SHORT_CONV:
-                x_in, *gates = self.before[i](x)
+                x_in, *gates = self.before[i](*xs)
                 mixed = mix.taps(cache, x_in)
             else:
-                q, *gates = self.before[i](x, *rope[self.rotations[i]])
+                q, *gates = self.before[i](*xs, *rope[self.rotations[i]])
                 own_keys = None
                 if self.owners[i] == i:
                     *own_keys, gates = gates[0], gates[1], gates[2:]
                 mixed = [mix.attend(i, cache, getattr(self, f"sinks{i}"), q, own_keys)]
+            if len(xs) > 1:
+                # The layer has said what it predicts of them.
+                xs, gates = gates, []
             own = []
             if owns is not None:
                 own = [owns[..., i * self.own_size : (i + 1) * self.own_size]]
             if i == len(self.layer_types) - 1:
-                x, mixed, gates, own = last(x), map(last, mixed), map(last, gates), map(last, own)
-            own = list(own)
+                xs, own, mixed, gates = (list(map(last, each)) for each in (xs, own, mixed, gates))
             is_later = str(i) in self.ends
-            x, *routed = self.after[i](x, *mixed, *gates, *([] if is_later else own))
+            given = self.after[i](*xs, *mixed, *gates, *([] if is_later else own))
+            xs, routed = given[: len(xs)], given[len(xs) :]
             if routed:
+                (x,) = xs
                 hidden, scores, *beside = routed
                 out = self.experts[self.mixtures[i]](hidden, scores)
-                x = self.ends[str(i)](out, x, *beside, *own)[0] if is_later else x + out
-        logits, hidden = self.lm_head(x)
+                xs = [self.ends[str(i)](out, x, *beside, *own)[0] if is_later else x + out]
+        return self.result(*xs)
+
+    def result(self, *xs: Tensor) -> Tensor:
+        """What the method gives of hidden states [1, N, D], those of the N positions, or of streams
+        of them."""
+        logits, hidden = self.lm_head(*xs)
         if self.shortlist is not None:
             size = hidden.shape[-1]
             logits = self.shortlist(
@@ -212,6 +226,20 @@ class DelegatedPrefill(DelegatedMethod):
         return self.run(self.embed(tokens), positions, mix, lambda x: x[:, -1:])
 
 
+class DelegatedPool(DelegatedPrefill):
+    """tokens int64 [1, T], positions int64 [T] -> the pooled output float32 [1, D]."""
+
+    def __init__(self, model: nn.Module, lowered: "Lowered", traced: int):
+        super().__init__(model, lowered, traced)
+        # The head is no part of this method.
+        self.lm_head = self.shortlist = self.soft_cap = None
+        head = xnnpack.PooledHead(model.model.norm, self.hidden_size)
+        self.head = lower_head(model, head, 1)
+
+    def result(self, *xs: Tensor) -> Tensor:
+        return self.head(*xs)[0].view(1, self.hidden_size)
+
+
 class DelegatedDecodeEmbedded(DelegatedMethod):
     """hidden float32 [B, 1, D], position int64 [B] -> logits float32 [B, V]."""
 
@@ -266,21 +294,24 @@ class DelegatedDecodeEmbedded(DelegatedMethod):
 @lazy_graphs()
 def build_program(
     model: CausalLM, backend: str, constants: dict[str, int | bool | list[int]],
-    selection: Background, progress: Callable[[str], None],
+    selection: Background, progress: Callable[[str], None], pooled: bool = False,
 ) -> tuple[Cord, list[str], list[dict]]:  # fmt: skip
     """The multi-method program of a model whose weights are loaded and quantized: a file's bytes,
     its methods' names, and where its state is (state_places).
 
     `backend` is "xnnpack" (which changes modules of `model` in place) or "portable". `constants`
-    become metadata methods. `progress` is called with what begins.
+    become metadata methods. `progress` is called with what begins. With `pooled` there is a method
+    `pool` besides.
     """
-    caches = None
+    caches, pool = None, Pool(model)
     if backend == "xnnpack":
         length, traced = prompt_length(model.max_chunk)
         xnnpack.prepare(model)
+        prepare_streams(model)
         lowered = lower(model, traced, length, progress)
         prefill = DelegatedPrefill(model, lowered, traced)
         decode, caches = DelegatedDecodeEmbedded(model, lowered), lowered.caches
+        pool = DelegatedPool(model, lowered, traced) if pooled else None
     else:
         # Plain kernels take ATen's operators as they are.
         prefill, decode = Prefill(model), DecodeEmbedded(model)
@@ -293,6 +324,8 @@ def build_program(
         "embed": torch.export.export(Embed(model.model), (integers(batch, 1),)),
         "decode_embedded": torch.export.export(decode, (hidden, integers(batch))),
     }
+    if pooled:
+        methods["pool"] = torch.export.export(pool, chunk, dynamic_shapes=shapes)
     program = to_program(methods, constants, backend == "xnnpack", progress)
     places = state_places(program, model, caches)
     progress("adding the selection methods")
@@ -353,9 +386,7 @@ def lower(
     linear = model.lm_head
     shortlist = linear.shortlist if isinstance(linear, ShortlistHead) else None
     head = xnnpack.Head(backbone.norm, linear.approximate if shortlist else linear)
-    # The head reads the last of a prompt's tokens, or one token of each row.
-    rows = ({1: Dim("N", min=1, max=batch)},) if batch > 1 else None
-    head = xnnpack.trace(head, (torch.zeros(1, batch, model.config.hidden_size),), rows).lower(head)
+    head = lower_head(model, head, batch)
 
     mixers = [layer.mixer for layer in backbone.layers]
     slots = {m.layer_type: SlotLayout(m.cache) for m in mixers if not is_running(m) and m.has_keys}
@@ -374,6 +405,19 @@ def lower(
         shortlist,
         {n: rescore(shortlist, n) for n in (1, batch)} if shortlist else {},
     )
+
+
+def lower_head(model: CausalLM, head: xnnpack.Head | xnnpack.PooledHead, rows: int) -> nn.Module:
+    """A head of the network's hidden states or streams, of the last of a prompt's tokens, or of one
+    token of each of the `rows`."""
+    size, streams, count = model.config.hidden_size, model.model.streams, 1
+    if streams is not None:
+        head, count = OfMerged(Merged(streams, size), head), streams.count
+    examples, shapes = [torch.zeros(1, rows, size) for _ in range(count)], None
+    if rows > 1:
+        one = {1: Dim("N", min=1, max=rows)}
+        shapes = (one if streams is None else (one,) * count,)
+    return xnnpack.trace(head, examples, shapes).lower(head)
 
 
 def soft_cap(vocab_size: int) -> GraphDelegate:

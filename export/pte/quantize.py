@@ -291,11 +291,15 @@ def quantize(
 
 def exact_layers(model: nn.Module) -> set[nn.Module]:
     """Layers that stay floating point: a small error in a score can choose another expert, and one
-    in how much a delta net forgets and writes goes on with every token."""
+    in how much a delta net forgets and writes goes on with every token. What mixes a token's
+    streams is small, too."""
     mlps = [layer.mlp for layer in model.model.layers if layer.mlp.moe is not None]
     exact = {mlp.get_submodule(name) for mlp in mlps for name in mlp.routers}
     mixers = [layer.mixer for layer in model.model.layers]
     nets = [mixer for mixer in mixers if mixer.layer_type == LINEAR_ATTENTION]
+    if model.model.streams is not None:
+        parts = [part for layer in model.model.layers for part in (layer.altup, layer.laurel)]
+        exact |= {module for part in (model.model.streams, *parts) for module in part.modules()}
     return exact | {layer for net in nets for layer in (net.in_proj_a, net.in_proj_b)}
 
 

@@ -35,13 +35,13 @@ class DelegatedConvolution(nn.Module):
 
 
 class DelegatedLength(nn.Module):
-    """x [..., K] / sqrt(sum of squares + L2_EPS) * scale: XNNPACK has no sum over the last axis."""
+    """x [..., K] / sqrt(sum of squares + eps) * scale: XNNPACK has no sum over the last axis."""
 
-    def __init__(self, size: int, scale: float):
+    def __init__(self, size: int, scale: float = 1.0, eps: float = L2_EPS):
         super().__init__()
         # With both divided by scale squared the root has the scale.
         self.register_buffer("ones", torch.full((1, size), scale**-2))
-        self.register_buffer("eps", torch.tensor([L2_EPS * scale**-2]))
+        self.register_buffer("eps", torch.tensor([eps * scale**-2]))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(F.linear(x * x, self.ones, self.eps))

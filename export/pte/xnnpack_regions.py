@@ -42,7 +42,7 @@ from torch.export import Dim, ExportedProgram
 
 from tokenloop.export.pte.constants_in_files import in_file
 from tokenloop.export.pte.quantize import QuantizedLinear
-from tokenloop.export.pte.running_regions import RUNNING, prepare_running
+from tokenloop.export.pte.running_regions import RUNNING, DelegatedLength, prepare_running
 from tokenloop.export.pte.xnnpack_graph import CONCATENATIONS, delegate
 from tokenloop.models.layers import RMSNorm
 from tokenloop.models.per_layer import HALF
@@ -206,7 +206,7 @@ class BeforeAttention(nn.Module):
 
     def _heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         mixer = self.layer.mixer
-        (q, k, v), _ = self.layer.project(x, {mixer.rotation: (cos, sin)})
+        q, k, v = self._project(x, {mixer.rotation: (cos, sin)})
         heads, size = mixer.kv_heads, mixer.head_dim
         wide = q.shape[2] // heads * size
         own = (k, v) if mixer.has_keys else ()
@@ -214,6 +214,9 @@ class BeforeAttention(nn.Module):
             return q.reshape(1, -1, wide), *(x.reshape(1, -1, size) for x in own)
         q, *own = q.reshape(-1, heads, wide), *(x.view(-1, heads, size) for x in own)
         return q.permute(1, 0, 2), *(x.permute(1, 0, 2) for x in own)
+
+    def _project(self, x: Tensor, rope: dict) -> tuple[Tensor, ...]:
+        return self.layer.project(x, rope)[0]
 
 
 class AfterMixer(nn.Module):
@@ -290,12 +293,16 @@ class AfterAttention(AfterMixer):
     def forward(self, x: Tensor, attended: Tensor, *gates_and_own: Tensor) -> tuple[Tensor, ...]:
         has_gates = hasattr(self.layer.mixer, "gates")
         gates, own = gates_and_own[:has_gates], gates_and_own[has_gates:]
-        if attended.shape[0] > 1:
-            attended = attended.permute(1, 0, 2).contiguous()
-        attended = attended.view(1, -1, self.layer.mixer.o_proj.in_features)
+        attended = self._joined(attended)
         for gate in gates:
             attended = attended * torch.sigmoid(gate)
         return super().forward(x, attended, None, *own)
+
+    def _joined(self, attended: Tensor) -> Tensor:
+        """[1, T, K G head_dim]."""
+        if attended.shape[0] > 1:
+            attended = attended.permute(1, 0, 2).contiguous()
+        return attended.view(1, -1, self.layer.mixer.o_proj.in_features)
 
 
 class AfterShortConv(AfterMixer):
@@ -320,6 +327,18 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.norm(x)
         return self.linear(hidden).view(-1, self.linear.out_features), hidden
+
+
+class PooledHead(nn.Module):
+    """x [1, 1, D] -> (`norm` of it, divided by its length,)."""
+
+    def __init__(self, norm: nn.Module, size: int):
+        super().__init__()
+        # The eps of torch's normalize, which takes it of the length.
+        self.norm, self.length = norm, DelegatedLength(size, eps=1e-12**2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.length(self.norm(x)),)
 
 
 @dataclass(frozen=True)

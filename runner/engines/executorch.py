@@ -93,6 +93,9 @@ class ExecuTorchProgram(Program):
     def prefill(self, tokens: np.ndarray, positions: np.ndarray, *row: np.ndarray) -> np.ndarray:
         return self._call("prefill", tokens, positions, *row)[0]
 
+    def pool(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return self._call("pool", tokens, positions)[0]
+
     def decode(self, fed: np.ndarray, positions: np.ndarray) -> np.ndarray:
         name = "decode_embedded" if self.embedding else "decode"
         self.logits = self._call(name, fed, positions)[0]
@@ -265,6 +268,8 @@ def _signatures(manifest: dict) -> dict[str, tuple[list, list]]:
         "mask_row": ([logits(1), allowed], [logits(1)]),
         "adjust_row": ([logits(1), *adjusted], [logits(1)]),
     }
+    if "pooled_size" in manifest:
+        found["pool"] = prompt, [("pooled", FLOAT32, (1, manifest["pooled_size"]))]
     for name in ("greedy", "sample", "sample_unfiltered"):
         inputs, outputs = found[name]
         found[f"{name}_embed"] = inputs, [*outputs, hidden(batch)]

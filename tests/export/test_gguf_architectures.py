@@ -1,5 +1,6 @@
 """GGUF files, written as llama.cpp's converter writes them, are the models that they came from."""
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
     GptOssConfig,
@@ -90,6 +93,24 @@ GEMMA_4_HEADER = {
     "embedding_length_per_layer_input": 0, "final_logit_softcapping": 20.0,
     "rope.freq_base_swa": 700.0,
 }  # fmt: skip
+# Standard deviations that leave 5 and 30 of 100 gates, and all.
+GEMMA_3N = {
+    "head_dim": 14, "layer_types": [SLIDING, FULL, SLIDING, FULL], "num_hidden_layers": 4,
+    "pad_token_id": 0, "sliding_window": 5, "final_logit_softcapping": 20.0, "laurel_rank": 5,
+    "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": 61, "rms_norm_eps": 1e-6,
+    "num_kv_shared_layers": 2, "intermediate_size": [80, 80, 36, 80],
+    "activation_sparsity_pattern": [0.95, 0.7, 0.0, 0.0], "rope_parameters": {
+        FULL: {"rope_type": "default", "rope_theta": 5e5},
+        SLIDING: {"rope_type": "default", "rope_theta": 700.0},
+    },
+}  # fmt: skip
+GEMMA_3N_HEADER = {
+    "block_count": 4, "feed_forward_length": [80, 80, 36, 80], "attention.value_length": 14,
+    "attention.sliding_window": 5, "attention.sliding_window_pattern": [True, False] * 2,
+    "attention.shared_kv_layers": 2, "embedding_length_per_layer_input": 10,
+    "final_logit_softcapping": 20.0, "rope.freq_base_swa": 700.0, "altup.active_idx": 0,
+    "altup.num_inputs": 4, "activation_sparsity_scale": [1.6448536, 0.5244005, *[-math.inf] * 2],
+}  # fmt: skip
 MODELS = [
     Model("llama", LlamaConfig, LlamaForCausalLM, {}, permuted=True),
     Model(
@@ -162,6 +183,23 @@ MODELS = [
          "rms_norm_eps": 1e-6, "pad_token_id": 0},
         header={"attention.sliding_window": 5, "attention.sliding_window_pattern": [True, False]},
     ),
+    Model("gemma3n", Gemma3nTextConfig, Gemma3nForCausalLM, GEMMA_3N, header=GEMMA_3N_HEADER),
+    # As files were written at first; and with what llama.cpp takes for what is not there.
+    Model(
+        "gemma3n", Gemma3nTextConfig, Gemma3nForCausalLM,
+        GEMMA_3N | {
+            "num_hidden_layers": 7, "layer_types": ([SLIDING] * 4 + [FULL]) + [SLIDING] * 2,
+            "num_kv_shared_layers": 1, "intermediate_size": 80,
+            "activation_sparsity_pattern": [0.7] * 7, "rope_parameters": None,
+            "vocab_size_per_layer_input": 97,
+        },
+        header=GEMMA_3N_HEADER | {
+            "block_count": 7, "feed_forward_length": 80, "attention.shared_kv_layers": 1.0,
+            "attention.sliding_window_pattern": None, "rope.freq_base_swa": None,
+            "altup.active_idx": None, "altup.num_inputs": None,
+            "activation_sparsity_scale": [0.5244005] * 7,
+        },
+    ),
     Model("gemma4", Gemma4TextConfig, Gemma4ForCausalLM, GEMMA_4, header=GEMMA_4_HEADER),
     Model(
         "gemma4", Gemma4TextConfig, Gemma4ForCausalLM,
@@ -219,8 +257,11 @@ NAMES = {
     "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
     "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
 }
-# Gemma 4's tensors of a block whose kinds are no weight and bias of a module.
+# Gemma 3n's matrices of streams, which llama.cpp's converter stacks.
+STREAM_NAME = re.compile(r"model\.altup_(unembed_)?projections\.\d+\.weight")
+# Gemma 3n's and 4's tensors of a block whose kinds are no weight and bias of a module.
 WHOLE_NAMES = {
+    "altup.correct_output_scale": "altup_correct_scale.weight",
     "layer_scalar": "layer_output_scale.weight",
     "router.scale": "ffn_gate_inp.scale",
     "router.per_expert_scale": "ffn_down_exps.scale",
@@ -270,17 +311,25 @@ def block_names(architecture: str) -> dict[str, str]:
         "post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp",
         "self_attn": "attn_sinks",
     }  # fmt: skip
+    per_layer = post_norms | {
+        "pre_feedforward_layernorm": "ffn_norm", "per_layer_input_gate": "inp_gate",
+        "per_layer_projection": "proj", "post_per_layer_input_norm": "post_norm",
+    }  # fmt: skip
+    gemma3n = {
+        "altup.correction_coefs": "altup_correct_coef",
+        "altup.prediction_coefs": "altup_predict_coef", "altup.modality_router": "altup_router",
+        "altup.router_norm": "altup_router_norm", "laurel.linear_left": "laurel_l",
+        "laurel.linear_right": "laurel_r", "laurel.post_laurel_norm": "laurel_post_norm",
+    }  # fmt: skip
     gemma4 = {
-        "pre_feedforward_layernorm": "ffn_norm", "router.proj": "ffn_gate_inp",
-        "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj",
-        "post_per_layer_input_norm": "post_norm",
+        "router.proj": "ffn_gate_inp",
         "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
         "post_feedforward_layernorm_1": "post_ffw_norm_1",
         "post_feedforward_layernorm_2": "post_ffw_norm_2",
     }  # fmt: skip
     own = {
         "olmo2": post_norms, "phi3": stacked, "lfm2": lfm2, "gpt-oss": gpt_oss,
-        "gemma4": post_norms | gemma4,
+        "gemma3n": per_layer | gemma3n, "gemma4": per_layer | gemma4,
     }  # fmt: skip
     return BLOCK_NAMES | own.get(architecture, {})
 
@@ -316,6 +365,11 @@ def gguf_tensors(
         data = parameter.detach().numpy()
         if name in NAMES:
             tensors[NAMES[name]] = data
+            continue
+        if stream := STREAM_NAME.fullmatch(name):
+            stacked = f"altup_{'unembd_' if stream[1] else ''}proj.weight"
+            parts = [tensors[stacked]] if stacked in tensors else []
+            tensors[stacked] = np.concatenate([*parts, data[None]])
             continue
         layer, rest = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name).groups()
         if architecture == "gpt-oss" and ".experts." in rest:
@@ -439,6 +493,48 @@ def test_what_a_gemma_4_file_may_not_ask_for_is_refused_by_name(tmp_path, header
 @pytest.mark.parametrize(
     ("header", "message"),
     [
+        ({"rope.scaling.factor": 4.0}, "gemma3n's positions are scaled, .*4.0.*; no scaling"),
+        ({"attention.shared_kv_layers": 1.5}, "shared_kv_layers is 1.5; a whole number"),
+        ({"attention.shared_kv_layers": None}, "has no key gemma3n.attention.shared_kv_layers"),
+        ({"final_logit_softcapping": None}, "has no key gemma3n.final_logit_softcapping"),
+        ({"activation_sparsity_scale": None}, "has no key gemma3n.activation_sparsity_scale"),
+        ({"activation_sparsity_scale": [1.0] * 3}, "has 3 values; one for each of 4 layers"),
+        ({"activation_sparsity_scale": [math.inf] * 4}, "is inf; a number, or minus infinity"),
+        ({"altup.correct_scale": False}, "the key gemma3n.altup.correct_scale, which is not"),
+        ({"attention.scale": 0.5}, "has the key gemma3n.attention.scale, which is not supported"),
+    ],
+)  # fmt: skip
+def test_what_a_gemma_3n_file_may_not_ask_for_is_refused_by_name(
+    tmp_path, gemma3n, header, message
+):
+    values = GEMMA_3N_HEADER | {"attention.key_length": 14} | header
+    with pytest.raises(ExportError, match=message) as raised:
+        open_checkpoint(write(tmp_path / "a.gguf", "gemma3n", gemma3n, **values))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "altup_proj.weight",
+            np.zeros((48, 48), np.float32),
+            r"has the shape \(48, 48\); a matrix",
+        ),
+        ("per_layer_token_embd.weight", None, "has no tensor per_layer_token_embd.weight"),
+        ("blk.0.laurel_l.weight", None, "has no tensor blk.0.laurel_l.weight"),
+    ],
+)
+def test_tensors_that_a_gemma_3n_cannot_do_with_are_refused(tmp_path, gemma3n, name, data, message):
+    tensors = {key: value for key, value in (gemma3n | {name: data}).items() if value is not None}
+    values = GEMMA_3N_HEADER | {"attention.key_length": 14}
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(write(tmp_path / "a.gguf", "gemma3n", tensors, **values))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
         ({"rope.scaling.yarn_log_multiplier": None}, "yarn_log_multiplier is None; 1 is supported"),
         ({"rope.scaling.yarn_log_multiplier": 0.5}, "yarn_log_multiplier is 0.5; 1 is supported"),
         ({"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor is 2.0; 1 is supported"),
@@ -459,11 +555,21 @@ def test_what_a_mistral_3_file_may_not_ask_for_is_refused_by_name(tmp_path, head
         open_checkpoint(write(tmp_path / "a.gguf", "mistral3", EMBEDDING, **case.header | header))
 
 
+@pytest.fixture(scope="module")
+def gemma3n():
+    """A Gemma 3n's tensors."""
+    case = next(case for case in MODELS if case.architecture == "gemma3n")
+    return gguf_tensors(tiny(case), False, "gemma3n")
+
+
 def approximately(fields: dict) -> dict:
     """Fields whose numbers may be those of float32, as a header has them."""
+
+    def is_inexact(value) -> bool:
+        return isinstance(value, float) or isinstance(value, tuple) and all(map(is_inexact, value))
+
     return {
-        name: pytest.approx(value) if isinstance(value, float) else value
-        for name, value in fields.items()
+        name: pytest.approx(value) if is_inexact(value) else value for name, value in fields.items()
     }
 
 

@@ -29,6 +29,15 @@ PROGRAMS = {
         },
         1,
     ),
+    # Streams of a token, sparse gates, and layers of two widths.
+    "gemma3n": (
+        "gemma3n_text, three streams, widths of layers, a full table",
+        {
+            "num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "sliding_window": 9,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+        1,
+    ),
     "lfm2": (
         "lfm2, untied, biases, a width of 2", {"conv_L_cache": 3, "layer_types": ["conv", FULL]},
         1,
@@ -62,7 +71,7 @@ def program_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7])
-@pytest.mark.parametrize("name", ["gemma4", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4", "lfm2"])
 def test_chunks_and_steps_give_the_eager_networks_logits(program_of, name, chunk):
     program, network = program_of(name)
     ids = np.random.default_rng(1).integers(3, VOCAB_SIZE, (1, MAX_SEQ_LEN))

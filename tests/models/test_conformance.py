@@ -91,6 +91,17 @@ def test_greedy_ids_and_logits_are_those_of_transformers(case, length):
 
 
 @typical_own_cases
+def test_the_pooled_output_is_the_last_hidden_state_with_length_1(case):
+    tokens, model = prompt(11), ours(case)
+    first = min(6, model.max_chunk)
+    prefill(model, tokens, even_ends(11 - first, model.max_chunk))
+    with torch.no_grad():
+        pooled = model.pool(tokens[:, -first:], torch.arange(11 - first, 11))
+        last = reference(case).model(tokens).last_hidden_state[:, -1]
+    assert_near(pooled, torch.nn.functional.normalize(last, dim=-1))
+
+
+@typical_own_cases
 def test_greedy_ids_are_those_of_transformers_own_generation(case):
     tokens, model = prompt(11), reference(case)
     model.generation_config.eos_token_id = None
