@@ -2,6 +2,8 @@
 timed. Timing takes most of an export, and what wins differs from one export to the next."""
 
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -9,8 +11,9 @@ from typing import Any
 
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from torch._inductor import config
+from torch._inductor import codecache, config
 from torch._inductor.choices import InductorChoices
+from torch._inductor.cpp_builder import convert_cubin_to_obj
 from torch._inductor.kernel_template_choice import KernelTemplateChoice
 from torch._inductor.virtualized import V
 from triton import Config
@@ -55,6 +58,19 @@ class OneChoice(InductorChoices):
         return [min(blocked, key=lambda choice: distance(blocked[choice], wanted))]
 
 
+def object_of_its_own(cubin_file: str, kernel_name: str, ld: str, objcopy: str) -> str:
+    """The object file of a kernel's binary, which has symbols of the kernel's name. Two kernels of
+    a method can have one binary, as ExecuTorch's attention of layers of two sizes has. Inductor of
+    torch 2.11 would name the object file after the binary: twice one file, which has the second
+    kernel's symbols."""
+    own = f"{cubin_file}.{kernel_name}"
+    shutil.copyfile(cubin_file, own)
+    try:
+        return convert_cubin_to_obj(own, kernel_name, ld, objcopy)
+    finally:
+        os.remove(own)
+
+
 def distance(sizes: tuple[int, ...], wanted: tuple[int, ...]) -> float:
     """By how many powers of two the sizes differ from those that are wanted."""
     return sum(abs(math.log2(a / b)) for a, b in zip(sizes, wanted))
@@ -74,6 +90,7 @@ def one_form() -> Iterator[None]:
         stack.enter_context(config.patch(OPTIONS))
         stack.enter_context(V.set_choices_handler(OneChoice()))
         stack.enter_context(replaced(CudaBackend, "get_aoti_compile_options", options))
+        stack.enter_context(replaced(codecache, "convert_cubin_to_obj", object_of_its_own))
         for name, form in ATTENTION_CONFIGS.items():
             stack.enter_context(replaced(getattr(attention, name), "configs", [form]))
         yield
