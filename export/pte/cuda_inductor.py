@@ -14,6 +14,7 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from torch._inductor import codecache, config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.cpp_builder import convert_cubin_to_obj
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.kernel_template_choice import KernelTemplateChoice
 from torch._inductor.virtualized import V
 from triton import Config
@@ -29,6 +30,9 @@ OPTIONS = {
     "deterministic": True,
     # The wrapper only launches kernels, and optimizing it takes a third of the whole time.
     "aot_inductor.compile_wrapper_opt_level": "O0",
+    # Nothing is computed on the CPU. Inductor would look for its best instructions by building and
+    # loading libraries, in processes that import torch each: most of a first method's time.
+    "cpp.vec_isa_ok": False,
 }
 # Rows, columns and depth of a product's blocks. A step reads weights: many blocks share that.
 FEW_ROWS, MANY_ROWS = (16, 32, 128), (64, 64, 64)
@@ -88,6 +92,9 @@ def one_form() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(config.patch(OPTIONS))
+        # What the CPU has is found once for a process.
+        valid_vec_isa_list.cache_clear()
+        stack.callback(valid_vec_isa_list.cache_clear)
         stack.enter_context(V.set_choices_handler(OneChoice()))
         stack.enter_context(replaced(CudaBackend, "get_aoti_compile_options", options))
         stack.enter_context(replaced(codecache, "convert_cubin_to_obj", object_of_its_own))

@@ -103,12 +103,12 @@ class SideBySide:
         """The method that its process sends next. Errors: ExportError and RuntimeError as there,
         RuntimeError for a process that ended."""
         try:
-            error = self._results[name].recv()
+            sent = self._results[name].recv()
         except EOFError:
             raise RuntimeError(f"the method {name} could not be compiled") from None
-        if error is not None:
-            raise error
-        return pickle.loads(self._results[name].recv_bytes())
+        if isinstance(sent, Exception):
+            raise sent
+        return pickle.loads(sent.read_bytes())
 
 
 def signature(program: ExportedProgram) -> list[str]:
@@ -157,9 +157,10 @@ def _compile_and_send(
     def send_compiled(programs, specs):
         for name in names:
             (program,), (of_program,) = programs[name], specs[name]
-            compiled = compile_one(program, of_program, directory)
-            results.send(None)
-            results.send_bytes(pickle.dumps(compiled))
+            # Not through the pipe, which would keep this process until the other one reads it.
+            kept = directory / f"{name}.compiled"
+            kept.write_bytes(pickle.dumps(compile_one(program, of_program, directory)))
+            results.send(kept)
         raise AllCompiled
 
     CudaBackend.preprocess_multimethod = send_compiled

@@ -19,6 +19,7 @@ from executorch.exir.backend.backend_details import PreprocessResult
 from executorch.exir.schema import DelegateCall, DeviceType
 from torch._inductor import codecache
 from torch._inductor import config as inductor_config
+from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa, valid_vec_isa_list
 from torch._inductor.virtualized import V
 
 from benchmarks.pte_listing import listing, table
@@ -69,6 +70,7 @@ def preprocess(edge_programs, compile_specs, received):
     received.specs = {name: specs for name, (specs,) in compile_specs.items()}
     received.options = CudaBackend.get_aoti_compile_options(received.specs["decode"])
     received.inductor, received.choices = inductor_config.get_config_copy(), V.choices
+    received.instructions = pick_vec_isa()
     store = NamedDataStore()
     for program in received.programs.values():
         for name, tensor in {**program.state_dict, **program.constants}.items():
@@ -102,6 +104,7 @@ def made(request, make_checkpoint, tmp_path_factory, one_thread):
         patch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
         progress = lambda what: None  # noqa: E731
         made.program, made.methods = build_program(model, {"get_x": 5}, progress, made.path.parent)
+        made.kept_instructions = valid_vec_isa_list.cache_info().currsize
     made.data = write_program(made.program, made.path)
     file = deserialize_pte_binary(made.path.read_bytes())
     made.plans = {plan.name: plan for plan in file.program.execution_plan}
@@ -251,6 +254,8 @@ def test_nothing_is_timed(made):
     assert made.options["max_autotune"] is False and made.inductor["max_autotune_gemm"] is True
     assert made.options["aot_inductor.emit_multi_arch_kernel"] is False
     assert made.inductor["deterministic"] is True and type(made.choices) is OneChoice
+    # The CPU's instructions are not looked for either, and are by what comes later.
+    assert made.instructions is invalid_vec_isa and made.kept_instructions == 0
     # Afterwards all of it is as it was.
     assert not inductor_config.deterministic and type(V.choices) is not OneChoice
     assert isinstance(vars(CudaBackend)["get_aoti_compile_options"], classmethod)
