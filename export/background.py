@@ -94,7 +94,7 @@ def return_memory() -> None:
 def _send(results, function: Callable, arguments: tuple, file: Path | None) -> None:
     # An interrupt is for the process that the user sees.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     collect_seldom()
@@ -114,7 +114,8 @@ def _send(results, function: Callable, arguments: tuple, file: Path | None) -> N
     results.send_bytes(result)
 
 
-def _end_with_parent() -> None:
-    # A killed parent cannot end its daemons.
+def end_with_parent() -> None:
+    """Wait for the end of the process that started this one, and end this one: a killed parent
+    cannot end its daemons."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -44,9 +44,12 @@ def number(least: float, most: float) -> Kind:
     )
 
 
-def list_of(kind: Kind, of: str) -> Kind:
+def list_of(kind: Kind, of: str, least: int = 0) -> Kind:
+    """Lists of at least so many values of the kind."""
     return Kind(
-        lambda value: isinstance(value, (list, tuple)) and all(map(kind.fits, value)),
+        lambda value: (
+            isinstance(value, (list, tuple)) and len(value) >= least and all(map(kind.fits, value))
+        ),
         f"a list of {of}",
     )
 
@@ -127,7 +130,7 @@ FIELDS = {
     "sliding_window": POSITIONS,
     "sliding_window_pattern": FEW,
     "_sliding_window_pattern": FEW,
-    "layer_types": list_of(TEXT, "strings, one for each layer"),
+    "layer_types": list_of(TEXT, "strings, one for each layer", least=1),
     "no_rope_layers": list_of(whole(0, 1), "zeros and ones, one for each layer"),
     "no_rope_layer_interval": FEW,
     "position_embedding_type": TEXT,

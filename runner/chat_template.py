@@ -27,6 +27,9 @@ PROCESSOR_SECONDS = 2
 SECONDS = 15
 MEMORY = 512 << 20
 CHARACTERS = 8_000_000
+# A text with more characters for each position of a context does not fit it. Tokenizers take some
+# 200 bytes of memory for a character.
+CHARACTERS_OF_A_POSITION, SHORTEST_LIMIT = 1_000, 100_000
 # json.dumps writes a character in up to 12.
 LONGEST_ANSWER = 12 * CHARACTERS + 100
 # A template may give its own reason.
@@ -34,13 +37,19 @@ LONGEST_REASON = 500
 REMEDY = "mend the template or the messages, or run without --chat"
 
 
+def most_characters(positions: int) -> int:
+    """How many characters a conversation's text may have for a context of so many positions."""
+    return min(CHARACTERS, max(SHORTEST_LIMIT, CHARACTERS_OF_A_POSITION * positions))
+
+
 class ChatTemplate:
     """A jinja2 template in the environment that transformers gives it, sandboxed and limited. Any
     thread may use it: conversations are rendered one at a time."""
 
-    def __init__(self, path: Path, source: bytes):
-        """`path` is what errors name. Errors: RunnerError if `source` is not UTF-8."""
-        self._path = path
+    def __init__(self, path: Path, source: bytes, characters: int = CHARACTERS):
+        """`path` is what errors name, and `characters` how many a text may have. Errors:
+        RunnerError if `source` is not UTF-8."""
+        self._path, self._characters = path, characters
         try:
             self.source = source.decode()
         except UnicodeDecodeError as error:
@@ -105,7 +114,7 @@ class ChatTemplate:
 
         setup = {
             "path": sys.path, "source": self.source, "seconds": PROCESSOR_SECONDS,
-            "memory": MEMORY, "characters": CHARACTERS,
+            "memory": MEMORY, "characters": self._characters,
         }  # fmt: skip
         # -S: the modules' directories are those of this process, which are found already.
         script = Path(__file__).with_name("template_process.py")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenloop.runner.chat_template import most_characters
 from tokenloop.runner.draft_model import DraftModel
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.generation import BatchGeneration, Generation
@@ -94,7 +95,9 @@ class Model:
         self.vocab_size: int = manifest["vocab_size"]
         self.max_seq_len: int = manifest["max_seq_len"]
         self.batch: int = manifest["batch"]
-        self.tokenizer = Tokenizer(artifact.directory, manifest["tokenizer"], artifact.read)
+        characters = most_characters(self.max_seq_len)
+        entry = manifest["tokenizer"]
+        self.tokenizer = Tokenizer(artifact.directory, entry, artifact.read, characters)
         with LOADING:
             self.loop = Loop(load_program(artifact, threads))
         self.grammars = Grammars(self.tokenizer, self.vocab_size)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from tokenloop.runner.chat_template import ChatTemplate
+from tokenloop.runner.chat_template import CHARACTERS, ChatTemplate
 from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.files import read_file
@@ -38,13 +38,17 @@ class Tokenizer:
             `chat_template` and `tool_template` the names of jinja2 files or None; the latter is
             for conversations with tools.
         read: gives the contents of the artifact's file of a name, checked; by default as it is.
+        characters: how many the text of a conversation may have.
 
     Raises:
         RunnerError: a key or a file is missing, or the tokenizer file is broken or of a kind
             whose ids have no bytes of their own (see `_TokenizerJson`).
     """
 
-    def __init__(self, directory: Path, entry: dict, read: Callable[[str], bytes] | None = None):
+    def __init__(
+        self, directory: Path, entry: dict, read: Callable[[str], bytes] | None = None,
+        characters: int = CHARACTERS,
+    ):  # fmt: skip
         missing = [key for key in ENTRY_KEYS if key not in entry]
         if missing:
             raise RunnerError(
@@ -72,7 +76,7 @@ class Tokenizer:
         # An end token need not be a control token of the vocabulary, but it is never shown.
         self._hidden = frozenset(self.eos_token_ids + [self.bos_token_id])
         self._templates = {
-            key: ChatTemplate(Path(directory) / entry[key], read(entry[key]))
+            key: ChatTemplate(Path(directory) / entry[key], read(entry[key]), characters)
             for key in ("chat_template", "tool_template")
             if entry[key] is not None
         }

@@ -197,10 +197,10 @@ class Exports:
 
         length = model.max_seq_len
         if length not in self.built:
-            program, names = self.build(model, backend, constants, *rest)
-            self.built[length] = bytes(program), names
-        program, names = self.built[length]
-        return Cord(program), names
+            program, *others = self.build(model, backend, constants, *rest)
+            self.built[length] = bytes(program), *others
+        program, *others = self.built[length]
+        return Cord(program), *others
 
     def arguments(self, name: str, output: Path) -> list[str]:
         return [

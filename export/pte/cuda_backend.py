@@ -5,8 +5,8 @@ CudaBackend has weights and state once for all methods, by their names. They lie
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
 from executorch.exir import (
     EdgeCompileConfig,
+    EdgeProgramManager,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
@@ -28,10 +29,14 @@ from torch.export import ExportedProgram
 from tokenloop.export.artifact import SmallWrites
 from tokenloop.export.errors import ExportError
 from tokenloop.export.methods import Decode, DecodeEmbedded, Prefill, integers, prompt_chunk
-from tokenloop.export.pte.cuda_inductor import one_form
+from tokenloop.export.pte.cuda_inductor import one_form, replaced
 from tokenloop.export.pte.cuda_library import decode, missing_shims
+from tokenloop.export.pte.side_by_side import SideBySide
 from tokenloop.models.decoder import Backbone
 from tokenloop.sampler.kernels import operator
+
+# What a process takes of a GPU beside its tensors: CUDA's context, kernels and workspaces.
+CONTEXT = 1 << 30
 
 
 class DecodeGreedy(Prefill):
@@ -100,20 +105,21 @@ class OwnConstants(ExportedProgramPassBase):
         return ExportedProgramPassResult(exported_program, True)
 
 
-def trace(model: nn.Module) -> dict[str, ExportedProgram]:
-    """The methods of a model on the CPU whose weights are loaded."""
+def modules(model: nn.Module) -> dict[str, tuple]:
+    """What each method of a model is traced from: a module, its example inputs, and export's
+    options."""
     batch, vocab_size = model.batch, model.config.vocab_size
     chunk, shapes = prompt_chunk(batch, model.max_chunk)
     step = integers(batch, 1), integers(batch)
     # Conditions of attention's strides on T, which torch 2.11 cannot decide, are checked later.
-    later = {"prefer_deferred_runtime_asserts_over_guards": True}
+    later = {"prefer_deferred_runtime_asserts_over_guards": True, "dynamic_shapes": shapes}
     hidden = torch.zeros(batch, 1, model.config.hidden_size, dtype=model.lm_head.weight.dtype)
     methods = {
-        "prefill": torch.export.export(Prefill(model), chunk, dynamic_shapes=shapes, **later),
-        "decode": torch.export.export(Decode(model), step),
-        "decode_embedded": torch.export.export(DecodeEmbedded(model), (hidden, step[1])),
-        "decode_greedy": torch.export.export(DecodeGreedy(model), step),
-        "embed": torch.export.export(Lookup(model.model), step[:1]),
+        "prefill": (Prefill(model), chunk, later),
+        "decode": (Decode(model), step, {}),
+        "decode_embedded": (DecodeEmbedded(model), (hidden, step[1]), {}),
+        "decode_greedy": (DecodeGreedy(model), step, {}),
+        "embed": (Lookup(model.model), step[:1], {}),
     }
     for rows, suffix in {batch: "", 1: "_row" if batch > 1 else ""}.items():
         numbers, counts = torch.ones(rows), integers(rows)
@@ -121,21 +127,23 @@ def trace(model: nn.Module) -> dict[str, ExportedProgram]:
         sampling = numbers, counts, numbers.clone(), counts.clone(), counts.clone()
         for name, function in operator.SELECTION.items():
             example = (logits, *(() if name == "greedy" else sampling))
-            methods[name + suffix] = torch.export.export(Choose(function), example)
+            methods[name + suffix] = Choose(function), example, {}
             if not suffix:
-                method = ChooseEmbed(model.model, function)
-                methods[f"{name}_embed"] = torch.export.export(method, example)
+                methods[f"{name}_embed"] = ChooseEmbed(model.model, function), example, {}
     return methods
 
 
-def build_program(
-    model: nn.Module, constants: dict[str, int | bool | list[int]],
-    progress: Callable[[str], None],
-) -> tuple[ExecutorchProgramManager, list[str]]:  # fmt: skip
-    """The multi-method program of a model on the CPU whose weights are loaded, and its methods'
-    names. `constants` become metadata methods. `progress` is called with what begins."""
+def lower(
+    model: nn.Module, names: Iterable[str], constants: dict[str, int | bool | list[int]] | None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> EdgeProgramManager:  # fmt: skip
+    """Methods of a model on the CPU whose weights are loaded, traced and compiled."""
     progress("tracing the methods")
-    methods = trace(model)
+    every = modules(model)
+    methods = {}
+    for name in names:
+        module, example, options = every[name]
+        methods[name] = torch.export.export(module, example, **options)
     # ExecuTorch's own attention kernel is for bfloat16 alone.
     kernels = b"OFF" if model.lm_head.weight.dtype == torch.float32 else b"ON"
     partitioners = {
@@ -152,13 +160,30 @@ def build_program(
     }
     progress("compiling the methods")
     with refused(), one_form():
-        edge = to_edge_transform_and_lower(
+        return to_edge_transform_and_lower(
             methods,
             transform_passes={name: [OwnConstants(name)] for name in methods},
             partitioner=partitioners,
             constant_methods=constants,
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
+
+
+def build_program(
+    model: nn.Module, constants: dict[str, int | bool | list[int]],
+    progress: Callable[[str], None], directory: Path,
+) -> tuple[ExecutorchProgramManager, list[str]]:  # fmt: skip
+    """The multi-method program of a model on the CPU whose weights are loaded, and its methods'
+    names. `constants` become metadata methods. `progress` is called with what begins. `directory`
+    is for files that writing the program needs."""
+    names = list(modules(model))
+    with ExitStack() as stack:
+        if fits_beside(model, len(lists := groups(names))):
+            progress("starting processes")
+            beside = SideBySide(lower_for_one, model, lists, directory)
+            compiled = beside.preprocess_multimethod
+            stack.enter_context(replaced(CudaBackend, "preprocess_multimethod", compiled))
+        edge = lower(model, names, constants, progress)
     progress("planning memory")
     program = edge.to_executorch(
         ExecutorchBackendConfig(
@@ -171,7 +196,25 @@ def build_program(
         )
     )
     check_shims(program)
-    return program, sorted(methods)
+    return program, sorted(names)
+
+
+def groups(names: list[str]) -> list[list[str]]:
+    """The methods for each process: one that has the whole network, or all others."""
+    whole = [name for name in names if name.startswith(("prefill", "decode"))]
+    return [*([name] for name in whole), [name for name in names if name not in whole]]
+
+
+def fits_beside(model: nn.Module, processes: int) -> bool:
+    """Whether the GPU has room for all processes. Each has the weights and the state there, another
+    copy of the state and one of its largest tensors to try kernels with, and a context."""
+    tensors = [*model.parameters(), *model.buffers()]
+    free, _ = torch.cuda.mem_get_info()
+    return processes * (2 * sum(each.nbytes for each in tensors) + CONTEXT) < free
+
+
+def lower_for_one(model: nn.Module, names: list[str]) -> None:
+    lower(model, names, None)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 timed. Timing takes most of an export, and what wins differs from one export to the next."""
 
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -9,8 +11,10 @@ from typing import Any
 
 from executorch.backends.cuda.cuda_backend import CudaBackend
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from torch._inductor import config
+from torch._inductor import codecache, config
 from torch._inductor.choices import InductorChoices
+from torch._inductor.cpp_builder import convert_cubin_to_obj
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._inductor.kernel_template_choice import KernelTemplateChoice
 from torch._inductor.virtualized import V
 from triton import Config
@@ -26,6 +30,9 @@ OPTIONS = {
     "deterministic": True,
     # The wrapper only launches kernels, and optimizing it takes a third of the whole time.
     "aot_inductor.compile_wrapper_opt_level": "O0",
+    # Nothing is computed on the CPU. Inductor would look for its best instructions by building and
+    # loading libraries, in processes that import torch each: most of a first method's time.
+    "cpp.vec_isa_ok": False,
 }
 # Rows, columns and depth of a product's blocks. A step reads weights: many blocks share that.
 FEW_ROWS, MANY_ROWS = (16, 32, 128), (64, 64, 64)
@@ -55,6 +62,19 @@ class OneChoice(InductorChoices):
         return [min(blocked, key=lambda choice: distance(blocked[choice], wanted))]
 
 
+def object_of_its_own(cubin_file: str, kernel_name: str, ld: str, objcopy: str) -> str:
+    """The object file of a kernel's binary, which has symbols of the kernel's name. Two kernels of
+    a method can have one binary, as ExecuTorch's attention of layers of two sizes has. Inductor of
+    torch 2.11 would name the object file after the binary: twice one file, which has the second
+    kernel's symbols."""
+    own = f"{cubin_file}.{kernel_name}"
+    shutil.copyfile(cubin_file, own)
+    try:
+        return convert_cubin_to_obj(own, kernel_name, ld, objcopy)
+    finally:
+        os.remove(own)
+
+
 def distance(sizes: tuple[int, ...], wanted: tuple[int, ...]) -> float:
     """By how many powers of two the sizes differ from those that are wanted."""
     return sum(abs(math.log2(a / b)) for a, b in zip(sizes, wanted))
@@ -72,8 +92,12 @@ def one_form() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(config.patch(OPTIONS))
+        # What the CPU has is found once for a process.
+        valid_vec_isa_list.cache_clear()
+        stack.callback(valid_vec_isa_list.cache_clear)
         stack.enter_context(V.set_choices_handler(OneChoice()))
         stack.enter_context(replaced(CudaBackend, "get_aoti_compile_options", options))
+        stack.enter_context(replaced(codecache, "convert_cubin_to_obj", object_of_its_own))
         for name, form in ATTENTION_CONFIGS.items():
             stack.enter_context(replaced(getattr(attention, name), "configs", [form]))
         yield

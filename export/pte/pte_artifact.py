@@ -4,6 +4,7 @@ CUDA, it holds the network as it is, with model.ptd beside it."""
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -147,10 +148,12 @@ class CudaPteArtifact:
         from tokenloop.export.pte.cuda_backend import build_program, write_program
 
         constants = metadata(model, tokenizer)
-        program, methods = build_program(model, constants, progress)
-        progress("writing")
         path = directory / "model.pte"
-        weights = write_program(program, path)
+        with TemporaryDirectory(dir=directory, prefix="methods-") as place:
+            program, methods = build_program(model, constants, progress, Path(place))
+            progress("writing")
+            weights = write_program(program, path)
+            del program
         _, _, state = tensors_of(Decode(model))
         return {
             "program": {"file": path.name},

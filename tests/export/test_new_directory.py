@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.kill_exports import Exports
 from tokenloop.export import artifact, new_directory
 from tokenloop.export.errors import ExportError
 
@@ -236,6 +238,14 @@ def test_killed_processes_leave_whole_artifacts_and_nothing_beside_them():
         assert results[name]["kills"] >= 60
         # Otherwise they were killed when there was nothing to leave.
         assert results[name]["left"] > 0
+
+
+def test_killed_exports_are_given_all_that_a_program_is_built_of():
+    exports = object.__new__(Exports)
+    exports.built, exports.build = {}, lambda model, *_: (b"program", ["decode"], [{"place": 1}])
+    for _ in range(2):
+        program, *others = exports.build_once(SimpleNamespace(max_seq_len=5), "portable", {})
+        assert (bytes(program), others) == (b"program", [["decode"], [{"place": 1}]])
 
 
 def sleep_for_ever(connection) -> dict:

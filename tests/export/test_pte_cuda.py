@@ -1,8 +1,10 @@
 """The program for ExecuTorch's CUDA backend. Its kernels are compiled on a GPU; everything around
 them is looked at here, with the methods as CudaBackend is given them in the place of kernels."""
 
+import ctypes
 import json
 import subprocess
+import tempfile
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,9 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir._serialize._program import deserialize_pte_binary
 from executorch.exir.backend.backend_details import PreprocessResult
 from executorch.exir.schema import DelegateCall, DeviceType
+from torch._inductor import codecache
 from torch._inductor import config as inductor_config
+from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa, valid_vec_isa_list
 from torch._inductor.virtualized import V
 
 from benchmarks.pte_listing import listing, table
@@ -28,9 +32,11 @@ from tokenloop.sampler.greedy import greedy
 # ExecuTorch's CUDA backend imports it.
 pytest.importorskip("triton", reason="triton is not installed")
 from executorch.backends.cuda.cuda_weight_collector import (  # noqa: E402
+    AOTI_DEVICE_TYPE_CUDA,
     encode_cuda_weight_metadata,
 )
 
+from tokenloop.export.pte import cuda_backend  # noqa: E402
 from tokenloop.export.pte.cuda_backend import (  # noqa: E402
     CudaBackend,
     build_program,
@@ -38,8 +44,9 @@ from tokenloop.export.pte.cuda_backend import (  # noqa: E402
     refused,
     write_program,
 )
-from tokenloop.export.pte.cuda_inductor import OneChoice  # noqa: E402
+from tokenloop.export.pte.cuda_inductor import OneChoice, one_form  # noqa: E402
 from tokenloop.export.pte.cuda_library import missing_shims  # noqa: E402
+from tokenloop.export.pte.side_by_side import SideBySide  # noqa: E402
 
 CHUNK = 7
 # The methods' inputs, by the number of rows.
@@ -63,6 +70,7 @@ def preprocess(edge_programs, compile_specs, received):
     received.specs = {name: specs for name, (specs,) in compile_specs.items()}
     received.options = CudaBackend.get_aoti_compile_options(received.specs["decode"])
     received.inductor, received.choices = inductor_config.get_config_copy(), V.choices
+    received.instructions = pick_vec_isa()
     store = NamedDataStore()
     for program in received.programs.values():
         for name, tensor in {**program.state_dict, **program.constants}.items():
@@ -93,11 +101,44 @@ def made(request, make_checkpoint, tmp_path_factory, one_thread):
     with pytest.MonkeyPatch.context() as patch:
         fake = lambda programs, specs: preprocess(programs, specs, made)  # noqa: E731
         patch.setattr(CudaBackend, "preprocess_multimethod", fake)
-        made.program, made.methods = build_program(model, {"get_x": 5}, lambda what: None)
+        patch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+        progress = lambda what: None  # noqa: E731
+        made.program, made.methods = build_program(model, {"get_x": 5}, progress, made.path.parent)
+        made.kept_instructions = valid_vec_isa_list.cache_info().currsize
     made.data = write_program(made.program, made.path)
     file = deserialize_pte_binary(made.path.read_bytes())
     made.plans = {plan.name: plan for plan in file.program.execution_plan}
     return made
+
+
+def compile_here(program, specs, collector):
+    """Stands for a method's compilation by CudaBackend: its tensors, and a library with no kernels
+    but with the method's name at its end."""
+    name = CudaBackend.method_name_from_compile_specs(specs)
+    store = NamedDataStore()
+    store.add_named_data(f"library of {name}", LIBRARY.read_bytes() + name.encode(), 1, None)
+    result = PreprocessResult(
+        f"library of {name}\nnone".encode(), data_store_output=store.get_named_data_store_output()
+    )
+    values = {**program.state_dict, **program.constants}
+    weights = {name: (tensor, None) for name, tensor in values.items()}
+    # The files are removed with what holds them.
+    directory = tempfile.gettempdir()
+    artifact = collector.materialize(weights, directory, lambda tensor: AOTI_DEVICE_TYPE_CUDA)
+    collector.add_preprocess_result(result, artifact, "cuda")
+    return result
+
+
+def lower_here(model, names):
+    """lower_for_one, with the method's compilation above."""
+    CudaBackend._preprocess_with_weight_collector = compile_here
+    cuda_backend.lower_for_one(model, names)
+
+
+def refuse_here(model, names):
+    """lower_for_one, where the runtime lacks an operator."""
+    with refused():
+        raise RuntimeError("Method embed missing fallback kernels (1 total):\n  - at::a\nPlease")
 
 
 def tensors(plan, values):
@@ -213,6 +254,8 @@ def test_nothing_is_timed(made):
     assert made.options["max_autotune"] is False and made.inductor["max_autotune_gemm"] is True
     assert made.options["aot_inductor.emit_multi_arch_kernel"] is False
     assert made.inductor["deterministic"] is True and type(made.choices) is OneChoice
+    # The CPU's instructions are not looked for either, and are by what comes later.
+    assert made.instructions is invalid_vec_isa and made.kept_instructions == 0
     # Afterwards all of it is as it was.
     assert not inductor_config.deterministic and type(V.choices) is not OneChoice
     assert isinstance(vars(CudaBackend)["get_aoti_compile_options"], classmethod)
@@ -238,6 +281,56 @@ ASKS = """
 extern "C" int aoti_torch_cuda_mm_out(), aoti_torch_new_tensor_handle(), elsewhere();
 int method() { return aoti_torch_cuda_mm_out() + aoti_torch_new_tensor_handle() + elsewhere(); }
 """
+
+
+@pytest.mark.parametrize("made", [(1, "float32")], indirect=True, scope="module")
+def test_methods_compiled_side_by_side_are_those_compiled_one_after_the_other(
+    made, tmp_path, monkeypatch
+):
+    every = cuda_backend.modules
+    few = lambda model: {n: every(model)[n] for n in ("embed", "greedy_embed")}  # noqa: E731
+    monkeypatch.setattr(cuda_backend, "modules", few)
+    monkeypatch.setattr(CudaBackend, "_preprocess_with_weight_collector", compile_here)
+    written = []
+    for free, process in [(0, None), (1 << 40, lower_here)]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        monkeypatch.setattr(cuda_backend, "lower_for_one", process)
+        directory = tmp_path / str(free)
+        directory.mkdir()
+        program, _ = build_program(made.model, {"get_x": 5}, lambda what: None, directory)
+        data = write_program(program, directory / "model.pte")
+        written.append([(directory / "model.pte").read_bytes(), data.read_bytes()])
+    assert written[0] == written[1] and min(map(len, written[0])) > 10_000
+
+
+def test_what_a_process_refuses_is_refused_here(tmp_path):
+    beside = SideBySide(refuse_here, torch.nn.Linear(1, 1), [["embed"]], tmp_path)
+    with pytest.raises(ExportError, match="the method embed needs at::a, which"):
+        beside.preprocess_multimethod({"embed": [None]}, {})
+
+
+LINKED = """
+extern "C" const char __a_start[], __a_end[], __b_start[], __b_end[];
+extern "C" unsigned long size_of(int kernel) {
+    return kernel ? __b_end - __b_start : __a_end - __a_start;
+}
+extern "C" int byte_of(int kernel, int place) { return (kernel ? __b_start : __a_start)[place]; }
+"""
+
+
+def test_two_kernels_of_one_binary_link(tmp_path):
+    binary, wrapper = tmp_path / "same.cubin", tmp_path / "wrapper.cpp"
+    binary.write_bytes(bytes(range(100)))
+    wrapper.write_text(LINKED)
+    with one_form():
+        objects = [codecache.convert_cubin_to_obj(str(binary), n, "ld", "objcopy") for n in "ab"]
+    assert len({*objects}) == 2
+    built = tmp_path / "method.so"
+    subprocess.run(["c++", "-shared", "-fPIC", wrapper, *objects, "-o", built], check=True)
+    library = ctypes.CDLL(str(built))
+    for kernel in range(2):
+        assert library.size_of(kernel) == 100
+        assert [library.byte_of(kernel, place) for place in range(100)] == [*range(100)]
 
 
 def test_what_the_runtime_lacks_is_refused_by_name(made, tmp_path):

@@ -152,6 +152,7 @@ GEMMA_3_ROW = Architecture(
         ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
         ({"head_dim": None, "sliding_window": None}, "lacks head_dim, sliding_window"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ({"layer_types": []}, r"layer_types = \[\]: a list of strings, one for each layer"),
         ({"layer_types": [FULL]}, "layer_types has 1 entries for 3 layers"),
         ({"layer_types": [FULL, FULL, "chunked"]}, r"layer_types .*unknown kinds \['chunked'\]"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type = 'yarn' of full_.* lacks its factor"),

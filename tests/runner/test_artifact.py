@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.driving import read_manifest, resealed
+from tokenloop import runner
 from tokenloop.runner import RunnerError, files
 from tokenloop.runner.manifest import FORMAT_VERSION, open_artifact, sha256_of
 
@@ -81,6 +82,18 @@ def test_an_unaltered_copy_runs(altered, run_script, tmp_path):
     altered()
     done = run_script("runner/run.py", "--artifact", "copy", "hello", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_conversation_is_no_longer_than_what_a_context_can_hold(altered):
+    """A tokenizer takes 200 bytes for each character, before anything counts tokens."""
+    copy = altered(**{"tokenizer.chat_template": "long.jinja"})
+    (copy / "long.jinja").write_text("{{ 'a' * messages[0].content | int }}")
+    tokenizer = runner.load(resealed(copy)).tokenizer
+    conversation = [{"role": "user", "content": "100000"}]
+    assert len(tokenizer.apply_chat_template(conversation)) == 100_000
+    conversation[0]["content"] += "0"
+    with pytest.raises(RunnerError, match="its text has more than 200000 characters"):
+        tokenizer.apply_chat_template(conversation)
 
 
 def test_a_directory_that_does_not_exist(refuses):
