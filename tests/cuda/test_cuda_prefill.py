@@ -59,10 +59,10 @@ NETWORKS = {
     "gemma4-e2b": ("export/gemma.py", GEMMA4_E2B),
     "hybrid": ("export/qwen3_5.py", HYBRID),
 }
-CASES = [(name, "bf16") for name in NETWORKS if name != "gemma4-e2b"]
+CASES = [(name, "bf16") for name in NETWORKS]
 CASES += [("qwen3", "int8"), ("qwen3", "int4"), ("qwen3", "fp32"), ("gemma3", "fp32")]
 CASES += [("hybrid", "fp32"), ("experts", "fp32"), ("gemma4", "int4")]
-CASES += [("gemma4-e2b", "fp32"), ("gemma4-e2b", "int8")]
+CASES += [("gemma4-e2b", quant) for quant in ("fp32", "int8", "int4", "fp8")]
 LENGTH, CAPACITY = 1500, 2048
 
 
@@ -80,7 +80,15 @@ def load(export_artifact, tmp_path_factory):
             "--quant", quant, "--max-seq-len", 2048, "--max-prefill", CAPACITY, "--batch", batch,
             script=script,
         )  # fmt: skip
-        return runner.load(artifact).loop.program
+        program = runner.load(artifact).loop.program
+        if network.startswith("gemma4"):
+            # Gemma 4 has no scale of scores: these norms hold it. With weights near 1, as random
+            # ones are, a few keys get all of the attention, and bfloat16's last bit says which.
+            for entry in program.manifest["weights"]["random"]:
+                if entry["name"].endswith(("q_norm.weight", "k_norm.weight")):
+                    program.tensors[entry["name"]].mul_(0.25)
+            torch.cuda.synchronize()
+        return program
 
     return make
 
@@ -162,7 +170,8 @@ def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network, quant):
         torch.testing.assert_close(stepped, logits, rtol=2e-4, atol=2e-4 * largest)
         assert stepped.argmax() == logits.argmax()
     else:
-        assert torch.cosine_similarity(stepped, logits, dim=0) > 0.99
+        least = 0.999 if network.startswith("gemma4") else 0.99
+        assert torch.cosine_similarity(stepped, logits, dim=0) > least
 
 
 @pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)

@@ -17,7 +17,6 @@ from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_prefill import CudaPrefill  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.export.launches.embedded import split  # noqa: E402
-from tokenloop.export.launches.launch_artifact import check_sharing  # noqa: E402
 from tokenloop.export.launches.lowering import Slot, lower, names_of, plan  # noqa: E402
 from tokenloop.export.launches.methods import selection_methods  # noqa: E402
 from tokenloop.export.tensors import tensors_of  # noqa: E402
@@ -83,15 +82,6 @@ def test_a_lowered_chunk_reads_no_table_before_it_is_written():
             else:
                 written[x] = launch.kernel.fn.__name__
     assert tables > 20
-
-
-def test_layers_without_keys_have_the_recipes_that_were_right_on_a_gpu():
-    network = per_layer_network()
-    check_sharing(network, "fp32")
-    check_sharing(make_network(), "bf16")
-    for quant in ("bf16", "int4"):
-        with pytest.raises(ExportError, match=f"--quant {quant} is not for layers without keys"):
-            check_sharing(network, quant)
 
 
 def test_a_method_with_an_operation_that_no_kernel_does_is_refused():
