@@ -24,21 +24,6 @@ MOST_DRAFTS = 31
 # Where a prompt may be cut: the delta rule's blocks begin there.
 CHUNK_MULTIPLE = 64
 
-# Recipes in which a prompt's logits were compared with its steps' on a GPU, and found to be near,
-# for layers without keys of their own (docs/notes.md).
-SHARING_RECIPES = "fp32", "int8"
-
-
-def check_sharing(network: CausalLM, quant: str) -> None:
-    """Errors: ExportError for layers that share keys, in a recipe that is not known to be right."""
-    shares = not all(getattr(layer.mixer, "has_keys", True) for layer in network.model.layers)
-    if shares and quant not in SHARING_RECIPES:
-        raise ExportError(
-            f"--quant {quant} is not for layers without keys of their own with --backend launches: "
-            f"on a GPU their prompts in bf16 gave other logits than their steps. "
-            f"{' and '.join(SHARING_RECIPES)} are right, and so is --backend inductor"
-        )
-
 
 class LaunchArtifact:
     """Makes lists of launches of the methods, and compiles the kernels. `lines` is what the user
@@ -78,9 +63,7 @@ class LaunchArtifact:
             ) from None
 
     def begin(self, model: CausalLM) -> None:
-        """Errors: ExportError for what several ranks cannot have, and for a recipe in which layers
-        that share keys are not known to be right."""
-        check_sharing(model, self.options.quant)
+        """Errors: ExportError for what several ranks cannot have."""
         if self.options.tensor_parallel > 1:
             tensor_parallel.check_launches(model, self.options.tensor_parallel)
             if self.options.quant == "keep":

@@ -59,10 +59,11 @@ NETWORKS = {
     "gemma4-e2b": ("export/gemma.py", GEMMA4_E2B),
     "hybrid": ("export/qwen3_5.py", HYBRID),
 }
-CASES = [(name, "bf16") for name in NETWORKS if name != "gemma4-e2b"]
+CASES = [(name, "bf16") for name in NETWORKS]
 CASES += [("qwen3", "int8"), ("qwen3", "int4"), ("qwen3", "fp32"), ("gemma3", "fp32")]
 CASES += [("hybrid", "fp32"), ("experts", "fp32"), ("gemma4", "int4")]
-CASES += [("gemma4-e2b", "fp32"), ("gemma4-e2b", "int8")]
+CASES += [("gemma4-e2b", quant) for quant in ("fp32", "int8", "int4", "fp8")]
+NAMES = ["-".join(case) for case in CASES]
 LENGTH, CAPACITY = 1500, 2048
 
 
@@ -80,7 +81,15 @@ def load(export_artifact, tmp_path_factory):
             "--quant", quant, "--max-seq-len", 2048, "--max-prefill", CAPACITY, "--batch", batch,
             script=script,
         )  # fmt: skip
-        return runner.load(artifact).loop.program
+        program = runner.load(artifact).loop.program
+        if network.startswith("gemma4"):
+            # Gemma 4 has no scale of scores: these norms hold it. With weights near 1, as random
+            # ones are, a few keys get all of the attention, and bfloat16's last bit says which.
+            for entry in program.manifest["weights"]["random"]:
+                if entry["name"].endswith(("q_norm.weight", "k_norm.weight")):
+                    program.tensors[entry["name"]].mul_(0.25)
+            torch.cuda.synchronize()
+        return program
 
     return make
 
@@ -113,7 +122,7 @@ def states(program, row: int) -> dict[str, torch.Tensor]:
     return kept
 
 
-@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+@pytest.mark.parametrize(("network", "quant"), CASES, ids=NAMES)
 def test_no_bit_depends_on_the_chunks(load, network, quant):
     program, prompt = load(network, quant, 1), ids(0, LENGTH)
     expected = prefill(program, [(0, prompt)], CAPACITY)[0]
@@ -126,7 +135,7 @@ def test_no_bit_depends_on_the_chunks(load, network, quant):
             assert torch.equal(tensor, state[name]), (size, name)
 
 
-@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+@pytest.mark.parametrize(("network", "quant"), CASES, ids=NAMES)
 def test_no_bit_depends_on_what_is_packed_beside_it(load, network, quant):
     alone, several = load(network, quant, 1), load(network, quant, 5)
     prompts = [(3, ids(0, 400)), (1, ids(1, 1)), (0, ids(2, LENGTH)), (4, ids(3, 129))]
@@ -152,7 +161,7 @@ def decode(program, prompt: list[int]) -> torch.Tensor:
     return logits[0].clone()
 
 
-@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+@pytest.mark.parametrize(("network", "quant"), CASES, ids=NAMES)
 def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network, quant):
     """Prefill and decode differ in the order of their sums: in float32 by less than this."""
     program, prompt = load(network, quant, 1), ids(0, 200)
@@ -162,10 +171,11 @@ def test_a_prompt_gives_what_its_tokens_give_one_by_one(load, network, quant):
         torch.testing.assert_close(stepped, logits, rtol=2e-4, atol=2e-4 * largest)
         assert stepped.argmax() == logits.argmax()
     else:
-        assert torch.cosine_similarity(stepped, logits, dim=0) > 0.99
+        least = 0.999 if network.startswith("gemma4") else 0.99
+        assert torch.cosine_similarity(stepped, logits, dim=0) > least
 
 
-@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+@pytest.mark.parametrize(("network", "quant"), CASES, ids=NAMES)
 def test_steps_give_the_same_bits_every_time(load, network, quant):
     program, prompt = load(network, quant, 1), ids(0, 100)
     expected = decode(program, prompt)
@@ -207,7 +217,7 @@ def test_prompts_that_join_together_go_up_in_one_copy(load):
     assert (copies.host_to_device.count, copies.device_to_device.count) == (1, 0)
 
 
-@pytest.mark.parametrize(("network", "quant"), CASES, ids="-".join)
+@pytest.mark.parametrize(("network", "quant"), CASES, ids=NAMES)
 def test_no_bit_depends_on_whether_kernels_overlap(load, network, quant):
     """A kernel that reads too early what one ahead writes, or writes what one ahead still reads,
     shows as a difference in some of many prompts."""

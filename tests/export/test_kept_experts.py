@@ -144,8 +144,9 @@ def test_steps_and_prompts_of_kept_experts_give_the_checkpoint_s_logits(tmp_path
     path = mxfp4_checkpoint(path) if form == "mxfp4" else float8_checkpoint(path, form)
     _, packed = loaded(path, torch.bfloat16, SLOTS, 4)
     _, plain = loaded(path, torch.float32, SLOTS, 4)
-    packed = packed.to(DEVICE)
+    # What a checkpoint has lies in the host's memory.
     step = CudaStep(packed, Keeping("launches", torch.bfloat16)).to(DEVICE)
+    packed = packed.to(DEVICE)
     assert all(not isinstance(layer.experts, Experts) for layer in step.layers)
     actual, expected = logits_of(CudaPrefill(step, packed), packed), logits_of(plain, plain)
     assert distance(actual, expected) < 0.03

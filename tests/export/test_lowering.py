@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from tests.compile_kernels import ASKED, EARLY  # noqa: E402
 from tests.export.replay import replay  # noqa: E402
 from tests.export.test_cuda_prefill import chunk_of  # noqa: E402
 from tests.export.test_fused import DEVICE, SHAPE  # noqa: E402
@@ -17,12 +18,12 @@ from tokenloop.export.errors import ExportError  # noqa: E402
 from tokenloop.export.launches.cuda_prefill import CudaPrefill  # noqa: E402
 from tokenloop.export.launches.cuda_step import CudaStep  # noqa: E402
 from tokenloop.export.launches.embedded import split  # noqa: E402
-from tokenloop.export.launches.launch_artifact import check_sharing  # noqa: E402
-from tokenloop.export.launches.lowering import Slot, lower, names_of, plan  # noqa: E402
+from tokenloop.export.launches.lowering import Pointer, Slot, lower, names_of, plan  # noqa: E402
 from tokenloop.export.launches.methods import selection_methods  # noqa: E402
-from tokenloop.export.tensors import tensors_of  # noqa: E402
+from tokenloop.export.tensors import is_state, tensors_of  # noqa: E402
 from tokenloop.models import qwen3  # noqa: E402
 from tokenloop.models.kernels.launch.dependent_launch import WAITING  # noqa: E402
+from tokenloop.models.kernels.linear_chunk.chunk_tiles import IN_TILE  # noqa: E402
 from tokenloop.sampler.restrict import adjust, mask  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread", "interpreted_ranges")
@@ -64,34 +65,44 @@ def test_a_lowered_step_gives_the_steps_logits_and_state(model_type):
     assert any(x.any() for x in state.values())
 
 
-def test_a_lowered_chunk_reads_no_table_before_it_is_written():
-    """Kernels of a chunk read where sequences begin before they wait for other kernels. The host
-    wrote that, or a kernel that none overlaps."""
-    network = per_layer_network(150, 4)
-    method = CudaPrefill(CudaStep(network), network)
+@pytest.mark.parametrize("bits", [0, 8])
+def test_a_lowered_chunk_reads_nothing_before_it_is_written(bits):
+    """What a kernel reads before it waits for others is a weight that no kernel writes, or the host
+    or a kernel that none overlaps wrote it. Chunks of so many tokens make floats of integers."""
+    network = per_layer_network(150, 4).to(torch.bfloat16 if bits else torch.float32)
+    method = CudaPrefill(CudaStep(network, bits), network)
     tensors, _, _ = tensors_of(method)
-    chunk = [
-        x.to(DEVICE) for x in chunk_of({2: prompt(37, 2), 0: prompt(5, 0)}, {2: 0, 0: 0}, 64, 3)
-    ]
-    (lowered,) = lower(method, [tuple(chunk)], names_of(tensors))
-    written, tables = {}, 0
+    given = chunk_of({2: prompt(37, 2), 0: prompt(5, 0)}, {2: 0, 0: 0}, 64, IN_TILE)
+    (lowered,) = lower(method, [tuple(x.to(DEVICE) for x in given)], names_of(tensors))
+    writers, early, made = [], 0, 0
     for launch in lowered.launches:
+        kernel, others = launch.kernel.fn.__name__, []
         for name, x in zip(launch.kernel.arg_names, launch.arguments):
-            if name in ("starts_ptr", "rows_ptr", "first_ptr", "count_ptr"):
-                tables += 1
-                assert x is None or x.memory == "input" or written[x] not in WAITING
+            if not isinstance(x, Pointer):
+                continue
+            if name not in EARLY - ASKED.get(kernel, set()):
+                others.append(x)
+            elif x.memory == "workspace":
+                made += 1
+                last = next(kernel for kernel, y in reversed(writers) if overlap(x, y))
+                assert last not in WAITING, f"{kernel} reads {name} before {last} has written it"
             else:
-                written[x] = launch.kernel.fn.__name__
-    assert tables > 20
+                assert x.memory == "input" or not is_state(x.which)
+                early += 1
+        writers += [(kernel, x) for x in others]
+    assert early > 100 and made >= 2
 
 
-def test_layers_without_keys_have_the_recipes_that_were_right_on_a_gpu():
-    network = per_layer_network()
-    check_sharing(network, "fp32")
-    check_sharing(make_network(), "bf16")
-    for quant in ("bf16", "int4"):
-        with pytest.raises(ExportError, match=f"--quant {quant} is not for layers without keys"):
-            check_sharing(network, quant)
+def overlap(x: Pointer, y: Pointer) -> bool:
+    """Whether two tensors have memory in common."""
+    (begin, end), (other, other_end) = map(extent, (x, y))
+    return x[:2] == y[:2] and begin < other_end and other < end
+
+
+def extent(x: Pointer) -> tuple[int, int]:
+    """The first byte of a tensor, and the one after its last."""
+    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride))
+    return x.offset, x.offset + (last + 1) * x.dtype.itemsize
 
 
 def test_a_method_with_an_operation_that_no_kernel_does_is_refused():
