@@ -1,6 +1,7 @@
 """Artifacts that many tests share, exported once in a run by the real command line."""
 
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
 
 import torch  # noqa: E402
 
+from tests.fast_interpreter import do_nothing_twice  # noqa: E402
 from tokenloop.export.background import collect_seldom  # noqa: E402
 
 # Tests export in this process, too.
@@ -28,6 +30,10 @@ if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter. This is read when Triton, which torch may import,
     # defines one.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        from triton.runtime import interpreter
+
+        do_nothing_twice(interpreter)
 
 ROOT = Path(__file__).resolve().parents[1]
 AUSTEN = ROOT / "tests" / "data" / "austen"
