@@ -1,9 +1,16 @@
-"""Artifacts that many tests share, exported once in a run by the real command line."""
+"""Artifacts that many tests share, exported once in a run."""
 
+import contextlib
 import gc
+import importlib
+import importlib.util
+import io
+import logging
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,17 +24,6 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     processors = sorted(os.sched_getaffinity(0))
     share = processors[worker::count] or [processors[worker % len(processors)]]
     os.sched_setaffinity(0, share)
-
-import torch  # noqa: E402
-
-from tokenloop.export.background import collect_seldom  # noqa: E402
-
-# Tests export in this process, too.
-collect_seldom()
-if not torch.cuda.is_available():
-    # Triton's kernels run in its interpreter. This is read when Triton, which torch may import,
-    # defines one.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 AUSTEN = ROOT / "tests" / "data" / "austen"
@@ -59,6 +55,27 @@ SLOW_FILES = {
     "test_compiled_kernels.py",
 }
 LAST_OF_SLOW = "export/test_families.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands out the tests runs none, and the others wait until it has begun."""
+    if getattr(config.option, "dist", "no") != "no":
+        return
+    import torch
+
+    from tests.fast_interpreter import do_nothing_twice
+    from tokenloop.export.background import collect_seldom
+
+    # Tests export in this process, too.
+    collect_seldom()
+    if not torch.cuda.is_available():
+        # Triton's kernels run in its interpreter. This is read when Triton, which torch may import,
+        # defines one.
+        os.environ["TRITON_INTERPRET"] = "1"
+        if importlib.util.find_spec("triton") is not None:
+            from triton.runtime import interpreter
+
+            do_nothing_twice(interpreter)
 
 
 def parameters_of(item: pytest.Item) -> list:
@@ -144,14 +161,40 @@ def once(shared):
     return find
 
 
+def export_here(script: str, arguments: tuple) -> int:
+    """The exit status of an export by this process, which keeps its own ways: one of its own takes
+    six seconds of a processor to import what is here."""
+    from tokenloop.export import command
+
+    family = importlib.import_module(f"tokenloop.export.{Path(script).stem}").FAMILY
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with warnings.catch_warnings():
+            return command.main([str(argument) for argument in arguments], family)
+    except SystemExit as end:
+        return end.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        logging.disable(logging.NOTSET)
+
+
 @pytest.fixture(scope="session")
-def export_artifact(once, run_script):
-    """A function (name, *arguments) -> directory that exports at most once for each name."""
+def export_artifact(once, run_script, shared):
+    """A function (name, *arguments) -> directory that exports at most once for each name. The demo
+    model is exported as a user does it, and so is what compiles kernels: here they are
+    interpreted."""
 
     def export(name: str, *arguments, script: str = "export/gemma.py") -> Path:
         def make(output):
-            done = run_script(script, "--output", output, *arguments, cwd=output.parent)
-            assert done.returncode == 0, done.stderr
+            given = script, "--output", output, *arguments
+            if {"--model", "--random-weights"}.isdisjoint(arguments) or "cuda" in arguments:
+                done = run_script(*given, cwd=output.parent)
+                assert done.returncode == 0, done.stderr
+                return
+            said = io.StringIO()
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+                patch.setenv("TOKENLOOP_CACHE", str(shared / "cache"))
+                assert export_here(script, given[1:]) == 0, said.getvalue()
 
         return once(name, make)
 
@@ -251,6 +294,8 @@ def make_checkpoint(tmp_path_factory):
     }
 
     def make(**changes) -> Path:
+        import torch
+
         directory = tmp_path_factory.mktemp("tiny")
         torch.manual_seed(0)
         model = Gemma3ForCausalLM(Gemma3TextConfig(**shape | changes))
@@ -322,6 +367,8 @@ def make_qwen_checkpoint(tmp_path_factory):
 
     def make(model_type: str, **changes) -> Path:
         directory = tmp_path_factory.mktemp(model_type)
+        import torch
+
         config_class, model_class, more = own[model_type]
         torch.manual_seed(0)
         model = model_class(config_class(**shape | more | changes))
@@ -383,6 +430,8 @@ def make_hybrid_checkpoint(tmp_path_factory):
 
     def make(model_type: str, **changes) -> Path:
         directory = tmp_path_factory.mktemp(model_type)
+        import torch
+
         config_class, model_class, more = own[model_type]
         torch.manual_seed(0)
         model = model_class(config_class(**shape | more | changes))
@@ -422,6 +471,8 @@ def write_byte_tokenizer(directory: Path, special: list[str], first: str | None 
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads gain nothing on small tensors, and a busy machine makes them wait long."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

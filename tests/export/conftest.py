@@ -2,17 +2,11 @@
 family of models."""
 
 import functools
-import importlib
-import logging
-import signal
 import subprocess
-import warnings
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import AUSTEN
-from tokenloop.export import command
+from tests.conftest import AUSTEN, export_here
 
 
 @pytest.fixture(scope="session")
@@ -65,17 +59,8 @@ def run_here(shared, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TOKENLOOP_CACHE", str(shared / "cache"))
 
     def run(script: str, *arguments) -> subprocess.CompletedProcess:
-        family = importlib.import_module(f"tokenloop.export.{Path(script).stem}").FAMILY
         capsys.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with warnings.catch_warnings():
-                status = command.main([str(argument) for argument in arguments], family)
-        except SystemExit as end:
-            status = end.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-            logging.disable(logging.NOTSET)
+        status = export_here(script, arguments)
         return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
 
     return run

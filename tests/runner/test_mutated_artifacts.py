@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from tests import mutate_artifacts
-from tests.mutate_artifacts import FAULTS, ROOT, Run, Watch, fault_of, make_toy, run_forked
+from tests.mutate_artifacts import FAULTS, ROOT, Run, Watch, fault_of, run_forked
+from tests.toy_artifact import make_toy_artifact
 
 LINE = "tokenloop run: error: copy/model.pte is damaged: export it again\n"
 ENTRY = {"prompt_ids": [1], "token_ids": [2], "text": "b"}
@@ -18,7 +19,7 @@ OUTPUT, IDS = json.dumps(ENTRY) + "\n", list(ENTRY.values())
 
 
 def test_a_hundred_damaged_artifacts_end_well(once):
-    artifact = once("toy", make_toy)
+    artifact = once("toy", make_toy_artifact)
     command = [sys.executable, "-m", "tests.mutate_artifacts", "--artifact", artifact]
     done = subprocess.run(
         [*command, "--count", "100", "--seed", "1"], cwd=ROOT, capture_output=True, text=True
