@@ -147,6 +147,7 @@ class Loop:
     def tokens(
         self, sequences: Iterable[Sequence], used: int, options: LoopOptions,
         stall: Stall | None = None, cache: PrefixCache | None = None,
+        have_come: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[Sequence, int]]:  # fmt: skip
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
@@ -161,10 +162,13 @@ class Loop:
         or than one chunk takes. Where no byte depends on its size, a chunk has no more tokens than
         take so long. The rest of a prompt is prefilled after the step, where the state can be
         reached; otherwise a step waits for a whole prompt. It changes no token. Neither does the
-        `cache`, where beginnings of prompts are taken from and kept.
+        `cache`, where beginnings of prompts are taken from and kept. `have_come` is called when all
+        ids of a step have come.
         """
         if options.speculate is not None:
-            yield from self._speculated(sequences, options, cache)
+            for found in self._speculated(sequences, options, cache):
+                yield found
+                have_come()
             return
         decisions, read = self.decisions, [0] * self.batch
         waiting = decisions.run(sequences, used, options, stall, cache)
@@ -232,6 +236,7 @@ class Loop:
                     yield sequence, token_id
                 if decisions.ended(sequence) or read[row] == sequence.limit:
                     slots.leave(row)
+            have_come()
             if not ahead:
                 decisions.tell()
                 begin = None if begin is None else self.program.mark()
