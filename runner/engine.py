@@ -17,7 +17,7 @@ from tokenloop.runner.loop import LoopOptions
 from tokenloop.runner.model import Model, cache_of
 from tokenloop.runner.pace import Stall
 from tokenloop.runner.request import Request, is_integer, is_number
-from tokenloop.runner.ticket import Ticket
+from tokenloop.runner.ticket import Ticket, Told
 
 LOG = logging.getLogger(__name__)
 PREFIX_CACHE_MB = 256
@@ -228,12 +228,15 @@ class Engine:
 
     def _generate(self) -> None:
         """Run what waits, and what comes meanwhile, until there is nothing left."""
-        joining = Joining(self._next)
-        for ticket, token_id in self.model.loop.tokens(
-            joining, self.rows, self._options, self._stall, self.prefix_cache
-        ):
-            self._new_tokens += 1
-            ticket.put(token_id)
+        joining, told = Joining(self._next), Told()
+        try:
+            for ticket, token_id in self.model.loop.tokens(
+                joining, self.rows, self._options, self._stall, self.prefix_cache, told.tell
+            ):
+                self._new_tokens += 1
+                ticket.put(token_id, told)
+        finally:
+            told.tell()
 
     def _next(self) -> Ticket | None:
         """The next request that can run, for a row that is free."""

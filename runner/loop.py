@@ -147,6 +147,7 @@ class Loop:
     def tokens(
         self, sequences: Iterable[Sequence], used: int, options: LoopOptions,
         stall: Stall | None = None, cache: PrefixCache | None = None,
+        have_come: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[Sequence, int]]:  # fmt: skip
         """The ids that follow the sequences' prompts, as they come, `used` sequences at a time.
 
@@ -162,9 +163,15 @@ class Loop:
         take so long. The rest of a prompt is prefilled after the step, where the state can be
         reached; otherwise a step waits for a whole prompt. It changes no token. Neither does the
         `cache`, where beginnings of prompts are taken from and kept.
+
+        `have_come` is called when all ids of a step have come: at once where a call computes, and
+        where the device computes by itself once it has been given the next step. Until then whoever
+        is told would only hold the host up. The ids at the very end are those of no call.
         """
         if options.speculate is not None:
-            yield from self._speculated(sequences, options, cache)
+            for found in self._speculated(sequences, options, cache):
+                yield found
+                have_come()
             return
         decisions, read = self.decisions, [0] * self.batch
         waiting = decisions.run(sequences, used, options, stall, cache)
@@ -188,6 +195,7 @@ class Loop:
             if prefills and not self.program.is_asynchronous:
                 self.prefill_s += time.perf_counter() - start
             if not slots.begun():
+                have_come()
                 continue
             # 2. The next steps are submitted, and then the tokens before them are read. Where a row
             # is restricted that comes between a step's network and its choice of tokens.
@@ -201,6 +209,7 @@ class Loop:
                 count = steps.begin_step()
             elif ahead:
                 self._submit(steps, begin)
+            have_come()
             ids = self.transfers.download(unread)
             # The same numbers have the same hash in every process.
             decisions.agree(hash(tuple(ids)))
@@ -232,6 +241,8 @@ class Loop:
                     yield sequence, token_id
                 if decisions.ended(sequence) or read[row] == sequence.limit:
                     slots.leave(row)
+            if not self.program.is_asynchronous:
+                have_come()
             if not ahead:
                 decisions.tell()
                 begin = None if begin is None else self.program.mark()

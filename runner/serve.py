@@ -32,6 +32,9 @@ MAX_QUEUE, TIMEOUT_S, PREFIX_CACHE_MB = 256, 600, 256
 KEY_VARIABLE = "TOKENLOOP_API_KEY"
 # What those that run have when the server is told to end.
 GRACE_S = 5
+# So long one thread may hold Python's lock while another waits for it. By default that is 5 ms, and
+# a GPU has nothing to do if the engine's thread waits for longer than a step, about 3 ms.
+SWITCH_S = 0.0005
 
 
 def parse_arguments(arguments: list[str] | None, program: str) -> argparse.Namespace:
@@ -133,6 +136,7 @@ def serve(options: argparse.Namespace) -> int:
     from tokenloop.runner.engine import Engine
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    sys.setswitchinterval(SWITCH_S)
     model = loaded(options)
     name = options.model_name or options.artifact.absolute().name
     host, port = listener.getsockname()[:2]

@@ -4,9 +4,8 @@ import asyncio
 import logging
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
-from functools import partial
 
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.request import Request
@@ -43,7 +42,9 @@ class Ticket(Result):
         self._failed = False
         # Whatever changes is changed under its lock, and readers are told.
         self._changed = threading.Condition()
-        self._wake: Callable[[], None] | None = None
+        # What a reader in an event loop waits for, and what tells it that the time is up.
+        self._reader: asyncio.Future[None] | None = None
+        self._alarm: tuple[asyncio.AbstractEventLoop, asyncio.TimerHandle] | None = None
 
     # The reader's side
 
@@ -71,18 +72,30 @@ class Ticket(Result):
                 if self._tokens:
                     return self._tokens.popleft()
                 if self._is_over():
+                    self._set_alarm(None)
                     self._check()
                     raise StopAsyncIteration
-                told = asyncio.Event()
-                self._wake = partial(loop.call_soon_threadsafe, told.set)
-            seconds = self._seconds_left()
-            alarm = None if seconds is None else loop.call_later(seconds, told.set)
+                told = self._reader = loop.create_future()
+            self._set_alarm(loop)
             try:
-                await told.wait()
+                await told
+            except asyncio.CancelledError:
+                self._set_alarm(None)
+                raise
             finally:
-                self._wake = None
-                if alarm is not None:
-                    alarm.cancel()
+                self._reader = None
+
+    def _set_alarm(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """Let the reader in `loop`, or none, be told when the time is up: one alarm serves all of
+        its tokens, and keeps nobody else's ticket alive."""
+        if self._deadline is None or (self._alarm is not None and self._alarm[0] is loop):
+            return
+        if self._alarm is not None:
+            self._alarm[1].cancel()
+            self._alarm = None
+        if loop is not None:
+            seconds, ticket = self._seconds_left(), weakref.ref(self)
+            self._alarm = loop, loop.call_later(seconds, _time_is_up, ticket)
 
     def arrived(self) -> list[Token]:
         """The tokens that have come and are not read; they are read with this."""
@@ -111,8 +124,9 @@ class Ticket(Result):
 
     # The engine's side
 
-    def put(self, token_id: int) -> None:
-        """Add the next token. What goes wrong with this ends this output alone."""
+    def put(self, token_id: int, told: "Told") -> None:
+        """Add the next token. A reader in an event loop is told by `told`. What goes wrong with
+        this ends this output alone."""
         with self._changed:
             if self._is_over():
                 return
@@ -124,7 +138,8 @@ class Ticket(Result):
             else:
                 if token is not None:
                     self._tokens.append(token)
-            self._tell()
+            self._changed.notify_all()
+            told.add(self, self._reader)
 
     def is_over(self) -> bool:
         """Whether the output has ended, or ends now because its time is up."""
@@ -173,9 +188,45 @@ class Ticket(Result):
 
     def _tell(self) -> None:
         self._changed.notify_all()
-        if self._wake is not None:
+        told = Told()
+        told.add(self, self._reader)
+        told.tell()
+
+
+class Told:
+    """Readers in event loops that are told together. To tell a loop takes a call of the system, in
+    which the loop's thread takes over the interpreter's lock: once for all tokens of a step, not
+    once for each."""
+
+    def __init__(self) -> None:
+        self._readers: dict[
+            asyncio.AbstractEventLoop, list[tuple[Ticket, asyncio.Future[None]]]
+        ] = {}
+
+    def add(self, ticket: Ticket, reader: asyncio.Future[None] | None) -> None:
+        """Tell the ticket's reader, if there is one, with the others."""
+        if reader is not None:
+            self._readers.setdefault(reader.get_loop(), []).append((ticket, reader))
+
+    def tell(self) -> None:
+        """Tell those that were added."""
+        readers, self._readers = self._readers, {}
+        for loop, told in readers.items():
             try:
-                self._wake()
+                loop.call_soon_threadsafe(_wake, [reader for _, reader in told])
             except RuntimeError:
-                # The reader's event loop is closed.
-                self.finish_reason = self.finish_reason or "cancelled"
+                # The readers' event loop is closed.
+                for ticket, _ in told:
+                    ticket.finish_reason = ticket.finish_reason or "cancelled"
+
+
+def _wake(readers: list[asyncio.Future[None]]) -> None:
+    for reader in readers:
+        if not reader.done():
+            reader.set_result(None)
+
+
+def _time_is_up(found: "weakref.ref[Ticket]") -> None:
+    ticket = found()
+    if ticket is not None and ticket._reader is not None:
+        _wake([ticket._reader])

@@ -33,14 +33,14 @@ class TorchMemory:
         if self.stream is None:
             return torch.from_numpy(array)
         with torch.cuda.stream(self.stream):
-            return torch.from_numpy(array).to(self.device)
+            return pinned(array).to(self.device, non_blocking=True)
 
     def copy(self, source: Tensor | np.ndarray, destination: Tensor) -> None:
         """As HostMemory.copy."""
         if isinstance(source, np.ndarray):
-            source = torch.from_numpy(source)
+            source = torch.from_numpy(source) if self.stream is None else pinned(source)
         with torch.cuda.stream(self.stream):
-            destination.copy_(source)
+            destination.copy_(source, non_blocking=True)
 
     def copy_all(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """As HostMemory.copy_all. On a GPU a launch copies many tensors of one type."""
@@ -110,6 +110,15 @@ class TorchMemory:
         numbers = buffer.flatten().tolist()
         self._pinned[tuple(buffer.shape)].append((buffer, event))
         return numbers
+
+
+def pinned(array: np.ndarray) -> Tensor:
+    """A copy of a host array from which numbers go up to a GPU without the host waiting for what
+    was submitted before. From other memory they do not: then the device would have nothing to do
+    until the host has submitted the next step. torch keeps the memory of such a tensor that is gone
+    until copies from it are done, and then for the next one of about that size."""
+    values = torch.from_numpy(array)
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
 
 
 class Aligned:

@@ -19,6 +19,8 @@ from tests.driving import (
 from tokenloop import runner
 from tokenloop.models import gemma3, qwen3
 from tokenloop.runner import LoopOptions, Request, RunnerError
+from tokenloop.runner.engines.torch_memory import TorchMemory
+from tokenloop.runner.transfers import Transfers
 from tokenloop.sampler.greedy import greedy
 from tokenloop.sampler.sample import sample
 
@@ -186,6 +188,25 @@ def test_the_profiler_sees_the_copies_that_the_runner_counts(model, options):
     done = []
     events = profiled(lambda: done.append(model.generate(PROMPTS[2], 40, options=options).run()))
     assert copies(events) == done[0].stats.transfers
+
+
+def test_numbers_go_up_without_the_host_waiting_for_the_device():
+    memory = TorchMemory(torch.device("cuda"))
+    transfers, size = Transfers(memory), 1 << 14
+    out = transfers.upload(range(size))
+    # The first of a size takes memory, which may wait.
+    transfers.upload(range(size), out=out)
+    with torch.cuda.stream(memory.stream):
+        torch.cuda._sleep(1 << 28)
+    found = [transfers.upload(range(n, n + size)) for n in range(3)]
+    for n in range(3):
+        transfers.upload(range(n, n + size), out=out)
+    assert not memory.stream.query(), "an upload waited for what was submitted before it"
+    # The host's memory of each was not another's before it had gone up.
+    assert [transfers.download(each) for each in found] == [
+        list(range(n, n + size)) for n in range(3)
+    ]
+    assert transfers.download(out) == list(range(2, 2 + size))
 
 
 def test_a_step_is_one_graph_launch_without_an_upload(model):

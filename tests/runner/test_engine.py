@@ -189,6 +189,48 @@ def test_time_is_up_wherever_a_request_is(model, clock):
         engine.submit(Request([5]), timeout_s=0)
 
 
+def test_an_event_loop_is_told_once_of_all_tokens_of_a_step(model, monkeypatch):
+    calls = []
+
+    async def read_all():
+        loop = asyncio.get_running_loop()
+        tell = loop.call_soon_threadsafe
+        monkeypatch.setattr(
+            loop, "call_soon_threadsafe", lambda *call: calls.append(call) or tell(*call)
+        )
+        gate = Gate(model)
+        with Engine(model) as engine:
+            # For these times alone there would be alarms, too: one for each ticket.
+            tickets = [engine.submit(Request([5 + n], 20), timeout_s=SECONDS) for n in range(3)]
+            reading = [asyncio.ensure_future(ids_of(ticket)) for ticket in tickets]
+            await asyncio.sleep(0)
+            gate.open()
+            return await asyncio.gather(*reading)
+
+    async def ids_of(ticket):
+        return [token.id async for token in ticket]
+
+    assert asyncio.run(read_all()) == [alone(Request([5 + n], 20)) for n in range(3)]
+    # Three rows in 20 steps. One that joins later makes a step or two more.
+    assert len(calls) <= 24
+
+
+def test_a_reader_that_is_given_up_leaves_no_alarm(model):
+    gate = Gate(model)
+
+    async def read():
+        loop = asyncio.get_running_loop()
+        before = len(loop._scheduled)
+        ticket = engine.submit(Request([5], 3), timeout_s=SECONDS)
+        with ticket, pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(ticket), 0.01)
+        return [timer for timer in loop._scheduled[before:] if not timer.cancelled()]
+
+    with Engine(model) as engine:
+        assert asyncio.run(read()) == []
+        gate.open()
+
+
 def test_an_event_loop_is_told_that_time_is_up(model):
     gate = Gate(model)
 

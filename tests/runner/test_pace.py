@@ -142,6 +142,25 @@ def test_a_state_that_goes_on_with_every_step_waits_for_its_prompts_next_chunk(p
         assert sequence.ids == alone.run().token_ids
 
 
+def test_ids_are_told_when_the_device_has_its_next_step():
+    program = TimedProgram(4, chunk_s, STEP_S)
+    loop, come, told = Loop(program), [], []
+
+    def have_come():
+        if come:
+            told.append((len(come), program.submitted_s - program.reached_s))
+            come.clear()
+
+    options = loop.variant(None)
+    for found in loop.tokens(joining(1, 9, 30), 4, options, Stall(), None, have_come):
+        come.append(found)
+    assert len(told) >= 29
+    # All of a step at once. The device works on what was submitted before the ids came, and on
+    # another step, unless these are the last.
+    assert {count for count, _ in told[3:-2]} <= {3, 4}
+    assert all(left >= 2 * STEP_S - 1e-9 for _, left in told[:-2])
+
+
 def test_a_prompt_that_waits_sends_up_one_line_of_positions_a_step():
     loop = Loop(TimedProgram(2, chunk_s, STEP_S))
     copies, before = loop.transfers, loop.transfers.snapshot()
