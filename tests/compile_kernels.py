@@ -40,6 +40,7 @@ EARLY = {
 }  # fmt: skip
 OWN_STATE = {
     "attend_kernel": {"k_ptr", "v_ptr"}, "gated_delta_rule_update_kernel": {"state_ptr"},
+    "causal_conv1d_update_kernel": {"state_ptr", "has_initial_ptr"},
 }  # fmt: skip
 # Kernels of which some programs return before they wait, but never all of them.
 SOME_RETURN = {"attend_kernel"}

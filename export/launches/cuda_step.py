@@ -1,5 +1,5 @@
 """A decode step on CUDA by models/kernels. A layer takes five launches where its mixer is
-attention, and seven where it is a gated delta net. Routed experts take one more, and an input of
+attention, and six where it is a gated delta net. Routed experts take one more, and an input of
 the layer's own takes four more. The end takes one. (Wide rows, and integers beside experts, take
 more: models/kernels.)"""
 
@@ -292,12 +292,11 @@ class CudaStep(nn.Module):
         )
         q, k, v = mixed.split(layer.parts, 1)
         keys, values = (-1, layer.key_size), (-1, layer.value_size)
-        out = cuda.gated_delta_rule_update(
+        return cuda.gated_delta_rule_update(
             q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
             a, b, layer.A_log, layer.dt_bias, cache.recurrent, None, started,
-        )  # fmt: skip
-        norm, z = layer.norm, z.unflatten(1, values)
-        return cuda.gated_rms_norm(out, z, norm.weight, norm.eps).flatten(1)
+            gate=z.unflatten(1, values), norm_weight=layer.norm.weight, eps=layer.norm.eps,
+        ).flatten(1)  # fmt: skip
 
 
 MIX = {packed.PackedAttention: CudaStep._attend, packed.PackedDeltaNet: CudaStep._recur}

@@ -89,9 +89,11 @@ def add_norm_scores(
     rows that `fits_one_launch` does not take, and for what is not contiguous."""
     check_contiguous(x=x, branch=branch, weight=weight, gate_up=gate_up)
     rows, size = x.shape
-    if size > MOST_INPUTS or any(w is not None and w.dtype != x.dtype for w in (weight, gate_up)):
+    other = any(each is not None and each.dtype != x.dtype for each in (weight, gate_up))
+    if size > MOST_INPUTS or other:
         raise ValueError(
-            f"{size} inputs of {x.dtype}: at most {MOST_INPUTS}, of the weights' dtype"
+            f"{size} inputs of {x.dtype}, weights of {weight.dtype}: at most {MOST_INPUTS} inputs, "
+            "of the weights' dtype, are right"
         )
     norm, total, normed = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar), None, x
     if rows > SHARED_NORM:

@@ -107,7 +107,8 @@ def gated_products(x_ptr, w_ptr, n, N, K, BLOCK_K: tl.constexpr):
 @triton.jit
 def gate_up_kernel(
     x_ptr, scores_ptr, expert_scale_ptr, chosen_ptr, weights_ptr, w_ptr, scale_ptr, bias_ptr, h_ptr,
-    N, K, E, width, ACTIVATION: tl.constexpr, C: tl.constexpr, NORMALIZED: tl.constexpr,
+    N, K, E, width,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, NORMALIZED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip

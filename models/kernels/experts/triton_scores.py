@@ -1,5 +1,5 @@
-"""The Triton kernel of what a step's rows have ahead of their experts: the norm, all experts' scores,
-and gate and up of the expert that every row has.
+"""The Triton kernel of what a step's rows have ahead of their experts: the norm, the scores of all
+experts, and gate and up of the expert that every row has.
 
 A row's result does not depend on the number of rows. Names: row b of `rows`, output n, input k of
 K.
