@@ -116,7 +116,9 @@ class CudaStep(nn.Module):
         given = None if own is None else self.inputs(x, own, self._linear)
         branch, before = None, None
         for i, (layer, each) in enumerate(zip(self.layers, self.by_layer(given))):
-            x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv)
+            # What comes between the two products leaves the memory idle.
+            ahead = None if layer.moe is None else layer.o.weight
+            x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv, ahead)
             mixed = MIX[type(layer)](self, layer, projected, position, drafts and drafts[i])
             x, branch = self.finish(layer, x, mixed, each)
             before = layer
@@ -164,7 +166,9 @@ class CudaStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual [B, D] ahead of the last branch, and that branch: the one of the layer's own
         input where it is `given`, and else the feed-forward's. The mixer's heads gave `mixed`."""
-        x, branch = self._feed_forward(layer, x, self._linear(mixed, layer.o))
+        # What comes before the next large product leaves the memory idle.
+        ahead = layer.gate_up.weight if layer.is_shared else None
+        x, branch = self._feed_forward(layer, x, self._linear(mixed, layer.o, ahead))
         if given is None:
             return x, branch
         return per_layer_branch(layer, x, branch, given, self._linear)
@@ -212,27 +216,28 @@ class CudaStep(nn.Module):
 
     def _after(
         self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
-        linear: nn.Module, **options,
+        linear: nn.Module, ahead: Tensor | None = None, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The residual after the layer `before`, and what `linear` gives for its norm."""
+        """The residual after the layer `before`, and what `linear` gives for its norm. Weights that
+        a later launch reads may be asked for `ahead`."""
         if before is not None:
             added = x, branch, before.last_norm, before.layer_scalar, norm
-            return self._add_norm_linear(*added, linear, **options)
+            return self._add_norm_linear(*added, linear, ahead, **options)
         if norm is None:
-            return x, self._linear(x, linear, **options)
-        tensors = *linear_tensors(linear), self.kernel_semaphores
+            return x, self._linear(x, linear, ahead, **options)
+        tensors = *linear_tensors(linear), self.kernel_semaphores, ahead
         options |= {"eps": norm.eps, "offset": norm.offset}
         return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
 
     def _add_norm_linear(
         self, x: Tensor, branch: Tensor, post: nn.Module | None, scalar: Tensor | None,
-        norm: nn.Module | None, linear: nn.Module, **options,
+        norm: nn.Module | None, linear: nn.Module, ahead: Tensor | None = None, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new residual of `add_norm`, and what `linear` gives for its norm."""
         if norm is None or self.ranks > 1:
             x, normed = self._add_norm(x, branch, post, scalar, norm)
-            return x, self._linear(normed, linear, **options)
-        tensors = *linear_tensors(linear), self.kernel_semaphores
+            return x, self._linear(normed, linear, ahead, **options)
+        tensors = *linear_tensors(linear), self.kernel_semaphores, ahead
         options |= {"eps": norm.eps, "offset": norm.offset}
         residual = x, branch, weight_of(post), scalar, norm.weight
         return cuda.add_norm_linear(*residual, *tensors, **options)
@@ -253,8 +258,10 @@ class CudaStep(nn.Module):
             return branch
         return cuda.sum_ranks(branch, *self.exchange.tensors, count)
 
-    def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
-        return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, **options)
+    def _linear(
+        self, x: Tensor, linear: nn.Module, ahead: Tensor | None = None, **options
+    ) -> Tensor:
+        return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, ahead, **options)
 
     def _attend(
         self, layer: packed.PackedAttention, projected: Tensor, position: Tensor,

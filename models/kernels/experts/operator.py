@@ -28,6 +28,7 @@ from tokenloop.models.kernels.experts.triton_chunk import (
 )
 from tokenloop.models.kernels.experts.triton_scores import scores_kernel
 from tokenloop.models.kernels.launch import check_contiguous
+from tokenloop.models.kernels.launch.dependent_launch import ahead_chunk
 from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.linear.linear_tiles import SHARED_NORM
 from tokenloop.models.kernels.rms_norm.operator import Norm, launch_norm
@@ -189,9 +190,11 @@ def _run(
     )
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
     cut = gate_up_tiles(size, groups[0])
-    launch(gate_up_kernel, (triton.cdiv(inner, cut.block_n), rows * count))(
+    programs, ahead = triton.cdiv(inner, cut.block_n), None if rows > FEW_ROWS else tables.down
+    launch(gate_up_kernel, (programs, rows * count))(
         x, choice.scores, choice.scales, chosen, weights, tables.gate_up, tables.gate_up_scale,
-        tables.gate_up_bias, h, inner, size, experts, _width(choice.scores),
+        tables.gate_up_bias, h, ahead, inner, size, experts, _width(choice.scores),
+        tables.down[0].nbytes, ahead_chunk(tables.down[0], programs),
         ACTIVATION=tables.activation, C=count, NORMALIZED=choice.normalized, GROUP=groups[0],
         BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_C=triton.next_power_of_2(count), num_warps=cut.warps,
