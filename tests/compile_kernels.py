@@ -36,10 +36,11 @@ EARLY = {
     "w_ptr", "weight_ptr", "scale_ptr", "norm_ptr", "post_ptr", "scalar_ptr", "bias_ptr",
     "q_norm_ptr", "k_norm_ptr", "inv_freq_ptr", "A_log_ptr", "dt_bias_ptr", "table_ptr",
     "count_ptr", "starts_ptr", "rows_ptr", "first_ptr", "query_start_loc_ptr",
-    "cache_indices_ptr", "position_ptr", "sinks_ptr",
+    "cache_indices_ptr", "position_ptr", "sinks_ptr", "shared_w_ptr",
 }  # fmt: skip
 OWN_STATE = {
     "attend_kernel": {"k_ptr", "v_ptr"}, "gated_delta_rule_update_kernel": {"state_ptr"},
+    "causal_conv1d_update_kernel": {"state_ptr", "has_initial_ptr"},
 }  # fmt: skip
 # Weights that a kernel right ahead may have made of packed ones are only asked for.
 ASKED = {
@@ -337,6 +338,17 @@ def experts() -> None:
         own = {"gate_up_bias": biases[0], "down_bias": biases[1], "activation": "clamped_swiglu"}
         module.experts(x, chosen, weights, *tables, **own)
         module.experts(x, chosen, weights, *tables, activation="gelu_tanh")
+        for rows in (1, 32):
+            x, hidden = empty(rows, 2048, dtype=dtype), empty(rows, 512, dtype=dtype)
+            scores, norm = empty(rows, 129, dtype=dtype), empty(2048, dtype=dtype)
+            weight, gate_up = (empty(n, 2048, dtype=dtype) for n in (129, 1024))
+            for shared, scales in ((None, None), (gate_up, empty(128, dtype=dtype))):
+                given = x, x, None, None, norm, weight, shared, "silu"
+                module.add_norm_scores(*given, eps=1e-6, offset=1.0)
+                beside = {}
+                if shared is not None:
+                    beside = {"shared": hidden, "shared_down": empty(2048, 512, dtype=dtype)}
+                module.route_experts(x, scores, 8, True, scales, *tables, **beside)
         count = empty(1, dtype=int32)
         for tokens in (128, 512, 1024, 8192) if dtype == bfloat16 else (1024,):
             scores, x = empty(tokens, 129, dtype=dtype), empty(tokens, 2048, dtype=dtype)

@@ -1,7 +1,7 @@
 """A decode step on CUDA by models/kernels. A layer takes five launches where its mixer is
-attention, and seven where it is a gated delta net. Routed experts take three more, or five more
-where one of them is every token's, and an input of the layer's own takes four more. The end takes
-one."""
+attention, and six where it is a gated delta net. Routed experts take one more, and an input of
+the layer's own takes four more. The end takes one. (Wide rows, and integers beside experts, take
+more: models/kernels.)"""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -116,7 +116,9 @@ class CudaStep(nn.Module):
         given = None if own is None else self.inputs(x, own, self._linear)
         branch, before = None, None
         for i, (layer, each) in enumerate(zip(self.layers, self.by_layer(given))):
-            x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv)
+            # What comes between the two products leaves the memory idle.
+            ahead = None if layer.moe is None else layer.o.weight
+            x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv, ahead)
             mixed = MIX[type(layer)](self, layer, projected, position, drafts and drafts[i])
             x, branch = self.finish(layer, x, mixed, each)
             before = layer
@@ -164,7 +166,9 @@ class CudaStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual [B, D] ahead of the last branch, and that branch: the one of the layer's own
         input where it is `given`, and else the feed-forward's. The mixer's heads gave `mixed`."""
-        x, branch = self._feed_forward(layer, x, self._linear(mixed, layer.o))
+        # What comes before the next large product leaves the memory idle.
+        ahead = layer.gate_up.weight if layer.is_shared else None
+        x, branch = self._feed_forward(layer, x, self._linear(mixed, layer.o, ahead))
         if given is None:
             return x, branch
         return per_layer_branch(layer, x, branch, given, self._linear)
@@ -175,36 +179,65 @@ class CudaStep(nn.Module):
         if layer.moe is None:
             x, gated = self._add_norm_linear(*added, layer.gate_up, activation=layer.activation)
             return x, self._linear(gated, layer.down)
-        x, normed = self._add_norm(*added)
-        dense = None
-        if layer.is_shared or layer.beside is not None:
+        if layer.beside is not None:
+            x, normed = self._add_norm(*added)
             gated = self._linear(normed, layer.gate_up, activation=layer.activation)
-            dense = self._linear(gated, layer.down)
-        return x, routed_experts(layer, x, normed, dense, self._linear)
+            return x, routed_experts(
+                layer, x, normed, self._linear(gated, layer.down), self._linear
+            )
+        x, normed, scores, gated = self._add_norm_scores(layer, *added)
+        beside = {}
+        if layer.is_shared:
+            if gated is None:
+                gated = self._linear(normed, layer.gate_up, activation=layer.activation)
+            if is_plain(layer.down):
+                beside = {"shared": gated, "shared_down": layer.down.weight}
+            else:
+                beside = {"shared": self._linear(gated, layer.down)}
+        return x, step_experts(layer, normed, scores, None, **beside)
+
+    def _add_norm_scores(
+        self, layer: PackedBlock, x: Tensor, branch: Tensor, post: nn.Module | None,
+        scalar: Tensor | None, norm: nn.Module | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """The new residual of `add_norm`, its norm, the router's scores of that, and what gate and
+        up of the expert that every token has give, or None where that is left to do."""
+        fits = self.ranks == 1 and norm is not None and is_plain(layer.scores)
+        if not fits or not cuda.fits_one_launch(self.hidden_size):
+            x, normed = self._add_norm(x, branch, post, scalar, norm)
+            return x, normed, self._linear(normed, layer.scores), None
+        is_beside = layer.is_shared and is_plain(layer.gate_up)
+        shared = (layer.gate_up.weight, layer.activation) if is_beside else (None, "silu")
+        *given, gated = cuda.add_norm_scores(
+            x, branch, weight_of(post), scalar, norm.weight, layer.scores.weight, *shared,
+            eps=norm.eps, offset=norm.offset,
+        )  # fmt: skip
+        return *given, gated if is_beside else None
 
     def _after(
         self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
-        linear: nn.Module, **options,
+        linear: nn.Module, ahead: Tensor | None = None, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The residual after the layer `before`, and what `linear` gives for its norm."""
+        """The residual after the layer `before`, and what `linear` gives for its norm. Weights that
+        a later launch reads may be asked for `ahead`."""
         if before is not None:
             added = x, branch, before.last_norm, before.layer_scalar, norm
-            return self._add_norm_linear(*added, linear, **options)
+            return self._add_norm_linear(*added, linear, ahead, **options)
         if norm is None:
-            return x, self._linear(x, linear, **options)
-        tensors = *linear_tensors(linear), self.kernel_semaphores
+            return x, self._linear(x, linear, ahead, **options)
+        tensors = *linear_tensors(linear), self.kernel_semaphores, ahead
         options |= {"eps": norm.eps, "offset": norm.offset}
         return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
 
     def _add_norm_linear(
         self, x: Tensor, branch: Tensor, post: nn.Module | None, scalar: Tensor | None,
-        norm: nn.Module | None, linear: nn.Module, **options,
+        norm: nn.Module | None, linear: nn.Module, ahead: Tensor | None = None, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new residual of `add_norm`, and what `linear` gives for its norm."""
         if norm is None or self.ranks > 1:
             x, normed = self._add_norm(x, branch, post, scalar, norm)
-            return x, self._linear(normed, linear, **options)
-        tensors = *linear_tensors(linear), self.kernel_semaphores
+            return x, self._linear(normed, linear, ahead, **options)
+        tensors = *linear_tensors(linear), self.kernel_semaphores, ahead
         options |= {"eps": norm.eps, "offset": norm.offset}
         residual = x, branch, weight_of(post), scalar, norm.weight
         return cuda.add_norm_linear(*residual, *tensors, **options)
@@ -225,8 +258,10 @@ class CudaStep(nn.Module):
             return branch
         return cuda.sum_ranks(branch, *self.exchange.tensors, count)
 
-    def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
-        return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, **options)
+    def _linear(
+        self, x: Tensor, linear: nn.Module, ahead: Tensor | None = None, **options
+    ) -> Tensor:
+        return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, ahead, **options)
 
     def _attend(
         self, layer: packed.PackedAttention, projected: Tensor, position: Tensor,
@@ -264,12 +299,11 @@ class CudaStep(nn.Module):
         )
         q, k, v = mixed.split(layer.parts, 1)
         keys, values = (-1, layer.key_size), (-1, layer.value_size)
-        out = cuda.gated_delta_rule_update(
+        return cuda.gated_delta_rule_update(
             q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
             a, b, layer.A_log, layer.dt_bias, cache.recurrent, None, started,
-        )  # fmt: skip
-        norm, z = layer.norm, z.unflatten(1, values)
-        return cuda.gated_rms_norm(out, z, norm.weight, norm.eps).flatten(1)
+            gate=z.unflatten(1, values), norm_weight=layer.norm.weight, eps=layer.norm.eps,
+        ).flatten(1)  # fmt: skip
 
 
 MIX = {packed.PackedAttention: CudaStep._attend, packed.PackedDeltaNet: CudaStep._recur}
@@ -330,22 +364,45 @@ def routed_experts(
 ) -> Tensor:  # fmt: skip
     """The branch of a feed-forward with experts, of the residual x and its norm. `dense` is what
     the feed-forward that every token has gives, or None. Of a chunk the first `count` rows are."""
-    config, weights, beside = layer.moe, layer.experts, layer.beside
-    counts = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
-    tables, of_chunk = (weights.gate_up_proj, weights.down_proj), () if count is None else (count,)
-    run = cuda.experts if count is None else cuda.experts_chunk
-    options = expert_options(layer)
-    if beside is None:
-        scores = linear(normed, layer.scores)
-        routed = cuda.route(scores, *counts, *of_chunk)
+    config, beside = layer.moe, layer.beside
+    inputs, router_inputs, scales = normed, normed, None
+    if beside is not None:
+        router_inputs, scales = _normed(x, beside.router_norm, count), beside.expert_scales
+    scores = linear(router_inputs, layer.scores)
+    if beside is not None:
+        inputs = _normed(x, beside.experts_norm, count)
+    if count is None:
+        given = step_experts(layer, inputs, scores, scales)
+    else:
+        counts = config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+        routed = cuda.route(scores, *counts, count, scales)
+        tables = layer.experts.gate_up_proj, layer.experts.down_proj
         shared = (dense, scores) if layer.is_shared else ()
-        return run(normed, *routed, *tables, *of_chunk, *shared, **options)
-    scores = linear(_normed(x, beside.router_norm, count), layer.scores)
-    routed = cuda.route(scores, *counts, count, beside.expert_scales)
-    given = run(_normed(x, beside.experts_norm, count), *routed, *tables, *of_chunk, **options)
+        given = cuda.experts_chunk(
+            inputs, *routed, *tables, count, *shared, **expert_options(layer)
+        )
+    if beside is None:
+        return given
     norm = beside.experts_branch_norm
     dense = _normed(dense, beside.dense_branch_norm, count)
     return cuda.add_branch(dense, given, norm.weight, None, count, eps=norm.eps, offset=norm.offset)
+
+
+def step_experts(
+    layer: PackedBlock, x: Tensor, scores: Tensor, scales: Tensor | None, **beside: Tensor
+) -> Tensor:
+    """What the experts of a step's rows x [B, D] give. `beside` has what is `shared`
+    (models/kernels/experts/reference.py)."""
+    weights, config = layer.experts, layer.moe
+    return cuda.route_experts(
+        x, scores, config.num_experts_per_tok, config.norm_topk_prob, scales,
+        weights.gate_up_proj, weights.down_proj, **beside, **expert_options(layer),
+    )  # fmt: skip
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer is a matrix as it is, and nothing else."""
+    return linear_tensors(linear)[1:] == (None, None)
 
 
 def _normed(x: Tensor, norm: nn.Module, count: Tensor | None) -> Tensor:

@@ -29,7 +29,14 @@ from tokenloop.models.kernels.embedding.operator import (
     embed_into,
     last_tokens,
 )
-from tokenloop.models.kernels.experts.operator import experts, experts_chunk, route
+from tokenloop.models.kernels.experts.operator import (
+    add_norm_scores,
+    experts,
+    experts_chunk,
+    fits_one_launch,
+    route,
+    route_experts,
+)
 from tokenloop.models.kernels.gated_delta_rule.operator import (
     gated_delta_rule_chunk,
     gated_delta_rule_update,
@@ -48,13 +55,14 @@ from tokenloop.models.kernels.rms_norm.operator import add_branch, add_norm, nor
 from tokenloop.models.kernels.sigmoid_gate.operator import sigmoid_gate
 
 __all__ = [
-    "accept", "add_branch", "add_norm", "add_norm_linear", "attend_chunk", "attend_drafts",
-    "attend_step", "causal_conv1d", "causal_conv1d_update", "dequantize", "embed_both",
-    "embed_chunk", "embed_into", "experts", "experts_chunk", "filled_slots", "gate_input",
-    "gated_delta_rule_chunk", "gated_delta_rule_update", "gated_rms_norm", "gather_columns",
-    "last_tokens", "layer_inputs", "linear", "linear_chunk", "next_drafts", "next_positions",
-    "norm", "norm_heads", "norm_linear", "reduce_add_norm", "rotate_chunk", "route",
-    "semaphores_size", "sigmoid_gate", "store_drafts", "store_ring", "sum_ranks", "take_drafts",
+    "accept", "add_branch", "add_norm", "add_norm_linear", "add_norm_scores", "attend_chunk",
+    "attend_drafts", "attend_step", "causal_conv1d", "causal_conv1d_update", "dequantize",
+    "embed_both", "embed_chunk", "embed_into", "experts", "experts_chunk", "filled_slots",
+    "fits_one_launch", "gate_input", "gated_delta_rule_chunk", "gated_delta_rule_update",
+    "gated_rms_norm", "gather_columns", "last_tokens", "layer_inputs", "linear", "linear_chunk",
+    "next_drafts", "next_positions", "norm", "norm_heads", "norm_linear", "reduce_add_norm",
+    "rotate_chunk", "route", "route_experts", "semaphores_size", "sigmoid_gate", "store_drafts",
+    "store_ring", "sum_ranks", "take_drafts",
 ]  # fmt: skip
 
 

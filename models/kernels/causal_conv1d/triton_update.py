@@ -8,7 +8,7 @@ from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.state_slot import load_slot
 
 
-@waits  # once it has the weights
+@waits  # once it has the weights and the state, which no other kernel of a step writes
 @triton.jit(do_not_specialize=["pad_slot_id"])
 def causal_conv1d_update_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, cache_indices_ptr, has_initial_ptr, out_ptr,
@@ -28,12 +28,16 @@ def causal_conv1d_update_kernel(
     state_ptrs = state_ptr + slot * state_stride_slot + channels * state_stride_dim
     weights = load_weights(weight_ptrs, weight_stride_tap, in_dim, WIDTH)
     sums = load_bias(bias_ptr, channels, in_dim, HAS_BIAS)
+    # A step's positions are there before the first kernel that overlaps begins.
+    started = kept & (tl.load(has_initial_ptr + row) != 0)
+    before = ()
+    for tap in tl.static_range(WIDTH - 1):
+        before = before + (tl.load(state_ptrs + tap * state_stride_tap, mask=started, other=0.0),)
     zero = wait(0)
-    started = kept & (tl.load(has_initial_ptr + zero + row) != 0)
     x_ptrs = x_ptr + zero + row.to(tl.int64) * x_stride_row + channels * x_stride_dim
     for tap in tl.static_range(WIDTH):
-        if tap < WIDTH - 1:
-            x = tl.load(state_ptrs + tap * state_stride_tap, mask=started, other=0.0)
+        if tap < WIDTH - 1:  # noqa: SIM108 - Triton decides it
+            x = before[tap]
         else:
             x = tl.load(x_ptrs, mask=in_dim, other=0.0)
         sums = tl.fma(weights[tap], x.to(tl.float32), sums)

@@ -1,10 +1,14 @@
 """Routed experts on CUDA: only those that are chosen are read.
 
-route           1 launch
+add_norm_scores 1 launch, and one of the norm for many rows
+route           1
 experts         2: gate and up with the activation, then down with the weighted sum
+route_experts   the same, and `route` for many rows
 experts_chunk   6: count, cut and place the tokens' choices by expert; gate and up; down; the
                 weighted sum. 8 for many tokens and float4, which becomes bfloat16 first
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from tokenloop.models.kernels.experts import packing
 from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, chunk_tiles
+from tokenloop.models.kernels.experts.step_tiles import down_tiles, gate_up_tiles
 from tokenloop.models.kernels.experts.triton import down_kernel, gate_up_kernel, route_kernel
 from tokenloop.models.kernels.experts.triton_chunk import (
     count_pairs_kernel,
@@ -22,10 +27,18 @@ from tokenloop.models.kernels.experts.triton_chunk import (
     place_pairs_kernel,
     weigh_kernel,
 )
+from tokenloop.models.kernels.experts.triton_scores import scores_kernel
 from tokenloop.models.kernels.launch import check_contiguous
+from tokenloop.models.kernels.launch.dependent_launch import ahead_chunk
 from tokenloop.models.kernels.launch.launches import launch, operator
+from tokenloop.models.kernels.linear.linear_tiles import SHARED_NORM
+from tokenloop.models.kernels.rms_norm.operator import Norm, launch_norm
 
-BLOCK_N = 8
+# With more rows than this each program of the first products would route too much.
+FEW_ROWS = 4
+# Rows whose scores are made in the launch of their norm have at most so many inputs, and a program
+# makes so many scores, or gates and ups.
+MOST_INPUTS, SCORES_N = 2048, 4
 
 # Pairs of a token and a choice that one program counts, and that one places.
 COUNTED, PLACED = 1024, 256
@@ -41,9 +54,22 @@ def route(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.route. The scores are contiguous."""
+    return _route(scores, experts, count, normalized, tokens, scales)
+
+
+def _routed(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Memory for the experts that rows choose, and their weights."""
+    rows, device = len(scores), scores.device
+    chosen = torch.empty(rows, count, dtype=torch.int64, device=device)
+    return chosen, torch.empty(rows, count, dtype=scores.dtype, device=device)
+
+
+def _route(
+    scores: Tensor, experts: int, count: int, normalized: bool, tokens: Tensor | None,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, width = scores.shape
-    chosen = torch.empty(rows, count, dtype=torch.int64, device=scores.device)
-    weights = torch.empty(rows, count, dtype=scores.dtype, device=scores.device)
+    chosen, weights = _routed(scores, count)
     launch(route_kernel, (rows,))(
         scores, tokens, scales, chosen, weights, experts, width, C=count, NORMALIZED=normalized,
         BLOCK_E=triton.next_power_of_2(experts), BLOCK_C=triton.next_power_of_2(count),
@@ -52,32 +78,147 @@ def route(
     return chosen, weights
 
 
+def fits_one_launch(size: int) -> bool:
+    """Whether `add_norm_scores` takes rows of that size."""
+    return size <= MOST_INPUTS
+
+
+@operator("add_norm_scores")
+def add_norm_scores(
+    x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
+    norm_weight: Tensor, weight: Tensor, gate_up: Tensor | None, activation: str, *, eps: float,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See reference.add_norm_scores. Raises ValueError for weights of another dtype than x's, for
+    rows that `fits_one_launch` does not take, and for what is not contiguous."""
+    check_contiguous(x=x, branch=branch, weight=weight, gate_up=gate_up)
+    rows, size = x.shape
+    other = any(each is not None and each.dtype != x.dtype for each in (weight, gate_up))
+    if size > MOST_INPUTS or other:
+        raise ValueError(
+            f"{size} inputs of {x.dtype}, weights of {weight.dtype}: at most {MOST_INPUTS} inputs, "
+            "of the weights' dtype, are right"
+        )
+    norm, total, normed = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar), None, x
+    if rows > SHARED_NORM:
+        total, normed = launch_norm(x, norm)
+    outputs, inner = len(weight), 0 if gate_up is None else len(gate_up) // 2
+    scores, gated = (
+        torch.empty(rows, count, dtype=x.dtype, device=x.device) for count in (outputs, inner)
+    )
+    tensors = (None,) * 4
+    given, is_normed = normed, total is not None
+    if not is_normed:
+        total, normed, tensors = torch.empty_like(x), torch.empty_like(x), (*norm[3:], norm_weight)
+    tiles = triton.cdiv(outputs, SCORES_N) + triton.cdiv(inner, SCORES_N)
+    launch(scores_kernel, (rows * tiles,))(
+        given, *tensors, weight, gate_up, None if is_normed else total,
+        None if is_normed else normed, scores, gated, rows, outputs, inner, size, eps, offset,
+        NORM=not is_normed, ACTIVATION=activation, BLOCK_N=SCORES_N,
+        BLOCK_K=triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip
+    return total, normed, scores, gated
+
+
 @operator("experts")
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
     gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See reference.experts. Raises ValueError for a tensor that is not contiguous, and for tables
     whose dtype does not fit."""
-    check_contiguous(x=x, chosen=chosen, weights=weights, shared=shared, scores=scores)
+    tables = Tables(gate_up, down, gate_up_bias, down_bias, activation, gate_up_scale, down_scale)
+    return _run(x, (chosen, weights), None, tables, (shared, shared_down, scores))
+
+
+@operator("route_experts")
+def route_experts(
+    x: Tensor, scores: Tensor, count: int, normalized: bool, scales: Tensor | None,
+    gate_up: Tensor, down: Tensor, shared: Tensor | None = None,
+    gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
+    gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
+    shared_down: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See reference.route_experts. Up to FEW_ROWS rows are routed by the first products, and more
+    by a launch of their own. Raises ValueError as `experts`."""
+    tables = Tables(gate_up, down, gate_up_bias, down_bias, activation, gate_up_scale, down_scale)
+    beside = shared, shared_down, None if shared is None else scores
+    if len(x) > FEW_ROWS:
+        routed = _route(scores, len(down), count, normalized, None, scales)
+        return _run(x, routed, None, tables, beside)
+    return _run(x, _routed(scores, count), Routing(scores, scales, normalized), tables, beside)
+
+
+class Tables(NamedTuple):
+    """The experts' matrices, and what belongs to them."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
+
+
+class Routing(NamedTuple):
+    """What rows choose their experts by: `route`'s scores, scales, and whether weights add up to
+    1."""
+
+    scores: Tensor
+    scales: Tensor | None
+    normalized: bool
+
+
+def _run(
+    x: Tensor, routed: tuple[Tensor, Tensor], routing: Routing | None, tables: Tables,
+    beside: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:  # fmt: skip
+    """Both launches. With `routing` the first fills `routed`. `beside` are what all rows have, or
+    the inputs of the matrix that makes it, that matrix, and the scores that weigh it."""
+    (chosen, weights), (shared, shared_down, scores) = routed, beside
+    choice = routing or Routing(None, None, False)
+    check_contiguous(
+        x=x, chosen=chosen, weights=weights, shared=shared, shared_down=shared_down, scores=scores,
+        choice=choice.scores,
+    )  # fmt: skip
     rows, count = chosen.shape
-    size, inner = down.shape[1], gate_up.shape[1] // 2
-    groups = _groups(x, inner, (gate_up, gate_up_scale), (down, down_scale))
+    experts, size = tables.down.shape[:2]
+    inner = tables.gate_up.shape[1] // 2
+    groups = _groups(
+        x, inner, (tables.gate_up, tables.gate_up_scale), (tables.down, tables.down_scale)
+    )
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
-    launch(gate_up_kernel, (triton.cdiv(inner, BLOCK_N), rows * count))(
-        x, chosen, gate_up, gate_up_scale, gate_up_bias, h, inner, size,
-        ACTIVATION=activation, C=count, GROUP=groups[0], BLOCK_N=BLOCK_N,
-        BLOCK_K=_block_k(size, groups[0]), num_warps=4,
+    cut = gate_up_tiles(size, groups[0])
+    programs, ahead = triton.cdiv(inner, cut.block_n), None if rows > FEW_ROWS else tables.down
+    launch(gate_up_kernel, (programs, rows * count))(
+        x, choice.scores, choice.scales, chosen, weights, tables.gate_up, tables.gate_up_scale,
+        tables.gate_up_bias, h, ahead, inner, size, experts, _width(choice.scores),
+        tables.down[0].nbytes, ahead_chunk(tables.down[0], programs),
+        ACTIVATION=tables.activation, C=count, NORMALIZED=choice.normalized, GROUP=groups[0],
+        BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_C=triton.next_power_of_2(count), num_warps=cut.warps,
     )  # fmt: skip
     y = torch.empty_like(x)
-    launch(down_kernel, (triton.cdiv(size, BLOCK_N), rows))(
-        h, chosen, weights, down, down_scale, down_bias, shared, scores, y, size, inner,
-        0 if scores is None else scores.shape[1],
-        C=count, GROUP=groups[1], BLOCK_N=BLOCK_N, BLOCK_K=_block_k(inner, groups[1]), num_warps=4,
+    hidden, inputs = None, 0
+    if shared_down is not None:
+        shared, hidden, inputs = None, shared, shared_down.shape[1]
+    cut = down_tiles(count, inner, groups[1])
+    launch(down_kernel, (triton.cdiv(size, cut.block_n), rows))(
+        h, chosen, weights, tables.down, tables.down_scale, tables.down_bias, shared, hidden,
+        shared_down, scores, y, size, inner, _width(scores), inputs,
+        C=count, GROUP=groups[1], AHEAD=shared_down is not None and inputs % 8 == 0,
+        BLOCK_C=triton.next_power_of_2(count), BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        BLOCK_S=min(512, triton.next_power_of_2(inputs or 1)), num_warps=cut.warps,
     )  # fmt: skip
     return y
+
+
+def _width(scores: Tensor | None) -> int:
+    return 0 if scores is None else scores.shape[1]
 
 
 def _groups(
@@ -115,12 +256,6 @@ def _group(x: Tensor, inputs: int, table: Tensor, scale: Tensor | None) -> int:
         )
     check_contiguous(table=table, scale=scale)
     return group
-
-
-def _block_k(inputs: int, group: int) -> int:
-    # Words of float4 are a quarter as many.
-    most = 1024 if group == packing.GROUP else 512
-    return min(most, triton.next_power_of_2(inputs))
 
 
 @operator("experts_chunk")
@@ -208,7 +343,7 @@ def launch_experts_chunk(
     y = torch.empty_like(x)
     block_n = min(1024, triton.next_power_of_2(size))
     launch(weigh_kernel, (tokens, triton.cdiv(size, block_n)))(
-        given, weights, count, shared, scores, y, size, 0 if scores is None else scores.shape[1],
+        given, weights, count, shared, scores, y, size, _width(scores),
         C=choices, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
     return y

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenloop.models.kernels.experts.packing import dequantize
+from tokenloop.models.kernels.rms_norm.reference import add_norm
 from tokenloop.models.layers import gated
 
 
@@ -20,9 +21,9 @@ def route(
     scores is [B, E or more]; the first E = `experts` of a row are the experts'. Only the first
     `tokens`, int32 [1], rows of the results mean anything, or all without it.
     """
-    probabilities = F.softmax(scores[:, :experts].float(), dim=-1)
-    weights, chosen = torch.sort(probabilities, dim=-1, descending=True, stable=True)
-    weights, chosen = weights[:, :count], chosen[:, :count]
+    scores32 = scores[:, :experts].float()
+    chosen = torch.sort(scores32, dim=-1, descending=True, stable=True)[1][:, :count]
+    weights = F.softmax(scores32, dim=-1).gather(1, chosen)
     if normalized:
         weights = weights / weights.sum(-1, keepdim=True)
     if scales is not None:
@@ -30,11 +31,29 @@ def route(
     return chosen, weights.to(scores.dtype)
 
 
+def add_norm_scores(
+    x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
+    norm_weight: Tensor, weight: Tensor, gate_up: Tensor | None, activation: str, *, eps: float,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The new residual and its norm, as rms_norm's add_norm has them, both [B, K]; the norm's
+    products with weight [S, K], which are [B, S]; and activation(gate) * up of it [B, I], for
+    gate_up [2 I, K], or [B, 0] where there is none."""
+    norm = x, branch, post_weight, layer_scalar, norm_weight
+    total, normed = add_norm(*norm, eps=eps, offset=offset)
+    scores = F.linear(normed.float(), weight.float()).to(x.dtype)
+    if gate_up is None:
+        return total, normed, scores, x.new_empty(len(x), 0)
+    both = F.linear(normed.float(), gate_up.float()).chunk(2, dim=-1)
+    return total, normed, scores, gated(*both, activation).to(x.dtype)
+
+
 def experts(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None, activation: str = "silu",
     gate_up_scale: Tensor | None = None, down_scale: Tensor | None = None,
+    shared_down: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Gated feed-forwards of x [B, K] by the experts `chosen` int64 [B, C], weighted with
     `weights` [B, C] and added up: [B, K].
@@ -43,7 +62,8 @@ def experts(
     dtype, or in a layout of packing.py, with its scales.
     `activation` is one of models.layers.gated. What lies between the two is rounded to x's dtype.
     `shared` [B, K] is what an expert gives that all rows have; it is added as well, weighted with
-    the sigmoid of the last of `scores` [B, S].
+    the sigmoid of the last of `scores` [B, S]. With `shared_down` [K, S] it is what that makes of
+    `shared` [B, S], not rounded in between.
     """
     gate_up, down = dequantize(gate_up, gate_up_scale), dequantize(down, down_scale)
     both = torch.einsum("bk,bcik->bci", x.float(), gate_up[chosen].float())
@@ -53,8 +73,21 @@ def experts(
     out = out if down_bias is None else out + down_bias[chosen].float()
     out = (out * weights.float()[..., None]).sum(1)
     if shared is not None:
-        out = out + scores[:, -1:].float().sigmoid() * shared.float()
+        shared = shared.float()
+        shared = shared if shared_down is None else shared @ shared_down.float().T
+        out = out + scores[:, -1:].float().sigmoid() * shared
     return out.to(x.dtype)
+
+
+def route_experts(
+    x: Tensor, scores: Tensor, count: int, normalized: bool, scales: Tensor | None,
+    gate_up: Tensor, down: Tensor, shared: Tensor | None = None, **options,
+) -> Tensor:  # fmt: skip
+    """`experts` of what `route` gives for `scores` [B, E or more], whose last weighs what is
+    `shared`."""
+    routed = route(scores, len(down), count, normalized, None, scales)
+    beside = () if shared is None else (shared, scores)
+    return experts(x, *routed, gate_up, down, *beside, **options)
 
 
 def experts_chunk(

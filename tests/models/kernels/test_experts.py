@@ -4,7 +4,7 @@ give."""
 import pytest
 import torch
 
-from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, TOLERANCE
+from tests.models.kernels.checking import DEVICE, DTYPES, EPS, ON_GPU, TOLERANCE
 from tokenloop.models.kernels.experts import operator, packing, reference
 from tokenloop.models.kernels.experts.triton import down_kernel
 from tokenloop.models.kernels.experts.triton_chunk import down_chunk_kernel
@@ -87,6 +87,53 @@ def test_what_all_rows_have_is_added_with_a_weight_of_its_own(rows, dtype):
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     alone = reference.experts(x, *routed, *weights_of(dtype))
     assert not torch.allclose(actual, alone, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "normalized"), [(2, torch.float32, True), (5, torch.bfloat16, False)]
+)
+def test_the_first_products_route_as_a_launch_of_its_own_does(rows, dtype, normalized):
+    x, scores = made(rows, SIZE, dtype=dtype), made(rows, EXPERTS + 1, dtype=dtype, seed=3)
+    scores[0, 1:4], scores[-1, 2] = 2.5, 80.0
+    scales, hidden = made(EXPERTS, dtype=dtype, seed=8), made(rows, 11, dtype=dtype, seed=5)
+    shared_down = made(SIZE, 11, dtype=dtype, seed=9) / 11**0.5
+    routing, beside = (CHOICES, normalized, scales), {"shared": hidden, "shared_down": shared_down}
+    actual = operator.route_experts(x, scores, *routing, *weights_of(dtype), **beside)
+    routed = operator.route(scores, EXPERTS, CHOICES, normalized, None, scales)
+    given = x, *routed, *weights_of(dtype), hidden, scores
+    assert torch.equal(actual, operator.experts(*given, shared_down=shared_down))
+    expected = reference.route_experts(x, scores, *routing, *weights_of(dtype), **beside)
+    tolerance = TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=tolerance)
+    without = operator.route_experts(x, scores, *routing, *weights_of(dtype))
+    assert not torch.allclose(actual, without, rtol=0.05, atol=0.05)
+    row = operator.route_experts(
+        x[-1:], scores[-1:], *routing, *weights_of(dtype), hidden[-1:], shared_down=shared_down
+    )
+    assert torch.equal(row, actual[-1:])
+
+
+@pytest.mark.parametrize("inner", [INNER, 0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_come_with_the_norm_and_with_what_all_rows_have(dtype, inner):
+    x, branch = made(7, SIZE, dtype=dtype), made(7, SIZE, dtype=dtype, seed=1)
+    post, norm = (made(SIZE, dtype=dtype, seed=seed) for seed in (2, 3))
+    weight = made(EXPERTS + 1, SIZE, dtype=dtype, seed=4) / SIZE**0.5
+    gate_up = made(2 * inner, SIZE, dtype=dtype, seed=5) / SIZE**0.5 if inner else None
+    given, options = (post, None, norm, weight, gate_up, "gelu_tanh"), {"eps": EPS, "offset": 1.0}
+    actual = operator.add_norm_scores(x, branch, *given, **options)
+    expected = reference.add_norm_scores(x, branch, *given, **options)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == dtype
+        torch.testing.assert_close(one, other, rtol=2 * TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+    for few in (1, 3):
+        rows = operator.add_norm_scores(x[-few:], branch[-few:], *given, **options)
+        assert all(torch.equal(one, other[-few:]) for one, other in zip(rows, actual))
+    with pytest.raises(
+        ValueError, match=r"2049 inputs of torch.float32: weights of .* at most 2048 inputs"
+    ):
+        wide = made(1, 2049)
+        operator.add_norm_scores(wide, wide, None, None, norm, weight, None, "silu", eps=EPS)
 
 
 def options_of(activation: str, dtype) -> dict:
@@ -255,8 +302,8 @@ def test_every_float4_with_every_power_is_exact_in_both_kernels():
     first = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     y, chunk = (torch.empty(1, n, device=DEVICE) for _ in range(2))
     launch(down_kernel, (4, 1))(
-        h, first, one, table, powers, None, None, None, y, n, 32, 0,
-        C=1, GROUP=32, BLOCK_N=1024, BLOCK_K=32, num_warps=4,
+        h, first, one, table, powers, None, None, None, None, None, y, n, 32, 0, 0,
+        C=1, GROUP=32, AHEAD=False, BLOCK_C=1, BLOCK_N=1024, BLOCK_K=32, BLOCK_S=1, num_warps=4,
     )  # fmt: skip
     assert torch.equal(y[0], expected)
     blocks = torch.tensor([[0, 0, 1]], dtype=torch.int32, device=DEVICE)
