@@ -22,6 +22,9 @@ AHEAD = 2 * PROCESSORS
 # Layers of so many weights or more have not been measured with few parts and long pipelines.
 LARGE = 2**26
 
+# With fewer products than this a layer's programs leave room for more warps.
+SMALL = 2**21
+
 
 class LinearTiles(NamedTuple):
     """Outputs of one program, inputs of one of its steps, parts of the inputs, warps, and stages of
@@ -48,7 +51,8 @@ def linear_tiles(
     if dtype == torch.float32 and not bits:
         return LinearTiles(False, 8, 1024 if inputs <= 1024 else 256, norm=inputs <= 1024)
     if not bits and inputs <= 2048 and outputs <= 8192:
-        return LinearTiles(False, 4, 1024, warps=2, norm=inputs <= 1024)
+        warps = 4 if outputs * inputs < SMALL else 2
+        return LinearTiles(False, 4, 1024, warps=warps, norm=inputs <= 1024)
     # Layers of few outputs cut the inputs into parts, to have programs for every processor. An H100
     # and an H200 measured how many: with floating-point weights, as many as run at once. Integer
     # weights and few rows take 2 warps, and half as many outputs where a program has twice the

@@ -5,7 +5,7 @@ import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, EPS, ON_GPU, assert_close, quantized
 from tokenloop.models.kernels.linear import operator, reference
-from tokenloop.models.kernels.linear.linear_tiles import LinearTiles
+from tokenloop.models.kernels.linear.linear_tiles import LinearTiles, linear_tiles
 from tokenloop.models.kernels.linear.packing import pack_float8, quantize_int4
 
 PLAIN = LinearTiles(False, 8, 512 if ON_GPU else 32)
@@ -136,3 +136,11 @@ def test_a_norm_within_a_linear_layer_is_the_norm_alone(normal, semaphores, monk
     expected = *expected, reference.norm_linear(x, weight, *last, **options)
     for got, right in zip(within, expected):
         assert_close(got, right, dtype)
+
+
+@pytest.mark.parametrize(
+    "outputs, inputs, warps", [(2048, 640, 4), (640, 2048, 4), (1024, 2048, 2)]
+)
+def test_what_orders_a_sum_does_not_depend_on_the_rows(outputs, inputs, warps):
+    cuts = {linear_tiles(rows, outputs, inputs, 0, torch.bfloat16) for rows in (1, 4, 5, 32)}
+    assert [cut.warps for cut in cuts] == [warps]
