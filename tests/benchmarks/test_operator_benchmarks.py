@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import causal_conv1d, experts_chunk, gated_delta  # noqa: E402
+from benchmarks import causal_conv1d, experts_chunk, gated_delta, packed_step  # noqa: E402
 from tokenloop.models.kernels.causal_conv1d import reference as conv1d  # noqa: E402
 from tokenloop.models.kernels.gated_delta_rule import reference as delta_rule  # noqa: E402
 
@@ -92,3 +92,22 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(benchmark, capsys, mon
             benchmark.parse(arguments)
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 32])
+def test_ways_of_packed_products_begin_with_the_operators_own(bits, rows):
+    for matrix in packed_step.GEMMA4_31B:
+        own, *others = packed_step.ways(matrix, rows, bits)
+        shape = matrix.outputs, matrix.inputs
+        assert own == packed_step.linear_tiles(rows, *shape, bits, torch.bfloat16, matrix.gated)
+        assert len(others) >= 2 and own not in others
+        assert matrix.name in packed_step.COUNTS
+
+
+def test_the_bound_of_packed_products_reads_every_word():
+    words = torch.randint(-(2**15), 2**15, (8, 3 * 64), dtype=torch.int16, device=DEVICE)
+    seen = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    packed_step.read_kernel[(2, 1)](words, seen, 3 * 64, 3, BLOCK_N=4, STAGES=2)
+    spans = words.view(2, 4, 3, 64).unbind(2)
+    assert torch.equal(seen, (spans[0] ^ spans[1] ^ spans[2]).int().sum((1, 2)).int())
