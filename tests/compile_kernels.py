@@ -42,7 +42,11 @@ OWN_STATE = {
     "attend_kernel": {"k_ptr", "v_ptr"}, "gated_delta_rule_update_kernel": {"state_ptr"},
 }  # fmt: skip
 # Weights that a kernel right ahead may have made of packed ones are only asked for.
-ASKED = {"pointers_kernel": {"w_ptr"}, "descriptors_kernel": {"w_ptr"}}
+ASKED = {
+    name: {"w_ptr"} for name in (
+        "pointers_kernel", "descriptors_kernel", "gate_up_chunk_kernel", "down_chunk_kernel",
+    )
+}  # fmt: skip
 # Kernels of which some programs return before they wait, but never all of them.
 SOME_RETURN = {"attend_kernel"}
 OPTIONS = "num_warps", "num_stages", "maxnreg"
@@ -366,7 +370,7 @@ def experts() -> None:
         (2048, grouped, tables, {}), (2880, powers, words, swiglu),
     ):  # fmt: skip
         own = dict(zip(("gate_up_scale", "down_scale"), scales)) | options
-        for tokens in (1, 2048):
+        for tokens in (1, 256, 2048):
             scores, x = empty(tokens, 32, dtype=bfloat16), empty(tokens, size, dtype=bfloat16)
             routed = module.route(scores, 32, 4, True)
             if tokens == 1:

@@ -18,11 +18,18 @@ class Tiles(NamedTuple):
 
 
 class ChunkTiles(NamedTuple):
-    """The most pairs of a program, which are all of one expert, and the two products' tiles."""
+    """The most pairs of a program, which are all of one expert, the two products' tiles, and
+    whether float4 becomes bfloat16 in memory first."""
 
     block_m: int
     gate_up: Tiles
     down: Tiles
+    dense: bool = False
+
+
+# With so many pairs an expert float4 becomes bfloat16 in memory, once for all of them, and not
+# again in every program.
+DENSE_PAIRS = 128
 
 
 def chunk_tiles(
@@ -30,10 +37,16 @@ def chunk_tiles(
 ) -> ChunkTiles:
     """For so many pairs of a token and a choice, and experts' matrices of size x inner. `group`
     inputs of a row have a scale, or none or all of them with 0."""
+    if group == packing.GROUP and pairs >= DENSE_PAIRS * experts:
+        return chunk_tiles(pairs, experts, size, inner, dtype)._replace(dense=True)
     if group:
-        # A product of float4 has a quarter of the inputs, and one of float8 is of one group.
-        cut = Tiles(64, 128 if group == packing.GROUP else 64, 3, 4)
-        return ChunkTiles(next((m for m in (16, 32) if 1.4 * pairs <= m * experts), 64), cut, cut)
+        # A product of float8 is of one group. Longer ones of float4 leave room for fewer programs,
+        # where one has two of them.
+        cut = Tiles(64, 64, 3, 4)
+        block_m = next((m for m in (16, 32) if 1.4 * pairs <= m * experts), 64)
+        if group != packing.GROUP:
+            return ChunkTiles(block_m, cut, cut)
+        return ChunkTiles(block_m, Tiles(64, 64, 4, 4), Tiles(64, 128, 3, 4))
     if dtype == torch.float32:
         # Not by the tensor cores: a thread has all inputs of its outputs.
         return ChunkTiles(32, Tiles(32, 32, 2, 4), Tiles(64, 32, 2, 4))

@@ -3,7 +3,7 @@
 route           1 launch
 experts         2: gate and up with the activation, then down with the weighted sum
 experts_chunk   6: count, cut and place the tokens' choices by expert; gate and up; down; the
-                weighted sum
+                weighted sum. 8 for many tokens and float4, which becomes bfloat16 first
 """
 
 import torch
@@ -16,6 +16,7 @@ from tokenloop.models.kernels.experts.triton import down_kernel, gate_up_kernel,
 from tokenloop.models.kernels.experts.triton_chunk import (
     count_pairs_kernel,
     cut_blocks_kernel,
+    dequantize_float4_kernel,
     down_chunk_kernel,
     gate_up_chunk_kernel,
     place_pairs_kernel,
@@ -30,6 +31,8 @@ BLOCK_N = 8
 COUNTED, PLACED = 1024, 256
 # Of what each expert gives for a token, until it is weighed and added to the others'.
 PARTIAL_DTYPE = torch.float32
+# Rows and inputs of which one program makes bfloat16.
+DENSE_N, DENSE_K = 64, 128
 
 
 @operator("route")
@@ -132,6 +135,21 @@ def experts_chunk(
     return launch_experts_chunk(x, chosen, weights, gate_up, down, count, shared, scores, *given)
 
 
+def _dense(table: Tensor, scale: Tensor | None, group: int) -> tuple[Tensor, Tensor | None, int]:
+    """Table, scales and group of the same matrices, of which float4 are bfloat16 now."""
+    if table.dtype != torch.int16:
+        return table, scale, group
+    experts, outputs, words = table.shape
+    inputs = words * packing.FIELDS
+    out = torch.empty(experts, outputs, inputs, dtype=torch.bfloat16, device=table.device)
+    rows = experts * outputs
+    launch(dequantize_float4_kernel, (triton.cdiv(rows, DENSE_N), triton.cdiv(inputs, DENSE_K)))(
+        table, scale, out, rows, inputs, BLOCK_N=DENSE_N, BLOCK_K=DENSE_K,
+        EVEN=inputs % DENSE_K == 0, num_warps=4,
+    )  # fmt: skip
+    return out, None, 0
+
+
 def launch_experts_chunk(
     x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, count: Tensor,
     shared: Tensor | None = None, scores: Tensor | None = None,
@@ -170,16 +188,21 @@ def launch_experts_chunk(
     h, given = empty(pairs, inner, dtype=x.dtype), empty(pairs, size, dtype=PARTIAL_DTYPE)
     sorted_pairs = slots, blocks, used
     cut = tiles.gate_up
+    table = (gate_up, gate_up_scale, groups[0])
+    table, scale, group = _dense(*table) if tiles.dense else table
     launch(gate_up_chunk_kernel, (triton.cdiv(inner, cut.block_n) * most_blocks,))(
-        x, *sorted_pairs, gate_up, gate_up_scale, gate_up_bias, h, inner, size,
-        ACTIVATION=activation, C=choices, GROUP=groups[0],
+        x, *sorted_pairs, table, scale, gate_up_bias, h, inner, size,
+        ACTIVATION=activation, C=choices, GROUP=group,
         BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=size % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     cut = tiles.down
+    table = (down, down_scale, groups[1])
+    # The memory of the other table's floats is free by now.
+    table, scale, group = _dense(*table) if tiles.dense else table
     launch(down_chunk_kernel, (triton.cdiv(size, cut.block_n) * most_blocks,))(
-        h, *sorted_pairs, down, down_scale, down_bias, given, size, inner,
-        GROUP=groups[1], BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
+        h, *sorted_pairs, table, scale, down_bias, given, size, inner,
+        GROUP=group, BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
         EVEN=inner % cut.block_k == 0, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     y = torch.empty_like(x)

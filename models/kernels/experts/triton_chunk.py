@@ -11,7 +11,7 @@ Names: token t, choice j of C, pair p = t * C + j, expert e of E, output n of N,
 import triton
 import triton.language as tl
 
-from tokenloop.models.kernels.experts.triton_groups import add_float4
+from tokenloop.models.kernels.experts.triton_groups import load_float4
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.dot import dot
 from tokenloop.models.kernels.linear.triton_epilogue import gated
@@ -89,6 +89,22 @@ def place_pairs_kernel(
     tl.store(slots_ptr + slots, p, mask=exists)
 
 
+@waits  # once it has the weights: kernels ahead may read what was where it writes
+@triton.jit
+def dequantize_float4_kernel(
+    w_ptr, scale_ptr, out_ptr, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """bfloat16 out [N, K] of BLOCK_N rows, which are all experts', and BLOCK_K inputs."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * BLOCK_K
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    weights = load_float4(w_ptr, scale_ptr, row, start, K, BLOCK_K, EVEN)
+    k = start + tl.arange(0, BLOCK_K)
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    tl.store(out_ptr + wait(0) + row[:, None] * K + k[None, :], weights, mask=mask)
+
+
 @triton.jit
 def find_tile(used_ptr, N, BLOCK_N: tl.constexpr):
     """A program's block of slots, its tile of BLOCK_N outputs, whether it has nothing to do, and
@@ -113,19 +129,21 @@ def load_tile(blocks_ptr, slots_ptr, block, tile, BLOCK_M: tl.constexpr, BLOCK_N
 
 
 @triton.jit
-def load_weights(ptr, offsets, k, K, EVEN: tl.constexpr, like):
-    """As load_inputs, in the dtype of what the pointer `like` is to: bfloat16 of float8."""
-    w = load_inputs(ptr, offsets, k, K, EVEN)
-    if ptr.dtype.element_ty != like.dtype.element_ty:
-        w = w.to(like.dtype.element_ty)
-    return w
-
-
-@triton.jit
-def add_dot(acc, w, x, scale_ptr, outputs, start, K, GROUP: tl.constexpr):
-    """acc [n, m] plus w [n, k] times x [k, m], whose inputs begin at `start`. With a GROUP the
-    product is multiplied by the scales of that group of the rows `outputs` [n]."""
-    if GROUP:
+def add_product(
+    acc, w_ptr, scale_ptr, outputs, offsets, x, start, k, K,
+    GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """acc [n, m] plus weights [n, k] times x [k, m], whose inputs begin at `start`. `outputs` [n]
+    counts all experts' rows, which begin at `offsets` [n, 1]. Weights are of x's dtype, float8,
+    whose products are multiplied by the scales of their GROUP if there is one, or float4."""
+    IS_FLOAT4: tl.constexpr = w_ptr.dtype.element_ty == tl.int16
+    if IS_FLOAT4:
+        w = load_float4(w_ptr, scale_ptr, outputs, start, K, x.shape[0], EVEN)
+    else:
+        w = load_inputs(w_ptr, offsets + k[None, :], k[None, :], K, EVEN)
+        if w.dtype != x.dtype:
+            w = w.to(x.dtype)
+    if GROUP and not IS_FLOAT4:
         scale = tl.load(scale_ptr + outputs * (K // GROUP) + start // GROUP)
         zeros = tl.zeros([w.shape[0], x.shape[1]], tl.float32)
         return acc + dot(w, x, zeros) * scale[:, None]
@@ -165,22 +183,13 @@ def gate_up_chunk_kernel(
     up_rows = gate_rows + tl.cast(N, tl.int64)
     gates = gate_rows[:, None] * K
     ups = gates + tl.cast(N, tl.int64) * K
-    IS_FLOAT4: tl.constexpr = w_ptr.dtype.element_ty == tl.int16
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if IS_FLOAT4:
-            gate = add_float4(
-                gate, w_ptr, scale_ptr, x_ptr, gate_rows, rows, start, K, BLOCK_K, EVEN
-            )
-            up = add_float4(up, w_ptr, scale_ptr, x_ptr, up_rows, rows, start, K, BLOCK_K, EVEN)
-        else:
-            k = start + tl.arange(0, BLOCK_K)
-            x = load_inputs(x_ptr, rows + k[:, None], k[:, None], K, EVEN)
-            gates_k = load_weights(w_ptr, gates + k[None, :], k[None, :], K, EVEN, x_ptr)
-            gate = add_dot(gate, gates_k, x, scale_ptr, gate_rows, start, K, GROUP)
-            ups_k = load_weights(w_ptr, ups + k[None, :], k[None, :], K, EVEN, x_ptr)
-            up = add_dot(up, ups_k, x, scale_ptr, up_rows, start, K, GROUP)
+        k = start + tl.arange(0, BLOCK_K)
+        x = load_inputs(x_ptr, rows + k[:, None], k[:, None], K, EVEN)
+        gate = add_product(gate, w_ptr, scale_ptr, gate_rows, gates, x, start, k, K, GROUP, EVEN)
+        up = add_product(up, w_ptr, scale_ptr, up_rows, ups, x, start, k, K, GROUP, EVEN)
     if not GROUP and scale_ptr is not None:
         scale_ptr += expert * 2 * N
         gate *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
@@ -217,16 +226,11 @@ def down_chunk_kernel(
     rows = read.to(tl.int64)[None, :] * K
     output_rows = expert * N + tl.minimum(n, N - 1)
     outputs = output_rows[:, None] * K
-    IS_FLOAT4: tl.constexpr = w_ptr.dtype.element_ty == tl.int16
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if IS_FLOAT4:
-            y = add_float4(y, w_ptr, scale_ptr, h_ptr, output_rows, rows, start, K, BLOCK_K, EVEN)
-        else:
-            k = start + tl.arange(0, BLOCK_K)
-            h = load_inputs(h_ptr, rows + k[:, None], k[:, None], K, EVEN)
-            w = load_weights(w_ptr, outputs + k[None, :], k[None, :], K, EVEN, h_ptr)
-            y = add_dot(y, w, h, scale_ptr, output_rows, start, K, GROUP)
+        k = start + tl.arange(0, BLOCK_K)
+        h = load_inputs(h_ptr, rows + k[:, None], k[:, None], K, EVEN)
+        y = add_product(y, w_ptr, scale_ptr, output_rows, outputs, h, start, k, K, GROUP, EVEN)
     if not GROUP and scale_ptr is not None:
         y *= tl.load(scale_ptr + expert * N + n, mask=n < N, other=0.0)[:, None]
     if bias_ptr is not None:

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from tokenloop.models.kernels.experts import packing
-from tokenloop.models.kernels.launch.dot import dot
 
 GROUP4 = tl.constexpr(packing.GROUP)
 WORDS = tl.constexpr(packing.WORDS)
@@ -27,6 +26,10 @@ if triton.knobs.runtime.interpret:
         values = ((values & 8) << 28) | ((values & 7) << 22)
         return (values.to(tl.float32, bitcast=True) * TO_FLOAT4).to(tl.bfloat16)
 
+    @triton.jit
+    def scaled_float4(words, exponents, INDEX: tl.constexpr):
+        return (float4(words, INDEX).to(tl.float32) * power(exponents)).to(tl.bfloat16)
+
 else:
     # Sign, exponent and mantissa come to their places, and 0x7E80 is 2^126. 0.5 is subnormal before
     # the product, which is exact.
@@ -37,12 +40,17 @@ else:
         and.b32 t, t, 0x01C001C0;
         lop3.b32 t, s, 0x80008000, t, 0xEA;
         mov.b32 s, 0x7E807E80;
-        mul.rn.bf16x2 $0, t, s;
+        mul.rn.bf16x2 $0, t, s;{then}
     }}"""
+    _SCALE = " mul.rn.bf16x2 $0, $0, $2;"
     _SHIFTS = "shl.b32 t, $1, 6;", "shl.b32 t, $1, 2;", "shr.b32 t, $1, 2;", "shr.b32 t, $1, 6;"
-    FLOAT4S = tl.constexpr(
-        tuple(" ".join(_FLOAT4.format(sign=12 - 4 * i, rest=_SHIFTS[i]).split()) for i in range(4))
-    )
+
+    def _floats(then: str) -> tl.constexpr:
+        """The instructions of each field."""
+        codes = (_FLOAT4.format(sign=12 - 4 * i, rest=_SHIFTS[i], then=then) for i in range(4))
+        return tl.constexpr(tuple(" ".join(code.split()) for code in codes))
+
+    FLOAT4S, SCALED_FLOAT4S = _floats(""), _floats(_SCALE)
 
     @triton.jit
     def float4(words, INDEX: tl.constexpr):
@@ -50,6 +58,19 @@ else:
         return tl.inline_asm_elementwise(
             FLOAT4S[INDEX], "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
         )
+
+    @triton.jit
+    def scaled_float4(words, exponents, INDEX: tl.constexpr):
+        """Field INDEX of int16 words times 2^(exponent - 127) of uint8 exponents, exact bfloat16.
+        The exponents broadcast to the words."""
+        exponents = exponents.to(tl.int32)
+        # 2^-127 is subnormal.
+        bits = tl.where(exponents == 0, 1 << 6, exponents << 7).to(tl.int16)
+        powers = tl.broadcast_to(bits.to(tl.bfloat16, bitcast=True), words.shape)
+        return tl.inline_asm_elementwise(
+            SCALED_FLOAT4S[INDEX], "=r,r,r", [words, powers], dtype=tl.bfloat16, is_pure=True,
+            pack=2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -98,16 +119,13 @@ def group_sums(
 
 
 @triton.jit
-def add_float4(
-    acc, w_ptr, scale_ptr, x_ptr, outputs, rows, start, K, BLOCK_K: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    """acc [n, m] plus weights times inputs from `start` on, BLOCK_K of them. `outputs` [n] counts
-    all experts' rows, and `rows` [1, m] are the offsets of the inputs' rows."""
+def load_float4(w_ptr, scale_ptr, rows, start, K, BLOCK_K: tl.constexpr, EVEN: tl.constexpr):
+    """bfloat16 weights [n, BLOCK_K] of the inputs from `start` on, in their order; zero beyond K.
+    `rows` [n] counts all experts' rows."""
     GROUPS: tl.constexpr = BLOCK_K // GROUP4
+    tl.static_assert(FIELDS == 4)
     g, i = tl.arange(0, GROUPS), tl.arange(0, WORDS)
-    w = tl.arange(0, GROUPS * WORDS)
-    inputs = w // WORDS * GROUP4 + w % WORDS
-    group = outputs[:, None] * (K // GROUP4) + start // GROUP4 + g[None, :]
+    group = rows[:, None] * (K // GROUP4) + start // GROUP4 + g[None, :]
     offsets = group[:, :, None] * WORDS + i[None, None, :]
     if EVEN:
         words, exponents = tl.load(w_ptr + offsets), tl.load(scale_ptr + group)
@@ -115,13 +133,9 @@ def add_float4(
         exists = start + g * GROUP4 < K
         words = tl.load(w_ptr + offsets, mask=exists[None, :, None], other=0)
         exponents = tl.load(scale_ptr + group, mask=exists[None, :], other=0)
-    powers = power(exponents)[:, :, None]
-    for j in tl.static_range(FIELDS):
-        k = start + j * WORDS + inputs
-        if EVEN:
-            x = tl.load(x_ptr + rows + k[:, None])
-        else:
-            x = tl.load(x_ptr + rows + k[:, None], mask=(k < K)[:, None], other=0.0)
-        values = (float4(words, j).to(tl.float32) * powers).to(tl.bfloat16)
-        acc = dot(tl.reshape(values, [outputs.shape[0], GROUPS * WORDS]), x, acc)
-    return acc
+    exponents = exponents[:, :, None]
+    first = tl.join(scaled_float4(words, exponents, 0), scaled_float4(words, exponents, 1))
+    last = tl.join(scaled_float4(words, exponents, 2), scaled_float4(words, exponents, 3))
+    # [n, group, word, field % 2, field // 2] to [n, group, field, word].
+    fields = tl.permute(tl.join(first, last), [0, 1, 4, 3, 2])
+    return tl.reshape(fields, [rows.shape[0], BLOCK_K])

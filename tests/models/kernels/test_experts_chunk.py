@@ -6,8 +6,13 @@ import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, ON_GPU, TOLERANCE
 from tests.models.kernels.test_experts import GROUPED, float8, grouped, made, options_of
-from tokenloop.models.kernels.experts import operator, reference
-from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, Tiles
+from tokenloop.models.kernels.experts import operator, packing, reference
+from tokenloop.models.kernels.experts.chunk_tiles import (
+    DENSE_PAIRS,
+    ChunkTiles,
+    Tiles,
+    chunk_tiles,
+)
 
 EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
 TOKENS = 333 if ON_GPU else 13
@@ -186,3 +191,21 @@ def test_experts_in_groups_are_those_of_their_floats(kind):
     one = (part[some].contiguous() for part in (x, *routed))
     few = operator.launch_experts_chunk(*one, *tables, counted(3), **options)
     assert torch.equal(few, actual[some])
+
+
+def test_float4_that_becomes_bfloat16_in_memory_gives_the_same_bits():
+    size, (tables, scales), floats = grouped("float4")
+    x, (_, routed) = made(TOKENS, size, dtype=torch.bfloat16), routed_of(TOKENS, torch.bfloat16)
+    cut = Tiles(64, 64, 2, 4)
+    given = x, *routed, *tables, counted(TOKENS)
+    within, dense = (
+        operator.launch_experts_chunk(*given, **scales, tiles=ChunkTiles(16, cut, cut, is_dense))
+        for is_dense in (False, True)
+    )
+    plain = [table.bfloat16() for table in floats]
+    tiles = ChunkTiles(16, cut, cut)
+    expected = operator.launch_experts_chunk(x, *routed, *plain, counted(TOKENS), tiles=tiles)
+    assert torch.equal(within, expected) and torch.equal(dense, expected)
+    pairs = DENSE_PAIRS * EXPERTS
+    assert chunk_tiles(pairs, EXPERTS, size, size, torch.bfloat16, packing.GROUP).dense
+    assert not chunk_tiles(pairs - 1, EXPERTS, size, size, torch.bfloat16, packing.GROUP).dense
