@@ -39,7 +39,7 @@ SLOW_FILES = {
     *("export/test_fused.py", "export/test_fused_hybrid.py", "export/test_launches.py"),
     *("export/test_gemma.py", "export/test_pte.py", "export/test_pte_cuda.py"),
     *("export/test_float8.py", "export/test_hub.py", "export/test_kept_artifact.py"),
-    "export/test_kept_experts.py",
+    *("export/test_kept_experts.py", "export/test_pooled.py"),
     *("export/test_qwen3.py", "export/test_qwen3_5.py", "export/test_selection.py"),
     *("export/test_wheel.py", "export/test_xnnpack.py", "export/test_xnnpack_graph.py"),
     *("export/test_xnnpack_kinds.py", "export/test_running_state.py"),

@@ -3,11 +3,13 @@ apart."""
 
 import pytest
 import torch
+from executorch.backends.xnnpack.operators.node_visitor import NodeVisitor
 from executorch.exir._serialize._cord import FileBackedData
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from torch import nn
 
 from tests.models.tiny_models import DENSE_NETWORKS, dense_network
+from tokenloop.export.pte import quantize
 from tokenloop.export.pte.lowered_layers import lower_layers
 from tokenloop.export.pte.quantize import QuantizedLinear
 from tokenloop.export.pte.xnnpack_regions import (
@@ -16,6 +18,7 @@ from tokenloop.export.pte.xnnpack_regions import (
     DelegatedRMSNorm,
     Head,
     InParts,
+    in_nibbles,
     in_parts,
     prepare,
     trace,
@@ -246,6 +249,20 @@ def test_layers_of_equal_bytes_keep_their_own_shapes(as_method):
     for layer in (a, b):
         layer.weight.fill_(0.5)
     run_both(as_method, a, b, random(1, 1, 64), random(1, 1, 32))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 32), (300, 33), (5, 9, 1)])
+def test_codes_of_4_bits_are_packed_as_by_executorch(shape, monkeypatch):
+    monkeypatch.setattr(quantize, "BLOCK_ELEMENTS", 64)
+    codes = torch.randint(-8, 8, shape, dtype=torch.int8)
+    packed = in_nibbles(codes)
+    expected = NodeVisitor.convert_to_qc4w(codes)
+    assert torch.equal(packed, expected) and packed.shape == expected.shape
+    # The bytes of the storage are what is written.
+    assert packed.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+    codes.view(-1)[-1] = 8
+    with pytest.raises(RuntimeError, match="above 7"):
+        in_nibbles(codes)
 
 
 def test_large_weights_wait_in_files_until_the_program_is_written(tmp_path):
