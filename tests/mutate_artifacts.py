@@ -2,8 +2,9 @@
 
 Each mutant is run by the command line in a process of its own. It must be refused in one line, or
 give the ids of the whole artifact. What must not be is counted: an end by a signal, a traceback, a
-run of more than 20 s, other ids, and anything read in a directory beside the artifact that has the
-same files. Mutant number N of a seed is always the same. The exit status is 1 if there was a fault.
+run of more than 20 s, other ids, memory beyond twice the artifact and what the whole one takes, and
+anything read in a directory beside the artifact that has the same files. Mutant number N of a seed
+is always the same. The exit status is 1 if there was a fault.
 """
 
 import argparse
@@ -29,8 +30,11 @@ from typing import NamedTuple
 from tests.artifact_mutants import MANIFEST, mutate
 
 ROOT = Path(__file__).resolve().parents[1]
-FAULTS = "signal", "traceback", "hang", "wrong ids", "read outside"
+FAULTS = "signal", "traceback", "hang", "wrong ids", "read outside", "memory"
 LIMIT_S = 20
+# Beyond twice the artifact and what the whole one takes: as much as torch takes, which is imported
+# for an artifact that says it is for a GPU.
+SLACK_MB = 256
 PROGRAM = "tokenloop run"
 IN_ACCESS, IN_OPEN = 1, 0x20  # sys/inotify.h
 ENGINES = {
@@ -108,9 +112,14 @@ def ids_of(run: Run) -> list | None:
         return None
 
 
-def fault_of(run: Run, expected: list | None) -> str | None:
+def fault_of(run: Run, expected: list | None, most_mb: float) -> str | None:
     """Which of FAULTS a run is, if any. `expected` are the whole artifact's ids, or None where
     others may be right."""
+    fault = _fault_of_end(run, expected)
+    return "memory" if fault is None and run.peak_mb > most_mb else fault
+
+
+def _fault_of_end(run: Run, expected: list | None) -> str | None:
     if run.status is None:
         return "hang"
     if run.status < 0:
@@ -145,6 +154,8 @@ def mutants(
             arguments.remove("--chat")
         shutil.copytree(outside, work)
         whole = run_forked(lambda: run.main(arguments, PROGRAM), Path(root))
+        size = sum(file.stat().st_size for file in work.iterdir())
+        most_mb = whole.peak_mb + 2 * size / 2**20 + SLACK_MB
         expected = ids_of(whole)
         if expected is None:
             raise SystemExit(f"the whole artifact does not run: {whole.errors}")
@@ -154,7 +165,7 @@ def mutants(
             kind, is_damage = mutate(work, outside, Random(f"{seed} {number}"))
             watch = Watch(outside)
             found = run_forked(lambda: run.main(arguments, PROGRAM), Path(root))
-            fault = fault_of(found, expected if is_damage else None)
+            fault = fault_of(found, expected if is_damage else None, most_mb)
             if watch.seen():
                 fault = "read outside"
             watch.close()
@@ -163,7 +174,8 @@ def mutants(
             counts.setdefault(kind, Counter())[outcome] += 1
             if fault:
                 faults[fault] += 1
-                report(number, fault, f"{kind}: {found.output}{found.errors}")
+                told = f"{kind}, {found.peak_mb:.0f} MB: {found.output}{found.errors}"
+                report(number, fault, told)
     return {
         "mutants": len(numbers), "seed": seed, "faults": {name: faults[name] for name in FAULTS},
         "refused": sum(c["refused"] for c in counts.values()),

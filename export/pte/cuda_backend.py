@@ -180,7 +180,7 @@ def build_program(
     with ExitStack() as stack:
         if fits_beside(model, len(lists := groups(names))):
             progress("starting processes")
-            beside = SideBySide(lower_for_one, model, lists, directory)
+            beside = stack.enter_context(SideBySide(lower_for_one, model, lists, directory))
             compiled = beside.preprocess_multimethod
             stack.enter_context(replaced(CudaBackend, "preprocess_multimethod", compiled))
         edge = lower(model, names, constants, progress)

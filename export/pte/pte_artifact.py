@@ -149,7 +149,10 @@ class CudaPteArtifact:
 
         constants = metadata(model, tokenizer)
         path = directory / "model.pte"
-        with TemporaryDirectory(dir=directory, prefix="methods-") as place:
+        # Killed compilers may have begun a file.
+        with TemporaryDirectory(
+            dir=directory, prefix="methods-", ignore_cleanup_errors=True
+        ) as place:
             program, methods = build_program(model, constants, progress, Path(place))
             progress("writing")
             weights = write_program(program, path)

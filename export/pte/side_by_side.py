@@ -33,6 +33,8 @@ from torch.export import ExportedProgram
 from tokenloop.export.background import end_with_parent, interrupts_for_this_process
 from tokenloop.export.errors import ExportError
 
+# What a process that has sent everything gets to end.
+END_S = 10
 # Compiles what the methods of these names are traced to: build_program's way through ExecuTorch.
 Lower = Callable[[nn.Module, list[str]], Any]
 
@@ -62,21 +64,34 @@ class Keeping(CudaWeightCollector):
 
 class SideBySide:
     """Processes that compile the methods of a model, a list of names each. `directory` is for their
-    files and outlives what is made of the program."""
+    files and outlives what is made of the program. After a `with` none of them is left to write
+    there: they end by themselves, or are killed."""
 
     def __init__(self, lower: Lower, model: nn.Module, lists: list[list[str]], directory: Path):
         file = directory / "model.pt"
         torch.save(model, file)
         threads = max(2, (os.cpu_count() or 1) // 3)
         context = multiprocessing.get_context("spawn")
-        self._results = {}
+        self._results, self._processes = {}, []
         with interrupts_for_this_process():
             for names in lists:
                 results, sender = context.Pipe(duplex=False)
                 arguments = sender, lower, file, names, directory, threads
-                context.Process(target=_compile_and_send, args=arguments, daemon=True).start()
+                process = context.Process(target=_compile_and_send, args=arguments, daemon=True)
+                process.start()
                 sender.close()
+                self._processes.append(process)
                 self._results |= dict.fromkeys(names, results)
+
+    def __enter__(self) -> "SideBySide":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        for process in self._processes:
+            if kind is None:
+                process.join(END_S)
+            process.kill()
+            process.join()
 
     def preprocess_multimethod(
         self, programs: dict[str, list[ExportedProgram]],

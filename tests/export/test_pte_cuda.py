@@ -3,6 +3,9 @@ them is looked at here, with the methods as CudaBackend is given them in the pla
 
 import ctypes
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import tempfile
 from collections import Counter
@@ -304,9 +307,18 @@ def test_methods_compiled_side_by_side_are_those_compiled_one_after_the_other(
 
 
 def test_what_a_process_refuses_is_refused_here(tmp_path):
-    beside = SideBySide(refuse_here, torch.nn.Linear(1, 1), [["embed"]], tmp_path)
-    with pytest.raises(ExportError, match="the method embed needs at::a, which"):
+    lists = [["embed"], ["decode"], ["prefill"]]
+    message = "the method embed needs at::a, which"
+    with (
+        pytest.raises(ExportError, match=message),
+        SideBySide(refuse_here, torch.nn.Linear(1, 1), lists, tmp_path) as beside,
+    ):
+        assert len(multiprocessing.active_children()) == 3
+        for process in beside._processes[1:]:
+            os.kill(process.pid, signal.SIGSTOP)
         beside.preprocess_multimethod({"embed": [None]}, {})
+    # Those that would have gone on are killed.
+    assert multiprocessing.active_children() == []
 
 
 LINKED = """

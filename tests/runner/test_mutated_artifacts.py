@@ -43,11 +43,13 @@ def test_a_hundred_damaged_artifacts_end_well(once):
         (Run(1, "", "Traceback (most recent call last):\n", 1.0), "traceback"),
         (Run(-signal.SIGSEGV, "", LINE, 1.0), "signal"),
         (Run(None, OUTPUT, "", 1.0), "hang"),
+        (Run(2, "", LINE, 50.1), "memory"),
+        (Run(0, OUTPUT, "", 50.1), "memory"),
     ],
 )
 def test_each_fault_is_seen(run, fault):
-    assert fault_of(run, IDS) == fault
-    assert fault_of(run, None) == (None if run.output == OUTPUT.replace("2", "3") else fault)
+    assert fault_of(run, IDS, 50) == fault
+    assert fault_of(run, None, 50) == (None if run.output == OUTPUT.replace("2", "3") else fault)
 
 
 def test_how_a_process_ends_is_seen(tmp_path, monkeypatch):
