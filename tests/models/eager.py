@@ -17,7 +17,7 @@ def prefill(
 ) -> list[torch.Tensor]:
     """Logits after each chunk of a prompt from position 0, in chunks that end at `ends`."""
     rows = [] if row is None else [torch.tensor([row])]
-    with torch.no_grad():
+    with torch.inference_mode():
         return [
             model.prefill(tokens[:, start:end], torch.arange(start, end), *rows)
             for start, end in pairwise([0, *ends])
@@ -35,7 +35,7 @@ def generate(
     length = tokens.shape[1]
     rows = prefill(model, tokens, even_ends(length, model.max_chunk))[-1:]
     ids = [rows[-1].argmax().item()]
-    with torch.no_grad():
+    with torch.inference_mode():
         for position in range(length, length + steps - 1):
             rows.append(model.decode(torch.tensor([[ids[-1]]]), torch.tensor([position])))
             ids.append(rows[-1].argmax().item())
@@ -44,7 +44,7 @@ def generate(
 
 def feed(model: torch.nn.Module, tokens: torch.Tensor, start: int) -> list[torch.Tensor]:
     """Logits after each of tokens int64 [1, T] from position `start` on, which come in steps."""
-    with torch.no_grad():
+    with torch.inference_mode():
         return [
             model.decode(tokens[:, [position]], torch.tensor([position]))
             for position in range(start, tokens.shape[1])
@@ -82,7 +82,7 @@ class Batch:
         for _ in range(count):
             token = torch.tensor([text[-1:] or [0] for text in self.texts])
             position = torch.tensor([max(len(text) - 1, 0) for text in self.texts])
-            with torch.no_grad():
+            with torch.inference_mode():
                 logits = self.model.decode(token, position)
             for row, text in enumerate(self.texts):
                 if text:
@@ -91,7 +91,7 @@ class Batch:
     def check(self, row: int) -> None:
         """That the row's ids and logits are those of transformers, given this row's text alone."""
         text, logits = self.texts[row], self.logits[row]
-        with torch.no_grad():
+        with torch.inference_mode():
             expected = self.reference(torch.tensor([text])).logits[0, -len(logits) - 1 : -1]
         assert text[-len(logits) :] == expected.argmax(-1).tolist()
         assert_near(torch.cat(logits), expected)
