@@ -16,9 +16,9 @@ NEWEST_CHUNKS = 100
 # then other sizes are expected to take what was measured of them, but for DRIFT.
 NOISE = 1.5
 DRIFT = 1.2
-# Rows may stand still for longer than was expected: what is far in its prompt takes longer, and what
-# follows a chunk takes time, too. Of so many stalls, the newest, no more than one may be too long.
-# But no more than this factor is put down to that: it may have been another process.
+# Rows may stand still for longer than was expected: what is far in its prompt takes longer, and so
+# does what follows a chunk. Of so many stalls, the newest, no more than one may be too long. But no
+# more than this factor is put down to that: it may have been another process.
 NEWEST_STALLS = 100
 MOST_OVERRUN = 1.25
 
