@@ -16,6 +16,11 @@ NEWEST_CHUNKS = 100
 # then other sizes are expected to take what was measured of them, but for DRIFT.
 NOISE = 1.5
 DRIFT = 1.2
+# Rows may stand still for longer than was expected: what is far in its prompt takes longer, and so
+# does what follows a chunk. Of so many stalls, the newest, no more than one may be too long. But no
+# more than this factor is put down to that: it may have been another process.
+NEWEST_STALLS = 100
+MOST_OVERRUN = 1.25
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,24 @@ class Pace:
         self._newest: dict[int, int] = {}
         self._count = 0
         self._steps: deque[float] = deque(maxlen=NEWEST_STEPS)
+        # The tokens that were given last, and the seconds that they were given for. Of chunks that
+        # had all of them by what factor rows stood still for longer, until the next step began.
+        self._given: tuple[int, float] = 0, 0.0
+        self._overruns: deque[float] = deque(maxlen=NEWEST_STALLS)
+        # The newest of these chunks that is done, while no step after it is: the mark before it,
+        # and its seconds.
+        self._stall: tuple[Any, float] | None = None
         # What was submitted and may not be done: tokens of a chunk or None for steps, how many
-        # steps, and the program's marks before and behind it.
-        self._submitted: deque[tuple[int | None, int, Any, Any]] = deque()
+        # steps or for how many seconds the chunk was given, if it has all that was given, and the
+        # program's marks before and behind it.
+        self._submitted: deque[tuple[int | None, float, Any, Any]] = deque()
 
     def add_chunk(self, tokens: int, begin: Any, end: Any) -> None:
         """A chunk of so many tokens runs between two marks of the program."""
-        self._submitted.append((tokens, 1, begin, end))
+        given, seconds = self._given
+        # The fewest that a chunk can have may take longer than there is time for.
+        is_full = tokens == given > self._unit
+        self._submitted.append((tokens, seconds if is_full else 0.0, begin, end))
 
     def add_steps(self, count: int, begin: Any, end: Any) -> None:
         """So many steps run between two marks."""
@@ -66,7 +82,13 @@ class Pace:
         """How many tokens of prompts take no longer than that: at least the fewest that a chunk can
         have if its prompt goes on."""
         self._learn()
-        return max(1, self._size(seconds)) * self._unit
+        if self._overruns:
+            # The second one is the longest but for one.
+            overrun = sorted(self._overruns)[-2:][0]
+            seconds /= min(max(1.0, overrun), MOST_OVERRUN)
+        tokens = max(1, self._size(seconds)) * self._unit
+        self._given = tokens, seconds
+        return tokens
 
     def _size(self, seconds: float) -> int:
         """As `tokens`, in units, rounded down.
@@ -93,15 +115,20 @@ class Pace:
     def _learn(self) -> None:
         """Note the times of what is done by now."""
         while self._submitted:
-            tokens, count, begin, end = self._submitted[0]
+            tokens, given, begin, end = self._submitted[0]
             seconds = self._program.seconds(begin, end)
             if seconds is None:
                 return
             self._submitted.popleft()
             if tokens is None:
-                self._steps.append(seconds / count)
+                self._steps.append(seconds / given)
+                if self._stall is not None:
+                    stalled_at, wanted = self._stall
+                    self._overruns.append(self._program.seconds(stalled_at, begin) / wanted)
+                    self._stall = None
             else:
                 self._note_chunk(-(-tokens // self._unit), seconds)
+                self._stall = (begin, given) if given else None
 
     def _note_chunk(self, size: int, seconds: float) -> None:
         """Where one size takes longer than before, such as far from the beginning of a prompt, so

@@ -203,6 +203,41 @@ def test_sizes_settle_where_there_is_time_for_them_whatever_was_measured_before(
     assert max(newest) <= most + 1
 
 
+def test_a_stall_that_was_longer_than_was_expected_makes_the_next_ones_shorter():
+    program = TimedProgram(1, chunk_s, STEP_S)
+    program.reached_s = float("inf")
+
+    def sizes(pace, count, overrun, share=1):
+        """Of chunks that take a second for MULTIPLE tokens, and what follows them so much more of
+        the 40 s that there are."""
+        found = []
+        for _ in range(count):
+            found.append(pace.tokens(40) // MULTIPLE)
+            tokens = int(found[-1] * share) * MULTIPLE
+            taken = tokens / MULTIPLE
+            pace.add_chunk(tokens, 0.0, taken)
+            pace.add_steps(1, taken * overrun, taken * overrun + 1)
+        return found
+
+    pace = Pace(program)
+    assert sizes(pace, 30, 1)[-1] == 40
+    assert sizes(pace, 3, 1.1)[-1] in (36, 37)
+    # It is forgotten, and what may be another process is not all put down to it.
+    assert sizes(pace, 120, 1)[-1] == 40
+    assert sizes(pace, 3, 9)[-1] == 32
+    # A chunk that had less than there was time for says nothing.
+    pace = Pace(program)
+    sizes(pace, 30, 1)
+    assert sizes(pace, 3, 1.1, 0.9)[-1] == 40
+    # Nor does the least one, of which there may be no time for any.
+    pace = Pace(program)
+    for _ in range(9):
+        assert pace.tokens(0.1) == MULTIPLE
+        pace.add_chunk(MULTIPLE, 0.0, 1.0)
+        pace.add_steps(1, 1.0, 2.0)
+    assert not pace._overruns
+
+
 def test_the_time_of_a_step_is_that_of_the_newest_ones():
     program = TimedProgram(1, chunk_s, STEP_S)
     pace = Pace(program)
