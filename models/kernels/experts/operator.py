@@ -141,11 +141,13 @@ def _run(
     )
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
     cut = gate_up_tiles(size, groups[0])
-    programs, ahead = triton.cdiv(inner, cut.block_n), None if rows > FEW_ROWS else tables.down
+    programs, next_size = triton.cdiv(inner, cut.block_n), tables.down.nbytes // experts
+    # What a matrix begins with is asked for by multiples of 16 bytes.
+    ahead = None if rows > FEW_ROWS or next_size % 16 else tables.down
     launch(gate_up_kernel, (programs, rows * count))(
         x, choice.scores, choice.scales, chosen, weights, tables.gate_up, tables.gate_up_scale,
         tables.gate_up_bias, h, ahead, inner, size, experts, _width(choice.scores),
-        tables.down[0].nbytes, ahead_chunk(tables.down[0], programs),
+        next_size, ahead_chunk(next_size, programs),
         ACTIVATION=tables.activation, C=count, NORMALIZED=choice.normalized, GROUP=groups[0],
         BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_C=triton.next_power_of_2(count), num_warps=cut.warps,
