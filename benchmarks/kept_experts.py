@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.cuda_common import median_us, origin
 from tokenloop.models.kernels.experts import operator, packing
 from tokenloop.models.kernels.experts.chunk_tiles import ChunkTiles, Tiles
+from tokenloop.models.kernels.experts.step_tiles import StepTiles, down_tiles
 
 BANDWIDTH = 4.2e12
 ERROR = 1e-2  # of the largest value
@@ -130,8 +131,10 @@ def main() -> int:
             print(f"{tokens:>6}  {kind:<16}{floor:>8.1f}{us:>9.1f} us{us / floor:>7.2f} x floor")
     if options.sweep:
         for block_n, most in SWEPT:
-            operator.BLOCK_N = block_n
-            operator._block_k = lambda inputs, group, most=most: most
+            cut = StepTiles(block_n, most, 4)
+            operator.gate_up_tiles = lambda inputs, group, cut=cut: cut
+            # Without groups all of a row's experts are in a program at once.
+            operator.down_tiles = lambda *given, cut=cut: cut if given[-1] else down_tiles(*given)
             rows.append({"block_n": block_n, "block_k": most, "us": times(work, 1)})
             cut = ", ".join(f"{kind} {us:.1f}" for kind, us in rows[-1]["us"].items())
             print(f"a step with {block_n} outputs, {most} inputs: {cut}")

@@ -30,13 +30,12 @@ from tokenloop.models.kernels.embedding.operator import (
     last_tokens,
 )
 from tokenloop.models.kernels.experts.operator import (
-    add_norm_scores,
     experts,
     experts_chunk,
-    fits_one_launch,
     route,
     route_experts,
 )
+from tokenloop.models.kernels.experts.scores_operator import add_norm_scores, fits_one_launch
 from tokenloop.models.kernels.gated_delta_rule.operator import (
     gated_delta_rule_chunk,
     gated_delta_rule_update,

@@ -1,7 +1,6 @@
 """Routed experts on CUDA: only those that are chosen are read.
 
-add_norm_scores 1 launch, and one of the norm for many rows
-route           1
+route           1 launch
 experts         2: gate and up with the activation, then down with the weighted sum
 route_experts   the same, and `route` for many rows
 experts_chunk   6: count, cut and place the tokens' choices by expert; gate and up; down; the
@@ -27,18 +26,12 @@ from tokenloop.models.kernels.experts.triton_chunk import (
     place_pairs_kernel,
     weigh_kernel,
 )
-from tokenloop.models.kernels.experts.triton_scores import scores_kernel
 from tokenloop.models.kernels.launch import check_contiguous
 from tokenloop.models.kernels.launch.dependent_launch import ahead_chunk
 from tokenloop.models.kernels.launch.launches import launch, operator
-from tokenloop.models.kernels.linear.linear_tiles import SHARED_NORM
-from tokenloop.models.kernels.rms_norm.operator import Norm, launch_norm
 
 # With more rows than this each program of the first products would route too much.
 FEW_ROWS = 4
-# Rows whose scores are made in the launch of their norm have at most so many inputs, and a program
-# makes so many scores, or gates and ups.
-MOST_INPUTS, SCORES_N = 2048, 4
 
 # Pairs of a token and a choice that one program counts, and that one places.
 COUNTED, PLACED = 1024, 256
@@ -76,48 +69,6 @@ def _route(
         num_warps=1,
     )  # fmt: skip
     return chosen, weights
-
-
-def fits_one_launch(size: int) -> bool:
-    """Whether `add_norm_scores` takes rows of that size."""
-    return size <= MOST_INPUTS
-
-
-@operator("add_norm_scores")
-def add_norm_scores(
-    x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
-    norm_weight: Tensor, weight: Tensor, gate_up: Tensor | None, activation: str, *, eps: float,
-    offset: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See reference.add_norm_scores. Raises ValueError for weights of another dtype than x's, for
-    rows that `fits_one_launch` does not take, and for what is not contiguous."""
-    check_contiguous(x=x, branch=branch, weight=weight, gate_up=gate_up)
-    rows, size = x.shape
-    other = any(each is not None and each.dtype != x.dtype for each in (weight, gate_up))
-    if size > MOST_INPUTS or other:
-        raise ValueError(
-            f"{size} inputs of {x.dtype}, weights of {weight.dtype}: at most {MOST_INPUTS} inputs, "
-            "of the weights' dtype, are right"
-        )
-    norm, total, normed = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar), None, x
-    if rows > SHARED_NORM:
-        total, normed = launch_norm(x, norm)
-    outputs, inner = len(weight), 0 if gate_up is None else len(gate_up) // 2
-    scores, gated = (
-        torch.empty(rows, count, dtype=x.dtype, device=x.device) for count in (outputs, inner)
-    )
-    tensors = (None,) * 4
-    given, is_normed = normed, total is not None
-    if not is_normed:
-        total, normed, tensors = torch.empty_like(x), torch.empty_like(x), (*norm[3:], norm_weight)
-    tiles = triton.cdiv(outputs, SCORES_N) + triton.cdiv(inner, SCORES_N)
-    launch(scores_kernel, (rows * tiles,))(
-        given, *tensors, weight, gate_up, None if is_normed else total,
-        None if is_normed else normed, scores, gated, rows, outputs, inner, size, eps, offset,
-        NORM=not is_normed, ACTIVATION=activation, BLOCK_N=SCORES_N,
-        BLOCK_K=triton.next_power_of_2(size), num_warps=4,
-    )  # fmt: skip
-    return total, normed, scores, gated
 
 
 @operator("experts")
@@ -193,11 +144,13 @@ def _run(
     )
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
     cut = gate_up_tiles(size, groups[0])
-    programs, ahead = triton.cdiv(inner, cut.block_n), None if rows > FEW_ROWS else tables.down
+    programs, next_size = triton.cdiv(inner, cut.block_n), tables.down.nbytes // experts
+    # What a matrix begins with is asked for by multiples of 16 bytes.
+    ahead = None if rows > FEW_ROWS or next_size % 16 else tables.down
     launch(gate_up_kernel, (programs, rows * count))(
         x, choice.scores, choice.scales, chosen, weights, tables.gate_up, tables.gate_up_scale,
         tables.gate_up_bias, h, ahead, inner, size, experts, _width(choice.scores),
-        tables.down[0].nbytes, ahead_chunk(tables.down[0], programs),
+        next_size, ahead_chunk(next_size, programs),
         ACTIVATION=tables.activation, C=count, NORMALIZED=choice.normalized, GROUP=groups[0],
         BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_C=triton.next_power_of_2(count), num_warps=cut.warps,

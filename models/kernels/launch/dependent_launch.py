@@ -81,9 +81,9 @@ def waits(kernel: triton.JITFunction) -> triton.JITFunction:
 LINES = tl.constexpr(32)
 
 
-def ahead_chunk(weight: torch.Tensor, programs: int) -> int:
-    """Bytes of a line, of which LINES are each program's share of a matrix."""
-    share = -(-weight.numel() * weight.element_size() // (programs * LINES.value))
+def ahead_chunk(size: int, programs: int) -> int:
+    """Bytes of a line, of which LINES are each program's share of `size` bytes."""
+    share = -(-size // (programs * LINES.value))
     return -(-share // 16) * 16
 
 
@@ -158,7 +158,7 @@ else:
 def ask_ahead(ptr, program, size, chunk):
     """int32 0. Asks L2 for the program's share, LINES of `chunk` bytes, of `size` bytes of weights
     that a later kernel reads: the memory would be idle until that one begins. What is left behind
-    the last whole line is not asked for."""
+    the last whole line is not asked for. The weights begin at a multiple of 16 bytes."""
     begin = program * LINES * chunk
     count = tl.minimum(tl.maximum(size - begin, 0) // chunk, LINES)
     bytes_of: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8

@@ -84,7 +84,7 @@ def launch_linear(
     words = words_of(weight)
     next_size, chunk = 0, 0
     if ahead is not None:
-        next_size, chunk = ahead.nbytes, ahead_chunk(ahead, grid[0] * grid[1])
+        next_size, chunk = ahead.nbytes, ahead_chunk(ahead.nbytes, grid[0] * grid[1])
     launch(dot_kernel, grid)(
         x, words, scale, bias, partial, semaphores, y, ahead,
         rows, outputs, inputs, words.shape[1], steps, soft_cap, next_size, chunk, BITS=bits,

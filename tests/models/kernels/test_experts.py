@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.models.kernels.checking import DEVICE, DTYPES, EPS, ON_GPU, TOLERANCE
-from tokenloop.models.kernels.experts import operator, packing, reference
+from tokenloop.models.kernels.experts import operator, packing, reference, scores_operator
 from tokenloop.models.kernels.experts.triton import down_kernel
 from tokenloop.models.kernels.experts.triton_chunk import down_chunk_kernel
 from tokenloop.models.kernels.launch.launches import launch
@@ -99,18 +99,19 @@ def test_the_first_products_route_as_a_launch_of_its_own_does(rows, dtype, norma
     shared_down = made(SIZE, 11, dtype=dtype, seed=9) / 11**0.5
     routing, beside = (CHOICES, normalized, scales), {"shared": hidden, "shared_down": shared_down}
     actual = operator.route_experts(x, scores, *routing, *weights_of(dtype), **beside)
-    routed = operator.route(scores, EXPERTS, CHOICES, normalized, None, scales)
-    given = x, *routed, *weights_of(dtype), hidden, scores
-    assert torch.equal(actual, operator.experts(*given, shared_down=shared_down))
     expected = reference.route_experts(x, scores, *routing, *weights_of(dtype), **beside)
     tolerance = TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=tolerance)
-    without = operator.route_experts(x, scores, *routing, *weights_of(dtype))
-    assert not torch.allclose(actual, without, rtol=0.05, atol=0.05)
-    row = operator.route_experts(
-        x[-1:], scores[-1:], *routing, *weights_of(dtype), hidden[-1:], shared_down=shared_down
-    )
-    assert torch.equal(row, actual[-1:])
+    # Of few rows the first products find out which experts are chosen, of many a launch ahead does.
+    if rows > operator.FEW_ROWS:
+        row = operator.route_experts(
+            x[-1:], scores[-1:], *routing, *weights_of(dtype), hidden[-1:], shared_down=shared_down
+        )
+        assert torch.equal(row, actual[-1:])
+        return
+    routed = operator.route(scores, EXPERTS, CHOICES, normalized, None, scales)
+    given = x, *routed, *weights_of(dtype), hidden, scores
+    assert torch.equal(actual, operator.experts(*given, shared_down=shared_down))
 
 
 @pytest.mark.parametrize("inner", [INNER, 0])
@@ -121,19 +122,17 @@ def test_scores_come_with_the_norm_and_with_what_all_rows_have(dtype, inner):
     weight = made(EXPERTS + 1, SIZE, dtype=dtype, seed=4) / SIZE**0.5
     gate_up = made(2 * inner, SIZE, dtype=dtype, seed=5) / SIZE**0.5 if inner else None
     given, options = (post, None, norm, weight, gate_up, "gelu_tanh"), {"eps": EPS, "offset": 1.0}
-    actual = operator.add_norm_scores(x, branch, *given, **options)
+    actual = scores_operator.add_norm_scores(x, branch, *given, **options)
     expected = reference.add_norm_scores(x, branch, *given, **options)
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape and one.dtype == dtype
         torch.testing.assert_close(one, other, rtol=2 * TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
     for few in (1, 3):
-        rows = operator.add_norm_scores(x[-few:], branch[-few:], *given, **options)
+        rows = scores_operator.add_norm_scores(x[-few:], branch[-few:], *given, **options)
         assert all(torch.equal(one, other[-few:]) for one, other in zip(rows, actual))
-    with pytest.raises(
-        ValueError, match=r"2049 inputs of torch.float32: weights of .* at most 2048 inputs"
-    ):
+    with pytest.raises(ValueError, match=r"2049 inputs of torch.float32, .* at most 2048 inputs"):
         wide = made(1, 2049)
-        operator.add_norm_scores(wide, wide, None, None, norm, weight, None, "silu", eps=EPS)
+        scores_operator.add_norm_scores(wide, wide, None, None, norm, weight, None, "silu", eps=EPS)
 
 
 def options_of(activation: str, dtype) -> dict:
