@@ -29,7 +29,7 @@ class ChunkTiles(NamedTuple):
 
 # With so many pairs an expert float4 becomes bfloat16 in memory, once for all of them, and not
 # again in every program.
-DENSE_PAIRS = 128
+DENSE_PAIRS = 288
 
 
 def chunk_tiles(

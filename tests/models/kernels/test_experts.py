@@ -48,7 +48,7 @@ def test_each_expert_s_scale_multiplies_its_weight(dtype):
     expected, expected_weights = reference.route(scores, EXPERTS, CHOICES, True, None, scales)
     assert torch.equal(chosen, expected)
     torch.testing.assert_close(weights, expected_weights, rtol=TOLERANCE[dtype], atol=1e-6)
-    assert weights.min() < 0 and (weights.float().sum(-1) - 1).abs().min() > 0.01
+    assert weights.min() < 0 and (weights.float().sum(-1) - 1).abs().min() > 1e-3
 
 
 def test_a_row_of_nan_chooses_experts_that_exist():
