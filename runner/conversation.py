@@ -14,7 +14,8 @@ from tokenloop.runner.errors import RunnerError
 # gpt-oss's the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Ends what of the last message is continued. A template that trims messages takes the space off.
-OPEN_END = "THE-TEXT-GOES-ON-HERE-3f1c "
+# It is transformers' own, for templates look for it (LFM2.5's writes the message's calls before).
+OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class Conversation:
                 "continued: leave continue_final_message out"
             )
         kept = text[:end] if text.startswith(OPEN_END, end) else text[:end].rstrip()
+        if OPEN_END.strip() in str(self.messages):
+            return kept
         # A template may write the last message twice.
         return kept.replace(OPEN_END, "").replace(OPEN_END.strip(), "")
 

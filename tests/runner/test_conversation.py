@@ -2,9 +2,11 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
+from tokenloop.runner.chat_template import ChatTemplate
 from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.prompts import KEYS, read_requests
@@ -85,6 +87,26 @@ def test_what_is_continued_ends_the_text(message):
     assert asked.finish(f"<s>{text.strip()}</s>") == "<s>ab"
     with pytest.raises(RunnerError, match="leaves out or changes the last message|in parts"):
         asked.finish("<s></s>")
+
+
+def test_a_template_may_look_for_the_end_of_what_is_continued():
+    """As that of LFM2.5 does. The text is transformers', also of words that name the mark."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = (
+        "{% set mark = 'CONTINUE_FINAL_MESSAGE_TAG ' %}{% for m in messages %}"
+        "{% if m.content.endswith(mark) %}{{ m.content[:-(mark | length)] }}[calls]{{ mark }}"
+        "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+    )
+    template = ChatTemplate(Path("chat.jinja"), source.encode())
+    for words in ("hi", "CONTINUE_FINAL_MESSAGE_TAG is"):
+        messages = [USER | {"content": words}, {"role": "assistant", "content": "ab"}]
+        asked = Conversation(messages, continue_final_message=True)
+        ((expected,), _) = render_jinja_template(
+            [messages], chat_template=source, continue_final_message=True
+        )
+        assert asked.finish(template.render(asked.context())) == expected
+        assert expected == f"{words}</s>ab[calls]"
 
 
 @pytest.mark.parametrize("text", ["<s>a</s>", f"<s>{PARTS['content']}</s>", "<s>"])
