@@ -14,7 +14,9 @@ FILES = [
     "config.json", "generation_config.json", "model.safetensors.index.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "modules.json", "*_Pooling/config.json",
+    "additional_chat_templates/*.jinja", "modules.json", "*_Pooling/config.json",
+    # Refused, as it is in a directory.
+    "adapter_config.json",
 ]  # fmt: skip
 
 

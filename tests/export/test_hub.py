@@ -7,12 +7,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.tiny_checkpoints import write_directory
 from tokenloop.export import hub
+from tokenloop.export.checkpoint import open_checkpoint
+from tokenloop.export.checkpoint.tokenizer_files import write_tokenizer
 from tokenloop.export.errors import ExportError
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -171,6 +175,31 @@ def test_what_cannot_be_got_is_said_in_one_line(find):
     # Nobody listens there.
     (line,) = find("some/single", HF_ENDPOINT="http://127.0.0.1:9")
     assert line.startswith("error: some/single does not exist here, and cannot be got")
+
+
+def test_whatever_an_export_looks_for_is_fetched(tmp_path, monkeypatch):
+    """Otherwise a model of the hub is another one than the same files in a directory."""
+    path = write_directory(tmp_path / "model", "llama", "tokenizer.json", sharded=True)
+    asked = set()
+
+    def listen(name):
+        method = getattr(Path, name)
+
+        def recorded(own, *arguments):
+            found = own.joinpath(*arguments)
+            if found.is_relative_to(path):
+                asked.add(str(found.relative_to(path)))
+            return method(own, *arguments)
+
+        monkeypatch.setattr(Path, name, recorded)
+
+    for name in ("is_file", "glob"):
+        listen(name)
+    write_tokenizer(open_checkpoint(path), tmp_path)
+    # The index says which weights.
+    asked -= {"model.safetensors", "model-1-of-2.safetensors", "model-2-of-2.safetensors"}
+    assert {"adapter_config.json", "additional_chat_templates/*.jinja"} < asked
+    assert [name for name in asked if not any(fnmatch(name, known) for known in hub.FILES)] == []
 
 
 def test_a_path_that_exists_is_taken(tmp_path, monkeypatch):
