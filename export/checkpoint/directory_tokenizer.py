@@ -53,6 +53,8 @@ SETTINGS = KINDS | {
     "legacy": FLAG,
     "chat_template": either(TEXT, list_of(NAMED_TEMPLATE, "objects with a name and a template")),
 }
+# What transformers makes of any tokenizer.json, without tokens of its own.
+GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 IDS = {name: FIELDS[name] for name in ("bos_token_id", "eos_token_id")}
 
 
@@ -96,9 +98,11 @@ def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> tuple[dict[str, A
     bos_id = next((value for value in bos_ids if value is not None), None)
     eos_ids = {value for config in configs for value in id_list(config.get("eos_token_id"))}
     eos_ids.update(id_list(ids.get("eos_token")))
-    # A key of tokenizer_config.json wins even if it is null (Qwen): transformers then has no token.
+    # A key of tokenizer_config.json wins even if it is null (Qwen): transformers then has no token,
+    # and none by default in a class for all models.
+    is_general = tokenizer is not None and settings.get("tokenizer_class") in GENERAL_CLASSES
     for key, token_id in (("bos_token", bos_id), ("eos_token", min(eos_ids, default=None))):
-        if key not in settings and key not in named:
+        if key not in settings and key not in named and not is_general:
             text = vocabulary.text_of(token_id)
             named |= {} if text is None else {key: text}
     if tokenizer is not None:

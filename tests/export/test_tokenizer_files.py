@@ -279,6 +279,17 @@ def test_ids_without_a_tokenizer_config_come_with_their_strings(source):
     assert entry["special_tokens"] == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_class_for_all_models_has_no_bos_that_no_file_names(source, name):
+    """A template that writes bos_token writes nothing then, in transformers as well."""
+    tokenizer_json(source)
+    write_json(source, "tokenizer_config.json", {"tokenizer_class": name, "eos_token": "</s>"})
+    config = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}
+    write_json(source, "config.json", config)
+    expected = AutoTokenizer.from_pretrained(source).special_tokens_map
+    assert copied(source, config)["special_tokens"] == expected == {"eos_token": "</s>"}
+
+
 def test_a_null_bos_string_stays_null_though_the_config_has_an_id(source):
     tokenizer_json(source)
     write_json(source, "tokenizer_config.json", {"bos_token": None, "eos_token": "</s>"})
