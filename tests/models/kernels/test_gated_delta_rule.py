@@ -131,8 +131,11 @@ def test_steps_of_strided_heads_are_those_of_contiguous_ones():
     torch.testing.assert_close(state.cpu().double(), expected_state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [operator.WHOLE, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "whole"),
+    [(torch.float32, 8), (torch.bfloat16, operator.WHOLE)],
+    ids=["apart", "whole"],
+)
 def test_a_step_norms_and_gates_as_launches_of_their_own_do(monkeypatch, normal, dtype, whole):
     """Heads that are longer than `whole` are normed by a launch of their own."""
     monkeypatch.setattr(operator, "WHOLE", whole)
