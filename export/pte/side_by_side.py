@@ -30,7 +30,7 @@ from torch import nn
 from torch._inductor import config
 from torch.export import ExportedProgram
 
-from tokenloop.export.background import end_with_parent, interrupts_for_this_process
+from tokenloop.export.background import end_with_parent, failure, interrupts_for_this_process
 from tokenloop.export.errors import ExportError
 
 # Compiles what the methods of these names are traced to: build_program's way through ExecuTorch.
@@ -74,9 +74,10 @@ class SideBySide:
             for names in lists:
                 results, sender = context.Pipe(duplex=False)
                 arguments = sender, lower, file, names, directory, threads
-                context.Process(target=_compile_and_send, args=arguments, daemon=True).start()
+                process = context.Process(target=_compile_and_send, args=arguments, daemon=True)
+                process.start()
                 sender.close()
-                self._results |= dict.fromkeys(names, results)
+                self._results |= dict.fromkeys(names, (results, process))
 
     def preprocess_multimethod(
         self, programs: dict[str, list[ExportedProgram]],
@@ -101,11 +102,12 @@ class SideBySide:
 
     def _take(self, name: str) -> Compiled:
         """The method that its process sends next. Errors: ExportError and RuntimeError as there,
-        RuntimeError for a process that ended."""
+        and those of `failure` for a process that ended."""
+        results, process = self._results[name]
         try:
-            sent = self._results[name].recv()
+            sent = results.recv()
         except EOFError:
-            raise RuntimeError(f"the method {name} could not be compiled") from None
+            raise failure(process, f"the method {name} could not be compiled") from None
         if isinstance(sent, Exception):
             raise sent
         return pickle.loads(sent.read_bytes())
