@@ -131,6 +131,7 @@ def test_layers_of_a_kind_share_their_kernels(export_artifact, make_qwen_checkpo
     [
         (["--gpu-arch", "sm_80"], "--gpu-arch is sm_80; kernels are for sm_90"),
         (["--max-prefill", 100], "--max-prefill is 100; with --device cuda it must be a multiple"),
+        (["--gpu-arch", "sm_90", "--backend", "cuda"], "--gpu-arch sm_90 is not for --backend cuda"),
         (["--backend", "inductor"], "--device cuda is not for --backend inductor, which is for"),
     ],
 )  # fmt: skip
