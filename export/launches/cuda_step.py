@@ -35,7 +35,10 @@ def fit_heads(attention: nn.Module) -> None:
     norms = attention.q_norm, attention.k_norm, attention.v_norm
     fixed = attention.output_gate or any(norm is not None for norm in norms)
     if fixed or size > max(HEAD_DIMS):
-        raise ExportError(f"head_dim is {size}; with --device cuda it must be {HEAD_DIMS}")
+        raise ExportError(
+            f"a layer's head_dim is {size}; with --device cuda it must be one of "
+            f"{', '.join(map(str, HEAD_DIMS))}"
+        )
     packed.pad_heads(attention, next(each for each in HEAD_DIMS if each > size))
 
 
