@@ -209,6 +209,12 @@ def kernel_options(
     return options
 
 
+def config_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --config, a name in benchmarks/configs."""
+    names = sorted(path.stem for path in CONFIGS.glob("*.json"))
+    parser.add_argument("--config", choices=names, default=default, help="(default: %(default)s)")
+
+
 def origin(benchmark: str) -> dict[str, str]:
     """What every result says of where it is from."""
     return {

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cuda_common import CONFIGS, device_us, kernel_times, origin, profiled, save
+from benchmarks.cuda_common import (
+    CONFIGS,
+    config_argument,
+    device_us,
+    kernel_times,
+    origin,
+    profiled,
+    save,
+)
 from tokenloop.export.launches.cuda_step import CudaStep
 from tokenloop.export.random_weights import make_parameters
 from tokenloop.models import by_model_type
@@ -63,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fused_step", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--config", default="qwen3-4b", help="a name in benchmarks/configs")
+    config_argument(parser, "qwen3-4b")
     parser.add_argument("--layers", type=int, default=1000, metavar="N", help="(default: all)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--bits", type=int, choices=(0, 4, 8), default=0, help="of the weights")

@@ -24,6 +24,7 @@ import torch
 from benchmarks.cuda_common import (
     CONFIGS,
     after_prefill,
+    config_argument,
     copies,
     copy_bandwidth,
     decode_ms,
@@ -186,9 +187,7 @@ def measure_peer(keys: dict, position: int, steps: int, repeats: int) -> dict:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid", description=__doc__)
-    parser.add_argument(
-        "--config", default="qwen3.5-9b", help="of benchmarks/configs (default: qwen3.5-9b)"
-    )
+    config_argument(parser, "qwen3.5-9b")
     parser.add_argument("--quant", default="bf16", help="of the export (default: bf16)")
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: 5)")

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.cuda_common import (
     CONFIGS,
+    config_argument,
     copy_bandwidth,
     device_us,
     export,
@@ -119,11 +120,11 @@ def peer_ms(keys: dict, lengths: list[int], repeats: int) -> dict[int, float]:
     return found
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.prefill", description=__doc__.split("?")[0]
     )
-    parser.add_argument("--config", default="qwen3-4b", help="a name in benchmarks/configs")
+    config_argument(parser, "qwen3-4b")
     parser.add_argument("--quant", default="bf16", help="of the export (default: bf16)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 1024, 8192], metavar="N")
     parser.add_argument("--together", type=int, default=0, metavar="N", help="rows of 512 tokens")
@@ -135,7 +136,18 @@ def main() -> None:
     parser.add_argument("--kernels", type=int, default=0, metavar="N", help="print the N longest")
     parser.add_argument("--artifact", type=Path, help="one that was exported before")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON there as well")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    for name, least in {"tokens": 1, "together": 0, "repeats": 1, "kernels": 0}.items():
+        value = min(given) if isinstance(given := getattr(options, name), list) else given
+        if value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU")
+    return options
+
+
+def main() -> None:
+    options = parse()
     keys = json.loads((CONFIGS / f"{options.config}.json").read_text())
     bandwidth, rate = copy_bandwidth(), product_rate()
     print(

@@ -50,10 +50,7 @@ def bytes_of(launch: Launch, state: dict[int, str], position: int, share: float)
     """What a launch has to move of weights and state, by the names of `state` by storage. Of
     experts' matrices it reads that `share`."""
     size, seen = 0.0, set()
-    given = dict(zip(launch.kernel.arg_names, launch.arguments)) | launch.named
-    # Those at next_ptr are another launch's.
-    given.pop("next_ptr", None)
-    for x in given.values():
+    for x in (*launch.arguments, *launch.named.values()):
         name = state.get(storage_of(x)) if isinstance(x, Tensor) else None
         if name is None or name in seen or "semaphores" in name:
             continue

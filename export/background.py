@@ -44,23 +44,34 @@ class Background:
         self._results, results = context.Pipe(duplex=False)
         # A daemon does not outlive this process.
         arguments = results, function, arguments, file
-        process = context.Process(target=_send, args=arguments, daemon=True)
+        self._process = context.Process(target=_send, args=arguments, daemon=True)
         with interrupts_for_this_process():
-            process.start()
+            self._process.start()
         results.close()
 
     def result(self) -> Any:
-        """Wait for the result. Raises ExportError if the other process did, and RuntimeError if it
-        failed otherwise and wrote why."""
+        """Wait for the result. Raises ExportError if the other process did or was killed, and
+        RuntimeError if it failed otherwise and wrote why."""
         if self._kept is not None:
             return build_cache.unpack(self._kept)
         try:
             error, result = self._results.recv(), self._results.recv_bytes()
         except EOFError:
-            raise RuntimeError(f"{self._what} could not be exported") from None
+            raise failure(self._process, f"{self._what} could not be exported") from None
         if error is not None:
             raise ExportError(error)
         return build_cache.unpack(result)
+
+
+def failure(process: multiprocessing.Process, what: str) -> Exception:
+    """The error for a process that ended before it sent its result: ExportError if a signal ended
+    it, as the system does where memory is short, else RuntimeError, for it wrote why."""
+    process.join()
+    if process.exitcode >= 0:
+        return RuntimeError(what)
+    name = signal.Signals(-process.exitcode).name
+    cure = ": free some memory" if name == "SIGKILL" else ""
+    return ExportError(f"{what}, for its process was ended by {name}{cure}")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
+DEFAULT_GPU_ARCH = "sm_90"
 ON_GPU = "cuda", "launches"
 # Those with a method that gives pooled outputs.
 POOLING = "xnnpack", "portable"
@@ -101,8 +102,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
     )
     parser.add_argument(
         "--gpu-arch",
-        default="sm_90",
-        help="what --backend launches compiles kernels for; the GPU need not be there",
+        help=f"what --backend launches compiles kernels for; the GPU need not be there (default: "
+        f"{DEFAULT_GPU_ARCH})",
     )
     parser.add_argument("--batch", type=int, default=1, help="sequences at once, each in its row")
     parser.add_argument(
@@ -176,6 +177,13 @@ def choose_backend(options: argparse.Namespace, backend: str) -> str | None:
             "bits depend on how many are computed together, so the text would not stay what it is; "
             "it is for --device cuda"
         )
+    if backend != "launches" and options.gpu_arch is not None:
+        return (
+            f"--gpu-arch {options.gpu_arch} is not for --backend {backend}: launches is right, "
+            "which --device cuda chooses"
+        )
+    if backend == "launches" and options.gpu_arch is None:
+        options.gpu_arch = DEFAULT_GPU_ARCH
     if options.max_prefill is None:
         options.max_prefill = DEFAULT_MAX_PREFILL["cuda" if backend == "launches" else "cpu"]
     if options.tensor_parallel > 1 and backend not in ("inductor", "launches"):

@@ -165,8 +165,8 @@ class Loop:
         `cache`, where beginnings of prompts are taken from and kept.
 
         `have_come` is called when all ids of a step have come: at once where a call computes, and
-        where the device computes by itself once it has been given the next step. Until then whoever
-        is told would only hold the host up. The ids at the very end are those of no call.
+        where the device computes by itself once it has been given the next step, or before prompts
+        are prepared for it. Until then whoever is told would only hold the host up. The ids at the very end are those of no call.
         """
         if options.speculate is not None:
             for found in self._speculated(sequences, options, cache):
@@ -189,6 +189,9 @@ class Loop:
             if not slots.occupied():
                 return
             prefills = bool(prefill.prompts)
+            if prefills:
+                # The device has the newest step to compute while the host prepares prompts.
+                have_come()
             joined = self._first_tokens(slots, steps, prefill, stall)
             for row in joined:
                 read[row] = 0

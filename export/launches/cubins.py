@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tokenloop.export.background import interrupts_for_this_process
+from tokenloop.export.background import end_with_parent, interrupts_for_this_process
 from tokenloop.export.errors import ExportError
 from tokenloop.export.launches.lowering import Pointer
 from tokenloop.models.kernels.launch.launches import Launch
@@ -119,6 +120,8 @@ def compile_variants(
 
 
 def _begin() -> None:
+    # Each of them holds both ends of the jobs' pipe, so none sees that it has ended.
+    threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore")
     # Code that says where its source was would differ from one checkout to the next.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"

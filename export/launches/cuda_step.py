@@ -1,5 +1,5 @@
 """A decode step on CUDA by models/kernels. A layer takes five launches where its mixer is
-attention, and six where it is a gated delta net. Routed experts take one more, and an input of
+attention, and seven where it is a gated delta net. Routed experts take one more, and an input of
 the layer's own takes four more. The end takes one. (Wide rows, and integers beside experts, take
 more: models/kernels.)"""
 
@@ -35,7 +35,10 @@ def fit_heads(attention: nn.Module) -> None:
     norms = attention.q_norm, attention.k_norm, attention.v_norm
     fixed = attention.output_gate or any(norm is not None for norm in norms)
     if fixed or size > max(HEAD_DIMS):
-        raise ExportError(f"head_dim is {size}; with --device cuda it must be {HEAD_DIMS}")
+        raise ExportError(
+            f"a layer's head_dim is {size}; with --device cuda it must be one of "
+            f"{', '.join(map(str, HEAD_DIMS))}"
+        )
     packed.pad_heads(attention, next(each for each in HEAD_DIMS if each > size))
 
 
@@ -116,9 +119,7 @@ class CudaStep(nn.Module):
         given = None if own is None else self.inputs(x, own, self._linear)
         branch, before = None, None
         for i, (layer, each) in enumerate(zip(self.layers, self.by_layer(given))):
-            # What comes between the two products leaves the memory idle.
-            ahead = None if layer.moe is None else layer.o.weight
-            x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv, ahead)
+            x, projected = self._after(before, x, branch, layer.input_norm, layer.qkv)
             mixed = MIX[type(layer)](self, layer, projected, position, drafts and drafts[i])
             x, branch = self.finish(layer, x, mixed, each)
             before = layer
@@ -166,9 +167,7 @@ class CudaStep(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The residual [B, D] ahead of the last branch, and that branch: the one of the layer's own
         input where it is `given`, and else the feed-forward's. The mixer's heads gave `mixed`."""
-        # What comes before the next large product leaves the memory idle.
-        ahead = layer.gate_up.weight if layer.is_shared else None
-        x, branch = self._feed_forward(layer, x, self._linear(mixed, layer.o, ahead))
+        x, branch = self._feed_forward(layer, x, self._linear(mixed, layer.o))
         if given is None:
             return x, branch
         return per_layer_branch(layer, x, branch, given, self._linear)
@@ -216,28 +215,27 @@ class CudaStep(nn.Module):
 
     def _after(
         self, before: PackedBlock | None, x: Tensor, branch: Tensor | None, norm: nn.Module | None,
-        linear: nn.Module, ahead: Tensor | None = None, **options,
+        linear: nn.Module, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The residual after the layer `before`, and what `linear` gives for its norm. Weights that
-        a later launch reads may be asked for `ahead`."""
+        """The residual after the layer `before`, and what `linear` gives for its norm."""
         if before is not None:
             added = x, branch, before.last_norm, before.layer_scalar, norm
-            return self._add_norm_linear(*added, linear, ahead, **options)
+            return self._add_norm_linear(*added, linear, **options)
         if norm is None:
-            return x, self._linear(x, linear, ahead, **options)
-        tensors = *linear_tensors(linear), self.kernel_semaphores, ahead
+            return x, self._linear(x, linear, **options)
+        tensors = *linear_tensors(linear), self.kernel_semaphores
         options |= {"eps": norm.eps, "offset": norm.offset}
         return x, cuda.norm_linear(x, norm.weight, *tensors, **options)
 
     def _add_norm_linear(
         self, x: Tensor, branch: Tensor, post: nn.Module | None, scalar: Tensor | None,
-        norm: nn.Module | None, linear: nn.Module, ahead: Tensor | None = None, **options,
+        norm: nn.Module | None, linear: nn.Module, **options,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new residual of `add_norm`, and what `linear` gives for its norm."""
         if norm is None or self.ranks > 1:
             x, normed = self._add_norm(x, branch, post, scalar, norm)
-            return x, self._linear(normed, linear, ahead, **options)
-        tensors = *linear_tensors(linear), self.kernel_semaphores, ahead
+            return x, self._linear(normed, linear, **options)
+        tensors = *linear_tensors(linear), self.kernel_semaphores
         options |= {"eps": norm.eps, "offset": norm.offset}
         residual = x, branch, weight_of(post), scalar, norm.weight
         return cuda.add_norm_linear(*residual, *tensors, **options)
@@ -258,10 +256,8 @@ class CudaStep(nn.Module):
             return branch
         return cuda.sum_ranks(branch, *self.exchange.tensors, count)
 
-    def _linear(
-        self, x: Tensor, linear: nn.Module, ahead: Tensor | None = None, **options
-    ) -> Tensor:
-        return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, ahead, **options)
+    def _linear(self, x: Tensor, linear: nn.Module, **options) -> Tensor:
+        return cuda.linear(x, *linear_tensors(linear), self.kernel_semaphores, **options)
 
     def _attend(
         self, layer: packed.PackedAttention, projected: Tensor, position: Tensor,
@@ -299,11 +295,12 @@ class CudaStep(nn.Module):
         )
         q, k, v = mixed.split(layer.parts, 1)
         keys, values = (-1, layer.key_size), (-1, layer.value_size)
-        return cuda.gated_delta_rule_update(
+        out = cuda.gated_delta_rule_update(
             q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values),
             a, b, layer.A_log, layer.dt_bias, cache.recurrent, None, started,
-            gate=z.unflatten(1, values), norm_weight=layer.norm.weight, eps=layer.norm.eps,
-        ).flatten(1)  # fmt: skip
+        )  # fmt: skip
+        norm, z = layer.norm, z.unflatten(1, values)
+        return cuda.gated_rms_norm(out, z, norm.weight, norm.eps).flatten(1)
 
 
 MIX = {packed.PackedAttention: CudaStep._attend, packed.PackedDeltaNet: CudaStep._recur}

@@ -30,7 +30,7 @@ from torch import nn
 from torch._inductor import config
 from torch.export import ExportedProgram
 
-from tokenloop.export.background import end_with_parent, interrupts_for_this_process
+from tokenloop.export.background import end_with_parent, failure, interrupts_for_this_process
 from tokenloop.export.errors import ExportError
 
 # What a process that has sent everything gets to end.
@@ -81,7 +81,7 @@ class SideBySide:
                 process.start()
                 sender.close()
                 self._processes.append(process)
-                self._results |= dict.fromkeys(names, results)
+                self._results |= dict.fromkeys(names, (results, process))
 
     def __enter__(self) -> "SideBySide":
         return self
@@ -116,11 +116,12 @@ class SideBySide:
 
     def _take(self, name: str) -> Compiled:
         """The method that its process sends next. Errors: ExportError and RuntimeError as there,
-        RuntimeError for a process that ended."""
+        and those of `failure` for a process that ended."""
+        results, process = self._results[name]
         try:
-            sent = self._results[name].recv()
+            sent = results.recv()
         except EOFError:
-            raise RuntimeError(f"the method {name} could not be compiled") from None
+            raise failure(process, f"the method {name} could not be compiled") from None
         if isinstance(sent, Exception):
             raise sent
         return pickle.loads(sent.read_bytes())

@@ -403,8 +403,8 @@ class DataInFiles(NamedDataStore):
 
 def in_nibbles(codes: Tensor) -> Tensor:
     """uint8 [N, ceil(K / 2)] of codes int8 [N, K], or with sizes of 1, from -8 to 7: each plus 8,
-    the first of two in the lower half. It is what ExecuTorch's own convert_to_qc4w gives, which
-    takes three times the codes' memory."""
+    the first of two in the lower half. It is what ExecuTorch's convert_to_qc4w gives, which takes
+    three times the codes' memory."""
     codes = codes if codes.ndim == 2 else codes.squeeze()
     packed = empty((len(codes), -(-codes.shape[1] // 2)), torch.uint8)
     for rows in blocks_of(codes):
@@ -414,6 +414,10 @@ def in_nibbles(codes: Tensor) -> Tensor:
         halves = F.pad((block + 8).view(torch.uint8), (0, block.shape[1] % 2), value=8)
         packed[rows] = halves[:, 1::2] << 4 | halves[:, ::2]
     return packed
+
+
+# For the partitioner, which serializes what is traced, too.
+node_visitor.NodeVisitor.convert_to_qc4w = staticmethod(in_nibbles)
 
 
 def serialize(program: ExportedProgram) -> tuple[bytes, NamedDataStoreOutput]:
@@ -433,8 +437,6 @@ def serialize(program: ExportedProgram) -> tuple[bytes, NamedDataStoreOutput]:
         constant_data=[ConstantDataOffset(0, 0)],
     )
     visitors = node_visitor.get_node_visitors(program, external, data)
-    for visitor in visitors.values():
-        visitor.convert_to_qc4w = in_nibbles
     ids: dict[torch.fx.Node, int] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":

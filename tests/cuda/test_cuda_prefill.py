@@ -62,9 +62,10 @@ NETWORKS = {
 CASES = [(name, "bf16") for name in NETWORKS]
 CASES += [("qwen3", "int8"), ("qwen3", "int4"), ("qwen3", "fp32"), ("gemma3", "fp32")]
 CASES += [("hybrid", "fp32"), ("experts", "fp32"), ("gemma4", "int4")]
+CASES += [("qwen3", "fp8"), ("hybrid", "int8"), ("hybrid", "int4")]
 CASES += [("gemma4-e2b", quant) for quant in ("fp32", "int8", "int4", "fp8")]
 NAMES = ["-".join(case) for case in CASES]
-LENGTH, CAPACITY = 1500, 2048
+LENGTH, CAPACITY, ROWS = 1500, 2048, 32
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,15 @@ def test_no_bit_depends_on_the_chunks(load, network, quant):
 
 @pytest.mark.parametrize(("network", "quant"), CASES, ids=NAMES)
 def test_no_bit_depends_on_what_is_packed_beside_it(load, network, quant):
-    alone, several = load(network, quant, 1), load(network, quant, 5)
-    prompts = [(3, ids(0, 400)), (1, ids(1, 1)), (0, ids(2, LENGTH)), (4, ids(3, 129))]
+    alone, several = load(network, quant, 1), load(network, quant, ROWS)
+    prompts = [
+        (3, ids(0, 400)),
+        (1, ids(1, 1)),
+        (0, ids(2, LENGTH)),
+        (4, ids(3, 129)),
+        (2, ids(4, 7)),
+    ]
+    prompts += [(row, ids(row, 2 * row)) for row in range(5, ROWS)]
     expected = {row: prefill(alone, [(0, prompt)], CAPACITY)[0] for row, prompt in prompts}
     for capacity in (CAPACITY, 512):
         found = prefill(several, prompts, capacity)
@@ -210,7 +218,7 @@ def test_a_buffer_is_not_filled_before_the_gpu_has_read_it():
 
 
 def test_prompts_that_join_together_go_up_in_one_copy(load):
-    program = load("qwen3", "bf16", 5)
+    program = load("qwen3", "bf16", ROWS)
     before = program.transfers.snapshot()
     prefill(program, [(row, ids(row, 100)) for row in range(5)], CAPACITY)
     copies = program.transfers.since(before)
@@ -221,7 +229,7 @@ def test_prompts_that_join_together_go_up_in_one_copy(load):
 def test_no_bit_depends_on_whether_kernels_overlap(load, network, quant):
     """A kernel that reads too early what one ahead writes, or writes what one ahead still reads,
     shows as a difference in some of many prompts."""
-    program = load(network, quant, 5)
+    program = load(network, quant, ROWS)
     generator, found = torch.Generator().manual_seed(7), {}
     sizes = torch.randint(1, 700, (100, 3), generator=generator).tolist()
     # Chunks that their graph has much more room for, that just fit, and of one token.

@@ -1,6 +1,7 @@
 """Processes that an export starts."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -66,3 +67,12 @@ def test_no_part_is_kept_where_the_whole_is_not(tmp_path, monkeypatch, capsys, m
     begun = Background("a variable", variable, "TOKENLOOP_CACHE")
     assert begun.result() == {"value": expected.encode()}
     assert capsys.readouterr().err.count("it is not used") == (0 if used else 1)
+
+
+def test_what_ends_another_process_is_one_line(monkeypatch):
+    """The system kills the largest process where memory is short."""
+    monkeypatch.delenv("TOKENLOOP_CACHE", raising=False)
+    begun = Background("a signal", signal.raise_signal, signal.SIGKILL)
+    expected = "a signal could not be exported, for its process was ended by SIGKILL: free some"
+    with pytest.raises(ExportError, match=expected):
+        begun.result()

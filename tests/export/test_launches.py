@@ -107,6 +107,21 @@ def test_a_kernel_that_cannot_be_compiled_is_named_in_one_line():
     assert len(str(caught.value).splitlines()) == 1
 
 
+# The process that compiles kills the one that had started it, and holds its standard output.
+KILL = """
+import os, signal
+from tokenloop.export.launches import cubins
+cubins._compile = os.kill
+cubins.compile_variants([os.getpid()], signal.SIGKILL, print)
+"""
+
+
+def test_processes_that_compile_end_with_the_one_that_is_killed():
+    command = [sys.executable, "-c", KILL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -9, done.stderr
+
+
 def test_layers_of_a_kind_share_their_kernels(export_artifact, make_qwen_checkpoint):
     found = {}
     for layers in (2, 5):
@@ -131,6 +146,7 @@ def test_layers_of_a_kind_share_their_kernels(export_artifact, make_qwen_checkpo
     [
         (["--gpu-arch", "sm_80"], "--gpu-arch is sm_80; kernels are for sm_90"),
         (["--max-prefill", 100], "--max-prefill is 100; with --device cuda it must be a multiple"),
+        (["--gpu-arch", "sm_90", "--backend", "cuda"], "--gpu-arch sm_90 is not for --backend"),
         (["--backend", "inductor"], "--device cuda is not for --backend inductor, which is for"),
     ],
 )  # fmt: skip

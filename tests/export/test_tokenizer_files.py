@@ -1,6 +1,7 @@
 """The tokenizer in the artifact encodes as the checkpoint's own does, and the manifest says how."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -635,6 +636,10 @@ def test_an_export_asks_the_runner_before_it_reads_a_weight(tmp_path):
     with pytest.raises(ExportError, match="tokenizer.json: the decoder step WordPiece is not supp"):
         export(ANY, parse_arguments(ANY, arguments), done.append)
     assert done == ["checking the tokenizer"] and not (tmp_path / "new").exists()
+    # A command that ends takes along what it has begun to compile, for twelve seconds.
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 def byte_level_json(source, decoder=None, config=True):

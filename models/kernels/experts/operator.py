@@ -27,7 +27,6 @@ from tokenloop.models.kernels.experts.triton_chunk import (
     weigh_kernel,
 )
 from tokenloop.models.kernels.launch import check_contiguous
-from tokenloop.models.kernels.launch.dependent_launch import ahead_chunk
 from tokenloop.models.kernels.launch.launches import launch, operator
 
 # With more rows than this each program of the first products would route too much.
@@ -144,13 +143,9 @@ def _run(
     )
     h = torch.empty(rows, count, inner, dtype=x.dtype, device=x.device)
     cut = gate_up_tiles(size, groups[0])
-    programs, next_size = triton.cdiv(inner, cut.block_n), tables.down.nbytes // experts
-    # What a matrix begins with is asked for by multiples of 16 bytes.
-    ahead = None if rows > FEW_ROWS or next_size % 16 else tables.down
-    launch(gate_up_kernel, (programs, rows * count))(
+    launch(gate_up_kernel, (triton.cdiv(inner, cut.block_n), rows * count))(
         x, choice.scores, choice.scales, chosen, weights, tables.gate_up, tables.gate_up_scale,
-        tables.gate_up_bias, h, ahead, inner, size, experts, _width(choice.scores),
-        next_size, ahead_chunk(next_size, programs),
+        tables.gate_up_bias, h, inner, size, experts, _width(choice.scores),
         ACTIVATION=tables.activation, C=count, NORMALIZED=choice.normalized, GROUP=groups[0],
         BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_C=triton.next_power_of_2(count), num_warps=cut.warps,

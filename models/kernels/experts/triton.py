@@ -8,12 +8,7 @@ import triton
 import triton.language as tl
 
 from tokenloop.models.kernels.experts.triton_groups import group_sums
-from tokenloop.models.kernels.launch.dependent_launch import (
-    ask_ahead,
-    prefetch_rows,
-    wait,
-    waits,
-)
+from tokenloop.models.kernels.launch.dependent_launch import prefetch_rows, wait, waits
 from tokenloop.models.kernels.linear.triton_epilogue import activate, gated
 
 
@@ -112,14 +107,13 @@ def gated_products(x_ptr, w_ptr, n, N, K, BLOCK_K: tl.constexpr):
 @triton.jit
 def gate_up_kernel(
     x_ptr, scores_ptr, expert_scale_ptr, chosen_ptr, weights_ptr, w_ptr, scale_ptr, bias_ptr, h_ptr,
-    next_ptr, N, K, E, width, next_size: tl.constexpr, next_chunk: tl.constexpr,
+    N, K, E, width,
     ACTIVATION: tl.constexpr, C: tl.constexpr, NORMALIZED: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs activation(gate) * up of one row's choice: h [B, C, N]. GROUP inputs of a row
-    have a scale, or none has with 0, or all of them. At its end a program asks for its share of the
-    choice's second matrix at next_ptr, which has next_size bytes: lines of next_chunk bytes.
+    have a scale, or none has with 0, or all of them.
 
     Where there are scores [B, width] each program finds out which expert its choice is, and a row's
     first program stores what the row chose.
@@ -160,10 +154,6 @@ def gate_up_kernel(
     else:
         tl.static_assert(ACTIVATION != "clamped_swiglu")
         h = activate(tl.sum(gate, 1), ACTIVATION) * tl.sum(up, 1)
-    if next_ptr is not None:
-        bytes_of: tl.constexpr = next_ptr.dtype.element_ty.primitive_bitwidth // 8
-        next_ptr += index * (next_size // bytes_of)
-        h_ptr += ask_ahead(next_ptr, tile, next_size, next_chunk)
     tl.store(h_ptr + pair * N + n, h.to(h_ptr.dtype.element_ty), mask=n < N)
 
 

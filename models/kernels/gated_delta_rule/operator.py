@@ -14,14 +14,11 @@ from tokenloop.models.kernels.gated_delta_rule.triton_blocks import (
     gated_delta_rule_blocks_kernel,
 )
 from tokenloop.models.kernels.gated_delta_rule.triton_states import gated_delta_rule_states_kernel
-from tokenloop.models.kernels.gated_rms_norm.operator import check_strides, launch_gated_norm
 from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
 # A program's columns of a state, 32 KiB where it has 128 rows, and its warps.
 COLUMNS = 64, 4
-# The most columns of a program that norms and gates a head, and so has all of them.
-WHOLE = 128
 # Of a packed chunk, by the bytes of an input. BLOCKS: the numbers of a key that a product takes at
 # once, warps, stages. STATES: the same numbers, columns, warps, stages. None of them may depend on
 # how many tokens or sequences there are.
@@ -41,35 +38,24 @@ def _check_strides(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> None:
 def gated_delta_rule_update(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
     state: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor,
-    pad_slot_id: int = PAD_SLOT_ID, gate: Tensor | None = None, norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    pad_slot_id: int = PAD_SLOT_ID,
 ) -> Tensor:  # fmt: skip
-    """See reference.gated_delta_rule_update. The norm and gate of long heads are a launch of their
-    own. Raises ValueError also where a head of q, k, v or the gate, or the state, is not
-    contiguous."""
+    """See reference.gated_delta_rule_update. Raises ValueError also where a head of q, k or v, or
+    the state, is not contiguous."""
     check(q, v, state)
     _check_strides(q, k, v, state)
-    apart = gate is not None and v.shape[2] > WHOLE
     batch, heads, value_size = v.shape
     key_size = q.shape[2]
     out = torch.empty(batch, heads, value_size, dtype=v.dtype, device=v.device)
-    if gate is not None:
-        check_strides(out, gate)
     columns, warps = COLUMNS
-    given = None if apart else gate
-    if given is not None:
-        columns = triton.next_power_of_2(value_size)
-        warps = max(1, warps * columns // COLUMNS[0])
     launch(gated_delta_rule_update_kernel, (batch * heads, triton.cdiv(value_size, columns)))(
-        q, k, v, a, b, A_log, dt_bias, state, cache_indices, has_initial_state, given,
-        None if given is None else norm_weight, out,
+        q, k, v, a, b, A_log, dt_bias, state, cache_indices, has_initial_state, out,
         heads, heads // q.shape[1], pad_slot_id, key_size, value_size, key_size**-0.5,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *a.stride(), *b.stride(),
-        *((0, 0) if given is None else given.stride()[:2]), eps,
         HAS_INDICES=cache_indices is not None, KEYS=triton.next_power_of_2(key_size),
         BLOCK_VALUES=columns, num_warps=warps,
     )  # fmt: skip
-    return launch_gated_norm(out, gate, norm_weight, eps) if apart else out
+    return out
 
 
 @operator("gated_delta_rule_chunk", mutates_args={"state"})

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenloop.models.kernels import state_table
-from tokenloop.models.kernels.gated_rms_norm.reference import gated_rms_norm
 from tokenloop.models.kernels.state_table import PAD_SLOT_ID
 
 CHUNK = 64
@@ -184,12 +183,11 @@ def _unit_inverse(lower: Tensor) -> Tensor:
 def gated_delta_rule_update(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor,
     state: Tensor, cache_indices: Tensor | None, has_initial_state: Tensor,
-    pad_slot_id: int = PAD_SLOT_ID, gate: Tensor | None = None, norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    pad_slot_id: int = PAD_SLOT_ID,
 ) -> Tensor:  # fmt: skip
     """`gated_delta_rule` of one token of each of B sequences: q, k [B, G, K], v [B, H, V] and
     a, b [B, H] -> o [B, H, V]. A sequence whose index is `pad_slot_id` begins with zeros and leaves
-    nothing. With a `gate` [B, H, V] it is the gated_rms_norm of that o."""
+    nothing."""
     check(q, v, state)
     heads = v.shape[1]
     g, beta = gates(a, b, A_log, dt_bias)
@@ -200,4 +198,4 @@ def gated_delta_rule_update(
     matrix = matrix + k[..., None] * delta[..., None, :]
     out = (matrix * q[..., None]).sum(-2).to(v.dtype)
     state_table.store(state, matrix, cache_indices, pad_slot_id)
-    return out if gate is None else gated_rms_norm(out, gate, norm_weight, eps)
+    return out

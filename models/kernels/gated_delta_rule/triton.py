@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from tokenloop.models.kernels.gated_delta_rule import reference
-from tokenloop.models.kernels.gated_rms_norm.triton import normed_and_gated
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 from tokenloop.models.kernels.launch.state_slot import load_slot
 
@@ -37,19 +36,17 @@ def softplus(x):
 @triton.jit(do_not_specialize=["pad_slot_id"])
 def gated_delta_rule_update_kernel(
     q_ptr, k_ptr, v_ptr, a_ptr, b_ptr, A_log_ptr, dt_bias_ptr, state_ptr, cache_indices_ptr,
-    has_initial_ptr, gate_ptr, norm_ptr, out_ptr,
+    has_initial_ptr, out_ptr,
     heads, heads_per_key, pad_slot_id, key_size: tl.constexpr, value_size: tl.constexpr,
     scale: tl.constexpr,
     q_stride_row, q_stride_head, k_stride_row, k_stride_head, v_stride_row, v_stride_head,
-    a_stride_row, a_stride_head, b_stride_row, b_stride_head, gate_stride_row, gate_stride_head,
-    eps: tl.constexpr,
+    a_stride_row, a_stride_head, b_stride_row, b_stride_head,
     HAS_INDICES: tl.constexpr, KEYS: tl.constexpr, BLOCK_VALUES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_VALUES columns of the state of one row and head; `heads_per_key` heads share q and k.
 
     With S the old state, d its decay and u the update, the new state is d S + k u^T. out is q^T
-    times that, d q^T S + (q^T k) u^T, so S is summed once for both out and u. With a gate, out is
-    normed and gated; the columns are all of the head's then.
+    times that, d q^T S + (q^T k) u^T, so S is summed once for both out and u.
     """
     row_head = tl.program_id(0)
     row = (row_head // heads).to(tl.int64)
@@ -71,8 +68,6 @@ def gated_delta_rule_update_kernel(
     state = tl.load(state_ptrs, mask=in_state, other=0.0)
     rate = tl.exp(tl.load(A_log_ptr + head).to(tl.float32))
     bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-    if gate_ptr is not None:
-        weight = tl.load(norm_ptr + values, mask=in_values, other=0.0)
 
     row += wait(0)
     started = tl.load(has_initial_ptr + row) != 0
@@ -82,9 +77,6 @@ def gated_delta_rule_update_kernel(
     v = tl.load(v_ptr + row * v_stride_row + head * v_stride_head + values, in_values, other=0.0)
     a = tl.load(a_ptr + row * a_stride_row + head * a_stride_head).to(tl.float32)
     b = tl.load(b_ptr + row * b_stride_row + head * b_stride_head).to(tl.float32)
-    if gate_ptr is not None:
-        gate_ptr += row * gate_stride_row + head * gate_stride_head
-        gate = tl.load(gate_ptr + values, mask=in_values, other=0.0).to(tl.float32)
     g = -rate * softplus(a + bias)
     beta = 1.0 / (1.0 + tl.exp(-b))
     q, k = normalized(q) * scale, normalized(k)
@@ -94,7 +86,5 @@ def gated_delta_rule_update_kernel(
     of_k, of_q = tl.reduce((state * k[:, None], state * q[:, None]), 0, add_both)
     update = beta * (v.to(tl.float32) - decay * of_k)
     tl.store(state_ptrs, decay * state + k[:, None] * update[None, :], mask=in_state)
-    out = (decay * of_q + product * update).to(out_ptr.dtype.element_ty)
-    if gate_ptr is not None:
-        out = normed_and_gated(out, gate, weight, value_size, eps)
-    tl.store(out_ptrs, out, mask=in_values)
+    out = decay * of_q + product * update
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_values)

@@ -13,15 +13,6 @@ from tokenloop.models.kernels.launch.launches import launch, operator
 NUMBERS = 2048, 4
 
 
-def check_strides(x: Tensor, gate: Tensor) -> None:
-    """Raise ValueError where x or a head of the gate is not contiguous."""
-    if not x.is_contiguous() or gate.stride(-1) != 1:
-        raise ValueError(
-            f"strides of x and gate are {x.stride()} and {gate.stride()}: x and each head of the "
-            "gate must be contiguous"
-        )
-
-
 @operator("gated_rms_norm")
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, count: Tensor | None = None
@@ -32,15 +23,12 @@ def gated_rms_norm(
     With `count` a program takes several heads, however many rows there are: the order in which a
     head's squares are added, and so its result, depends on nothing but the head's size.
     """
-    return launch_gated_norm(x, gate, weight, eps, count)
-
-
-def launch_gated_norm(
-    x: Tensor, gate: Tensor, weight: Tensor, eps: float, count: Tensor | None = None
-) -> Tensor:
-    """The operator, for others that have it at their end."""
     batch, heads, size = x.shape
-    check_strides(x, gate)
+    if not x.is_contiguous() or gate.stride(-1) != 1:
+        raise ValueError(
+            f"strides of x and gate are {x.stride()} and {gate.stride()}: x and each head of the "
+            "gate must be contiguous"
+        )
     out = empty_like(x)
     if count is not None:
         numbers, warps = NUMBERS

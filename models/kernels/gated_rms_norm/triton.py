@@ -6,24 +6,13 @@ import triton.language as tl
 from tokenloop.models.kernels.launch.dependent_launch import wait, waits
 
 
-@triton.jit
-def normed_and_gated(x, gate, weight, size, eps):
-    """A head x of `size` elements, zeros behind them, rounded where torch rounds; the gate is
-    float32."""
-    x32 = x.to(tl.float32)
-    scale = 1.0 / tl.sqrt_rn(tl.sum(x32 * x32) / size + eps)
-    normal = (x32 * scale).to(x.dtype).to(tl.float32)
-    normal = (normal * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
-    return (normal * (gate / (1.0 + tl.exp(-gate)))).to(x.dtype)
-
-
 @waits  # once it has the weight
 @triton.jit
 def gated_rms_norm_kernel(
     x_ptr, gate_ptr, weight_ptr, out_ptr, heads, size,
     gate_stride_row, gate_stride_head, eps: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row and head."""
+    """One row and head, rounded where torch rounds."""
     row_head = tl.program_id(0).to(tl.int64)
     row, head = row_head // heads, row_head % heads
     i = tl.arange(0, BLOCK)
@@ -33,8 +22,12 @@ def gated_rms_norm_kernel(
     x = tl.load(x_ptr + zero + row_head * size + i, mask=mask, other=0.0)
     gate_ptr += row * gate_stride_row + head * gate_stride_head + zero
     gate = tl.load(gate_ptr + i, mask=mask, other=0.0).to(tl.float32)
-    gated = normed_and_gated(x, gate, weight, size, eps)
-    tl.store(out_ptr + row_head * size + i, gated, mask=mask)
+    x32 = x.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(x32 * x32) / size + eps)
+    normal = (x32 * scale).to(x.dtype).to(tl.float32)
+    normal = (normal * weight.to(tl.float32)).to(x.dtype).to(tl.float32)
+    gated = normal * (gate / (1.0 + tl.exp(-gate)))
+    tl.store(out_ptr + row_head * size + i, gated.to(x.dtype), mask=mask)
 
 
 @waits  # once it has the weight and the count, which the host wrote

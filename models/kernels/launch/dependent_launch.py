@@ -77,16 +77,6 @@ def waits(kernel: triton.JITFunction) -> triton.JITFunction:
     return kernel
 
 
-# Lines that a program's share of weights has, which it asks for ahead of time by `ask_ahead`.
-LINES = tl.constexpr(32)
-
-
-def ahead_chunk(size: int, programs: int) -> int:
-    """Bytes of a line, of which LINES are each program's share of `size` bytes."""
-    share = -(-size // (programs * LINES.value))
-    return -(-share // 16) * 16
-
-
 if triton.knobs.runtime.interpret:
 
     @triton.jit
@@ -152,14 +142,3 @@ else:
             PREFETCH, "=r,l,r,r,r", [ptr.to(tl.int64), stride, rows, size],
             dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
-
-
-@triton.jit
-def ask_ahead(ptr, program, size, chunk):
-    """int32 0. Asks L2 for the program's share, LINES of `chunk` bytes, of `size` bytes of weights
-    that a later kernel reads: the memory would be idle until that one begins. What is left behind
-    the last whole line is not asked for. The weights begin at a multiple of 16 bytes."""
-    begin = program * LINES * chunk
-    count = tl.minimum(tl.maximum(size - begin, 0) // chunk, LINES)
-    bytes_of: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    return ALIGNMENT * prefetch_rows(ptr + begin // bytes_of, chunk, count, chunk)

@@ -8,7 +8,6 @@ import triton
 from torch import Tensor, bfloat16, empty, empty_like, float32
 
 from tokenloop.models.kernels.launch import check_contiguous
-from tokenloop.models.kernels.launch.dependent_launch import ahead_chunk
 from tokenloop.models.kernels.launch.launches import launch, operator
 from tokenloop.models.kernels.linear.linear_tiles import (
     AHEAD,
@@ -33,10 +32,10 @@ from tokenloop.models.kernels.rms_norm.operator import Norm, launch_norm
 def launch_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, semaphores: Tensor, *,
     activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
-    norm: Norm | None = None, ahead: Tensor | None = None, tiles: LinearTiles | None = None,
+    norm: Norm | None = None, tiles: LinearTiles | None = None,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """The new residual, None where no norm adds a branch to it, and `linear` of x or of its norm,
-    cut as `tiles` say. Weights that a later launch reads may be asked for `ahead`.
+    cut as `tiles` say.
 
     Raises ValueError for a weight or scale that does not fit, and for strides or dtypes that the
     kernels cannot read.
@@ -82,12 +81,9 @@ def launch_linear(
         halves = 1 if activation is None else 2
         partial = empty(tiles.splits, halves, rows, outputs, dtype=float32, device=x.device)
     words = words_of(weight)
-    next_size, chunk = 0, 0
-    if ahead is not None:
-        next_size, chunk = ahead.nbytes, ahead_chunk(ahead.nbytes, grid[0] * grid[1])
     launch(dot_kernel, grid)(
-        x, words, scale, bias, partial, semaphores, y, ahead,
-        rows, outputs, inputs, words.shape[1], steps, soft_cap, next_size, chunk, BITS=bits,
+        x, words, scale, bias, partial, semaphores, y,
+        rows, outputs, inputs, words.shape[1], steps, soft_cap, BITS=bits,
         FLOAT8=weight.dtype == FLOAT8, GROUP=group, ACTIVATION=activation, SOFT_CAP=soft_cap > 0,
         SPLITS=tiles.splits, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, BLOCK_B=block_b,
         EVEN=inputs % block == 0, STAGES=tiles.stages,
@@ -113,27 +109,22 @@ def group_size(scale: Tensor | None, weight: Tensor, inputs: int, bits: int) -> 
 
 @operator("linear", mutates_args={"semaphores"})
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, semaphores: Tensor,
-    ahead: Tensor | None = None, *,
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, semaphores: Tensor, *,
     activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
 ) -> Tensor:  # fmt: skip
     """See reference.linear."""
-    options = {
-        "activation": activation, "soft_cap": soft_cap, "out_float32": out_float32, "ahead": ahead,
-    }  # fmt: skip
+    options = {"activation": activation, "soft_cap": soft_cap, "out_float32": out_float32}
     return launch_linear(x, weight, scale, bias, semaphores, **options)[1]
 
 
 @operator("norm_linear", mutates_args={"semaphores"})
 def norm_linear(
     x: Tensor, norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
-    semaphores: Tensor, ahead: Tensor | None = None, *, eps: float, offset: float = 0.0,
-    activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
+    semaphores: Tensor, *, eps: float, offset: float = 0.0, activation: str | None = None,
+    soft_cap: float = 0.0, out_float32: bool = False,
 ) -> Tensor:  # fmt: skip
     """See reference.norm_linear."""
-    options = {
-        "activation": activation, "soft_cap": soft_cap, "out_float32": out_float32, "ahead": ahead,
-    }  # fmt: skip
+    options = {"activation": activation, "soft_cap": soft_cap, "out_float32": out_float32}
     norm = Norm(norm_weight, eps, offset)
     return launch_linear(x, weight, scale, bias, semaphores, **options, norm=norm)[1]
 
@@ -142,12 +133,10 @@ def norm_linear(
 def add_norm_linear(
     x: Tensor, branch: Tensor, post_weight: Tensor | None, layer_scalar: Tensor | None,
     norm_weight: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
-    semaphores: Tensor, ahead: Tensor | None = None, *, eps: float, offset: float = 0.0,
-    activation: str | None = None, soft_cap: float = 0.0, out_float32: bool = False,
+    semaphores: Tensor, *, eps: float, offset: float = 0.0, activation: str | None = None,
+    soft_cap: float = 0.0, out_float32: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See reference.add_norm_linear."""
-    options = {
-        "activation": activation, "soft_cap": soft_cap, "out_float32": out_float32, "ahead": ahead,
-    }  # fmt: skip
+    options = {"activation": activation, "soft_cap": soft_cap, "out_float32": out_float32}
     norm = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar)
     return launch_linear(x, weight, scale, bias, semaphores, **options, norm=norm)

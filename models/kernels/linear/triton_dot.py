@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from tokenloop.models.kernels.launch.dependent_launch import (
-    ask_ahead,
     prefetch_rows,
     release,
     wait_alone,
@@ -137,9 +136,8 @@ def combined(partial_ptr, offsets, mask, stride, SPLITS: tl.constexpr):
 @waits
 @triton.jit(do_not_specialize=["rows", "steps"])
 def dot_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, semaphore_ptr, y_ptr, next_ptr,
-    rows, N, K, width, steps, soft_cap: tl.constexpr, next_size: tl.constexpr,
-    next_chunk: tl.constexpr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, partial_ptr, semaphore_ptr, y_ptr,
+    rows, N, K, width, steps, soft_cap: tl.constexpr,
     BITS: tl.constexpr, FLOAT8: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
     SOFT_CAP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
@@ -148,8 +146,7 @@ def dot_kernel(
 
     A part is `steps` blocks of BLOCK_K inputs, or `steps` spans of packed weights, which have
     `width` words a row. The last program to arrive adds the parts up. The first AHEAD programs ask
-    for weights before the activations. At its end each program asks for its share of a later
-    launch's weights at next_ptr, which have next_size bytes: lines of next_chunk bytes.
+    for weights before the activations.
     """
     tile, split, row_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -206,9 +203,6 @@ def dot_kernel(
 
     mask = (n < N)[:, None] & (b < rows)[None, :]
     y_offsets = b.to(tl.int64)[None, :] * N + n[:, None] + release(0)
-    if next_ptr is not None:
-        program = tile + split * tl.num_programs(0)
-        y_offsets += ask_ahead(next_ptr, program, next_size, next_chunk)
     if SPLITS > 1:
         size = tl.cast(rows, tl.int64) * N
         stride = size if ACTIVATION is None else 2 * size

@@ -12,7 +12,7 @@ from tokenloop.models.kernels.launch.launches import launch
 from tokenloop.models.moe import MoeConfig, SparseMoe
 
 EXPERTS, CHOICES, SIZE, INNER = (128, 8, 2048, 768) if ON_GPU else (5, 3, 19, 13)
-ROWS = [1, 2, 7]
+ROWS = [1, 2, 7] if ON_GPU else [1, 3]
 # NumPy's, of NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -206,7 +206,7 @@ def test_a_row_gives_the_same_bits_whatever_the_others_are(dtype):
     x, gate_up_down = made(7, SIZE, dtype=dtype), weights_of(dtype)
     scores = made(7, EXPERTS, dtype=dtype, seed=3)
     together = operator.experts(x, *operator.route(scores, EXPERTS, CHOICES, True), *gate_up_down)
-    for row in range(7):
+    for row in range(7) if ON_GPU else (0, 3, 6):
         one = slice(row, row + 1)
         routed = operator.route(scores[one], EXPERTS, CHOICES, True)
         assert torch.equal(operator.experts(x[one], *routed, *gate_up_down), together[one])

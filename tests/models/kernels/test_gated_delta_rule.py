@@ -131,37 +131,6 @@ def test_steps_of_strided_heads_are_those_of_contiguous_ones():
     torch.testing.assert_close(state.cpu().double(), expected_state, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [operator.WHOLE, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_norms_and_gates_as_launches_of_their_own_do(monkeypatch, normal, dtype, whole):
-    """Heads that are longer than `whole` are normed by a launch of their own."""
-    monkeypatch.setattr(operator, "WHOLE", whole)
-    q, k = (normal(3, 2, 6, dtype=dtype) for _ in range(2))
-    v, a, b = (normal(3, 4, *size, dtype=dtype) for size in ((10,), (), ()))
-    given = q, k, v, a, b, *(normal(4, dtype=dtype) for _ in range(2))
-    gate = normal(3, 47, dtype=dtype)[:, 7:].unflatten(1, (4, 10))
-    weight, state = normal(10, dtype=dtype), normal(3, 4, 6, 10)
-    started = torch.tensor([5, 0, 1], device=DEVICE)
-    plain, other, third = state.clone(), state.clone(), state[:1].clone()
-    options = {"gate": gate, "norm_weight": weight, "eps": 1e-6}
-    actual = operator.gated_delta_rule_update(*given, state, None, started, **options)
-    expected = reference.gated_delta_rule_update(*given, plain, None, started, **options)
-    rtol = 1e-4 if dtype == torch.float32 else 2**-4
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol / 10)
-    torch.testing.assert_close(state, plain, rtol=rtol, atol=rtol / 10)
-    apart = operator.gated_delta_rule_update(*given, other, None, started)
-    assert torch.equal(other, state) and not torch.allclose(apart, actual, rtol=0.1, atol=0.1)
-    one = operator.gated_delta_rule_update(
-        *(x[:1] for x in given[:5]),
-        *given[5:],
-        third,
-        None,
-        started[:1],
-        **options | {"gate": gate[:1]},
-    )
-    assert torch.equal(one, actual[:1])
-
-
 @BOTH
 def test_a_state_that_is_not_float32_is_refused(operators):
     case = Delta(1)
