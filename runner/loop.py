@@ -166,7 +166,8 @@ class Loop:
 
         `have_come` is called when all ids of a step have come: at once where a call computes, and
         where the device computes by itself once it has been given the next step, or before prompts
-        are prepared for it. Until then whoever is told would only hold the host up. The ids at the very end are those of no call.
+        are prepared for it. Until then whoever is told would only hold the host up. The ids at the
+        very end are those of no call.
         """
         if options.speculate is not None:
             for found in self._speculated(sequences, options, cache):
