@@ -24,6 +24,8 @@ from tokenloop.models import ARCHITECTURES
 if TYPE_CHECKING:
     from tokenloop.models.decoder import CausalLM
 
+# More are a mistake: each has caches of its own.
+MOST_ROWS = 1 << 16
 DEFAULT_OUTPUT = "artifacts/{architecture}-{backend}"
 DEFAULT_MAX_SEQ_LEN = 4096
 DEFAULT_GPU_ARCH = "sm_90"
@@ -147,6 +149,8 @@ def parse_arguments(family: Family, arguments: list[str] | None = None) -> argpa
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} is {value}; it must be at least {least}")
+    if options.batch > MOST_ROWS:
+        parser.error(f"--batch is {options.batch}; it must be at most {MOST_ROWS}")
     if options.draft_tokens and options.batch > 1:
         parser.error(
             f"--draft-tokens is {options.draft_tokens} and --batch {options.batch}: the tokens "
@@ -277,8 +281,17 @@ def export(
         torch.no_grad(),
     ):
         engine = Artifact(options)
-        with torch.device("meta"):
-            model = architecture.Network(config, max_seq_len, options.batch, engine.dtype)
+        try:
+            with torch.device("meta"):
+                model = architecture.Network(config, max_seq_len, options.batch, engine.dtype)
+        except RuntimeError as error:
+            # Caches are in memory, for they begin with zeros.
+            if "you tried to allocate" not in str(error):
+                raise
+            raise ExportError(
+                f"the caches of --batch {options.batch} and --max-seq-len {max_seq_len} are more "
+                "than the memory: give less of either"
+            ) from None
         model.limit_chunks(options.max_prefill)
         engine.begin(model)
         if options.random_weights is None:

@@ -1,7 +1,11 @@
 """Export a Gemma checkpoint: `python export/gemma.py` makes the demo model's artifact."""
 
 if __name__ == "__main__":
-    # Before the imports, which take longest.
+    # Before the imports, which take longest. That of the handler is one.
+    from _signal import SIG_DFL, SIGINT, default_int_handler, getsignal, signal
+
+    if getsignal(SIGINT) is default_int_handler:
+        signal(SIGINT, SIG_DFL)
     from tokenloop.export.process import end_when_interrupted
 
     end_when_interrupted()

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 from tokenloop.runner.errors import RunnerError
 
 PIECE = 1 << 20  # Bytes that are hashed at a time.
+MOST_BYTES = 1 << 28  # Of a file of which nothing says how large it is.
 # File systems date changes in steps of up to 2 s. A file that is younger could be changed once more
 # and keep its date, so it is hashed again next time.
 SETTLED_NS = 2_000_000_000
@@ -82,8 +83,14 @@ def open_file(directory: Path, name: str) -> BinaryIO:
 def read_file(directory: Path, name: str, expected: Digest | None = None) -> bytes:
     """The contents of the file, which are those `expected`. Errors: as `open_file` and `check`."""
     with open_file(directory, name) as file:
+        size = os.fstat(file.fileno()).st_size
         if expected is not None:
-            _check_size(directory / name, os.fstat(file.fileno()).st_size, expected)
+            _check_size(directory / name, size, expected)
+        elif size > MOST_BYTES:
+            raise RunnerError(
+                f"{directory / name} has {size} bytes; {MOST_BYTES >> 20} MiB are the most: export "
+                "it again"
+            )
         data = file.readall()
     if expected is not None:
         _check_sha256(directory / name, hashlib.sha256(data).hexdigest(), expected)

@@ -9,7 +9,7 @@ from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.loop import LoopOptions
 from tokenloop.runner.model import Model
 from tokenloop.runner.output import put
-from tokenloop.runner.prompts import text_of
+from tokenloop.runner.prompts import MOST_BYTES, text_of
 from tokenloop.runner.ranks import LostRank
 from tokenloop.runner.request import Request
 
@@ -59,7 +59,9 @@ def chat(model: Model, request: Request, options: LoopOptions, system: str | Non
 def next_line(in_terminal: bool) -> str | None:
     """The next line, or None at the end of them all."""
     if not in_terminal:
-        line = sys.stdin.readline()
+        line = sys.stdin.readline(MOST_BYTES)
+        if len(line) == MOST_BYTES:
+            raise RunnerError(f"a line of standard input has no end in {MOST_BYTES >> 20} MiB")
         return line.removesuffix("\n") if line else None
     try:
         return input(ASK)

@@ -366,8 +366,9 @@ class Steps:
         program.begin(options.feed == "embed", options.graph, options.overlap)
         self._buffer, token = 0, program.next_id(0)
         self._newest = Selected(token, token)
-        self._run_ahead = options.run_ahead
-        self._gathered = Gathered(program, options.run_ahead) if options.run_ahead > 1 else None
+        # No row needs more steps than it has positions.
+        self._run_ahead = min(options.run_ahead, program.manifest["max_seq_len"])
+        self._gathered = Gathered(program, self._run_ahead) if options.run_ahead > 1 else None
         # Of a step that has begun: what it is given, the logits, and of which rows log
         # probabilities are asked for.
         self._begun: tuple[Step, Any, list[tuple[int, int]]] | None = None

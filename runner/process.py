@@ -1,12 +1,13 @@
 """The process of a command: its standard streams, and how an interrupt ends it.
 
 runner/process.py and export/process.py are the same file, for neither room imports the other. It
-imports what Python has loaded anyway: until `end_when_interrupted` an interrupt is a traceback.
+imports what Python has loaded anyway: until `end_when_interrupted` an interrupt is a traceback, or
+in a script, which says so in its first lines, the system's own end of the process.
 """
 
 import os
 import sys
-from _signal import SIGINT, default_int_handler, getsignal, signal
+from _signal import SIG_DFL, SIGINT, default_int_handler, getsignal, signal
 from io import TextIOBase
 
 INTERRUPTED = 130
@@ -19,7 +20,7 @@ def end_when_interrupted() -> None:
     of it, in a finalizer, which prints it and goes on, or at exit, where nobody catches it. Where
     interrupts are ignored, as in the background of a shell, they still are.
     """
-    if getsignal(SIGINT) is default_int_handler:
+    if getsignal(SIGINT) in (default_int_handler, SIG_DFL):
         signal(SIGINT, _end_interrupted_process)
         sys.unraisablehook = _end_if_interrupted
 

@@ -10,13 +10,16 @@ import sys
 from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.json_text import parse_json
-from tokenloop.runner.request import Prompt, Request
+from tokenloop.runner.request import Prompt, Request, is_id
 
 DEFAULT_PROMPT = "The capital of France is"
+# Of a file or standard input. Some never end, such as /dev/zero.
+MOST_BYTES, PIECE = 1 << 28, 1 << 20
 KEYS = (
     "prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "logit_bias",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "json_schema",
@@ -121,16 +124,27 @@ def read_stdin() -> str:
     if sys.stdin is None:
         raise RunnerError("standard input is closed, and the prompt - reads it")
     try:
-        return text_of(sys.stdin.buffer.read(), "standard input")
+        return text_of(read_all(sys.stdin.buffer, "standard input"), "standard input")
     except OSError as error:
         raise RunnerError(f"standard input cannot be read: {error.strerror}") from None
 
 
 def read_file(path: Path, flag: str = "--prompt-file") -> str:
     try:
-        return text_of(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            return text_of(read_all(file, f"{flag} {path}"), str(path))
     except OSError as error:
         raise RunnerError(f"{flag} {path}: {error.strerror}") from None
+
+
+def read_all(file: BinaryIO, source: str) -> bytes:
+    """What is left of the file. Errors: RunnerError for more than MOST_BYTES."""
+    data = bytearray()
+    while piece := file.read(PIECE):
+        data += piece
+        if len(data) > MOST_BYTES:
+            raise RunnerError(f"{source} has more than {MOST_BYTES >> 20} MiB: divide it")
+    return bytes(data)
 
 
 def text_of(data: bytes, source: str) -> str:
@@ -162,5 +176,5 @@ def entry(where: str, line: str) -> dict:
             raise RunnerError(f"{where} has the key {key!r}; the keys are {', '.join(KEYS)}")
     if isinstance(bias := found.get("logit_bias"), dict):
         # Keys of JSON are texts. What else they are, the request refuses.
-        found["logit_bias"] = {int(i) if i.isdecimal() else i: b for i, b in bias.items()}
+        found["logit_bias"] = {int(i) if is_id(i) else i: b for i, b in bias.items()}
     return found

@@ -4,6 +4,7 @@ Imports no NumPy, so that run.py can answer a wrong flag at once.
 """
 
 import math
+import re
 import reprlib
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -119,7 +120,18 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # An integer, or a fraction, beyond all floats.
+        return False
+
+
+def is_id(text: str) -> bool:
+    """Whether it is a token id as JSON has it for a key: decimal, without zeros before it, so that
+    no two texts are one id. Python takes other digits for decimal ones, and no more than 4300."""
+    return re.fullmatch("0|[1-9][0-9]{0,18}", text) is not None
 
 
 def shown(value: Any) -> str:

@@ -5,13 +5,16 @@ on, the bytes of each tensor as PrefixCache.copies gives them. The archive check
 """
 
 import hashlib
+import io
 import json
+import math
 import os
 import platform
+import stat
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -49,8 +52,8 @@ def read_state(path: Path, manifest: dict[str, Any]) -> tuple[list[int], list[np
     """The ids and the bytes of the state after them. Errors: RunnerError for a file that is none,
     is damaged, or is of another artifact or kind of processor."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
+        with _open(path) as file, zipfile.ZipFile(file) as archive:
+            header = json.loads(_array(archive, "header").tobytes())
             if header.get("format") != FORMAT:
                 raise RunnerError(
                     f"{path} has the format {header.get('format')!r}, and this tokenloop reads "
@@ -65,20 +68,48 @@ def read_state(path: Path, manifest: dict[str, Any]) -> tuple[list[int], list[np
                         f"{path} is the state of {what} {str(header[key])[:12]}, and this is "
                         f"{right[:12]}, which gives other bytes: save it again with this one"
                     )
-            ids = arrays["ids"]
-            copies = [arrays[f"state.{i}"] for i in range(header["tensors"])]
+            ids = _array(archive, "ids")
+            copies = [_array(archive, f"state.{i}") for i in range(header["tensors"])]
     except RunnerError:
         raise
     except OSError as error:
         raise RunnerError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    # A RuntimeError is what zipfile says of features that it does not have, and json of depth.
+    except (
+        AttributeError, EOFError, KeyError, RuntimeError, TypeError, ValueError, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunnerError(
-            f"{path} is no saved state, or damaged ({str(error).splitlines()[0][:80]}): save it "
-            "again"
+            f"{path} is no saved state, or damaged ({reason[:80]}): save it again"
         ) from None
     if ids.dtype != np.int64 or ids.ndim != 1 or any(copy.dtype != np.uint8 for copy in copies):
         raise RunnerError(f"{path} is no saved state: it has other types: save it again")
     return ids.tolist(), copies
+
+
+def _open(path: Path) -> BinaryIO:
+    # Another kind of file would keep us waiting for a writer.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise RunnerError(f"{path} is no regular file: give one that was saved")
+    return path.open("rb")
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of the archive, which numpy.savez wrote. All of its bytes are read, for their sum is
+    compared at their end, and no memory is taken for a size that the file does not bear out.
+    Errors: those of zipfile, and ValueError."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    data = archive.read(entry)
+    header = io.BytesIO(data)
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError(f"{name} is an array of another version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    start = header.tell()
+    if math.prod(shape) * dtype.itemsize != len(data) - start:
+        raise ValueError(f"{name} has {len(data) - start} bytes and the shape {shape}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
 def processor(manifest: dict[str, Any]) -> str:

@@ -2,7 +2,11 @@
 `python runner/serve.py`."""
 
 if __name__ == "__main__":
-    # Before the imports, which take longest.
+    # Before the imports, which take longest. That of the handler is one.
+    from _signal import SIG_DFL, SIGINT, default_int_handler, getsignal, signal
+
+    if getsignal(SIGINT) is default_int_handler:
+        signal(SIGINT, SIG_DFL)
     from tokenloop.runner.process import end_when_interrupted
 
     end_when_interrupted()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from tokenloop.runner.request import MOST_LOGPROBS, Request, fault_of
+from tokenloop.runner.request import MOST_LOGPROBS, Request, fault_of, is_id
 from tokenloop.runner.server.errors import ApiError
 from tokenloop.runner.server.messages import Fields, GivenTool, Message
 from tokenloop.runner.server.parsing import parse, shown
@@ -60,7 +60,7 @@ def are_ids(prompt: list) -> bool:
 
 def by_token_id(bias: dict[str, float]) -> dict[str, float]:
     for name in bias:
-        if not (name.isascii() and name.isdecimal()):
+        if not is_id(name):
             raise ValueError("the keys must be token ids")
     return bias
 

@@ -166,6 +166,7 @@ def test_a_cache_longer_than_the_models_positions(refuses, checkpoint):
         (("--max-seq-len", 1), "--max-seq-len is 1; it must be at least 2"),
         (("--max-prefill", -1), "--max-prefill is -1; it must be at least 1"),
         (("--batch", 0), "--batch is 0; it must be at least 1"),
+        (("--batch", 10**30), f"--batch is {10**30}; it must be at most 65536"),
         (("--quant", "int3"), "invalid choice: 'int3'"),
         (("--backend", "abacus"), "invalid choice: 'abacus'"),
     ],

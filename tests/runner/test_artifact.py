@@ -114,6 +114,13 @@ def test_a_file_instead_of_a_directory(altered, refuses):
     refuses("model.pte is not an artifact directory", artifact="copy/model.pte")
 
 
+def test_a_manifest_without_end_is_not_read(tmp_path):
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(RunnerError, match="has 1099511627776 bytes; 256 MiB are the most"):
+        open_artifact(tmp_path)
+
+
 def test_no_manifest(altered, refuses):
     (altered() / "manifest.json").unlink()
     refuses("copy has no manifest.json")

@@ -682,6 +682,8 @@ def test_a_result_is_unfinished_until_its_last_event(make_model):
     "request_, message",
     [
         (Request("x", temperature=-0.1), "temperature is -0.1; it must be a finite number"),
+        (Request("x", temperature=10**400), "0; it must be a finite number"),
+        (Request("x", logit_bias={1: 10**400}), "0}; it must be a finite number"),
         (Request("x", temperature=float("nan")), "temperature is nan"),
         (Request("x", temperature=float("inf")), "temperature is inf"),
         (Request("x", temperature=1e39), "temperature is 1e+39"),

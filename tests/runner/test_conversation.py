@@ -1,16 +1,18 @@
 """What is asked with messages: from Python, from --messages and --system, and what is refused."""
 
 import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from tokenloop.runner import prompts
 from tokenloop.runner.chat_template import ChatTemplate
 from tokenloop.runner.conversation import Conversation, as_conversation
 from tokenloop.runner.errors import RunnerError
 from tokenloop.runner.prompts import KEYS, read_requests
-from tokenloop.runner.request import Request
+from tokenloop.runner.request import Request, is_bias
 
 USER = {"role": "user", "content": "hi"}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
@@ -189,3 +191,24 @@ def test_a_systems_message_that_has_no_place_is_refused(read):
         read(system="x", messages=json.dumps([SYSTEM, USER]))
     with pytest.raises(RunnerError, match="a prompt is token ids: give that one as text"):
         read(system="x", prompt_file='{"prompt": [1, 2]}', batch=1)
+
+
+def test_keys_of_a_bias_are_ids_as_they_are_written():
+    def bias(*keys: str) -> dict:
+        line = json.dumps({"prompt": "a", "logit_bias": dict.fromkeys(keys, 1)})
+        return prompts.entry("line 1", line)["logit_bias"]
+
+    assert bias("5", "10", "0") == {5: 1, 10: 1, 0: 1}
+    # A zero before it, digits that are not ASCII, more of them than Python reads.
+    for key in ("05", "\u0665", "5" * 5000):
+        assert not is_bias(bias(key))
+
+
+def test_what_never_ends_is_refused(monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_BYTES", 1 << 20)
+    with pytest.raises(RunnerError, match="^--messages /dev/zero has more than 1 MiB: divide it$"):
+        prompts.read_file(Path("/dev/zero"), "--messages")
+    with Path("/dev/zero").open() as zeros, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", zeros)
+        with pytest.raises(RunnerError, match="^standard input has more than 1 MiB: divide it$"):
+            prompts.read_stdin()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.serving import text_model
-from tokenloop.runner import LoopOptions, Request, RunnerError
+from tokenloop.runner import LoopOptions, Request, RunnerError, interactive
 from tokenloop.runner.interactive import chat
 from tokenloop.runner.run import parse_arguments
 
@@ -61,6 +61,9 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(talk, monkeypatch):
 def test_what_cannot_be_asked_is_one_line(talk, monkeypatch):
     with pytest.raises(RunnerError, match="^what was asked is not UTF-8 text: byte 1 is wrong$"):
         talk(text_model(1), b"a\xff\n")
+    with monkeypatch.context() as patch, pytest.raises(RunnerError, match="no end in 1 MiB$"):
+        patch.setattr(interactive, "MOST_BYTES", 1 << 20)
+        talk(text_model(1), b"a" * (1 << 20))
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(RunnerError, match="^standard input is closed, and --interactive reads it$"):
         chat(text_model(1), REQUEST, LoopOptions(), None)

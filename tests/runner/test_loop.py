@@ -247,6 +247,12 @@ def test_a_full_cache_ends_the_output_and_no_step_passes_it(endless, spy, length
     assert positions == list(range(length, 199))
 
 
+def test_no_more_steps_run_ahead_than_there_are_positions(endless):
+    alone = endless.generate(PROMPTS[0], 1000).run().token_ids
+    far = endless.generate(PROMPTS[0], 1000, options=LoopOptions(run_ahead=10**12)).run()
+    assert far.token_ids == alone
+
+
 @pytest.mark.parametrize("options", [LoopOptions(), PLAIN], ids=str)
 def test_an_end_token_in_the_last_position_runs_no_surplus_step(endless, spy, monkeypatch, options):
     ids = endless.generate(PROMPTS[0], 200).run().token_ids

@@ -1,6 +1,9 @@
 """A prompt that begins as an earlier one did computes the rest alone, and gives the same bytes."""
 
+import io
 import itertools
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -374,6 +377,49 @@ def test_a_file_that_is_not_this_artifacts_is_refused(tmp_path, monkeypatch):
     data[place] ^= 1
     path.write_bytes(data)
     assert "is no saved state, or damaged" in fault()
+
+
+def archive_of(**arrays: bytes) -> bytes:
+    """An archive of NumPy's with such files."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in arrays.items():
+            archive.writestr(f"{name}.npy", data)
+    return file.getvalue()
+
+
+def array_of(shape: str, data: bytes, kind: str = "|u1") -> bytes:
+    """An array of NumPy's with a header that may be wrong."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + data
+
+
+def test_a_state_that_was_changed_on_purpose_is_refused(tmp_path):
+    path, model = tmp_path / "state", saving_model()
+    model.save(path, [5] * 9)
+    model.keep_prefixes(1)
+    with zipfile.ZipFile(path) as archive:
+        right = {name.removesuffix(".npy"): archive.read(name) for name in archive.namelist()}
+    path.write_bytes(archive_of(**right))
+    assert model.load(path) == 8
+    data = path.read_bytes()
+    method, flags = data.index(b"PK\1\2") + 10, data.index(b"PK\1\2") + 8
+    deep = b"[" * 100_000
+    for damaged in (
+        data[:method] + b"\x99" + data[method + 1 :],  # A compression that zipfile has not.
+        data[:flags] + b"\1" + data[flags + 1 :],  # A password.
+        archive_of(**right | {"header": array_of(f"({len(deep)},)", deep)}),
+        archive_of(**right | {"ids": array_of(f"({10**12},)", bytes(8), "<i8")}),
+        archive_of(**right | {"ids": array_of(f"({10**30},)", bytes(8), "<i8")}),
+        # Its sum was not compared: numpy.load does not read to the end of such a file.
+        archive_of(**right | {"ids": right["ids"].replace(b"(8,)", b"(4,)")}),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(RunnerError, match="is no saved state, or damaged"):
+            model.load(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RunnerError, match="is no regular file"):
+        model.load(tmp_path / "pipe")
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):

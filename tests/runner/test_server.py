@@ -412,6 +412,8 @@ def test_penalties_and_biases_change_the_answer_and_none_of_those_beside_it(serv
         ({"top_logprobs": 3}, "top_logprobs", "only for logprobs true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"logit_bias": {"five": 1}}, "logit_bias", "the keys must be token ids"),
+        ({"logit_bias": {"05": 1}}, "logit_bias", "the keys must be token ids"),
+        ({"logit_bias": {"5" * 5000: 1}}, "logit_bias", "the keys must be token ids"),
         ({"logit_bias": {"97": 1}}, "logit_bias", "the token id 97 is beyond 96, the last"),
         ({"logit_bias": {"5": 1e39}}, "logit_bias", "finite number for each"),
         ({"frequency_penalty": 1e39}, "frequency_penalty", "it must be a finite number"),
