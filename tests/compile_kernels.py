@@ -328,12 +328,6 @@ def attention_chunk() -> None:
 def experts() -> None:
     module = operators("models.kernels.experts.operator")
     add_norm_scores = operators("models.kernels.experts.scores_operator").add_norm_scores
-    # A product that asks for what a later one reads, with a part of the inputs and without.
-    linear = operators("models.kernels.linear.operator").linear
-    semaphores, later = empty(100_000, dtype=int32), empty(2048, 4096, dtype=bfloat16)
-    for rows, (outputs, inputs) in itertools.product((1, 32), ((2048, 4096), (12352, 2048))):
-        weight, x = (empty(n, inputs, dtype=bfloat16) for n in (outputs, rows))
-        linear(x, weight, None, None, semaphores, later)
     for dtype in (bfloat16, float32):
         scores, x = empty(2, 129, dtype=dtype), empty(2, 2048, dtype=dtype)
         chosen, weights = module.route(scores, 128, 8, True)

@@ -442,6 +442,7 @@ class TiedModel(nn.Module):
     def __init__(self, vocabulary: int = 40):
         super().__init__()
         self.model = nn.Module()
+        self.model.streams = None
         self.model.embed_tokens = nn.Embedding(vocabulary, 64)
         self.model.up_proj = linear(96, 64, 1)
         self.model.mlp = nn.ModuleDict({"down_proj": linear(64, 96, 2)})
@@ -535,6 +536,7 @@ class Mixture(nn.Module):
     def __init__(self, vocabulary: int):
         super().__init__()
         self.model = nn.Module()
+        self.model.streams = None
         self.model.embed_tokens = nn.Embedding(vocabulary, 32)
         self.model.per_layer = None
         layer = nn.Module()

@@ -95,7 +95,7 @@ def test_a_place_that_torchrun_cannot_have_set_is_refused(monkeypatch, rank, cou
 def test_backends_that_cannot_be_divided_say_so():
     options = Namespace(
         tensor_parallel=2, device=None, quant=None, max_prefill=None, backend="xnnpack",
-        draft_tokens=0,
+        draft_tokens=0, gpu_arch=None,
     )  # fmt: skip
     assert "--tensor-parallel 2 is not for --backend xnnpack: inductor" in choose_backend(
         options, "xnnpack"
