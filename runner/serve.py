@@ -36,8 +36,9 @@ MAX_QUEUE, TIMEOUT_S, PREFIX_CACHE_MB = 256, 600, 256
 KEY_VARIABLE = "TOKENLOOP_API_KEY"
 # What those that run have when the server is told to end.
 GRACE_S = 5
-# So long one thread may hold Python's lock while another waits for it. By default that is 5 ms, and
-# a GPU has nothing to do if the engine's thread waits for longer than a step, about 3 ms.
+# So long one thread may hold Python's lock while another waits for it, where the device computes by
+# itself. By default that is 5 ms, and a GPU has nothing to do if the engine's thread waits for
+# longer than a step, about 3 ms.
 SWITCH_S = 0.0005
 
 
@@ -140,8 +141,9 @@ def serve(options: argparse.Namespace) -> int:
     from tokenloop.runner.engine import Engine
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    sys.setswitchinterval(SWITCH_S)
     model = loaded(options)
+    if model.loop.program.is_asynchronous:
+        sys.setswitchinterval(SWITCH_S)
     name = options.model_name or options.artifact.absolute().name
     host, port = listener.getsockname()[:2]
     only_here = is_loopback(host)
