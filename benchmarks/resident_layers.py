@@ -15,7 +15,6 @@ It prints microseconds, and one JSON line.
 import argparse
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.cuda_common import CONFIGS, device_us, origin, save
+from benchmarks.cuda_common import CONFIGS, device_us, median_us, origin, save
 from tokenloop.models.kernels.launch.dependent_launch import prefetch_rows
 from tokenloop.models.kernels.linear.triton_epilogue import activate
 
+REPEATS = 15
 # No wait lasts for ever: beyond so many turns it is an error.
 COUNTER = tl.constexpr(
     """{ .reg .pred p, q; .reg .b32 t, v, turns;
@@ -250,17 +250,6 @@ def shape_of(name: str) -> Shape:
     )  # fmt: skip
 
 
-def graph_us(run: Callable[[], None], calls: int, repeats: int = 15) -> float:
-    """Microseconds of one of `calls` runs, captured in a graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return statistics.median(device_us(graph.replay, calls, repeats))
-
-
 def barrier_us(how: str, programs: int, warps: int, K: int = 640) -> float:
     """Microseconds of one of many barriers or hops."""
     count = 500
@@ -277,7 +266,7 @@ def barrier_us(how: str, programs: int, warps: int, K: int = 640) -> float:
             num_warps=warps, launch_cooperative_grid=True,
         )  # fmt: skip
 
-    return graph_us(run, 1) / count
+    return median_us([run], REPEATS) / count
 
 
 def tile_of(outputs: int, programs: int, least: int) -> int:
@@ -348,7 +337,7 @@ def main() -> None:
         for most, warps in ((264, 4), (132, 8)):
             for ahead in (2, 1, 0) if most == 264 else (2, 1):
                 run, kept, y, programs = resident(shape, most, warps, ahead)
-                us = graph_us(run, 1)
+                us = median_us([run], REPEATS)
                 registers, spills = kept[0].n_regs, kept[0].n_spills
                 row = {
                     "config": name, "how": "resident", "programs": programs, "warps": warps,

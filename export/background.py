@@ -105,7 +105,7 @@ def return_memory() -> None:
 def _send(results, function: Callable, arguments: tuple, file: Path | None) -> None:
     # An interrupt is for the process that the user sees.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     collect_seldom()
@@ -126,7 +126,11 @@ def _send(results, function: Callable, arguments: tuple, file: Path | None) -> N
 
 
 def end_with_parent() -> None:
-    """Wait for the end of the process that started this one, and end this one: a killed parent
-    cannot end its daemons."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """Have this process end as soon as the one that started it has: a killed parent cannot end its
+    daemons."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

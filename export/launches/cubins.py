@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import os
-import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -121,7 +120,7 @@ def compile_variants(
 
 def _begin() -> None:
     # Each of them holds both ends of the jobs' pipe, so none sees that it has ended.
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     warnings.filterwarnings("ignore")
     # Code that says where its source was would differ from one checkout to the next.
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"

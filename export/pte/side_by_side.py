@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -164,7 +163,7 @@ def _compile_and_send(
 ) -> None:
     # An interrupt is for the process that the user sees.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     # Two processes that compile one kernel would write and remove the same files.
     own = directory / f"inductor.{names[0]}"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)

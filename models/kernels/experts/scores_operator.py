@@ -39,22 +39,23 @@ def add_norm_scores(
             f"{size} inputs of {x.dtype}, weights of {weight.dtype}: at most {MOST_INPUTS} inputs, "
             "of the weights' dtype, are right"
         )
-    norm, total, normed = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar), None, x
-    if rows > SHARED_NORM:
-        total, normed = launch_norm(x, norm)
     outputs, inner = len(weight), 0 if gate_up is None else len(gate_up) // 2
     scores, gated = (
         torch.empty(rows, count, dtype=x.dtype, device=x.device) for count in (outputs, inner)
     )
-    tensors = (None,) * 4
-    given, is_normed = normed, total is not None
-    if not is_normed:
-        total, normed, tensors = torch.empty_like(x), torch.empty_like(x), (*norm[3:], norm_weight)
+    normed_within = rows <= SHARED_NORM
+    if normed_within:
+        total, normed = torch.empty_like(x), torch.empty_like(x)
+        given = x, branch, post_weight, layer_scalar, norm_weight
+        stored = total, normed
+    else:
+        norm = Norm(norm_weight, eps, offset, branch, post_weight, layer_scalar)
+        total, normed = launch_norm(x, norm)
+        given, stored = (normed, None, None, None, None), (None, None)
     tiles = triton.cdiv(outputs, BLOCK_N) + triton.cdiv(inner, BLOCK_N)
     launch(scores_kernel, (rows * tiles,))(
-        given, *tensors, weight, gate_up, None if is_normed else total,
-        None if is_normed else normed, scores, gated if inner else None,
-        rows, outputs, inner, size, eps, offset, NORM=not is_normed,
-        ACTIVATION=activation, BLOCK_N=BLOCK_N, BLOCK_K=triton.next_power_of_2(size), num_warps=4,
+        *given, weight, gate_up, *stored, scores, gated if inner else None,
+        rows, outputs, inner, size, eps, offset, NORM=normed_within, ACTIVATION=activation,
+        BLOCK_N=BLOCK_N, BLOCK_K=triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
     return total, normed, scores, gated
